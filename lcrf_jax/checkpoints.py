@@ -1,0 +1,458 @@
+"""Run folders: what is saved, where, and how it comes back: floor 5, and the only file that knows orbax.
+
+    RUN/config.json     the description: network, class names, input, preprocessing, training configuration
+    RUN/last/STEP/      newest training states, two of them: params, rest (optimiser, keys, counters), record
+    RUN/best/STEP/      parameters with the best validation mIoU, one of them: params, record
+    RUN/damaged/        states that could not be read back when the run was taken up again
+
+Arrays are saved as copies on the host under dotted names (`params.decoder.kernel`) with the sha256 of each in the
+record, and every restore checks them: a byte that changed on the disk is an error, not a slightly different mask.
+Since they come back as NumPy arrays and are then put where the new state lies, the number of devices may change.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+DESCRIPTION_FILE = "config.json"
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or description that is missing, damaged or of another model; the message names the folder."""
+
+
+class Restored(NamedTuple):
+    """What `RunCheckpoints.restore_last` found: step number, state on the devices, state of the data iterator."""
+
+    step: int
+    state: Any
+    data_state: Any
+
+
+class RunCheckpoints:
+    """Saves and restores the training states of one run folder, in the background of training.
+
+    A state is any pytree of arrays (typed keys included) with `params` at its top, as a field or a key. Saving copies
+    it to the host first, so that its buffers may be donated to the next step. An interrupted save leaves the ones
+    before it untouched.
+
+    Args:
+      run_dir: folder of the run; made if it is not there.
+    """
+
+    def __init__(self, run_dir):
+        self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
+        keep = {"create": True, "cleanup_tmp_directories": True}
+        self._last = ocp.CheckpointManager(
+            self.run_dir / "last", options=ocp.CheckpointManagerOptions(max_to_keep=2, **keep))
+        self._best = ocp.CheckpointManager(
+            self.run_dir / "best", options=ocp.CheckpointManagerOptions(
+                max_to_keep=1, best_fn=lambda metrics: metrics["miou"], best_mode="max", **keep))
+
+    def save_last(self, step, state, *, data_state=None):
+        """Save a training state; the two newest are kept.
+
+        Args:
+          step: number of steps done, >= 0; a state saved before under the same number is replaced.
+          state: pytree of arrays with `params` at its top.
+          data_state: state of the data iterator, bytes or anything JSON can hold.
+        Raises:
+          TypeError: if a leaf of the state is no array or an empty one, or data_state is neither bytes nor JSON.
+          ValueError: if the state has no `params`.
+        """
+        params, rest = _split(_named_leaves(state))
+        record = {"data_state": _encode_data_state(data_state)}
+        _save(self._last, int(step), {"params": params, "rest": rest}, record)
+
+    def save_best(self, step, params, miou):
+        """Save parameters if they are the best so far.
+
+        Args:
+          step: number of steps done, >= 0.
+          params: pytree of arrays: nested dicts with string keys.
+          miou: validation mIoU in 0..1; larger is better.
+        Returns:
+          True if they were saved, False if an earlier mIoU is at least as good.
+        Raises:
+          ValueError: if miou is not finite.
+        """
+        step, miou = int(step), float(miou)
+        if not math.isfinite(miou):
+            raise ValueError(f"expected a finite mIoU at step {step}, got {miou}; check that the validation split "
+                             "has masks with pixels that are not void")
+        self._best.wait_until_finished()
+        before = best_miou(self.run_dir)
+        if before is not None and miou <= before:
+            return False
+        _save(self._best, step, {"params": _named_leaves({"params": params})}, {"miou": miou}, {"miou": miou})
+        return True
+
+    def restore_last(self, like):
+        """The newest training state that can be read, on the devices of `like`.
+
+        A damaged newer state is moved to RUN/damaged/ with a warning, so that training goes on from the one before.
+
+        Args:
+          like: state of the same structure, shapes and dtypes, placed where the restored one shall be; its values
+            are not used. The devices need not be those of the saved run.
+        Returns:
+          Restored, or None if the run has saved no state yet.
+        Raises:
+          CheckpointError: if states are there and none can be read, or they belong to another model.
+        """
+        self.wait()
+        damaged = {}
+        for step in sorted(_steps(self.run_dir / "last"), reverse=True):
+            folder = self.run_dir / "last" / str(step)
+            try:
+                arrays, record = _read(folder, ("params", "rest"))
+                data_state = _decode_data_state(record.get("data_state"), folder)
+            except CheckpointError as error:
+                damaged[folder] = error
+                continue
+            state = _placed_like(like, arrays["params"] | arrays["rest"], folder)
+            self._move_aside(damaged)
+            return Restored(step, state, data_state)
+        if damaged:
+            reasons = "\n  ".join(str(error) for error in damaged.values())
+            raise CheckpointError(f"no training state in {self.run_dir / 'last'} can be read; restore the folder from "
+                                  f"a copy, or start again in a new one:\n  {reasons}")
+        return None
+
+    def wait(self):
+        """Return when everything is on the disk."""
+        self._last.wait_until_finished()
+        self._best.wait_until_finished()
+
+    def close(self):
+        """Finish saving and free the background threads."""
+        self._last.close()
+        self._best.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _move_aside(self, damaged):
+        for folder, error in damaged.items():
+            target = self.run_dir / "damaged" / f"last-{folder.name}-{int(time.time())}"
+            _log.warning("%s; moved to %s, training goes on from the state before it", error, target)
+            if jax.process_index() == 0:
+                target.parent.mkdir(exist_ok=True)
+                os.replace(folder, target)
+        if damaged:
+            self._last.reload()
+
+
+def restore_params(run_dir, which="best"):
+    """The parameters of a run, for inference: nothing else of the training state is read.
+
+    Args:
+      run_dir: folder of the run.
+      which: "best" for the best validation mIoU, "last" for the newest training state.
+    Returns:
+      Nested dicts of NumPy arrays, as saved.
+    Raises:
+      CheckpointError: if there are none, or they are damaged.
+      ValueError: if `which` is another word.
+    """
+    if which not in ("best", "last"):
+        raise ValueError(f"expected which to be 'best' or 'last', got {which!r}")
+    run_dir = pathlib.Path(run_dir).expanduser().resolve()
+    steps = _steps(run_dir / which)
+    if not steps:
+        other = {"best": "last", "last": "best"}[which]
+        hint = f"; there is one in {other}/, ask for which={other!r}" if _steps(run_dir / other) else ""
+        raise CheckpointError(f"expected a checkpoint RUN/{which}/STEP/ in {run_dir}, got none{hint or '; '}"
+                              + ("" if hint else "give the --workdir of a run that has saved one"))
+    step = max(steps) if which == "last" or len(steps) == 1 else _best_step(run_dir, steps)
+    arrays, _ = _read(run_dir / which / str(step), ("params",))
+    return _nested(arrays["params"]).get("params", {})
+
+
+def best_miou(run_dir):
+    """Validation mIoU of the best parameters saved so far.
+
+    Args:
+      run_dir: folder of the run.
+    Returns:
+      A number in 0..1, or None if there are none that can be read.
+    """
+    folder = pathlib.Path(run_dir).expanduser().resolve() / "best"
+    scores = []
+    for step in _steps(folder):
+        try:
+            scores.append(float(_read_record(folder / str(step))["miou"]))
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            continue
+    return max(scores, default=None)
+
+
+def save_description(run_dir, description, *, may_differ=("training", "versions")):
+    """Write RUN/config.json: all that inference has to know beside the parameters.
+
+    Args:
+      run_dir: folder of the run; made if it is not there.
+      description: dict that JSON can hold: network, class names, input size, preprocessing, sha256 of the pretrained
+        weights, library versions, training configuration.
+      may_differ: keys of the dict in which a run that is taken up again may differ from what was written before.
+    Raises:
+      CheckpointError: if the folder holds another model's description.
+      TypeError: if JSON cannot hold the description.
+    """
+    path = pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+    try:
+        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected a description of strings, finite numbers, lists and dicts, got one that JSON cannot "
+                        f"hold ({error}); convert configurations with .to_dict() and arrays with .tolist()") from error
+    if path.exists():
+        old, new = load_description(run_dir), json.loads(text)
+        changed = sorted(key for key in old.keys() | new.keys()
+                         if key not in may_differ and old.get(key) != new.get(key))
+        if changed:
+            raise CheckpointError(f"{path} belongs to another model: {', '.join(changed)} differ from this one; use a "
+                                  "new folder, or the settings this run was started with")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_description(run_dir):
+    """Read RUN/config.json.
+
+    Args:
+      run_dir: folder of the run.
+    Returns:
+      The dict given to `save_description`; tuples have become lists.
+    Raises:
+      CheckpointError: if the file is missing or is not a JSON object.
+    """
+    path = pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"expected a run folder with {DESCRIPTION_FILE}, got {path.parent} without it; give the "
+                              "--workdir of a training run") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(f"expected a JSON object in {path}, got {type(description).__name__}")
+    return description
+
+
+def params_digest(params):
+    """sha256 of a pytree of arrays: names, shapes, dtypes and values.
+
+    Args:
+      params: pytree of arrays, on host or devices.
+    Returns:
+      64 hexadecimal digits; equal for equal trees, whatever the order of their dicts.
+    """
+    digests = _digests(_named_leaves(params))
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def library_versions():
+    """Versions of the libraries that decide a run's numbers.
+
+    Returns:
+      Dict from distribution name to version; those that are not installed are left out.
+    """
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _named_leaves(tree):
+    """Dotted name -> copy on the host; typed keys as their data."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+            raise TypeError(f"expected arrays in the state, got {type(leaf).__name__} at {name!r}; keep counters as "
+                            "jnp arrays")
+        if leaf.size == 0:
+            raise TypeError(f"expected arrays with values in the state, got the empty one {name!r} of shape "
+                            f"{leaf.shape}, which cannot be saved; leave it out of the state")
+        if isinstance(leaf, jax.Array):
+            leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+            leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+        if name in leaves:
+            raise ValueError(f"expected different names for all leaves, got {name!r} twice; avoid dots in keys")
+        leaves[name] = np.array(leaf)
+    return leaves
+
+
+def _split(leaves):
+    """(params, rest) of named leaves."""
+    params = {name: leaf for name, leaf in leaves.items() if name.split(".")[0] == "params"}
+    if not params:
+        raise ValueError(f"expected a state with params at its top, got {sorted(leaves)[:5]}")
+    return params, {name: leaf for name, leaf in leaves.items() if name not in params}
+
+
+def _nested(leaves):
+    """Nested dicts of dotted names."""
+    tree = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _digests(leaves):
+    """Name -> sha256 of dtype, shape and bytes."""
+    digests = {}
+    for name, leaf in sorted(leaves.items()):
+        digest = hashlib.sha256(f"{leaf.dtype.name} {leaf.shape} ".encode())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+        digests[name] = digest.hexdigest()
+    return digests
+
+
+def _save(manager, step, items, record, metrics=None):
+    """Hand arrays and record to orbax; a step of the same number makes way."""
+    record = {"step": step, "sha256": {item: _digests(leaves) for item, leaves in items.items()}, **record}
+    record["sha256_of_record"] = _record_digest(record)
+    manager.wait_until_finished()
+    if step in manager.all_steps():
+        manager.delete(step)
+    arguments = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items() if leaves}
+    arguments["record"] = ocp.args.JsonSave(record)
+    manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics, force=True)
+
+
+def _record_digest(record):
+    content = {key: value for key, value in record.items() if key != "sha256_of_record"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _steps(folder):
+    """Numbers of the finished saves in a folder; half-written ones have other names."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def _best_step(run_dir, steps):
+    """Step of the highest mIoU: two are there if a run was killed before the worse one was deleted."""
+    records = [(_read_record(run_dir / "best" / str(step)).get("miou", -1.0), step) for step in steps]
+    return max(records)[1]
+
+
+def _read_record(folder):
+    """The record of one step, checked."""
+    if not (folder / "record").is_dir():
+        raise CheckpointError(f"{folder} is incomplete: it has no record; restore it from a copy or remove it")
+    try:
+        record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "record")
+        intact = record["sha256_of_record"] == _record_digest(record) and str(record["step"]) == folder.name
+    except Exception as error:  # whatever orbax meets in damaged files, of any type
+        raise CheckpointError(f"{folder / 'record'} is damaged and cannot be read "
+                              f"({type(error).__name__}); restore it from a copy or remove {folder}") from error
+    if not intact:
+        raise CheckpointError(f"{folder / 'record'} is damaged: its content does not match its checksum or the number "
+                              f"of its step; restore it from a copy or remove {folder}")
+    return record
+
+
+def _read(folder, items):
+    """(arrays of each item, record) of one step, all of them checked."""
+    record = _read_record(folder)
+    arrays = {item: _read_arrays(folder / item, record["sha256"].get(item, {})) for item in items}
+    return arrays, record
+
+
+def _read_arrays(folder, digests):
+    """Name -> NumPy array of one item, compared with its checksums."""
+    if not digests:
+        return {}
+    advice = f"restore it from a copy or remove {folder.parent}"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder.parent} is incomplete: it has no {folder.name}; {advice}")
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in digests}
+    try:
+        leaves = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+            folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        found = _digests({name: np.asarray(leaf) for name, leaf in leaves.items()})
+    except Exception as error:  # whatever orbax meets in damaged files, of any type
+        raise CheckpointError(f"{folder} is damaged and cannot be read ({type(error).__name__}: "
+                              f"{str(error)[:200]}); {advice}") from error
+    wrong = sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(f"{folder} is damaged: {len(wrong)} of {len(digests)} arrays do not match their sha256, "
+                              f"the first is {wrong[0]!r}; {advice}")
+    return leaves
+
+
+def _placed_like(like, arrays, folder):
+    """The saved arrays in the structure and on the devices of `like`."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+    advice = "resume with the configuration this run was started with, or use a new folder"
+    if wanted.keys() != arrays.keys():
+        missing, extra = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
+        raise CheckpointError(f"{folder} belongs to another model or optimiser: it lacks {missing[:3]} and has "
+                              f"{extra[:3]} besides; {advice}")
+    placed = []
+    for name, leaf in wanted.items():
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        target = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+        array = arrays[name]
+        if (array.shape, array.dtype) != (target.shape, target.dtype):
+            raise CheckpointError(f"{folder} belongs to another model: expected {name!r} of shape {target.shape} and "
+                                  f"dtype {target.dtype}, got {array.shape} and {array.dtype}; {advice}")
+        placed.append(_on_devices(leaf, array, is_key))
+    return jax.tree_util.tree_unflatten(structure, placed)
+
+
+def _on_devices(leaf, array, is_key):
+    if is_key:
+        key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+        return jax.device_put(key, leaf.sharding)
+    if isinstance(leaf, jax.Array):
+        return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
+    return array
+
+
+def _encode_data_state(data_state):
+    """Bytes as base64, anything else as it is; both say which they are."""
+    if isinstance(data_state, bytes):
+        return {"base64": base64.b64encode(data_state).decode()}
+    try:
+        return {"json": json.loads(json.dumps(data_state, allow_nan=False))}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected bytes or JSON as data_state, got {type(data_state).__name__} ({error})") from error
+
+
+def _decode_data_state(stored, folder):
+    try:
+        return base64.b64decode(stored["base64"], validate=True) if "base64" in stored else stored["json"]
+    except (KeyError, TypeError, binascii.Error) as error:
+        raise CheckpointError(f"{folder / 'record'} holds no state of the data iterator that can be read") from error

@@ -1,0 +1,199 @@
+r"""The dense conditional random field: pairwise energy, KL to the prior, and mean field.
+
+The prior over labels is p(z|x) = exp(-sum_{i<j} k_ij mu(z_i, z_j)) / Z(x): pairwise only, k_ii = 0, each unordered
+pair once. Everything here takes its kernel either as a dense matrix [m, m] or as an object with two pure methods,
+
+* `apply(values [m, K]) -> [m, K]`: the kernel times the values, self-pairs left out, and
+* `apply_symmetric(values)`: the same with its symmetric part (K + K^T) / 2,
+
+such as `lcrf_jax.lattice.ImageKernel`. A dense matrix may have anything on its diagonal: it is ignored.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
+
+__all__ = ["filter_symmetric", "filter_with", "kl_to_prior", "mean_field", "pairwise_energy"]
+
+_ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
+
+
+def _dense_product(kernel, values):
+    product = jnp.matmul(kernel, values, precision=jax.lax.Precision.HIGHEST)
+    return product - jnp.diagonal(kernel)[:, None] * values
+
+
+def filter_with(kernel, values):
+    r"""The kernel applied to values, self-pairs left out.
+
+    .. math:: v'_i = \sum_{j \ne i} k_{ij} v_j
+
+    Args:
+      kernel: [m, m] matrix, whose diagonal is ignored, or an object with `apply` (see the module).
+      values: [m, K] values to filter.
+    Returns:
+      [m, K] filtered values.
+    Raises:
+      ValueError: if a dense kernel does not fit the values.
+    References:
+      Krahenbuhl and Koltun 2011, section 3.
+    """
+    num_pixels, _ = check_shape("values", values, ("m", "K"), _ONE_SET)
+    values = promote_float(values)
+    if hasattr(kernel, "apply"):
+        return kernel.apply(values)
+    check_shape("kernel", kernel, (num_pixels, num_pixels), "the kernel needs one row and column per pixel")
+    return _dense_product(promote_float(kernel), values)
+
+
+def filter_symmetric(kernel, values):
+    r"""The symmetric part of the kernel applied to values, self-pairs left out.
+
+    .. math:: v'_i = \sum_{j \ne i} \tfrac12 (k_{ij} + k_{ji}) v_j
+
+    Args:
+      kernel: [m, m] matrix, whose diagonal is ignored, or an object with `apply_symmetric` (see the module).
+      values: [m, K] values to filter.
+    Returns:
+      [m, K] filtered values.
+    Raises:
+      ValueError: if a dense kernel does not fit the values.
+    References:
+      None.
+    """
+    num_pixels, _ = check_shape("values", values, ("m", "K"), _ONE_SET)
+    values = promote_float(values)
+    if hasattr(kernel, "apply_symmetric"):
+        return kernel.apply_symmetric(values)
+    check_shape("kernel", kernel, (num_pixels, num_pixels), "the kernel needs one row and column per pixel")
+    kernel = promote_float(kernel)
+    return (_dense_product(kernel, values) + _dense_product(kernel.T, values)) / 2
+
+
+def _times_compatibility(values, compatibility):
+    """values [m, K] times mu [K, K]; Potts, mu = 1 - I, without the matrix."""
+    if compatibility is None:
+        return values.sum(axis=-1, keepdims=True) - values
+    return jnp.matmul(values, compatibility, precision=jax.lax.Precision.HIGHEST)
+
+
+def _checked_compatibility(compatibility, num_classes):
+    if compatibility is None:
+        return None
+    check_shape("compatibility", compatibility, (num_classes, num_classes), "give one row and column per class")
+    compatibility = promote_float(compatibility)
+    return (compatibility + compatibility.T) / 2
+
+
+def _energy_and_gradient(probs, kernel, compatibility):
+    gradient = _times_compatibility(filter_symmetric(kernel, probs), compatibility)
+    return jnp.sum(probs * gradient) / 2, gradient
+
+
+@jax.custom_vjp
+def _pairwise_energy(probs, kernel, compatibility):
+    return _energy_and_gradient(probs, kernel, compatibility)[0]
+
+
+def _pairwise_energy_forward(probs, kernel, compatibility):
+    energy, gradient = _energy_and_gradient(probs, kernel, compatibility)
+    return energy, (gradient, probs, kernel, compatibility)
+
+
+def _pairwise_energy_backward(residuals, cotangent):
+    gradient, probs, kernel, compatibility = residuals
+    # The energy is linear in the kernel and in mu. Where nobody asks for these two, jit drops the work.
+    linear = functools.partial(_energy_and_gradient, probs)
+    _, pull = jax.vjp(lambda *parts: linear(*parts)[0], kernel, compatibility)
+    return (cotangent * gradient, *pull(cotangent))
+
+
+_pairwise_energy.defvjp(_pairwise_energy_forward, _pairwise_energy_backward)
+
+
+def pairwise_energy(probs, kernel, *, compatibility=None):
+    r"""Expected pairwise energy of the dense CRF under a factorised q.
+
+    .. math:: E = \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j
+
+    Each unordered pair counts once and i = j never does. An unordered pair sees only the symmetric parts of k and
+    mu, and so does this function: with a kernel that is not symmetric k_ij stands for (k_ij + k_ji) / 2. Value and
+    gradient in `probs` come from a single filtering, and the gradient is the exact one of this value. Gradients in
+    the kernel (a dense matrix, or the float leaves of a kernel object) and in mu are exact as well. Reverse mode only.
+
+    Args:
+      probs: [m, K] probabilities, rows summing to 1 (not checked; the energy is defined without that).
+      kernel: [m, m] matrix or kernel object; see the module. Its normalisation is the caller's choice.
+      compatibility: [K, K] cost mu(a, b) of a pair with labels a and b; None is Potts, mu(a, b) = [a != b].
+    Returns:
+      Scalar, not divided by m.
+    Raises:
+      ValueError: if `probs` is not [m, K], or kernel or compatibility do not fit it.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3; Tang et al. 2018, the dense-CRF loss.
+    """
+    _, num_classes = check_shape("probs", probs, ("m", "K"), _ONE_SET)
+    probs = promote_float(probs)
+    return _pairwise_energy(probs, kernel, _checked_compatibility(compatibility, num_classes))
+
+
+def kl_to_prior(logits, kernel, *, compatibility=None):
+    r"""KL(q || p) of a factorised q to the dense-CRF prior, without log Z.
+
+    .. math:: \sum_i \sum_k \phi_{ik}\log\phi_{ik} + \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j
+
+    Each unordered pair counts once; k_ii = 0; log Z(x) is not included, which no parameter of q changes.
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of q.
+      kernel: [m, m] matrix or kernel object; see the module.
+      compatibility: [K, K] cost mu(a, b); None is Potts.
+    Returns:
+      Scalar in nats, not divided by m. Add log Z(x) to get the divergence itself.
+    Raises:
+      ValueError: if `logits` is not [m, K], or kernel or compatibility do not fit it.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3.
+    """
+    check_shape("logits", logits, ("m", "K"), _ONE_SET)
+    logits = promote_float(logits)
+    probs = jax.nn.softmax(logits, axis=-1)
+    return pairwise_energy(probs, kernel, compatibility=compatibility) - entropy(logits).sum()
+
+
+def mean_field(unary_logits, kernel, *, num_iterations=10, compatibility=None):
+    r"""Mean-field inference in the dense CRF with a unary term.
+
+    .. math:: q_i^{t+1} = \mathrm{softmax}\Bigl(u_i - \sum_{j \ne i} k_{ij}\,\mu\,q_j^t\Bigr), \qquad
+              q_i^0 = \mathrm{softmax}(u_i)
+
+    All pixels are updated in parallel. A fixed point is a stationary point of `kl_to_prior` minus the expected unary,
+    if the kernel is symmetric. Self-pairs are left out.
+
+    Args:
+      unary_logits: [m, K] log-probabilities of a network, or any other logits.
+      kernel: [m, m] matrix or kernel object; see the module.
+      num_iterations: static number of updates; 0 returns the normalised unary.
+      compatibility: [K, K] cost mu(a, b); None is Potts.
+    Returns:
+      [m, K] log-probabilities; their argmax are the labels.
+    Raises:
+      ValueError: if shapes do not fit or `num_iterations` is negative.
+    References:
+      Krahenbuhl and Koltun 2011, algorithm 1.
+    """
+    _, num_classes = check_shape("unary_logits", unary_logits, ("m", "K"), _ONE_SET)
+    check_number("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
+    unary_logits = promote_float(unary_logits)
+    compatibility = _checked_compatibility(compatibility, num_classes)
+
+    def updated(_, log_probs):
+        # Without the barriers XLA on CPU fuses the filter into the softmax and runs it once per reduction.
+        probs = jax.lax.optimization_barrier(jnp.exp(log_probs))
+        filtered = jax.lax.optimization_barrier(filter_with(kernel, probs))
+        return jax.nn.log_softmax(unary_logits - _times_compatibility(filtered, compatibility), axis=-1)
+
+    return jax.lax.fori_loop(0, num_iterations, updated, jax.nn.log_softmax(unary_logits, axis=-1))

@@ -1,0 +1,155 @@
+"""What a data source is, and how one is opened by name.
+
+A source gives random access to examples: a name, an image, its tags and, only where it was asked for, a mask.
+Everything after this point (views, batches, networks, evaluation) knows sources by this interface alone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+BACKGROUND = "background"
+VOID = 255
+
+
+class Example(NamedTuple):
+    """One image with its weak and, where it was asked for, its strong annotation.
+
+    Attributes:
+      name: identifier of the image within its split.
+      image: [H, W, 3] uint8, RGB.
+      tags: [K] bool, whether a class is in the image; index 0 is background and always True.
+      mask: [H, W] uint8 class indices with 255 = void (not judged), or None.
+    """
+
+    name: str
+    image: np.ndarray
+    tags: np.ndarray
+    mask: np.ndarray | None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the examples of one split. Reading is safe from several threads.
+
+    Attributes:
+      class_names: names of the K classes; index 0 is ``background``.
+      split: name of the split.
+    """
+
+    class_names: tuple[str, ...]
+    split: str
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at ``index``, 0 <= index < len."""
+        ...
+
+
+def open_textures(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """The procedural set of `lcrf_jax.data.textures.TexturesSource`; it has no folder.
+
+    Args:
+      split: ``train`` or ``val``.
+      root: must be None or empty.
+      masks: whether examples carry masks.
+      **options: keyword arguments of `TexturesSource` (``seed``, ``size``, ``num_train``, ``num_val``).
+    Returns:
+      The source.
+    Raises:
+      ValueError: if a folder is given, or an option is out of its range.
+    References:
+      None; the images are made up.
+    """
+    from lcrf_jax.data.textures import TexturesSource
+
+    if root:
+        raise ValueError(
+            f"textures are made on the fly and have no folder, got root={str(root)!r}: "
+            "leave root out, or use the source 'folder'"
+        )
+    return TexturesSource(split, masks=masks, **options)
+
+
+def open_folder(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """A folder in VOC layout, see `lcrf_jax.data.folder.FolderSource`.
+
+    Args:
+      split: name of a file in ``ImageSets/Segmentation`` without ``.txt``.
+      root: the folder.
+      masks: whether examples carry masks.
+      **options: further keyword arguments of `FolderSource`.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if no folder is given, or what it holds does not fit together.
+      FileNotFoundError: if the folder or one of its files is missing.
+    References:
+      Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
+    """
+    from lcrf_jax.data.folder import FolderSource
+
+    if not root:
+        raise ValueError(
+            "the source 'folder' needs root=FOLDER, the folder that holds JPEGImages/ and ImageSets/"
+        )
+    return FolderSource(root, split, masks=masks, **options)
+
+
+SOURCES = {"textures": open_textures, "folder": open_folder}
+
+
+def open_source(
+    kind: str, split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """The source of that kind, by name.
+
+    Args:
+      kind: a key of `SOURCES`: ``textures`` or ``folder``.
+      split: name of the split, ``train`` or ``val`` for textures, any list in the folder for ``folder``.
+      root: the folder, for kinds that read one.
+      masks: whether examples carry masks. Without it no mask is read or made.
+      **options: passed on to the kind's constructor.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if the kind is not known, or the arguments do not fit it.
+      FileNotFoundError: if a folder or one of its files is missing.
+    References:
+      None.
+    """
+    if kind not in SOURCES:
+        raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}")
+    return SOURCES[kind](split, root=root, masks=masks, **options)
+
+
+def tag_vector(names: tuple[str, ...] | list[str] | set[str], class_names: tuple[str, ...]) -> np.ndarray:
+    """[K] bool vector of the named classes, background always True.
+
+    Args:
+      names: class names that are present; ``background`` may be among them.
+      class_names: names of all K classes, index 0 is background.
+    Returns:
+      [K] bool.
+    Raises:
+      ValueError: if a name is not a class.
+    References:
+      None.
+    """
+    tags = np.zeros(len(class_names), bool)
+    tags[0] = True
+    for name in names:
+        if name not in class_names:
+            raise ValueError(f"unknown class {name!r}: expected one of {', '.join(class_names)}")
+        tags[class_names.index(name)] = True
+    return tags

@@ -1,0 +1,240 @@
+r"""Gaussian kernels over pixels: guide features, the dense kernel matrix, and the exact filter.
+
+The pairwise kernel of the dense CRF is
+
+.. math::
+
+    k_{ij} = w_1 \exp(-|p_i-p_j|^2 / 2 s_a^2 - |I_i-I_j|^2 / 2 s_b^2) + w_2 \exp(-|p_i-p_j|^2 / 2 s_g^2)
+
+with p the pixel's position and I its colour. Conventions, the same everywhere in this library:
+
+* positions are in pixels of the grid the kernel lives on, (row, column), pixels in row-major order;
+* colours are in 0..255, whatever the dtype, and so is s_b;
+* each of the two Gaussians is normalised on its own, *with* the self-pair in its row sums, then weighted and added;
+  after that the diagonal is removed: k_ii = 0.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_number, check_shape, promote_float
+
+__all__ = [
+    "KernelParams",
+    "NORMALISATIONS",
+    "dense_kernel",
+    "filter_exact",
+    "gaussian_kernel",
+    "guide_features",
+    "position_features",
+    "scaled",
+]
+
+_ONE_IMAGE = "pass one image as [height, width, channels]; for a batch use jax.vmap"
+_WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
+
+
+class KernelParams(NamedTuple):
+    """Weights and widths of the bilateral and the spatial Gaussian.
+
+    The defaults are the usual ones for photographs at full resolution; `scaled` takes them to a coarser grid. The
+    weights mean something only together with a normalisation: these are for `symmetric`, where the rows of each
+    Gaussian sum to about 1.
+
+    Attributes:
+      bilateral_weight: w1, weight of the Gaussian over position and colour.
+      bilateral_position_width: s_a, standard deviation in pixels of the grid.
+      bilateral_colour_width: s_b, standard deviation in colour units of 0..255.
+      gaussian_weight: w2, weight of the Gaussian over position alone.
+      gaussian_position_width: s_g, standard deviation in pixels of the grid.
+    """
+
+    bilateral_weight: float = 10.0
+    bilateral_position_width: float = 80.0
+    bilateral_colour_width: float = 13.0
+    gaussian_weight: float = 3.0
+    gaussian_position_width: float = 3.0
+
+
+def scaled(params, stride):
+    """The same kernel on a grid that is `stride` times coarser.
+
+    Args:
+      params: a `KernelParams` for the fine grid.
+      stride: pixels of the fine grid per cell of the coarse one, > 0.
+    Returns:
+      A `KernelParams` with both position widths divided by `stride`; weights and colour width stay.
+    Raises:
+      ValueError: if `stride` is not a positive number.
+    References:
+      None.
+    """
+    check_number("stride", stride, minimum=0, strict=True, remedy="4 takes 320x240 pixels to 80x60 cells")
+    return params._replace(
+        bilateral_position_width=params.bilateral_position_width / stride,
+        gaussian_position_width=params.gaussian_position_width / stride,
+    )
+
+
+def position_features(height, width, *, position_width, dtype=jnp.float32):
+    """Positions of all pixels in units of a width, centred on the image.
+
+    Args:
+      height: number of rows.
+      width: number of columns.
+      position_width: standard deviation in pixels, > 0.
+      dtype: dtype of the result.
+    Returns:
+      [height * width, 2] rows and columns, divided by `position_width`.
+    Raises:
+      ValueError: if a size is smaller than 1 or the width is not positive.
+    References:
+      None.
+    """
+    check_number("height", height, minimum=1, remedy="an image needs a pixel")
+    check_number("width", width, minimum=1, remedy="an image needs a pixel")
+    check_number("position_width", position_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
+    rows = jnp.arange(height, dtype=dtype) - (height - 1) / 2
+    columns = jnp.arange(width, dtype=dtype) - (width - 1) / 2
+    grid = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
+    return grid.reshape(height * width, 2) / position_width
+
+
+def guide_features(image, *, position_width, colour_width):
+    """Position and colour of every pixel, each in units of its width.
+
+    A Gaussian of unit width on these features is the bilateral kernel.
+
+    Args:
+      image: [H, W, C] colours in 0..255, any real dtype, any number of channels. An image in 0..1 with a width of
+        13 gives a kernel that does not see colour: multiply it by 255 first.
+      position_width: standard deviation in pixels of this grid, > 0.
+      colour_width: standard deviation in colour units, > 0.
+    Returns:
+      [H * W, 2 + C] features (row, column, channels), row-major over pixels; float32, or float64 for a float64 image.
+    Raises:
+      ValueError: if `image` is not [H, W, C] or a width is not positive.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3.
+    """
+    height, width, channels = check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
+    check_number("colour_width", colour_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
+    image = promote_float(image)
+    positions = position_features(height, width, position_width=position_width, dtype=image.dtype)
+    return jnp.concatenate([positions, image.reshape(height * width, channels) / colour_width], axis=1)
+
+
+def gaussian_kernel(features_a, features_b=None):
+    r"""The Gaussian of unit width between two sets of features, exactly.
+
+    .. math:: K_{ij} = \exp(-|a_i - b_j|^2 / 2)
+
+    The squared distance is summed from the differences themselves, feature by feature, so that float32 keeps its
+    digits however far the features lie from the origin.
+
+    Args:
+      features_a: [m, d] features in units of their widths.
+      features_b: [n, d], or None for `features_a`.
+    Returns:
+      [m, n] values in 0..1, with 1 on the diagonal if `features_b` is None.
+    Raises:
+      ValueError: if the features are not two matrices with the same number of columns.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 2.
+    """
+    _, dimensions = check_shape("features_a", features_a, ("m", "d"), "flatten the pixels to one axis")
+    features_b = features_a if features_b is None else features_b
+    check_shape("features_b", features_b, ("n", dimensions), "both sets need the same features")
+    a, b = promote_float(features_a), promote_float(features_b)
+    squared = sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(dimensions))
+    return jnp.exp(-squared / 2)
+
+
+def _normalised_symmetric(kernel):
+    scale = jax.lax.rsqrt(kernel.sum(axis=1))
+    return scale[:, None] * kernel * scale[None, :]
+
+
+def _normalised_by_row(kernel):
+    return kernel / kernel.sum(axis=1, keepdims=True)
+
+
+NORMALISATIONS = {
+    "none": lambda kernel: kernel,
+    "row": _normalised_by_row,
+    "symmetric": _normalised_symmetric,
+}
+
+
+def dense_kernel(image, params, *, normalisation="symmetric"):
+    r"""The pairwise kernel of the dense CRF as a matrix.
+
+    .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
+
+    N is applied to each Gaussian alone, with the self-pair (1) in its row sums D = diag(K 1): `none` K, `row`
+    D^-1 K, `symmetric` D^-1/2 K D^-1/2, the convention of Krahenbuhl's code. The diagonal is removed last, so rows
+    of the result sum to a little less than w1 + w2 (`row`: never more; `symmetric`: about).
+
+    Args:
+      image: [H, W, C] colours in 0..255.
+      params: `KernelParams` for this grid; its weights may be traced, for learning them.
+      normalisation: a key of `NORMALISATIONS`: 'none', 'row' or 'symmetric'.
+    Returns:
+      [m, m] kernel, m = H * W, zero on the diagonal, symmetric except for 'row'. It takes 4 m^2 bytes: 39 MB at
+      56x56, so this form is for coarse grids.
+    Raises:
+      ValueError: if `image` is not [H, W, C], a width is not positive, or the normalisation is unknown.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3; Krahenbuhl and Koltun 2013 for the normalisation.
+    """
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")
+    height, width, _ = check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
+    normalised = NORMALISATIONS[normalisation]
+    guide = guide_features(
+        image,
+        position_width=params.bilateral_position_width,
+        colour_width=params.bilateral_colour_width,
+    )
+    positions = position_features(height, width, position_width=params.gaussian_position_width, dtype=guide.dtype)
+    kernel = params.bilateral_weight * normalised(gaussian_kernel(guide))
+    kernel = kernel + params.gaussian_weight * normalised(gaussian_kernel(positions))
+    return jnp.where(jnp.eye(height * width, dtype=bool), 0, kernel)
+
+
+def filter_exact(features, values, *, block_size=None):
+    r"""The Gaussian-weighted sum over all pixels, exactly, in bounded memory.
+
+    .. math:: v'_i = \sum_j \exp(-|f_i - f_j|^2 / 2)\, v_j
+
+    The self-pair j = i is part of the sum; subtract `values` to leave it out. Not normalised: filter ones to get the
+    row sums.
+
+    Args:
+      features: [m, d] features in units of their widths.
+      values: [m, K] values to filter.
+      block_size: static number of rows of the kernel held at once; None takes as many as fit into 16 MB.
+    Returns:
+      [m, K] filtered values.
+    Raises:
+      ValueError: if the shapes do not fit or `block_size` is smaller than 1.
+    References:
+      Krahenbuhl and Koltun 2011, section 3.
+    """
+    num_pixels, dimensions = check_shape("features", features, ("m", "d"), "flatten the pixels to one axis")
+    check_shape("values", values, (num_pixels, "K"), "flatten the pixels to one axis, channels last")
+    features, values = promote_float(features), promote_float(values)
+    block_size = max(1, 2**22 // num_pixels) if block_size is None else block_size
+    check_number("block_size", block_size, minimum=1, remedy="None chooses one")
+    num_blocks = math.ceil(num_pixels / block_size)
+    rows = math.ceil(num_pixels / num_blocks)
+    padded = jnp.pad(features, ((0, num_blocks * rows - num_pixels), (0, 0)))
+
+    def filtered(block):
+        return jnp.matmul(gaussian_kernel(block, features), values, precision=jax.lax.Precision.HIGHEST)
+
+    blocks = jax.lax.map(filtered, padded.reshape(num_blocks, rows, dimensions))
+    return blocks.reshape(num_blocks * rows, -1)[:num_pixels]

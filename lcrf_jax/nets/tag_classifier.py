@@ -1,0 +1,88 @@
+"""A linear multi-label classifier of image tags on frozen features (floor 4)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+
+class TagClassifier(NamedTuple):
+    """Weights of the frozen tag classifier; logit of class k = mean over cells of F . weights[:, k] + bias[k].
+
+    Attributes:
+      weights: [C, K - 1] float32, foreground classes only.
+      bias: [K - 1] float32.
+    """
+
+    weights: jax.Array
+    bias: jax.Array
+
+
+def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1e-5):
+    """Fit the classifier by L-BFGS on the mean binary cross-entropy, every class weighted the same.
+
+    The features are divided by their standard deviation while fitting, so that the penalty treats every channel alike.
+
+    Args:
+      pooled: [N, C] spatially averaged features of the training images.
+      tags: [N, K] bool; column 0 (background) is not fitted.
+      l2: weight of the penalty l2 / 2 * |weights|^2 on the weights of the scaled features.
+      max_iterations: bound on the number of L-BFGS steps.
+      tolerance: stop when no entry of the gradient is larger.
+
+    Returns:
+      (TagClassifier, number of iterations, final loss in nats).
+
+    Raises:
+      ValueError: if the shapes do not agree.
+    """
+    if pooled.ndim != 2 or tags.ndim != 2 or len(pooled) != len(tags) or tags.shape[1] < 2:
+        raise ValueError(f"expected pooled [N, C] and tags [N, K] with K >= 2, got {pooled.shape} and {tags.shape}")
+    scale = jnp.std(pooled, axis=0) + 1e-6
+    inputs, targets = jnp.asarray(pooled, jnp.float32) / scale, jnp.asarray(tags[:, 1:], jnp.float32)
+
+    def loss(params):
+        logits = inputs @ params.weights + params.bias
+        return optax.sigmoid_binary_cross_entropy(logits, targets).mean() + 0.5 * l2 * jnp.sum(params.weights**2)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry):
+        params, state = carry
+        value, grad = value_and_grad(params, state=state)
+        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    def unfinished(carry):
+        count, grad = (optax.tree.get(carry[1], name) for name in ("count", "grad"))
+        return (count == 0) | ((count < max_iterations) & (optax.tree.norm(grad, ord=jnp.inf) > tolerance))
+
+    @jax.jit
+    def minimise(params):
+        params, state = jax.lax.while_loop(unfinished, step, (params, solver.init(params)))
+        return params, optax.tree.get(state, "count"), loss(params)
+
+    rate = jnp.clip(targets.mean(0), 1e-3, 1 - 1e-3)
+    start = TagClassifier(jnp.zeros((inputs.shape[1], targets.shape[1])), jnp.log(rate / (1 - rate)))
+    params, count, value = minimise(start)
+    return TagClassifier(params.weights / scale[:, None], params.bias), int(count), float(value)
+
+
+def average_precision(scores, targets):
+    """Average precision of each class: the mean precision at the rank of every positive.
+
+    Args:
+      scores: [N, K] any real scores, higher is more likely.
+      targets: [N, K] bool.
+
+    Returns:
+      [K] float64 NumPy array in [0, 1]; NaN for a class without positives. Ties are broken by position.
+    """
+    scores, targets = np.asarray(scores), np.asarray(targets, bool)
+    ranked = np.take_along_axis(targets, np.argsort(-scores, axis=0, kind="stable"), axis=0)
+    precision = np.cumsum(ranked, axis=0) / np.arange(1, len(ranked) + 1)[:, None]
+    positives = ranked.sum(0)
+    return np.where(positives > 0, (precision * ranked).sum(0) / np.maximum(positives, 1), np.nan)

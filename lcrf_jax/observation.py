@@ -1,0 +1,259 @@
+r"""Likelihoods log p(y | z, x) of the image tags given the pixel labels (floor 2).
+
+None has a trainable parameter. `labels` z is [m, K]: one-hot rows, or points of the simplex (relaxed samples, probabilities), so that
+every function is defined and differentiable in between. `tags` y is [K] bool with index 0 the background, which is always present. Except
+for `evidence`, the tags are independent given z, y_k ~ Bernoulli(pi_k), and a function differs from the next in its pi_k:
+
+.. math:: \log p(y|z,x) = \sum_k y_k \log \pi_k + (1 - y_k) \log (1 - \pi_k)
+
+`TAG_LIKELIHOODS` do not look at the image; `IMAGE_LIKELIHOODS` take class maps of a frozen classifier as third argument.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_number, check_shape, promote_float
+
+__all__ = [
+    "IMAGE_LIKELIHOODS",
+    "TAG_LIKELIHOODS",
+    "area",
+    "class_evidence",
+    "evidence",
+    "frozen_classifier",
+    "gwrp",
+    "log_mean_exp",
+    "max_pool",
+    "noisy_or",
+]
+
+_ONE_IMAGE = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
+_TINY = 1e-6
+
+
+def _checked(labels, tags):
+    _, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
+    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    return promote_float(labels), jnp.asarray(tags, bool)
+
+
+def _bernoulli(pi, tags):
+    """Sum over classes of the log-probability of the tags, pi kept _TINY away from 0 and 1."""
+    pi = jnp.clip(pi, _TINY, 1 - _TINY)
+    return jnp.sum(jnp.where(tags, jnp.log(pi), jnp.log1p(-pi)))
+
+
+def noisy_or(labels, tags, *, rho=0.1):
+    r"""Every pixel of a class raises its tag with probability rho, independently.
+
+    .. math:: \pi_k = 1 - \prod_j (1 - \rho z_{jk})
+
+    Computed in the log domain. It saturates over many pixels: at initialisation every pi_k is close to 1.
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] bool.
+      rho: probability in (0, 1) that one pixel raises the tag.
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      ValueError: if the shapes do not fit or rho is not in (0, 1).
+    References:
+      Pearl 1988, the noisy-or gate.
+    """
+    labels, tags = _checked(labels, tags)
+    check_number("rho", rho, minimum=0, strict=True, remedy="use a probability between 0 and 1")
+    if isinstance(rho, (int, float)) and rho >= 1:
+        raise ValueError(f"rho: expected a probability below 1, got {rho}; for a hard or use max_pool")
+    log_absent = jnp.sum(jnp.log1p(-rho * labels), axis=0)
+    # log(1 - exp(x)) for x <= 0; the bound keeps value and gradient finite where no pixel has the class.
+    log_present = jnp.log(-jnp.expm1(jnp.minimum(log_absent, -_TINY)))
+    return jnp.sum(jnp.where(tags, log_present, log_absent))
+
+
+def max_pool(labels, tags):
+    r"""A tag is as likely as the most certain pixel of its class.
+
+    .. math:: \pi_k = \max_j z_{jk}
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] bool.
+    Returns:
+      Scalar, float32, nats; pi is kept 1e-6 away from 0 and 1.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      Pathak et al. 2015, multi-class multiple instance learning.
+    """
+    labels, tags = _checked(labels, tags)
+    return _bernoulli(labels.max(axis=0), tags)
+
+
+def log_mean_exp(labels, tags, *, sharpness=5.0):
+    r"""A smooth maximum over the pixels.
+
+    .. math:: \pi_k = \frac1r \log \frac1m \sum_j \exp(r z_{jk})
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] bool.
+      sharpness: r > 0; 0 is the mean, infinity the maximum.
+    Returns:
+      Scalar, float32, nats; pi is kept 1e-6 away from 0 and 1.
+    Raises:
+      ValueError: if the shapes do not fit or the sharpness is not positive.
+    References:
+      Pinheiro and Collobert 2015.
+    """
+    labels, tags = _checked(labels, tags)
+    check_number("sharpness", sharpness, minimum=0, strict=True, remedy="5 is usual")
+    pooled = jax.nn.logsumexp(sharpness * labels, axis=0) - jnp.log(labels.shape[0])
+    return _bernoulli(pooled / sharpness, tags)
+
+
+def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3):
+    r"""A tag is likely once its class covers enough of the image.
+
+    .. math:: \pi_k = \sigma(\beta\,(\tfrac1m \textstyle\sum_j z_{jk} - \alpha_k))
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] bool.
+      beta: steepness, > 0.
+      foreground_share: alpha_k of every foreground class, a share of the image.
+      background_share: alpha_0.
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      ValueError: if the shapes do not fit or beta is not positive.
+    References:
+      Pathak, Krahenbuhl and Darrell 2015, for constraints on the area.
+    """
+    labels, tags = _checked(labels, tags)
+    check_number("beta", beta, minimum=0, strict=True, remedy="20 is usual")
+    alpha = jnp.where(jnp.arange(labels.shape[1]) == 0, background_share, foreground_share)
+    logits = beta * (labels.mean(axis=0) - alpha)
+    return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags, logits, -logits)))
+
+
+def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, reference_cells=1681):
+    r"""Global weighted rank pooling: the i-th most certain pixel counts d^(i-1).
+
+    .. math:: \pi_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
+
+    The decays are those of a grid of `reference_cells`; on m cells d^(reference_cells / m) is used, so that the
+    same share of the image is meant at every resolution.
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] bool.
+      foreground_decay: d of the foreground classes, in (0, 1).
+      background_decay: d of the background, in (0, 1).
+      reference_cells: number of cells for which the decays are given (41 x 41 in the source).
+    Returns:
+      Scalar, float32, nats; pi is kept 1e-6 away from 0 and 1.
+    Raises:
+      ValueError: if the shapes do not fit or a decay is not positive.
+    References:
+      Kolesnikov and Lampert 2016, section 3.3.
+    """
+    labels, tags = _checked(labels, tags)
+    for name, decay in (("foreground_decay", foreground_decay), ("background_decay", background_decay)):
+        check_number(name, decay, minimum=0, strict=True, remedy="use a number just below 1")
+    num_pixels, num_classes = labels.shape
+    decay = jnp.where(jnp.arange(num_classes) == 0, background_decay, foreground_decay)
+    log_decay = jnp.log(decay) * reference_cells / num_pixels
+    weights = jnp.exp(jnp.arange(num_pixels)[:, None] * log_decay[None, :])
+    ranked = -jnp.sort(-labels, axis=0)
+    return _bernoulli(jnp.sum(weights * ranked, axis=0) / weights.sum(axis=0), tags)
+
+
+def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
+    r"""A frozen linear classifier looks at the pixels that a class is given.
+
+    .. math:: \pi_k = \sigma\Bigl(\frac{s}{m} \sum_j z_{jk}\, c_{jk} + b_k\Bigr), \qquad c_{jk} = w_k^\top F_j(x)
+
+    Background has no classifier and no factor.
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] bool.
+      class_maps: [m, K - 1] maps c of the foreground classes, without bias.
+      bias: [K - 1] or scalar b.
+      scale: s >= 0; 1 is the classifier as it was fitted on whole images.
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      Zhou et al. 2016, for the maps.
+    """
+    labels, tags = _checked(labels, tags)
+    check_shape("class_maps", class_maps, (labels.shape[0], labels.shape[1] - 1), "one map per foreground class")
+    logits = scale * jnp.mean(labels[:, 1:] * promote_float(class_maps), axis=0) + bias
+    return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags[1:], logits, -logits)))
+
+
+def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, floor=1e-3):
+    r"""Per-pixel evidence e_k(x_j) from the class maps of a frozen classifier.
+
+    .. math:: e_{jk} \propto \max(c_{jk} / \max_i c_{ik}, \epsilon)^\beta \text{ for present } k, \quad
+              e_{j0} \propto \ell^\beta, \quad e_{jk} = \epsilon^\beta \text{ (unnormalised) for absent } k
+
+    Args:
+      class_maps: [m, K - 1] maps c of the foreground classes.
+      peaks: [K - 1] maximum of each map over the whole image (not just the m pixels of a crop).
+      tags: [K] bool.
+      background_level: l in (0, 1), the share of the peak at which foreground and background are equally likely.
+      sharpness: beta > 0, how fast the odds change with the map.
+      floor: epsilon, the least ratio; it bounds the cost of one pixel by beta log(1 / epsilon).
+    Returns:
+      [m, K] float32, positive, rows sum to one.
+    Raises:
+      ValueError: if the shapes do not fit or a number is out of range.
+    References:
+      Zhou et al. 2016, for the maps; the odds against a constant background are ours.
+    """
+    num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_IMAGE)
+    check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
+    check_shape("tags", tags, (num_foreground + 1,), "one tag per class, background first")
+    check_number("background_level", background_level, minimum=0, strict=True, remedy="use a share of the peak, say 0.2")
+    check_number("floor", floor, minimum=0, strict=True, remedy="use a small positive number, say 1e-3")
+    ratio = promote_float(class_maps) / jnp.maximum(promote_float(peaks), _TINY)
+    ratio = jnp.where(jnp.asarray(tags, bool)[1:], jnp.clip(ratio, floor, 1.0), floor)
+    background = jnp.full((num_pixels, 1), background_level, ratio.dtype)
+    return jax.nn.softmax(sharpness * jnp.log(jnp.concatenate([background, ratio], axis=1)), axis=1)
+
+
+def evidence(labels, tags, pixel_evidence):
+    r"""Every pixel vouches for its label with the evidence of a frozen classifier.
+
+    .. math:: \log p(y|z,x) = \sum_j \log \sum_k z_{jk}\, e_{jk}(x, y)
+
+    The tags act through the evidence, which suppresses absent classes; see `class_evidence`.
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] bool; checked for its shape only.
+      pixel_evidence: [m, K] positive evidence.
+    Returns:
+      Scalar, float32, nats, not divided by m.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      The original leaves p(y|z,x) open; this factorised form is ours.
+    """
+    labels, _ = _checked(labels, tags)
+    check_shape("pixel_evidence", pixel_evidence, labels.shape, "evidence and labels lie on the same grid")
+    return jnp.sum(jnp.log(jnp.maximum(jnp.sum(labels * promote_float(pixel_evidence), axis=1), _TINY**2)))
+
+
+TAG_LIKELIHOODS = {
+    "area": area,
+    "gwrp": gwrp,
+    "log_mean_exp": log_mean_exp,
+    "max_pool": max_pool,
+    "noisy_or": noisy_or,
+}
+IMAGE_LIKELIHOODS = {"evidence": evidence, "frozen_classifier": frozen_classifier}
