@@ -5,9 +5,10 @@
     RUN/best/STEP/      parameters with the best validation mIoU, one of them: params, record
     RUN/damaged/        states that could not be read back when the run was taken up again
 
-Arrays are saved as copies on the host under dotted names (`params.decoder.kernel`) with the sha256 of each in the
-record, and every restore checks them: a byte that changed on the disk is an error, not a slightly different mask.
-Since they come back as NumPy arrays and are then put where the new state lies, the number of devices may change.
+Arrays are saved as copies on the host under dotted names (`params.decoder.kernel`) with the sha256 of each in
+the record, and every restore checks them: a byte that changed on the disk is an error, not a slightly
+different mask. Since they come back as NumPy arrays and are then put where the new state lies, the number of
+devices may change.
 """
 
 import base64
@@ -33,11 +34,11 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or description that is missing, damaged or of another model; the message names the folder."""
+    """A checkpoint or description that is missing, damaged or of another model; the message says where."""
 
 
 class Restored(NamedTuple):
-    """What `RunCheckpoints.restore_last` found: step number, state on the devices, state of the data iterator."""
+    """What `restore_last` found: number of the step, state on the devices, state of the data iterator."""
 
     step: int
     state: Any
@@ -47,9 +48,9 @@ class Restored(NamedTuple):
 class RunCheckpoints:
     """Saves and restores the training states of one run folder, in the background of training.
 
-    A state is any pytree of arrays (typed keys included) with `params` at its top, as a field or a key. Saving copies
-    it to the host first, so that its buffers may be donated to the next step. An interrupted save leaves the ones
-    before it untouched.
+    A state is any pytree of arrays (typed keys included) with `params` at its top, as a field or a key.
+    Saving copies it to the host first, so that its buffers may be donated to the next step. An interrupted
+    save leaves the ones before it untouched.
 
     Args:
       run_dir: folder of the run; made if it is not there.
@@ -72,7 +73,8 @@ class RunCheckpoints:
           state: pytree of arrays with `params` at its top.
           data_state: state of the data iterator, bytes or anything JSON can hold.
         Raises:
-          TypeError: if a leaf of the state is no array or an empty one, or data_state is neither bytes nor JSON.
+          TypeError: if a leaf of the state is no array or an empty one, or data_state is neither bytes nor
+            JSON.
           ValueError: if the state has no `params`.
         """
         params, rest = _split(_named_leaves(state))
@@ -93,8 +95,8 @@ class RunCheckpoints:
         """
         step, miou = int(step), float(miou)
         if not math.isfinite(miou):
-            raise ValueError(f"expected a finite mIoU at step {step}, got {miou}; check that the validation split "
-                             "has masks with pixels that are not void")
+            raise ValueError(f"expected a finite mIoU at step {step}, got {miou}; check that the validation "
+                             "split has masks with pixels that are not void")
         self._best.wait_until_finished()
         before = best_miou(self.run_dir)
         if before is not None and miou <= before:
@@ -105,11 +107,12 @@ class RunCheckpoints:
     def restore_last(self, like):
         """The newest training state that can be read, on the devices of `like`.
 
-        A damaged newer state is moved to RUN/damaged/ with a warning, so that training goes on from the one before.
+        A damaged newer state is moved to RUN/damaged/ with a warning, so that training goes on from the one
+        before.
 
         Args:
-          like: state of the same structure, shapes and dtypes, placed where the restored one shall be; its values
-            are not used. The devices need not be those of the saved run.
+          like: state of the same structure, shapes and dtypes, placed where the restored one shall be; its
+            values are not used. The devices need not be those of the saved run.
         Returns:
           Restored, or None if the run has saved no state yet.
         Raises:
@@ -130,8 +133,8 @@ class RunCheckpoints:
             return Restored(step, state, data_state)
         if damaged:
             reasons = "\n  ".join(str(error) for error in damaged.values())
-            raise CheckpointError(f"no training state in {self.run_dir / 'last'} can be read; restore the folder from "
-                                  f"a copy, or start again in a new one:\n  {reasons}")
+            raise CheckpointError(f"no training state in {self.run_dir / 'last'} can be read; restore the "
+                                  f"folder from a copy, or start again in a new one:\n  {reasons}")
         return None
 
     def wait(self):
@@ -210,9 +213,10 @@ def save_description(run_dir, description, *, may_differ=("training", "versions"
 
     Args:
       run_dir: folder of the run; made if it is not there.
-      description: dict that JSON can hold: network, class names, input size, preprocessing, sha256 of the pretrained
-        weights, library versions, training configuration.
-      may_differ: keys of the dict in which a run that is taken up again may differ from what was written before.
+      description: dict that JSON can hold: network, class names, input size, preprocessing, sha256 of the
+        pretrained weights, library versions, training configuration.
+      may_differ: keys of the dict in which a run that is taken up again may differ from what was written
+        before.
     Raises:
       CheckpointError: if the folder holds another model's description.
       TypeError: if JSON cannot hold the description.
@@ -221,15 +225,16 @@ def save_description(run_dir, description, *, may_differ=("training", "versions"
     try:
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise TypeError(f"expected a description of strings, finite numbers, lists and dicts, got one that JSON cannot "
-                        f"hold ({error}); convert configurations with .to_dict() and arrays with .tolist()") from error
+        raise TypeError(f"expected a description of strings, finite numbers, lists and dicts, got one that "
+                        f"JSON cannot hold ({error}); convert configurations with .to_dict() and arrays "
+                        "with .tolist()") from error
     if path.exists():
         old, new = load_description(run_dir), json.loads(text)
         changed = sorted(key for key in old.keys() | new.keys()
                          if key not in may_differ and old.get(key) != new.get(key))
         if changed:
-            raise CheckpointError(f"{path} belongs to another model: {', '.join(changed)} differ from this one; use a "
-                                  "new folder, or the settings this run was started with")
+            raise CheckpointError(f"{path} belongs to another model: {', '.join(changed)} differ from this "
+                                  "one; use a new folder, or the settings this run was started with")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
@@ -250,8 +255,8 @@ def load_description(run_dir):
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"expected a run folder with {DESCRIPTION_FILE}, got {path.parent} without it; give the "
-                              "--workdir of a training run") from error
+        raise CheckpointError(f"expected a run folder with {DESCRIPTION_FILE}, got {path.parent} without it; "
+                              "give the --workdir of a training run") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
     if not isinstance(description, dict):
@@ -292,8 +297,8 @@ def _named_leaves(tree):
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-            raise TypeError(f"expected arrays in the state, got {type(leaf).__name__} at {name!r}; keep counters as "
-                            "jnp arrays")
+            raise TypeError(f"expected arrays in the state, got {type(leaf).__name__} at {name!r}; keep "
+                            "counters as jnp arrays")
         if leaf.size == 0:
             raise TypeError(f"expected arrays with values in the state, got the empty one {name!r} of shape "
                             f"{leaf.shape}, which cannot be saved; leave it out of the state")
@@ -301,7 +306,7 @@ def _named_leaves(tree):
             leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
             leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
         if name in leaves:
-            raise ValueError(f"expected different names for all leaves, got {name!r} twice; avoid dots in keys")
+            raise ValueError(f"expected a name for each leaf, got {name!r} twice; avoid dots in keys")
         leaves[name] = np.array(leaf)
     return leaves
 
@@ -369,16 +374,18 @@ def _best_step(run_dir, steps):
 def _read_record(folder):
     """The record of one step, checked."""
     if not (folder / "record").is_dir():
-        raise CheckpointError(f"{folder} is incomplete: it has no record; restore it from a copy or remove it")
+        raise CheckpointError(f"{folder} is incomplete: it has no record; "
+                              "restore it from a copy or remove it")
     try:
         record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "record")
         intact = record["sha256_of_record"] == _record_digest(record) and str(record["step"]) == folder.name
     except Exception as error:  # whatever orbax meets in damaged files, of any type
         raise CheckpointError(f"{folder / 'record'} is damaged and cannot be read "
-                              f"({type(error).__name__}); restore it from a copy or remove {folder}") from error
+                              f"({type(error).__name__}); restore it from a copy or remove {folder}"
+                              ) from error
     if not intact:
-        raise CheckpointError(f"{folder / 'record'} is damaged: its content does not match its checksum or the number "
-                              f"of its step; restore it from a copy or remove {folder}")
+        raise CheckpointError(f"{folder / 'record'} is damaged: its content does not match its checksum or "
+                              f"the number of its step; restore it from a copy or remove {folder}")
     return record
 
 
@@ -406,8 +413,8 @@ def _read_arrays(folder, digests):
                               f"{str(error)[:200]}); {advice}") from error
     wrong = sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name))
     if wrong:
-        raise CheckpointError(f"{folder} is damaged: {len(wrong)} of {len(digests)} arrays do not match their sha256, "
-                              f"the first is {wrong[0]!r}; {advice}")
+        raise CheckpointError(f"{folder} is damaged: {len(wrong)} of {len(digests)} arrays do not match "
+                              f"their sha256, the first is {wrong[0]!r}; {advice}")
     return leaves
 
 
@@ -418,16 +425,17 @@ def _placed_like(like, arrays, folder):
     advice = "resume with the configuration this run was started with, or use a new folder"
     if wanted.keys() != arrays.keys():
         missing, extra = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
-        raise CheckpointError(f"{folder} belongs to another model or optimiser: it lacks {missing[:3]} and has "
-                              f"{extra[:3]} besides; {advice}")
+        raise CheckpointError(f"{folder} belongs to another model or optimiser: it lacks {missing[:3]} and "
+                              f"has {extra[:3]} besides; {advice}")
     placed = []
     for name, leaf in wanted.items():
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         target = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
         array = arrays[name]
         if (array.shape, array.dtype) != (target.shape, target.dtype):
-            raise CheckpointError(f"{folder} belongs to another model: expected {name!r} of shape {target.shape} and "
-                                  f"dtype {target.dtype}, got {array.shape} and {array.dtype}; {advice}")
+            raise CheckpointError(f"{folder} belongs to another model: expected {name!r} of shape "
+                                  f"{target.shape} and dtype {target.dtype}, got {array.shape} "
+                                  f"and {array.dtype}; {advice}")
         placed.append(_on_devices(leaf, array, is_key))
     return jax.tree_util.tree_unflatten(structure, placed)
 
@@ -448,11 +456,12 @@ def _encode_data_state(data_state):
     try:
         return {"json": json.loads(json.dumps(data_state, allow_nan=False))}
     except (TypeError, ValueError) as error:
-        raise TypeError(f"expected bytes or JSON as data_state, got {type(data_state).__name__} ({error})") from error
+        raise TypeError(f"expected bytes or JSON as data_state, got "
+                        f"{type(data_state).__name__} ({error})") from error
 
 
 def _decode_data_state(stored, folder):
     try:
         return base64.b64decode(stored["base64"], validate=True) if "base64" in stored else stored["json"]
     except (KeyError, TypeError, binascii.Error) as error:
-        raise CheckpointError(f"{folder / 'record'} holds no state of the data iterator that can be read") from error
+        raise CheckpointError(f"{folder / 'record'} holds no readable state of the data iterator") from error

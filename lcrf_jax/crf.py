@@ -6,19 +6,120 @@ pair once. Everything here takes its kernel either as a dense matrix [m, m] or a
 * `apply(values [m, K]) -> [m, K]`: the kernel times the values, self-pairs left out, and
 * `apply_symmetric(values)`: the same with its symmetric part (K + K^T) / 2,
 
-such as `lcrf_jax.lattice.ImageKernel`. A dense matrix may have anything on its diagonal: it is ignored.
+such as `ImageKernel`. A dense matrix may have anything on its diagonal: it is ignored.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lcrf_jax.kernels import gaussian_taps, guide_features, separable_filter
+from lcrf_jax.lattice import Lattice, apply_lattice, build_lattice, lattice_diagonal
 from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
 
-__all__ = ["filter_symmetric", "filter_with", "kl_to_prior", "mean_field", "pairwise_energy"]
+__all__ = [
+    "ImageKernel",
+    "filter_symmetric",
+    "filter_with",
+    "image_kernel",
+    "kl_to_prior",
+    "mean_field",
+    "pairwise_energy",
+    "refine",
+]
 
 _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
+
+
+class ImageKernel(NamedTuple):
+    """The pairwise kernel of one image, k_ij of `lcrf_jax.kernels` with symmetric normalisation, as fast filters.
+
+    Made by `image_kernel`; everything here takes it in place of a matrix. The two weights may be replaced, also
+    by traced values, without building anything again.
+
+    Attributes:
+      lattice: the bilateral Gaussian.
+      bilateral_weight: w1.
+      bilateral_scale: [m] D^-1/2 of the bilateral Gaussian.
+      bilateral_diagonal: [m] its self-pairs after normalisation.
+      gaussian_taps: [2 r + 1] the spatial Gaussian in one dimension.
+      gaussian_weight: w2.
+      gaussian_scale: [H, W] D^-1/2 of the spatial Gaussian.
+    """
+
+    lattice: Lattice
+    bilateral_weight: jax.Array
+    bilateral_scale: jax.Array
+    bilateral_diagonal: jax.Array
+    gaussian_taps: jax.Array
+    gaussian_weight: jax.Array
+    gaussian_scale: jax.Array
+
+    def apply(self, values):
+        """The kernel times values [m, K], self-pairs left out; not quite symmetric, as the lattice is not."""
+        return self._applied(values, symmetric=False)
+
+    def apply_symmetric(self, values):
+        """The symmetric part of the kernel times values [m, K], self-pairs left out."""
+        return self._applied(values, symmetric=True)
+
+    def _applied(self, values, symmetric):
+        height, width = self.gaussian_scale.shape
+        num_pixels, channels = check_shape("values", values, (height * width, "K"), _ONE_SET)
+        values = promote_float(values)
+        scale = self.bilateral_scale[:, None]
+        bilateral = scale * apply_lattice(self.lattice, scale * values, symmetric=symmetric)
+        bilateral = bilateral - self.bilateral_diagonal[:, None] * values
+        scale = self.gaussian_scale[:, :, None]
+        grid = values.reshape(height, width, channels)
+        gaussian = scale * (separable_filter(scale * grid, self.gaussian_taps) - scale * grid)
+        return self.bilateral_weight * bilateral + self.gaussian_weight * gaussian.reshape(num_pixels, channels)
+
+
+def image_kernel(image, params, *, capacity=None):
+    r"""The pairwise kernel of the dense CRF as fast filters, for images of any size.
+
+    .. math:: K = w_1 D_1^{-1/2} K_{bilateral} D_1^{-1/2} + w_2 D_2^{-1/2} K_{spatial} D_2^{-1/2}, \qquad k_{ii} = 0
+
+    The same convention as `dense_kernel(image, params, normalisation='symmetric')`, which it approximates: row sums D
+    are the filter's own and include the self-pair; the diagonal is removed last. A lattice that overflowed would be
+    silently wrong, so everything this kernel touches is NaN then.
+
+    Args:
+      image: [H, W, C] colours in 0..255.
+      params: `KernelParams` for this grid; `gaussian_position_width` a Python number.
+      capacity: static number of lattice vertices; None is `default_capacity(H * W, 2 + C)`.
+    Returns:
+      An `ImageKernel`; `lattice_overflowed(kernel.lattice)` tells whether the capacity sufficed.
+    Raises:
+      ValueError: if `image` is not [H, W, C] or a width is not positive.
+      TypeError: if `gaussian_position_width` is not a Python number.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3; Adams, Baek and Davis 2010.
+    """
+    guide = guide_features(
+        image,
+        position_width=params.bilateral_position_width,
+        colour_width=params.bilateral_colour_width,
+    )
+    lattice = build_lattice(guide, capacity)
+    row_sums = apply_lattice(lattice, jnp.ones((len(guide), 1), guide.dtype))[:, 0]
+    row_sums = jnp.where(lattice.num_vertices > lattice.neighbours.shape[-1], jnp.nan, row_sums)
+    bilateral_scale = jax.lax.rsqrt(row_sums)
+
+    taps = jnp.asarray(gaussian_taps(params.gaussian_position_width), guide.dtype)
+    gaussian_sums = separable_filter(jnp.ones((*image.shape[:2], 1), guide.dtype), taps)[:, :, 0]
+    return ImageKernel(
+        lattice=lattice,
+        bilateral_weight=jnp.asarray(params.bilateral_weight, guide.dtype),
+        bilateral_scale=bilateral_scale,
+        bilateral_diagonal=lattice_diagonal(lattice) * bilateral_scale**2,
+        gaussian_taps=taps,
+        gaussian_weight=jnp.asarray(params.gaussian_weight, guide.dtype),
+        gaussian_scale=jax.lax.rsqrt(gaussian_sums),
+    )
 
 
 def _dense_product(kernel, values):
@@ -197,3 +298,32 @@ def mean_field(unary_logits, kernel, *, num_iterations=10, compatibility=None):
         return jax.nn.log_softmax(unary_logits - _times_compatibility(filtered, compatibility), axis=-1)
 
     return jax.lax.fori_loop(0, num_iterations, updated, jax.nn.log_softmax(unary_logits, axis=-1))
+
+
+def refine(image, logits, params, *, num_iterations=10, capacity=None):
+    """Mean field of the dense CRF on an image at its own size, with a network's output as the unary.
+
+    Builds `image_kernel` (symmetric normalisation, self-pairs left out, Potts) and runs `mean_field`
+    on it. All shapes are static: one compilation for each image size. Jit it with `params` closed over or static.
+
+    Args:
+      image: [H, W, C] colours in 0..255, any real dtype; an image in 0..1 has to be multiplied by 255 first.
+      logits: [H, W, K] unnormalised log-probabilities at the size of the image.
+      params: `KernelParams` in pixels of this image.
+      num_iterations: static number of mean-field updates.
+      capacity: static number of lattice vertices; None is `lcrf_jax.lattice.default_capacity`.
+    Returns:
+      [H, W, K] log-probabilities. Every one is NaN if the image needed more lattice vertices than the capacity, which
+      takes strong noise or very small widths; `capacity=H * W * (C + 3)` is always enough.
+    Raises:
+      ValueError: if image and logits are not of one size, or a width or number is out of range.
+    References:
+      Krahenbuhl and Koltun 2011, algorithm 1.
+    """
+    height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
+    remedy = "resize the logits to the image, height first, classes last"
+    num_classes = check_shape("logits", logits, (height, width, "K"), remedy)[-1]
+    kernel = image_kernel(image, params, capacity=capacity)
+    unary_logits = promote_float(logits).reshape(height * width, num_classes)
+    log_probs = mean_field(unary_logits, kernel, num_iterations=num_iterations)
+    return log_probs.reshape(height, width, num_classes)

@@ -15,7 +15,7 @@ from lcrf_jax.crf import pairwise_energy
 from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
 from lcrf_jax.sampling import gumbel_softmax
 
-__all__ = ["ElboTerms", "elbo", "gumbel_softmax_likelihood", "mean_likelihood"]
+__all__ = ["ESTIMATORS", "ElboTerms", "elbo", "gumbel_softmax_likelihood", "mean_likelihood"]
 
 
 class ElboTerms(NamedTuple):
@@ -85,6 +85,9 @@ def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples
     """
     del key, temperature, num_samples
     return log_likelihood(jax.nn.softmax(promote_float(logits), axis=-1))
+
+
+ESTIMATORS = {"gumbel_softmax": gumbel_softmax_likelihood, "mean": mean_likelihood}
 
 
 def elbo(key, logits, kernel, log_likelihood, *, estimator=gumbel_softmax_likelihood, compatibility=None, log_partition=0.0):

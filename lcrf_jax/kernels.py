@@ -15,25 +15,32 @@ with p the pixel's position and I its colour. Conventions, the same everywhere i
 """
 
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
 __all__ = [
-    "KernelParams",
     "NORMALISATIONS",
+    "KernelParams",
     "dense_kernel",
     "filter_exact",
     "gaussian_kernel",
+    "gaussian_taps",
     "guide_features",
     "position_features",
     "scaled",
+    "separable_filter",
 ]
 
 _ONE_IMAGE = "pass one image as [height, width, channels]; for a batch use jax.vmap"
+# The Gaussian at four widths is 3e-4 of its peak; what lies beyond is left out.
+_TRUNCATION = 4.0
+_TAP_GROUP = 9
 _WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
 
 
@@ -238,3 +245,73 @@ def filter_exact(features, values, *, block_size=None):
 
     blocks = jax.lax.map(filtered, padded.reshape(num_blocks, rows, dimensions))
     return blocks.reshape(num_blocks * rows, -1)[:num_pixels]
+
+
+def gaussian_taps(width):
+    """The Gaussian at whole pixels in one dimension, cut off at four widths.
+
+    Args:
+      width: standard deviation in pixels, a Python number > 0; it sets the number of taps, so it has to be static.
+    Returns:
+      [2 r + 1] NumPy array, r = ceil(4 width), with 1 in the middle.
+    Raises:
+      TypeError: if the width is not a Python number, but traced, say.
+      ValueError: if it is not positive.
+    References:
+      None.
+    """
+    if not isinstance(width, numbers.Real):
+        raise TypeError(
+            f"width: expected a Python number, got {type(width).__name__}; it sets the size of the filter, so close "
+            "over the kernel parameters or pass them through static_argnums"
+        )
+    check_number("width", width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
+    radius = math.ceil(_TRUNCATION * width)
+    return np.exp(-0.5 * (np.arange(-radius, radius + 1) / width) ** 2)
+
+
+def separable_filter(values, taps):
+    r"""The weighted sum over a grid, in one direction after the other.
+
+    .. math:: v'_{rc} = \sum_{s,t} h_s h_t\, v_{r+s,\,c+t}
+
+    With `gaussian_taps` this is the Gaussian over positions, for a time linear in pixels and taps. Nothing lies beyond
+    the border: pixels there have smaller row sums. Not normalised; the self-pair is part of the sum.
+
+    Args:
+      values: [H, W, K] values on the grid.
+      taps: [2 r + 1] weights h, the middle one for the pixel itself.
+    Returns:
+      [H, W, K] filtered values.
+    Raises:
+      ValueError: if `values` is not [H, W, K] or the number of taps is even.
+    References:
+      None.
+    """
+    height, width, channels = check_shape("values", values, ("H", "W", "K"), "give a grid with channels last")
+    (num_taps,) = check_shape("taps", taps, ("2r+1",), "give the weights as one row")
+    if num_taps % 2 == 0:
+        raise ValueError(f"taps: expected an odd number of weights, got {num_taps}; the middle one is the pixel's own")
+    values = promote_float(values)
+    taps = jnp.asarray(taps, values.dtype)
+    down = _shifted_sum(values.reshape(height, width * channels), taps).reshape(height, width, channels)
+    return jax.vmap(_shifted_sum, in_axes=(0, None))(down, taps)
+
+
+def _shifted_sum(values, taps):
+    """sum_t taps[t] values[i + t - radius] along the first axis, zero outside."""
+    size = values.shape[0]
+    radius = len(taps) // 2
+    # Groups of taps are one pass over memory each; the last is filled up with taps of 0.
+    num_groups = math.ceil(len(taps) / _TAP_GROUP)
+    missing = num_groups * _TAP_GROUP - len(taps)
+    taps = jnp.pad(taps, (0, missing))
+    padded = jnp.pad(values, ((radius, radius + missing), *((0, 0),) * (values.ndim - 1)))
+
+    def add_group(group, total):
+        for t in range(_TAP_GROUP):
+            tap = group * _TAP_GROUP + t
+            total = total + taps[tap] * jax.lax.dynamic_slice_in_dim(padded, tap, size)
+        return total
+
+    return jax.lax.fori_loop(0, num_groups, add_group, jnp.zeros_like(values))

@@ -1,7 +1,6 @@
-r"""Fast Gaussian filters with static shapes: the permutohedral lattice and the separable spatial Gaussian.
+"""The permutohedral lattice: a fast approximate Gaussian filter for images too large for the exact one.
 
-`image_kernel` puts both together to the pairwise kernel of `lcrf_jax.kernels` for images too large for the exact
-form. What depends on the image alone is built once, as a NamedTuple of arrays, and can be applied any number of times.
+What depends on the image alone is built once, as a NamedTuple of arrays, and can be applied any number of times.
 
 The permutohedral lattice (Adams, Baek and Davis 2010) spreads every pixel over the d + 1 corners of the simplex of a
 lattice in feature space that holds it (splat), convolves the lattice along d + 1 directions with (1/2, 1, 1/2) (blur),
@@ -13,35 +12,27 @@ all the mass on them; `lattice_overflowed` tells, outside jit, whether that happ
 """
 
 import math
-import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.kernels import guide_features
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
 __all__ = [
-    "ImageKernel",
     "Lattice",
     "apply_lattice",
     "build_lattice",
     "default_capacity",
-    "image_kernel",
     "lattice_diagonal",
     "lattice_overflowed",
-    "spatial_gaussian",
 ]
 
 _FLATTEN = "flatten the pixels to one axis, channels last"
 _NUM_PROBES = 64
 _BLUR_BLOCK = 4096
 _EMPTY = np.int32(2**31 - 1)
-# The Gaussian at 4 widths is 3e-4; what lies beyond is left out.
-_TRUNCATION = 4.0
-_TAP_GROUP = 9
 
 
 class Lattice(NamedTuple):
@@ -61,16 +52,17 @@ class Lattice(NamedTuple):
 
 
 def default_capacity(num_pixels, num_features):
-    """Vertices to provide for: every pixel's simplex of its own, at most one new vertex per pixel.
+    """Vertices to provide for: one per pixel, but at least 65,536, and never more than can be needed.
 
-    d + 1 vertices a pixel is the hard upper bound, reached only if no two pixels share a simplex's corner. Photographs
-    with the usual widths (80 px, 13 colour units) need 0.02 to 0.4 a pixel; one per pixel leaves room for noise.
+    d + 1 vertices a pixel is the hard upper bound, reached only if no two pixels share a corner; below about 11,000
+    pixels with five features it is provided for. Photographs of 320x240 pixels need .08 vertices a pixel at widths of
+    80 pixels and 13 colour units (.21 at most in a sample of 20), .47 at 80 and 5 (1.2 at most).
 
     Args:
       num_pixels: m.
       num_features: d.
     Returns:
-      Number of vertices, a static int: m, but at least 1024 and at most m (d + 1).
+      Number of vertices, a static int.
     Raises:
       ValueError: if a number is smaller than 1.
     References:
@@ -78,7 +70,7 @@ def default_capacity(num_pixels, num_features):
     """
     check_number("num_pixels", num_pixels, minimum=1, remedy="give the number of rows of the features")
     check_number("num_features", num_features, minimum=1, remedy="give the number of columns of the features")
-    return min(num_pixels * (num_features + 1), max(num_pixels, 1024))
+    return min(num_pixels * (num_features + 1), max(num_pixels, 2**16))
 
 
 def lattice_overflowed(lattice):
@@ -164,7 +156,8 @@ def _inserted(fingerprints, capacity):
     def probe(state):
         owners, slots, unresolved, number = state
         candidates = _slot(fingerprints, number, table_bits)
-        claims = jnp.full_like(owners, _EMPTY).at[jnp.where(unresolved, candidates, num_slots)].min(entries, mode="drop")
+        claimed = jnp.where(unresolved, candidates, num_slots)
+        claims = jnp.full_like(owners, _EMPTY).at[claimed].min(entries, mode="drop")
         owners = jnp.where(owners == _EMPTY, claims, owners)
         owner = jnp.where(unresolved, owners[candidates], 0)
         found = unresolved & (first[owner] == first) & (second[owner] == second)
@@ -196,8 +189,9 @@ def _looked_up(table, fingerprints, capacity):
         slots = _slot(fingerprints, number, table_bits)
         entry = table.vertex[slots]
         # An empty slot ends the search; so does a vertex dropped for lack of room, which has the same id.
-        match = (table.first[slots] == fingerprints[0]) & (table.second[slots] == fingerprints[1]) & (entry < capacity)
-        return jnp.where(searching & match, entry, vertices), searching & ~match & (entry < capacity), number + 1
+        taken = entry < capacity
+        match = taken & (table.first[slots] == fingerprints[0]) & (table.second[slots] == fingerprints[1])
+        return jnp.where(searching & match, entry, vertices), searching & ~match & taken, number + 1
 
     def unfinished(state):
         return jnp.any(state[1]) & (state[2] < _NUM_PROBES)
@@ -312,7 +306,10 @@ def _filtered_both_ways(lattice, values):
 def _linear_with_transpose(function, transpose):
     """A filter linear in its values, whose derivative in them is another filter; none in the lattice."""
     linear = jax.custom_vjp(function)
-    linear.defvjp(lambda lattice, values: (function(lattice, values), lattice), lambda lattice, g: (None, transpose(lattice, g)))
+    linear.defvjp(
+        lambda lattice, values: (function(lattice, values), lattice),
+        lambda lattice, cotangent: (None, transpose(lattice, cotangent)),
+    )
     return linear
 
 
@@ -368,148 +365,3 @@ def lattice_diagonal(lattice):
     connection = 2.0**-steps + np.where(steps == 0, 2.0**-corners, 0) + 2.0 ** (steps - corners)
     weights = jnp.where(lattice.vertices < lattice.neighbours.shape[-1], lattice.weights, 0)
     return _mass_correction(corners - 1) * jnp.einsum("km,kl,lm->m", weights, connection.astype(weights.dtype), weights)
-
-
-def _gaussian_taps(width):
-    if not isinstance(width, numbers.Real):
-        raise ValueError(
-            f"width: expected a Python number, got {type(width).__name__}; it sets the size of the filter, so close "
-            "over the kernel parameters or pass them through static_argnums"
-        )
-    check_number("width", width, minimum=0, strict=True, remedy="use a width in pixels")
-    radius = max(1, math.ceil(_TRUNCATION * width))
-    return np.exp(-0.5 * (np.arange(-radius, radius + 1) / width) ** 2)
-
-
-def _shifted_sum(values, taps):
-    """sum_t taps[t] values[i + t - radius] along the first axis, zero outside."""
-    size = values.shape[0]
-    radius = len(taps) // 2
-    # Groups of taps are one pass over memory each; the last is filled up with taps of 0.
-    num_groups = math.ceil(len(taps) / _TAP_GROUP)
-    missing = num_groups * _TAP_GROUP - len(taps)
-    taps = jnp.pad(taps, (0, missing))
-    padded = jnp.pad(values, ((radius, radius + missing), *((0, 0),) * (values.ndim - 1)))
-
-    def add_group(group, total):
-        for t in range(_TAP_GROUP):
-            tap = group * _TAP_GROUP + t
-            total = total + taps[tap] * jax.lax.dynamic_slice_in_dim(padded, tap, size)
-        return total
-
-    return jax.lax.fori_loop(0, num_groups, add_group, jnp.zeros_like(values))
-
-
-def _separable_sum(values, taps):
-    height, width, channels = values.shape
-    taps = jnp.asarray(taps, values.dtype)
-    down = _shifted_sum(values.reshape(height, width * channels), taps).reshape(height, width, channels)
-    return jax.vmap(_shifted_sum, in_axes=(0, None))(down, taps)
-
-
-def spatial_gaussian(values, width):
-    r"""The Gaussian-weighted sum over a grid, as two one-dimensional ones, cut off at four widths.
-
-    .. math:: v'_i = \sum_j \exp(-|p_i - p_j|^2 / 2 s^2)\, v_j
-
-    Nothing lies beyond the border: pixels there have smaller row sums. The self-pair has weight 1. Not normalised.
-
-    Args:
-      values: [H, W, K] values on the grid.
-      width: s, standard deviation in pixels of this grid, a Python number > 0.
-    Returns:
-      [H, W, K] filtered values.
-    Raises:
-      ValueError: if `values` is not [H, W, K] or the width is not a positive Python number.
-    References:
-      None.
-    """
-    check_shape("values", values, ("H", "W", "K"), "give a grid with channels last")
-    return _separable_sum(promote_float(values), _gaussian_taps(width))
-
-
-class ImageKernel(NamedTuple):
-    """The pairwise kernel of one image, k_ij of `lcrf_jax.kernels` with symmetric normalisation, as fast filters.
-
-    Made by `image_kernel`; `lcrf_jax.crf` takes it wherever it takes a matrix. The two weights may be replaced, also
-    by traced values, without building anything again.
-
-    Attributes:
-      lattice: the bilateral Gaussian.
-      bilateral_weight: w1.
-      bilateral_scale: [m] D^-1/2 of the bilateral Gaussian.
-      bilateral_diagonal: [m] its self-pairs after normalisation.
-      gaussian_taps: [2 r + 1] the spatial Gaussian in one dimension.
-      gaussian_weight: w2.
-      gaussian_scale: [H, W] D^-1/2 of the spatial Gaussian.
-    """
-
-    lattice: Lattice
-    bilateral_weight: jax.Array
-    bilateral_scale: jax.Array
-    bilateral_diagonal: jax.Array
-    gaussian_taps: jax.Array
-    gaussian_weight: jax.Array
-    gaussian_scale: jax.Array
-
-    def apply(self, values):
-        """The kernel times values [m, K], self-pairs left out; not quite symmetric, as the lattice is not."""
-        return self._applied(values, symmetric=False)
-
-    def apply_symmetric(self, values):
-        """The symmetric part of the kernel times values [m, K], self-pairs left out."""
-        return self._applied(values, symmetric=True)
-
-    def _applied(self, values, symmetric):
-        height, width = self.gaussian_scale.shape
-        num_pixels, channels = check_shape("values", values, (height * width, "K"), _FLATTEN)
-        scale = self.bilateral_scale[:, None]
-        bilateral = scale * apply_lattice(self.lattice, scale * values, symmetric=symmetric)
-        bilateral = bilateral - self.bilateral_diagonal[:, None] * values
-        scale = self.gaussian_scale[:, :, None]
-        grid = values.reshape(height, width, channels)
-        gaussian = scale * (_separable_sum(scale * grid, self.gaussian_taps) - scale * grid)
-        return self.bilateral_weight * bilateral + self.gaussian_weight * gaussian.reshape(num_pixels, channels)
-
-
-def image_kernel(image, params, *, capacity=None):
-    r"""The pairwise kernel of the dense CRF as fast filters, for images of any size.
-
-    .. math:: K = w_1 D_1^{-1/2} K_{bilateral} D_1^{-1/2} + w_2 D_2^{-1/2} K_{spatial} D_2^{-1/2}, \qquad k_{ii} = 0
-
-    The same convention as `dense_kernel(image, params, normalisation='symmetric')`, which it approximates: row sums D
-    are the filter's own and include the self-pair; the diagonal is removed last. A lattice that overflowed would be
-    silently wrong, so everything this kernel touches is NaN then.
-
-    Args:
-      image: [H, W, C] colours in 0..255.
-      params: `KernelParams` for this grid; `gaussian_position_width` a Python number.
-      capacity: static number of lattice vertices; None is `default_capacity(H * W, 2 + C)`.
-    Returns:
-      An `ImageKernel`; `lattice_overflowed(kernel.lattice)` tells whether the capacity sufficed.
-    Raises:
-      ValueError: if `image` is not [H, W, C], or a width is not positive or not a Python number where it has to be.
-    References:
-      Krahenbuhl and Koltun 2011, eq. 3; Adams, Baek and Davis 2010.
-    """
-    guide = guide_features(
-        image,
-        position_width=params.bilateral_position_width,
-        colour_width=params.bilateral_colour_width,
-    )
-    lattice = build_lattice(guide, capacity)
-    row_sums = apply_lattice(lattice, jnp.ones((len(guide), 1), guide.dtype))[:, 0]
-    row_sums = jnp.where(lattice.num_vertices > lattice.neighbours.shape[-1], jnp.nan, row_sums)
-    bilateral_scale = jax.lax.rsqrt(row_sums)
-
-    taps = jnp.asarray(_gaussian_taps(params.gaussian_position_width), guide.dtype)
-    gaussian_sums = _separable_sum(jnp.ones((*image.shape[:2], 1), guide.dtype), taps)[:, :, 0]
-    return ImageKernel(
-        lattice=lattice,
-        bilateral_weight=jnp.asarray(params.bilateral_weight, guide.dtype),
-        bilateral_scale=bilateral_scale,
-        bilateral_diagonal=lattice_diagonal(lattice) * bilateral_scale**2,
-        gaussian_taps=taps,
-        gaussian_weight=jnp.asarray(params.gaussian_weight, guide.dtype),
-        gaussian_scale=jax.lax.rsqrt(gaussian_sums),
-    )

@@ -17,20 +17,22 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends scalars to RUN/metrics.jsonl and to TensorBoard files in RUN/tensorboard/.
 
-    One line of JSON for each call of `write`: {"step": 7, "time": 1700000000.0, "train/loss": 0.5}; a value that is
-    not finite is written as null, since JSON has no NaN. A line cut short by a crash is ended when the run is taken
-    up again, and lines of steps that the resumed run will repeat are removed, so that each step stands once.
+    One line of JSON for each call of `write`: {"step": 7, "time": 1700000000.0, "train/loss": 0.5}; a value
+    that is not finite is written as null, since JSON has no NaN. A line cut short by a crash is ended when
+    the run is taken up again, and lines of steps that the resumed run will repeat are removed, so that each
+    step stands once.
 
     Args:
       run_dir: folder of the run; made if it is not there.
-      resume_step: first step the run will write again; lines at or after it are dropped. None keeps all of them.
+      resume_step: first step the run will write again; lines at or after it are dropped. None keeps all of
+        them.
     """
 
     def __init__(self, run_dir, *, resume_step=None):
         self.path = pathlib.Path(run_dir) / METRICS_FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_lines(self.path, resume_step)
-        self._lines = open(self.path, "a", encoding="utf-8")
+        self._lines = self.path.open("a", encoding="utf-8")
         purge = None if resume_step is None else int(resume_step)
         self._board = tensorboardX.SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
 
@@ -39,8 +41,8 @@ class MetricsWriter:
 
         Args:
           step: number of the training step, >= 0.
-          metrics: dict from name to a scalar: Python number, or array of one element on host or device. A slash in
-            a name groups it: "train/loss", "val/miou".
+          metrics: dict from name to a scalar: Python number, or array of one element on host or device. A
+            slash in a name groups it: "train/loss", "val/miou".
         Raises:
           ValueError: if a value is not a scalar, or a name is "step" or "time".
         """
@@ -70,8 +72,8 @@ def metrics_history(run_dir):
     Args:
       run_dir: folder of the run.
     Returns:
-      List of dicts, one for each line in order, with "step", "time" and the metrics; null comes back as NaN. A last
-      line that was cut short is left out. Empty if nothing was written yet.
+      List of dicts, one for each line in order, with "step", "time" and the metrics; null comes back as NaN.
+      A last line that was cut short is left out. Empty if nothing was written yet.
     Raises:
       ValueError: if a line before the last one is not JSON.
     """
@@ -103,8 +105,8 @@ class Progress:
         self._num_images, self._terms, self._printed_step = 0, "", None
         self._bar = None
         if self._stream.isatty():
-            self._bar = tqdm.tqdm(total=num_steps, initial=first_step, desc=title, file=self._stream, unit="step",
-                                  dynamic_ncols=True,
+            self._bar = tqdm.tqdm(total=num_steps, initial=first_step, desc=title, file=self._stream,
+                                  unit="step", dynamic_ncols=True,
                                   bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
                                              "[{elapsed}<{remaining}]{postfix}")
 
@@ -113,8 +115,8 @@ class Progress:
 
         Args:
           num_images: images of this step, over all devices.
-          metrics: dict of scalars to show, already on the host; None shows the last ones again, so that a step need
-            not wait for its values.
+          metrics: dict of scalars to show, already on the host; None shows the last ones again, so that a
+            step need not wait for its values.
         """
         self._step += 1
         self._num_images += num_images
@@ -162,11 +164,11 @@ class Progress:
 def _scalar(name, value):
     """A Python float of a number or of an array of one element."""
     if name in ("step", "time"):
-        raise ValueError(f"expected another name than {name!r}, which every line has already; rename the metric")
+        raise ValueError(f"expected another name than {name!r}, which every line has; rename the metric")
     array = np.asarray(value)
     if array.size != 1:
-        raise ValueError(f"expected a scalar for {name!r}, got shape {array.shape}; write its mean, or each of its "
-                         "values under a name of its own")
+        raise ValueError(f"expected a scalar for {name!r}, got shape {array.shape}; write its mean, or each "
+                         "of its values under a name of its own")
     return float(array.reshape(()).astype(np.float64))
 
 
@@ -179,7 +181,8 @@ def _records(path):
         except json.JSONDecodeError as error:
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number}: expected JSON, got {text[:60]!r}; remove the line") from error
+            raise ValueError(f"{path}, line {number}: expected JSON, got {text[:60]!r}; remove the line"
+                             ) from error
         yield text, {name: math.nan if value is None else value for name, value in record.items()}
 
 

@@ -300,3 +300,15 @@ def test_files_that_are_not_images(tmp_path):
 def test_index_out_of_range_names_the_split(folder):
     with pytest.raises(IndexError, match="2 images of .*val"):
         FolderSource(folder, "val")[2]
+
+
+@pytest.mark.photographs
+def test_real_photographs(voc_animals):
+    source = FolderSource(voc_animals, "val", masks=True)
+    assert len(source) > 100 and len(source.class_names) == 7
+    for i in range(0, len(source), 10):
+        example = source[i]
+        assert example.image.shape == (*example.mask.shape, 3)
+        present = np.setdiff1d(np.unique(example.mask), [0, 255])
+        np.testing.assert_array_equal(present, 1 + np.flatnonzero(example.tags[1:]))
+    assert FolderSource(voc_animals, "train")[0].mask is None

@@ -134,14 +134,16 @@ def _place(
 ) -> Body | None:
     """A new body that leaves every earlier one visible, or None where none was found."""
     areas = [int((body.cover > 0.5).sum()) for body in bodies]
-    largest = 0.52 - 0.045 * (num_bodies - 1)
+    largest = 0.6 - 0.05 * (num_bodies - 1)
     for _ in range(12):
-        diameter = size * rng.uniform(0.3, largest)
+        diameter = size * rng.uniform(0.33, largest)
         cover, rim = _shape(rng, diameter)
         height, width = cover.shape
         if height > size or width > size:
             continue
         emblem = _emblem(rng, label, cover, size) if label else None
+        if label and emblem is None:
+            continue
         for _ in range(4):
             top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
             body = Body(top, left, cover, rim, emblem)
@@ -187,7 +189,7 @@ def _shape(rng: np.random.Generator, diameter: float) -> tuple[np.ndarray, np.nd
         radius = np.ones_like(angles)
         for order, scale in ((2, 0.16), (3, 0.12), (4, 0.07), (5, 0.05)):
             radius = radius + scale * rng.uniform(0.3, 1) * np.cos(order * angles + rng.uniform(0, 2 * np.pi))
-    stretch, turn = math.sqrt(rng.uniform(1, 1.5)), rng.uniform(0, 2 * np.pi)
+    stretch, turn = math.sqrt(rng.uniform(1, 2.2)), rng.uniform(0, 2 * np.pi)
     points = radius * np.exp(1j * angles)
     points = (points.real * stretch + 1j * points.imag / stretch) * np.exp(1j * turn)
     area = 0.5 * abs(np.sum(points.real * np.roll(points.imag, -1) - points.imag * np.roll(points.real, -1)))
@@ -205,23 +207,23 @@ def _shape(rng: np.random.Generator, diameter: float) -> tuple[np.ndarray, np.nd
 
 def _emblem(
     rng: np.random.Generator, label: int, cover: np.ndarray, size: int
-) -> tuple[int, int, np.ndarray]:
-    """An emblem of 15 to 25 % of the body's area, wholly inside it."""
+) -> tuple[int, int, np.ndarray] | None:
+    """An emblem of about 15 to 20 % of the body's area, wholly inside it; None where none fits."""
     area = float((cover > 0.5).sum())
-    side = max(math.sqrt(rng.uniform(0.16, 0.25) * area), size / 8)
+    side = max(math.sqrt(rng.uniform(0.15, 0.21) * area), size / 8)
     drawing = _draw_emblem(label, side, rng.uniform(-0.4, 0.4))
     extent = drawing.shape[0]
     ys, xs = np.nonzero(cover > 0.5)
     centre = ys.mean() - extent / 2, xs.mean() - extent / 2
     core = cover > 0.99
-    for reach in (0.3, 0.25, 0.2, 0.15, 0.1, 0.05, 0):
+    for reach in (0.45, 0.45, 0.4, 0.4, 0.35, 0.3, 0.2, 0.1, 0):
         offset = rng.uniform(-reach, reach, 2) * cover.shape
         top, left = (int(round(c + o)) for c, o in zip(centre, offset))
         if top < 0 or left < 0 or top + extent > cover.shape[0] or left + extent > cover.shape[1]:
             continue
         if core[top : top + extent, left : left + extent][drawing > 0.05].all():
-            break
-    return top, left, drawing
+            return top, left, drawing
+    return None
 
 
 def _draw_emblem(label: int, side: float, turn: float) -> np.ndarray:
@@ -259,8 +261,8 @@ def _draw_emblem(label: int, side: float, turn: float) -> np.ndarray:
         disc(0, 0, 1.0)
         disc(0, 0, 0.55, fill=0)
     elif name == "cross":
-        square(0, 0, 1.0, 0.3)
-        square(0, 0, 0.3, 1.0)
+        square(0, 0, 1.1, 0.2)
+        square(0, 0, 0.2, 1.1)
     elif name == "star":
         corners = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
         draw.polygon(

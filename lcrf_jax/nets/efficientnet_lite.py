@@ -119,14 +119,14 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 with taps at strides 4, 8, 16 and 32 and the 1280-channel head.
+    """EfficientNet-Lite0 with taps at strides 4, 8, 16 and 32, and the 1280-channel head.
 
     Attributes:
-      last_stride: 32 as published, or 16: the last two stages then keep the grid of stride 16 and use dilation 2, and the taps "s32" and "head"
-        lie on that finer grid.
+      last_stride: 32 as published, or 16: the last two stages then keep the grid of stride 16 and use dilation 2, and
+        the taps "s32" and "head" lie on that finer grid.
 
-    Call with [B, H, W, 3] preprocessed images (`preprocess`); H and W are best multiples of 32. Returns a dict from tap to array:
-    "s4": [B, H/4, W/4, 24], "s8": 40 channels, "s16": 112, "s32": 320, "head": [B, H/32, W/32, 1280].
+    Call with [B, H, W, 3] preprocessed images (`preprocess`); H and W are best multiples of 32. Returns a dict from
+    tap to array: "s4": [B, H/4, W/4, 24], "s8": 40 channels, "s16": 112, "s32": 320, "head": [B, H/32, W/32, 1280].
 
     References:
       Tan and Le 2019; the Lite variants of 2020 (no squeeze-excite, ReLU6, fixed stem and head).

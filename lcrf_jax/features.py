@@ -1,0 +1,250 @@
+"""Frozen features of a whole source: views for the decoder, class maps of the tag classifier (floor 5)."""
+
+import hashlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import reduce
+from PIL import Image
+
+from lcrf_jax.data.cache import cached_arrays
+from lcrf_jax.data.pipeline import stack_records
+from lcrf_jax.data.views import apply_view, sample_view
+from lcrf_jax.nets.tag_classifier import fit_tag_classifier
+
+
+def guide_image(images, stride):
+    """The colours that the pairwise kernel sees: every cell's mean.
+
+    Args:
+      images: [B, H, W, 3] RGB 0..255, H and W multiples of `stride`.
+      stride: pixels per cell.
+
+    Returns:
+      [B, H / stride, W / stride, 3] float32, 0..255.
+    """
+    return reduce(jnp.asarray(images, jnp.float32), "b (h i) (w j) c -> b h w c", "mean", i=stride, j=stride)
+
+
+def network_inputs(network, variables, images):
+    """All that training takes from the images: the taps of the frozen backbone and the guide of the kernel.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      images: [B, S, S, 3] RGB 0..255.
+
+    Returns:
+      dict from tap to [B, h, w, C] float32, and "guide" [B, h, w, 3] on the grid of the logits.
+    """
+    return {**network.features(variables, images), "guide": guide_image(images, network.stride)}
+
+
+def _batched(records, batch_size, progress):
+    """Batches of records in order, all of the same size (the last one padded), with the number of true rows."""
+    for start in range(0, len(records), batch_size):
+        rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+        count = len(rows)
+        yield count, stack_records(rows + rows[-1:] * (batch_size - count))
+        progress(count)
+
+
+def _fingerprint(source):
+    """Hash of what identifies a source's images, without reading them."""
+    return hashlib.sha256(repr(source.fingerprint).encode()).hexdigest()
+
+
+class CachedViews:
+    """The records of a `ViewDataset` with frozen features in place of images, kept on disk.
+
+    Records and their order are those of the views; instead of "image" they hold the taps (float16) and "guide" (uint8).
+
+    Args:
+      views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights_digest: sha256 of the backbone's weights.
+      directory: folder of the caches.
+      batch_size: images that pass the backbone at once.
+      progress: called with the number of images after each batch.
+    """
+
+    def __init__(self, views, network, variables, weights_digest, *, directory, batch_size=16, progress=lambda count: None):
+        self._views, self.num_views = views, views.num_views
+        description = {key: network.description[key] for key in ("backbone", "last_stride", "taps")}
+        identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
+        run = jax.jit(lambda images: network_inputs(network, variables, images))
+
+        def batches():
+            for count, batch in _batched(views, batch_size, progress):
+                inputs = {name: np.asarray(array)[:count] for name, array in run(batch["image"]).items()}
+                guide = np.round(inputs.pop("guide")).astype(np.uint8)
+                yield {"guide": guide, **{tap: array.astype(np.float16) for tap, array in inputs.items()}}
+
+        self._arrays = cached_arrays(directory, identity, len(views), batches)
+
+    def __len__(self):
+        return len(self._views)
+
+    def __getitem__(self, position):
+        return {**self._views.annotation(position), **{name: array[position] for name, array in self._arrays.items()}}
+
+    def tap(self, name, view=0):
+        """[N, h, w, C] features of one tap of all images in the given view, memory-mapped."""
+        count = len(self) // self.num_views
+        return self._arrays[name][view * count : (view + 1) * count]
+
+
+class ClassMaps(NamedTuple):
+    """Maps of the frozen tag classifier for every image of a source.
+
+    Attributes:
+      maps: [N, g, g, K - 1] float16, averaged over scales and mirroring, without bias.
+      peaks: [N, K - 1] float32, the maximum of each map.
+    """
+
+    maps: np.ndarray
+    peaks: np.ndarray
+
+
+def pooled_head(network, variables, s32, batch_size=64):
+    """Spatial mean of the head's features.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      s32: [N, h, w, C] array of the tap "s32".
+      batch_size: images at once.
+
+    Returns:
+      [N, C'] float32 NumPy array.
+    """
+    pool = jax.jit(lambda taps: network.head(variables, {"s32": taps}).mean(axis=(1, 2)))
+    return np.concatenate([np.asarray(pool(s32[i : i + batch_size])) for i in range(0, len(s32), batch_size)])
+
+
+def map_function(network, variables, weights, grid):
+    """Jitted function from images of any one size to class maps on a g x g grid, averaged with the mirrored image.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights: [C, K - 1] of the tag classifier.
+      grid: g, cells along a side of the result.
+
+    Returns:
+      Function from [B, S, S, 3] RGB 0..255 to [B, g, g, K - 1] float32.
+    """
+
+    @jax.jit
+    def maps(images):
+        both = jnp.concatenate([images, images[:, :, ::-1]])
+        head = network.head(variables, network.features(variables, both))
+        plain, mirrored = jnp.split(head @ weights, 2)
+        mean = (plain + mirrored[:, :, ::-1]) / 2
+        return jax.image.resize(mean, (len(images), grid, grid, mean.shape[-1]), "linear")
+
+    return maps
+
+
+def square_image(image, size):
+    """The whole image at size x size, as the network sees it.
+
+    Args:
+      image: [H, W, 3] uint8.
+      size: side in pixels.
+
+    Returns:
+      [size, size, 3] uint8, bicubic and antialiased.
+    """
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def class_maps(
+    source, network, variables, weights, *, sizes, grid, identity, directory, batch_size=8, progress=lambda count: None
+):
+    """Class maps of every image of a source, the mean over several input sizes and over mirroring.
+
+    Args:
+      source: images; its masks are not used.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights: [C, K - 1] of the tag classifier.
+      sizes: sides of the square inputs in pixels.
+      grid: cells along a side of the maps.
+      identity: dict that JSON can hold: hash of the backbone's weights and of the classifier.
+      directory: folder of the caches.
+      batch_size: images at once.
+      progress: called with the number of images after each batch.
+
+    Returns:
+      ClassMaps.
+    """
+    maps = map_function(network, variables, weights, grid)
+
+    class Inputs:
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            image = source[index].image
+            return {str(size): square_image(image, size) for size in sizes}
+
+    def batches():
+        for count, batch in _batched(Inputs(), batch_size, progress):
+            mean = sum(maps(images) for images in batch.values()) / len(sizes)
+            yield {"maps": np.asarray(mean, np.float16)[:count]}
+
+    key = {"kind": "class maps", "sizes": list(sizes), "grid": grid, "source": _fingerprint(source), **identity}
+    stored = cached_arrays(directory, key, len(source), batches)["maps"]
+    return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)))
+
+
+class MappedViews:
+    """Records of views with the class maps of their images, cut out by the same view.
+
+    Args:
+      records: `CachedViews` or a `ViewDataset`: records with "index" and "view".
+      maps: dict from name to [N, g, g, C] array of maps over the whole image.
+      constants: dict from name to [N, ...] array that does not depend on the view.
+      grid: cells along a side of the cut-out maps.
+      view_options: seed, scale_range and ratio_range of the views.
+    """
+
+    def __init__(self, records, *, maps, constants, grid, view_options):
+        self._records, self._maps, self._constants, self._grid = records, maps, constants, grid
+        self._view_options = dict(view_options)
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, position):
+        record = self._records[position]
+        index = int(record["index"])
+        options = dict(self._view_options)
+        view = sample_view(options.pop("seed"), index, int(record["view"]), **options)
+        cut = {
+            name: apply_view(np.asarray(maps[index], np.float32), view, (self._grid, self._grid))
+            for name, maps in self._maps.items()
+        }
+        return {**record, **cut, **{name: values[index] for name, values in self._constants.items()}}
+
+
+def fitted_classifier(network, variables, s32, tags, *, l2):
+    """The tag classifier fitted on the pooled head of the training images.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      s32: [N, h, w, C] array of the tap "s32" of the whole images.
+      tags: [N, K] bool.
+      l2: see `fit_tag_classifier`.
+
+    Returns:
+      (TagClassifier, [N, K - 1] float32 logits on the training images).
+    """
+    pooled = pooled_head(network, variables, s32)
+    classifier, _, _ = fit_tag_classifier(pooled, tags, l2=l2)
+    return classifier, pooled @ np.asarray(classifier.weights) + np.asarray(classifier.bias)

@@ -1,0 +1,197 @@
+"""Images in, masks out: a trained run as a segmenter of images of any size (floor 5)."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from lcrf_jax.crf import mean_field
+from lcrf_jax.kernels import KernelParams
+from lcrf_jax.lattice import image_kernel
+from lcrf_jax.nets.network import build_network
+from lcrf_jax.nets.tag_classifier import TagClassifier
+
+_SIZE_STEP = 64
+
+
+class Segmenter(NamedTuple):
+    """A trained inference network; see `segmenter` for how one is made and `segment` for its use.
+
+    Attributes:
+      class_names: names of the K classes, background first.
+      input_sizes: sides of the square network inputs, whose log-probabilities are averaged.
+      network_log_probs: function from images [B, S, S, 3] RGB 0..255 to log q(z | x) on the network's grid, [B, h, w, K].
+      enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
+      refine: function (log-probabilities, image, valid) -> log-probabilities after mean field.
+    """
+
+    class_names: tuple
+    input_sizes: tuple
+    network_log_probs: object
+    enlarge: object
+    refine: object
+
+
+class Segmentation(NamedTuple):
+    """What is known of one image.
+
+    Attributes:
+      log_probs: [H, W, K] float32, log q(z | x) of the network at the image's own size.
+      refined_log_probs: the same after mean field on the image, or None.
+    """
+
+    log_probs: np.ndarray
+    refined_log_probs: np.ndarray | None
+
+    @property
+    def labels(self):
+        """[H, W] uint8, the most probable class of every pixel, after refinement where there was one."""
+        best = self.log_probs if self.refined_log_probs is None else self.refined_log_probs
+        return best.argmax(axis=-1).astype(np.uint8)
+
+    @property
+    def network_labels(self):
+        """[H, W] uint8, the most probable class of every pixel before refinement."""
+        return self.log_probs.argmax(axis=-1).astype(np.uint8)
+
+
+def make_segmenter(description, params):
+    """The segmenter of a description and its parameters.
+
+    Args:
+      description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes", "mirror" (average over the
+        mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image), "num_iterations" and "unary_weight".
+      params: dict with "backbone" and "decoder" variables.
+
+    Returns:
+      Segmenter.
+
+    Raises:
+      ValueError: if the network's description is not complete.
+      KeyError: if parameters are missing.
+    """
+    network, settings = build_network(description["network"]), description["inference"]
+    backbone, decoder = params["backbone"], params["decoder"]
+    kernel_params = KernelParams(**settings["kernel"])
+
+    @jax.jit
+    def network_log_probs(images):
+        inputs = jnp.concatenate([images, images[:, :, ::-1]]) if settings["mirror"] else images
+        log_probs = jax.nn.log_softmax(network.logits(decoder, network.features(backbone, inputs)), axis=-1)
+        if settings["mirror"]:
+            plain, mirrored = jnp.split(log_probs, 2)
+            log_probs = jax.nn.log_softmax((plain + mirrored[:, :, ::-1]) / 2, axis=-1)
+        return log_probs
+
+    @jax.jit
+    def enlarge(log_probs, rows, columns):
+        logits = jnp.einsum("Hh,hwk,Ww->HWk", rows, log_probs, columns, precision=jax.lax.Precision.HIGHEST)
+        return jax.nn.log_softmax(logits, axis=-1)
+
+    @jax.jit
+    def refine(log_probs, image, valid):
+        kernel = image_kernel(image.astype(jnp.float32), kernel_params, valid=valid)
+        unary = settings["unary_weight"] * log_probs.reshape(-1, log_probs.shape[-1])
+        return mean_field(unary, kernel, num_iterations=settings["num_iterations"]).reshape(log_probs.shape)
+
+    return Segmenter(
+        tuple(description["class_names"]), tuple(settings["input_sizes"]), network_log_probs, enlarge, refine
+    )
+
+
+def interpolation_weights(cells, pixels, padded):
+    """Bilinear weights that bring a row of cells to a row of pixels, both spanning the image.
+
+    Args:
+      cells: number of cells.
+      pixels: number of pixels of the image.
+      padded: rows of the result, at least `pixels`; the rest repeats the last pixel.
+
+    Returns:
+      [padded, cells] float32, rows sum to one.
+    """
+    centres = (np.minimum(np.arange(padded), pixels - 1) + 0.5) * cells / pixels - 0.5
+    centres = np.clip(centres, 0, cells - 1)
+    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells)[None, :])).astype(np.float32)
+
+
+def _padded(size):
+    """The next multiple of _SIZE_STEP: images of similar size share one compilation."""
+    return max(1, math.ceil(size / _SIZE_STEP)) * _SIZE_STEP
+
+
+def segment(segmenter, image, *, crf):
+    """Segment one image at its own size.
+
+    Args:
+      segmenter: a Segmenter.
+      image: [H, W, 3] uint8 RGB.
+      crf: whether to refine by mean field on the image.
+
+    Returns:
+      Segmentation.
+
+    Raises:
+      ValueError: if the image is not [H, W, 3] uint8.
+    """
+    return next(iter(segment_batch(segmenter, [image], crf=crf)))
+
+
+def segment_batch(segmenter, images, *, crf):
+    """Segment images of any sizes; the network sees them together, the rest is done one by one.
+
+    Args:
+      segmenter: a Segmenter.
+      images: list of [H, W, 3] uint8 RGB; keep its length constant, every new length is compiled anew.
+      crf: whether to refine by mean field on each image.
+
+    Returns:
+      List of Segmentation.
+
+    Raises:
+      ValueError: if an image is not [H, W, 3] uint8.
+    """
+    for image in images:
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {image.shape} {image.dtype}; convert it first")
+    grids = []
+    for size in segmenter.input_sizes:
+        squares = np.stack([np.asarray(Image.fromarray(im).resize((size, size), Image.Resampling.BICUBIC)) for im in images])
+        grids.append(segmenter.network_log_probs(squares))
+    return [_at_own_size(segmenter, image, [grid[i] for grid in grids], crf) for i, image in enumerate(images)]
+
+
+def _at_own_size(segmenter, image, grids, crf):
+    height, width = image.shape[:2]
+    padded = (_padded(height), _padded(width))
+    enlarged = [
+        segmenter.enlarge(
+            grid,
+            interpolation_weights(grid.shape[0], height, padded[0]),
+            interpolation_weights(grid.shape[1], width, padded[1]),
+        )
+        for grid in grids
+    ]
+    log_probs = enlarged[0] if len(enlarged) == 1 else jax.nn.log_softmax(sum(enlarged) / len(enlarged), axis=-1)
+    refined = None
+    if crf:
+        pad = [(0, padded[0] - height), (0, padded[1] - width)]
+        valid = np.pad(np.ones((height, width), bool), pad)
+        refined = segmenter.refine(log_probs, np.pad(image, [*pad, (0, 0)], mode="edge"), valid)
+        refined = np.asarray(refined)[:height, :width]
+    return Segmentation(np.asarray(log_probs)[:height, :width], refined)
+
+
+def restored_classifier(params):
+    """The tag classifier of a run's parameters.
+
+    Args:
+      params: dict with "classifier": "weights" and "bias".
+
+    Returns:
+      TagClassifier.
+    """
+    return TagClassifier(params["classifier"]["weights"], params["classifier"]["bias"])

@@ -1,0 +1,152 @@
+"""The inference network: a frozen backbone and a trainable decoder, as plain functions (floor 4).
+
+A network is described by a dict that JSON can hold, which is stored with every checkpoint:
+
+    {"backbone": "efficientnet_lite0", "last_stride": 16, "taps": ["s32", "s16", "s8"], "widths": [192, 128, 96],
+     "dropout": 0.1, "num_classes": 7}
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from lcrf_jax.nets.decoder import Decoder
+from lcrf_jax.nets.efficientnet_lite import EfficientNetLite0, preprocess
+from lcrf_jax.nets.pretrained import load_lite0
+
+
+class Backbone(NamedTuple):
+    """A frozen feature extractor.
+
+    Attributes:
+      module: function from `last_stride` to the linen module.
+      variables: function without arguments to (variables, sha256 of the weights).
+      head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32" alone.
+      preprocessing: what is done to an RGB image in 0..255, in words; the same for all.
+    """
+
+    module: Callable
+    variables: Callable
+    head: Callable
+    preprocessing: str = "RGB in 0..255, (x - 127) / 128"
+
+
+class SmallBackbone(nn.Module):
+    """A few convolutions with fixed random weights, with the taps of the real one: for tests and for trying things."""
+
+    last_stride: int = 32
+
+    @nn.compact
+    def __call__(self, x):
+        taps = {}
+        x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 2), name="stem")(x))
+        for tap, width in (("s4", 16), ("s8", 24), ("s16", 32), ("s32", 48)):
+            strides = (1, 1) if tap == "s32" and self.last_stride == 16 else (2, 2)
+            x = taps[tap] = nn.relu(nn.Conv(width, (3, 3), strides=strides, name=tap)(x))
+        taps["head"] = nn.relu(nn.Conv(96, (1, 1), name="head")(x))
+        return taps
+
+
+def _small_variables():
+    variables = jax.tree.map(np.asarray, SmallBackbone().init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
+    digest = hashlib.sha256()
+    for name, array in sorted(flatten_dict(variables, sep="/").items()):
+        digest.update(name.encode() + array.tobytes())
+    return variables, digest.hexdigest()
+
+
+def _pointwise_head(activation):
+    """Head of a backbone whose last layer, "head", is a 1x1 convolution of the tap "s32"."""
+
+    def head(variables, features):
+        layer = variables["params"]["head"]
+        return activation(features["s32"].astype(jnp.float32) @ layer["kernel"][0, 0] + layer["bias"])
+
+    return head
+
+
+BACKBONES = {
+    "efficientnet_lite0": Backbone(EfficientNetLite0, load_lite0, _pointwise_head(jax.nn.relu6)),
+    "small": Backbone(SmallBackbone, _small_variables, _pointwise_head(jax.nn.relu)),
+}
+
+
+class Network(NamedTuple):
+    """The inference network as pure functions.
+
+    Attributes:
+      description: the dict it was built from.
+      features: (backbone variables, images [B, H, W, 3] RGB 0..255) -> dict from tap to [B, h, w, C] float32.
+      head: (backbone variables, features) -> [B, h, w, C] features of the tag classifier.
+      init: (key, features) -> decoder parameters.
+      logits: (decoder parameters, features, dropout key or None) -> [B, h, w, K] float32 on the grid of the finest tap.
+      stride: pixels of the input per cell of the logits.
+    """
+
+    description: Mapping
+    features: Callable
+    head: Callable
+    init: Callable
+    logits: Callable
+    stride: int
+
+
+def build_network(description):
+    """The network of a description.
+
+    Args:
+      description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last stage), "taps" from coarse to
+        fine, "widths", "dropout" and "num_classes".
+
+    Returns:
+      Network.
+
+    Raises:
+      ValueError: if the backbone or a tap is unknown, taps are not from coarse to fine, or an entry is missing.
+    """
+    wanted = {"backbone", "last_stride", "taps", "widths", "dropout", "num_classes"}
+    if set(description) != wanted:
+        raise ValueError(f"network: expected the entries {sorted(wanted)}, got {sorted(description)}")
+    name, taps = description["backbone"], tuple(description["taps"])
+    if name not in BACKBONES:
+        raise ValueError(f"network.backbone: expected one of {sorted(BACKBONES)}, got {name!r}")
+    known = ("s32", "s16", "s8", "s4")
+    if not taps or [tap for tap in known if tap in taps] != list(taps):
+        raise ValueError(f"network.taps: expected some of {known}, in this order, got {taps}")
+    module = BACKBONES[name].module(last_stride=description["last_stride"])
+    decoder = Decoder(description["num_classes"], taps, tuple(description["widths"]), description["dropout"])
+
+    def features(variables, images):
+        taken = module.apply(variables, preprocess(images))
+        return {tap: taken[tap] for tap in {*taps, "s32"}}
+
+    def init(key, features):
+        return decoder.init(key, {tap: features[tap] for tap in taps})["params"]
+
+    def logits(params, features, key=None):
+        rngs = None if key is None else {"dropout": key}
+        return decoder.apply({"params": params}, features, train=key is not None, rngs=rngs)
+
+    stride = int(taps[-1][1:])
+    return Network(dict(description), features, BACKBONES[name].head, init, logits, min(stride, description["last_stride"]))
+
+
+def backbone_variables(description):
+    """Frozen weights of the description's backbone, with the hash by which caches and checkpoints know them.
+
+    Args:
+      description: see `build_network`.
+
+    Returns:
+      (variables, sha256 as a hex string).
+
+    Raises:
+      FileNotFoundError: if the package with the published weights is not installed.
+    """
+    return BACKBONES[description["backbone"]].variables()

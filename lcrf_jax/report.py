@@ -1,0 +1,196 @@
+"""Pictures of masks: the VOC palette, overlays, palette PNGs and a grid to look at: floor 5."""
+
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+VOID = 255
+INK, PAPER, FAINT = (30, 34, 40), (255, 255, 255), (236, 238, 241)
+
+
+def palette(num_classes):
+    """Colours of the classes, as in the PASCAL VOC development kit.
+
+    Bit 0, 3 and 6 of a class index are the highest bits of red, bit 1, 4 and 7 those of green, bit 2 and 5 of
+    blue.
+
+    Args:
+      num_classes: number of colours, 1..256.
+    Returns:
+      [num_classes, 3] uint8 RGB; class 0 is black, and 255 (void) a pale ivory.
+    Raises:
+      ValueError: if num_classes is not in 1..256.
+    """
+    if not 1 <= num_classes <= 256:
+        raise ValueError(f"expected num_classes in 1..256, got {num_classes}; a mask has one byte a pixel")
+    index, colours = np.arange(num_classes), np.zeros((num_classes, 3), np.int64)
+    for bit in range(8):
+        colours[:, bit % 3] |= (index >> bit & 1) << 7 - bit // 3
+    return colours.astype(np.uint8)
+
+
+def overlay(image, labels, alpha=0.55):
+    """An image with its mask laid over it in colour, and a line round every region.
+
+    Background keeps the image as it is; void is mixed with ivory.
+
+    Args:
+      image: [H, W, 3] uint8 RGB.
+      labels: [H, W] class indices in 0..255, 255 is void.
+      alpha: share of the class colour inside a region, 0..1; the line has all of it.
+    Returns:
+      [H, W, 3] uint8 RGB, a new array.
+    Raises:
+      ValueError: if shapes, dtype or ranges are others.
+    """
+    image, labels = _checked_image(image), _checked_labels(labels)
+    if labels.shape != image.shape[:2]:
+        raise ValueError(f"expected labels of the image's size {image.shape[:2]}, got {labels.shape}; resize "
+                         "the mask with nearest neighbours")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"expected alpha in 0..1, got {alpha}")
+    colours = palette(256)[labels].astype(np.float32)
+    share = np.where(labels == 0, 0.0, alpha)
+    share = np.where(_edges(labels) & (labels != 0), 1.0, share)[..., None]
+    return np.round(image * (1 - share) + colours * share).astype(np.uint8)
+
+
+def save_index_png(path, labels):
+    """Save a mask as a PNG of class indices that viewers show in the VOC colours.
+
+    ``np.asarray(Image.open(path))`` gives the indices back; OpenCV reads the colours instead.
+
+    Args:
+      path: file to write, its folder must be there.
+      labels: [H, W] class indices in 0..255, 255 is void.
+    Raises:
+      ValueError: if labels has another shape, dtype or range.
+    """
+    picture = Image.fromarray(_checked_labels(labels))
+    picture.putpalette(palette(256).tobytes())
+    picture.save(path, format="PNG")
+
+
+def picture_grid(rows, path, *, class_names, cell=220):
+    """Draw images beside their masks, one row for each image, with a legend of the classes that occur.
+
+    A column for truth or refined is there if any row has one.
+
+    Args:
+      rows: list of (image, truth, prediction, refined): [H, W, 3] uint8 and [H, W] class indices of the same
+        size, truth and refined may be None.
+      path: PNG file to write; its folder is made if it is not there.
+      class_names: name of each class, index 0 the background.
+      cell: longest side of one picture, px.
+    Returns:
+      The path, as pathlib.Path.
+    Raises:
+      ValueError: if there are no rows, or shapes, dtypes or labels are others.
+    """
+    if not rows:
+        raise ValueError("expected at least one row to draw, got none")
+    titles = [("image", 0), ("truth", 1), ("prediction", 2), ("refined", 3)]
+    titles = [(title, at) for title, at in titles if any(row[at] is not None for row in rows)]
+    drawn = [[_cell_picture(row, at, cell) for _, at in titles] for row in rows]
+    heights = [max(picture.height for picture in line) for line in drawn]
+    gap, top = 8, 34
+    width = gap + len(titles) * (cell + gap)
+    shown = [label for label in _present(rows, len(class_names)) if label != 0]  # background is not coloured
+    legend = _legend(shown, class_names, width - 2 * gap)
+    canvas = Image.new("RGB", (width, top + sum(heights) + gap * len(heights) + legend.height + gap), PAPER)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
+    for column, (title, _) in enumerate(titles):
+        draw.text((gap + column * (cell + gap) + cell / 2, top / 2), title, fill=INK, font=font, anchor="mm")
+    y = top
+    for line, height in zip(drawn, heights, strict=True):
+        for column, picture in enumerate(line):
+            left = gap + column * (cell + gap) + (cell - picture.width) // 2
+            canvas.paste(picture, (left, y + (height - picture.height) // 2))
+        y += height + gap
+    canvas.paste(legend, (gap, y))
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path, format="PNG")
+    return path
+
+
+def _checked_image(image):
+    image = np.asarray(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"expected an image [H, W, 3] of uint8, got {image.shape} of {image.dtype}; convert "
+                         "it to RGB in 0..255 first")
+    return image
+
+
+def _checked_labels(labels):
+    labels = np.asarray(labels)
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or labels.size == 0:
+        raise ValueError(f"expected labels [H, W] of integers, got {labels.shape} of {labels.dtype}; take "
+                         "the argmax over the classes first")
+    if labels.min() < 0 or labels.max() > 255:
+        raise ValueError(f"expected labels in 0..255, got {labels.min()}..{labels.max()}")
+    return labels.astype(np.uint8)
+
+
+def _edges(labels):
+    """True where a neighbour above, below, left or right has another label."""
+    edges = np.zeros(labels.shape, bool)
+    down, right = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
+    edges[1:] |= down
+    edges[:-1] |= down
+    edges[:, 1:] |= right
+    edges[:, :-1] |= right
+    return edges
+
+
+def _cell_picture(row, at, cell):
+    """One picture of the grid, its longest side `cell`."""
+    image = _checked_image(row[0])
+    scale = cell / max(image.shape[:2])
+    size = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    if row[at] is None:
+        empty = Image.new("RGB", size, FAINT)
+        ImageDraw.Draw(empty).text((size[0] / 2, size[1] / 2), "none", fill=INK, anchor="mm",
+                                   font=ImageFont.load_default(size=13))
+        return empty
+    picture = Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)
+    if at == 0:
+        return picture
+    labels = _checked_labels(row[at])
+    if labels.shape != image.shape[:2]:
+        raise ValueError(f"expected masks of the image's size {image.shape[:2]}, got {labels.shape}; resize "
+                         "the mask with nearest neighbours")
+    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    return Image.fromarray(overlay(np.asarray(picture), labels))
+
+
+def _present(rows, num_classes):
+    """Class indices that occur in any mask, void last; refuses those without a name."""
+    masks = [mask for row in rows for mask in row[1:] if mask is not None]
+    found = sorted({int(label) for mask in masks for label in np.unique(mask)})
+    unnamed = [label for label in found if label >= num_classes and label != VOID]
+    if unnamed:
+        raise ValueError(f"expected labels in 0..{num_classes - 1} or 255, got {unnamed}; give the class "
+                         "names of the checkpoint")
+    return found
+
+
+def _legend(present, class_names, width):
+    """Swatches and names, as many lines as they need."""
+    font, swatch, line_height = ImageFont.load_default(size=14), 16, 24
+    places, x, y = [], 0, 0
+    for label in present:
+        name = "void" if label == VOID else class_names[label]
+        needed = swatch + 6 + int(font.getlength(name)) + 18
+        if x and x + needed > width:
+            x, y = 0, y + line_height
+        places.append((label, name, x, y))
+        x += needed
+    legend = Image.new("RGB", (width, y + line_height), PAPER)
+    draw = ImageDraw.Draw(legend)
+    for label, name, left, upper in places:
+        colour = tuple(int(part) for part in palette(256)[label])
+        draw.rectangle((left, upper + 4, left + swatch, upper + 4 + swatch), fill=colour, outline=INK)
+        draw.text((left + swatch + 6, upper + 4 + swatch / 2), name, fill=INK, font=font, anchor="lm")
+    return legend

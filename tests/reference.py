@@ -1,0 +1,178 @@
+"""The definitions in float64 NumPy: loops, dictionaries and enumeration, slow and plain."""
+
+import itertools
+
+import numpy as np
+
+
+def guide_features(image, position_width, colour_width):
+    """[m, 2 + C] rows (row, column, channels), each in units of its width."""
+    image = np.asarray(image, np.float64)
+    return np.array([
+        [row / position_width, column / position_width, *(image[row, column] / colour_width)]
+        for row in range(image.shape[0])
+        for column in range(image.shape[1])
+    ])
+
+
+def gaussian_kernel(features_a, features_b=None):
+    features_b = features_a if features_b is None else features_b
+    differences = np.float64(features_a)[:, None] - np.float64(features_b)[None]
+    return np.exp(-np.square(differences).sum(axis=-1) / 2)
+
+
+def dense_kernel(image, params, normalisation):
+    """Each Gaussian normalised with its self-pairs, then the weighted sum, then a diagonal of zeros."""
+    total = 0
+    for weight, features in (
+        (params.bilateral_weight,
+         guide_features(image, params.bilateral_position_width, params.bilateral_colour_width)),
+        (params.gaussian_weight, guide_features(image, params.gaussian_position_width, 1.0)[:, :2]),
+    ):
+        kernel = gaussian_kernel(features)
+        sums = kernel.sum(axis=1)
+        for i, j in np.ndindex(kernel.shape):
+            kernel[i, j] /= {"none": 1.0, "row": sums[i], "symmetric": np.sqrt(sums[i] * sums[j])}[normalisation]
+        total = total + weight * kernel
+    np.fill_diagonal(total, 0)
+    return total
+
+
+def potts(num_classes):
+    return 1.0 - np.eye(num_classes)
+
+
+def pairwise_energy(probs, kernel, compatibility=None):
+    """Every unordered pair once; a pair has the mean of the two entries of kernel and compatibility."""
+    num_pixels, num_classes = np.shape(probs)
+    compatibility = potts(num_classes) if compatibility is None else np.float64(compatibility)
+    energy = 0.0
+    for i in range(num_pixels):
+        for j in range(i):
+            for a, b in np.ndindex(num_classes, num_classes):
+                weight = (kernel[i, j] + kernel[j, i]) / 2 * (compatibility[a, b] + compatibility[b, a]) / 2
+                energy += weight * probs[i, a] * probs[j, b]
+    return energy
+
+
+def softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    unnormalised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return unnormalised / unnormalised.sum(axis=-1, keepdims=True)
+
+
+def mean_field(unary_logits, kernel, num_iterations, compatibility=None):
+    """Probabilities after parallel updates, with loops over pairs."""
+    unary_logits = np.asarray(unary_logits, np.float64)
+    num_pixels, num_classes = unary_logits.shape
+    compatibility = potts(num_classes) if compatibility is None else compatibility
+    probs = softmax(unary_logits)
+    for _ in range(num_iterations):
+        costs = np.zeros_like(probs)
+        for i, j in np.ndindex(num_pixels, num_pixels):
+            if i != j:
+                costs[i] += kernel[i, j] * compatibility @ probs[j]
+        probs = softmax(unary_logits - costs)
+    return probs
+
+
+def labellings(num_pixels, num_classes):
+    """[num_classes ** num_pixels, num_pixels] all of them."""
+    return np.array(list(itertools.product(range(num_classes), repeat=num_pixels)))
+
+
+def labelling_energies(kernel, num_classes, compatibility=None):
+    """Pairwise energy of every labelling: sum over i < j of k_ij mu(z_i, z_j)."""
+    compatibility = potts(num_classes) if compatibility is None else compatibility
+    every = labellings(len(kernel), num_classes)
+    energies = np.zeros(len(every))
+    for i in range(len(kernel)):
+        for j in range(i):
+            energies += kernel[i, j] * compatibility[every[:, i], every[:, j]]
+    return energies
+
+
+def log_partition(kernel, num_classes, compatibility=None):
+    """log Z of the prior, by enumeration."""
+    return np.logaddexp.reduce(-labelling_energies(kernel, num_classes, compatibility))
+
+
+def factorised_log_probs(probs):
+    """log q(z) of every labelling under independent pixels."""
+    probs = np.asarray(probs, np.float64)
+    every = labellings(*probs.shape)
+    with np.errstate(divide="ignore"):
+        return np.log(probs)[np.arange(len(probs)), every].sum(axis=1)
+
+
+def kl_to_prior(probs, kernel, compatibility=None):
+    """KL(q || p) with log Z: the sum over all labellings of q (log q - log p)."""
+    num_classes = np.shape(probs)[1]
+    log_q = factorised_log_probs(probs)
+    log_p = -labelling_energies(kernel, num_classes, compatibility) - log_partition(kernel, num_classes, compatibility)
+    possible = np.isfinite(log_q)
+    return np.sum(np.exp(log_q[possible]) * (log_q - log_p)[possible])
+
+
+def permutohedral_filter(features, values):
+    """Splat, blur and slice on a dictionary of lattice points; with the integral of the Gaussian."""
+    features, values = np.float64(features), np.float64(values)
+    d = features.shape[1]
+    corners = d + 1
+    elevation = np.zeros((corners, d))
+    for i in range(d):
+        elevation[: i + 1, i] = 1
+        elevation[i + 1, i] = -(i + 1)
+        elevation[:, i] *= np.sqrt(2 / 3) * corners / np.sqrt((i + 1) * (i + 2))
+    simplices, table = [], {}
+    for feature, value in zip(features, values, strict=True):
+        simplex = _simplex(elevation @ feature)
+        simplices.append(simplex)
+        for vertex, weight in simplex:
+            table[vertex] = table.get(vertex, 0) + weight * value
+    for axis in range(corners):
+        step = np.ones(corners, int)
+        step[axis] -= corners
+        table = {
+            vertex: value + (table.get(tuple(vertex + step), 0) + table.get(tuple(vertex - step), 0)) / 2
+            for vertex, value in table.items()
+        }
+    sliced = np.array([sum(weight * table[vertex] for vertex, weight in simplex) for simplex in simplices])
+    return sliced * (2 * np.pi) ** (d / 2) * np.sqrt(corners) / (2**corners * 1.5 ** (d / 2)), len(table)
+
+
+def _simplex(point):
+    """The corners, as tuples, and barycentric weights of the lattice simplex around a point of the hyperplane."""
+    corners = len(point)
+    base = corners * np.round(point / corners).astype(int)
+    excess = base.sum() // corners
+    order = np.argsort(-(point - base), kind="stable")
+    if excess > 0:
+        base[order[-excess:]] -= corners
+    elif excess < 0:
+        base[order[:-excess]] += corners
+    order = np.argsort(-(point - base), kind="stable")
+    simplex, rest = [], 1.0
+    for k in range(1, corners):
+        vertex = base + k
+        vertex[order[corners - k:]] -= corners
+        larger, smaller = order[corners - 1 - k], order[corners - k]
+        weight = ((point - base)[larger] - (point - base)[smaller]) / corners
+        simplex.append((tuple(vertex.tolist()), weight))
+        rest -= weight
+    simplex.append((tuple(base.tolist()), rest))
+    assert np.allclose(sum(weight * np.array(vertex) for vertex, weight in simplex), point)
+    return simplex
+
+
+def smooth_image(seed, height, width, noise=4.0):
+    """[H, W, 3] a picture of soft blobs with an edge across it and a little noise, in 0..255."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width] / max(height, width)
+    image = np.zeros((height, width, 3))
+    for _ in range(8):
+        y, x, size = rng.uniform(0, 1, 2).tolist() + [rng.uniform(0.08, 0.3)]
+        blob = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * size**2))
+        image += blob[..., None] * rng.uniform(-120, 120, 3)
+    image += 128 + np.where(rows + 0.4 * columns > 0.6, 40, 0)[..., None]
+    return np.clip(image + noise * rng.standard_normal(image.shape), 0, 255)

@@ -1,0 +1,189 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.test_util import check_grads
+
+from lcrf_jax.kernels import (
+    NORMALISATIONS,
+    KernelParams,
+    dense_kernel,
+    filter_exact,
+    gaussian_kernel,
+    gaussian_taps,
+    guide_features,
+    position_features,
+    scaled,
+    separable_filter,
+)
+
+PARAMS = KernelParams(10.0, 6.0, 13.0, 3.0, 1.5)
+
+
+def centred(features):
+    return np.asarray(features) - np.asarray(features)[:1]
+
+
+def test_guide_features_are_rows_columns_and_channels_in_units_of_their_widths():
+    image = reference.smooth_image(0, 5, 7)
+    features = jax.jit(lambda x: guide_features(x, position_width=3.0, colour_width=13.0))(image)
+    expected = reference.guide_features(image, 3.0, 13.0)
+    np.testing.assert_allclose(centred(features), centred(expected), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(position_features(5, 7, position_width=3.0), np.asarray(features)[:, :2], rtol=1e-6)
+    np.testing.assert_allclose(position_features(5, 7, position_width=3.0).sum(axis=0), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_any_number_of_channels(channels):
+    image = np.random.default_rng(0).uniform(0, 255, (3, 4, channels))
+    assert guide_features(image, position_width=2.0, colour_width=9.0).shape == (12, 2 + channels)
+    assert dense_kernel(image, PARAMS).shape == (12, 12)
+
+
+def test_gaussian_kernel_equals_float64_far_from_the_origin():
+    features = np.random.default_rng(1).normal(size=(60, 5)) * 2 + 100
+    features = np.float32(features)
+    np.testing.assert_allclose(
+        jax.jit(gaussian_kernel)(features), reference.gaussian_kernel(features), rtol=1e-5, atol=1e-30
+    )
+    np.testing.assert_allclose(
+        gaussian_kernel(features[:7], features), reference.gaussian_kernel(features[:7], features), rtol=1e-5, atol=1e-30
+    )
+
+
+@pytest.mark.parametrize("normalisation", sorted(NORMALISATIONS))
+def test_dense_kernel_equals_the_loops(normalisation):
+    image = reference.smooth_image(2, 6, 5)
+    kernel = jax.jit(lambda x: dense_kernel(x, PARAMS, normalisation=normalisation))(image)
+    np.testing.assert_allclose(kernel, reference.dense_kernel(image, PARAMS, normalisation), rtol=2e-5, atol=1e-7)
+
+
+def test_two_pixels_by_hand():
+    image = np.array([[[0.0], [13.0]]])
+    params = KernelParams(2.0, 1.0, 13.0, 5.0, 1.0)
+    bilateral, spatial = np.exp(-1.0), np.exp(-0.5)
+    raw = 2 * bilateral + 5 * spatial
+    normalised = 2 * bilateral / (1 + bilateral) + 5 * spatial / (1 + spatial)
+    np.testing.assert_allclose(dense_kernel(image, params, normalisation="none"), [[0, raw], [raw, 0]], rtol=1e-6)
+    for normalisation in ("row", "symmetric"):
+        kernel = dense_kernel(image, params, normalisation=normalisation)
+        np.testing.assert_allclose(kernel, [[0, normalised], [normalised, 0]], rtol=1e-6)
+
+
+def test_self_pairs_are_in_the_row_sums_and_removed_last():
+    image = reference.smooth_image(3, 6, 6)
+    only_spatial = PARAMS._replace(bilateral_weight=0.0, gaussian_weight=1.0)
+    sums = reference.gaussian_kernel(reference.guide_features(image, 1.5, 1.0)[:, :2]).sum(axis=1)
+    kernel = dense_kernel(image, only_spatial, normalisation="row")
+    np.testing.assert_allclose(kernel.sum(axis=1), 1 - 1 / sums, rtol=1e-5)
+    np.testing.assert_array_equal(np.diagonal(dense_kernel(image, PARAMS)), 0)
+
+
+def test_kernel_does_not_see_a_shift_of_colours_and_follows_a_flip():
+    image = reference.smooth_image(4, 5, 6)
+    kernel = np.asarray(dense_kernel(image, PARAMS))
+    np.testing.assert_allclose(dense_kernel(image + 40, PARAMS), kernel, rtol=1e-4, atol=1e-6)
+    flipped = np.asarray(dense_kernel(image[::-1, ::-1], PARAMS))
+    np.testing.assert_allclose(flipped[::-1, ::-1], kernel, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(kernel, kernel.T, rtol=1e-6)
+
+
+def test_a_coarser_grid_has_smaller_widths():
+    assert scaled(KernelParams(), 4) == KernelParams(10.0, 20.0, 13.0, 3.0, 0.75)
+    with pytest.raises(ValueError, match="stride"):
+        scaled(KernelParams(), 0)
+
+
+def test_weights_are_differentiable():
+    image = reference.smooth_image(5, 3, 3)
+
+    def total(bilateral, spatial):
+        params = PARAMS._replace(bilateral_weight=bilateral, gaussian_weight=spatial)
+        return jnp.sum(jnp.square(dense_kernel(image, params)))
+
+    with jax.enable_x64(True):
+        check_grads(total, (1.3, 0.7), order=1)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float16", "float32", "float64"])
+def test_dtypes_of_the_image(dtype):
+    image = np.round(reference.smooth_image(6, 4, 4)).astype(dtype)
+    kernel = dense_kernel(image, PARAMS)
+    assert kernel.dtype == jnp.float32
+    np.testing.assert_allclose(kernel, reference.dense_kernel(image, PARAMS, "symmetric"), rtol=2e-5, atol=1e-7)
+
+
+def test_extremes_are_finite():
+    one_pixel = dense_kernel(np.zeros((1, 1, 3)), PARAMS)
+    np.testing.assert_array_equal(one_pixel, [[0.0]])
+    black_and_white = np.array([[[0.0] * 3, [255.0] * 3]])
+    narrow = KernelParams(1.0, 1e-3, 1e-3, 1.0, 1e-3)
+    np.testing.assert_allclose(dense_kernel(black_and_white, narrow), 0, atol=1e-30)
+    constant = dense_kernel(np.full((3, 3, 3), 7.0), KernelParams(1.0, 1e6, 13.0, 0.0, 3.0))
+    np.testing.assert_allclose(constant, (1 - np.eye(9)) / 9, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 7, 64, 1000])
+def test_filter_exact_equals_float64_for_every_block_size(block_size):
+    rng = np.random.default_rng(7)
+    image = reference.smooth_image(7, 9, 11)
+    features, values = reference.guide_features(image, 6.0, 13.0), rng.normal(size=(99, 4))
+    filtered = jax.jit(lambda f, v: filter_exact(f, v, block_size=block_size))(features, values)
+    expected = reference.gaussian_kernel(features) @ values
+    np.testing.assert_allclose(filtered, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_filter_exact_under_vmap_equals_a_loop():
+    rng = np.random.default_rng(8)
+    features, values = rng.normal(size=(3, 20, 5)), rng.normal(size=(3, 20, 2))
+    looped = jnp.stack([filter_exact(f, v) for f, v in zip(features, values, strict=True)])
+    np.testing.assert_allclose(jax.vmap(filter_exact)(features, values), looped, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 14, 2), (1, 5, 1), (3, 1, 2)])
+@pytest.mark.parametrize("width", [0.2, 1.5, 4.0])
+def test_separable_filter_is_the_gaussian_over_positions_up_to_the_border(shape, width):
+    values = np.random.default_rng(9).uniform(size=shape)
+    filtered = jax.jit(lambda v: separable_filter(v, gaussian_taps(width)))(values)
+    features = reference.guide_features(np.zeros((*shape[:2], 1)), width, 1.0)
+    expected = reference.gaussian_kernel(features) @ values.reshape(-1, shape[2])
+    np.testing.assert_allclose(filtered, expected.reshape(shape), rtol=1e-3)
+
+
+def test_separable_filter_by_hand():
+    values = np.zeros((3, 4, 1))
+    values[0, 1] = 1
+    filtered = separable_filter(values, np.array([2.0, 1.0, 0.5]))[..., 0]
+    np.testing.assert_allclose(filtered, [[0.5, 1, 2, 0], [1, 2, 4, 0], [0, 0, 0, 0]])
+
+
+def test_separable_filter_under_vmap_equals_a_loop():
+    values = np.random.default_rng(10).normal(size=(3, 5, 6, 2))
+    taps = gaussian_taps(1.0)
+    looped = jnp.stack([separable_filter(v, taps) for v in values])
+    np.testing.assert_allclose(jax.vmap(lambda v: separable_filter(v, taps))(values), looped, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: dense_kernel(np.zeros((2, 3, 4, 3)), PARAMS), r"image: expected shape \[H, W, C\].*jax\.vmap"),
+    (lambda: dense_kernel(np.zeros((4, 4)), PARAMS), r"got \[4, 4\]"),
+    (lambda: dense_kernel(np.zeros((2, 2, 3)), PARAMS, normalisation="rows"), "one of .*'row'.*got 'rows'"),
+    (lambda: dense_kernel(np.zeros((2, 2, 3)), PARAMS._replace(bilateral_colour_width=0)), "colour_width.*got 0"),
+    (lambda: dense_kernel(np.zeros((2, 2, 3)), PARAMS._replace(gaussian_position_width=-1)), "position_width"),
+    (lambda: position_features(0, 3, position_width=1.0), "height"),
+    (lambda: gaussian_kernel(np.zeros((3, 2)), np.zeros((3, 4))), r"features_b: expected shape \[n, 2\]"),
+    (lambda: filter_exact(np.zeros((3, 2)), np.zeros((4, 1))), r"values: expected shape \[3, K\]"),
+    (lambda: filter_exact(np.zeros((3, 2)), np.zeros((3, 1)), block_size=0), "block_size"),
+    (lambda: gaussian_taps(0.0), "width"),
+    (lambda: separable_filter(np.zeros((3, 3)), np.ones(3)), "values"),
+    (lambda: separable_filter(np.zeros((3, 3, 1)), np.ones(4)), "odd number"),
+])
+def test_bad_arguments_are_told(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_traced_width_of_the_taps_is_told():
+    with pytest.raises(TypeError, match="static_argnums"):
+        jax.jit(gaussian_taps)(3.0)
