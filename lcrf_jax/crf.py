@@ -1,7 +1,8 @@
 r"""The dense conditional random field: pairwise energy, KL to the prior, and mean field.
 
-The prior over labels is p(z|x) = exp(-sum_{i<j} k_ij mu(z_i, z_j)) / Z(x): pairwise only, k_ii = 0, each unordered
-pair once. Everything here takes its kernel either as a dense matrix [m, m] or as an object with two pure methods,
+The prior over labels is p(z|x) = exp(-sum_{i<j} k_ij mu(z_i, z_j)) / Z(x): pairwise only, k_ii = 0, each
+unordered pair once. Everything here takes its kernel either as a dense matrix [m, m] or as an object with two
+pure methods,
 
 * `apply(values [m, K]) -> [m, K]`: the kernel times the values, self-pairs left out, and
 * `apply_symmetric(values)`: the same with its symmetric part (K + K^T) / 2,
@@ -15,12 +16,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcrf_jax.kernels import gaussian_taps, guide_features, separable_filter
+from lcrf_jax.kernels import filter_exact, gaussian_taps, guide_features, separable_filter
 from lcrf_jax.lattice import Lattice, apply_lattice, build_lattice, lattice_diagonal
 from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
 
 __all__ = [
     "ImageKernel",
+    "exact_image_kernel",
     "filter_symmetric",
     "filter_with",
     "image_kernel",
@@ -34,13 +36,13 @@ _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vm
 
 
 class ImageKernel(NamedTuple):
-    """The pairwise kernel of one image, k_ij of `lcrf_jax.kernels` with symmetric normalisation, as fast filters.
+    """The pairwise kernel of one image, k_ij of `lcrf_jax.kernels` with symmetric normalisation, as two filters.
 
-    Made by `image_kernel`; everything here takes it in place of a matrix. The two weights may be replaced, also
-    by traced values, without building anything again.
+    Made by `image_kernel` or `exact_image_kernel`; everything here takes it in place of a matrix. The two
+    weights may be replaced, also by traced values, without building anything again.
 
     Attributes:
-      lattice: the bilateral Gaussian.
+      bilateral: the bilateral Gaussian, a `Lattice`, or [m, 2 + C] features for the exact one.
       bilateral_weight: w1.
       bilateral_scale: [m] D^-1/2 of the bilateral Gaussian.
       bilateral_diagonal: [m] its self-pairs after normalisation.
@@ -49,7 +51,7 @@ class ImageKernel(NamedTuple):
       gaussian_scale: [H, W] D^-1/2 of the spatial Gaussian.
     """
 
-    lattice: Lattice
+    bilateral: Lattice | jax.Array
     bilateral_weight: jax.Array
     bilateral_scale: jax.Array
     bilateral_diagonal: jax.Array
@@ -58,7 +60,7 @@ class ImageKernel(NamedTuple):
     gaussian_scale: jax.Array
 
     def apply(self, values):
-        """The kernel times values [m, K], self-pairs left out; not quite symmetric, as the lattice is not."""
+        """The kernel times values [m, K], self-pairs left out; with a lattice it is not quite symmetric."""
         return self._applied(values, symmetric=False)
 
     def apply_symmetric(self, values):
@@ -70,7 +72,7 @@ class ImageKernel(NamedTuple):
         num_pixels, channels = check_shape("values", values, (height * width, "K"), _ONE_SET)
         values = promote_float(values)
         scale = self.bilateral_scale[:, None]
-        bilateral = scale * apply_lattice(self.lattice, scale * values, symmetric=symmetric)
+        bilateral = scale * _gaussian_sum(self.bilateral, scale * values, symmetric)
         bilateral = bilateral - self.bilateral_diagonal[:, None] * values
         scale = self.gaussian_scale[:, :, None]
         grid = values.reshape(height, width, channels)
@@ -78,48 +80,101 @@ class ImageKernel(NamedTuple):
         return self.bilateral_weight * bilateral + self.gaussian_weight * gaussian.reshape(num_pixels, channels)
 
 
-def image_kernel(image, params, *, capacity=None):
-    r"""The pairwise kernel of the dense CRF as fast filters, for images of any size.
+def _gaussian_sum(bilateral, values, symmetric=False):
+    if isinstance(bilateral, Lattice):
+        return apply_lattice(bilateral, values, symmetric=symmetric)
+    return filter_exact(bilateral, values)
 
-    .. math:: K = w_1 D_1^{-1/2} K_{bilateral} D_1^{-1/2} + w_2 D_2^{-1/2} K_{spatial} D_2^{-1/2}, \qquad k_{ii} = 0
 
-    The same convention as `dense_kernel(image, params, normalisation='symmetric')`, which it approximates: row sums D
-    are the filter's own and include the self-pair; the diagonal is removed last. A lattice that overflowed would be
-    silently wrong, so everything this kernel touches is NaN then.
-
-    Args:
-      image: [H, W, C] colours in 0..255.
-      params: `KernelParams` for this grid; `gaussian_position_width` a Python number.
-      capacity: static number of lattice vertices; None is `default_capacity(H * W, 2 + C)`.
-    Returns:
-      An `ImageKernel`; `lattice_overflowed(kernel.lattice)` tells whether the capacity sufficed.
-    Raises:
-      ValueError: if `image` is not [H, W, C] or a width is not positive.
-      TypeError: if `gaussian_position_width` is not a Python number.
-    References:
-      Krahenbuhl and Koltun 2011, eq. 3; Adams, Baek and Davis 2010.
-    """
+def _guide_and_mask(image, params, valid):
+    """Guide features [m, 2 + C] and which pixels count [m, 1], as 0 and 1."""
     guide = guide_features(
         image,
         position_width=params.bilateral_position_width,
         colour_width=params.bilateral_colour_width,
     )
-    lattice = build_lattice(guide, capacity)
-    row_sums = apply_lattice(lattice, jnp.ones((len(guide), 1), guide.dtype))[:, 0]
-    row_sums = jnp.where(lattice.num_vertices > lattice.neighbours.shape[-1], jnp.nan, row_sums)
-    bilateral_scale = jax.lax.rsqrt(row_sums)
+    if valid is None:
+        return guide, jnp.ones_like(guide[:, :1])
+    check_shape("valid", valid, jnp.shape(image)[:2], "give one boolean per pixel of the image")
+    valid = jnp.reshape(valid, (-1, 1)).astype(bool)
+    # Pixels that do not count sit where one that does is, so that they need no vertices of their own.
+    return jnp.where(valid, guide, guide[jnp.argmax(valid)]), valid.astype(guide.dtype)
 
-    taps = jnp.asarray(gaussian_taps(params.gaussian_position_width), guide.dtype)
-    gaussian_sums = separable_filter(jnp.ones((*image.shape[:2], 1), guide.dtype), taps)[:, :, 0]
+
+def _normalised(image, params, bilateral, mask, row_sums, diagonal):
+    """The kernel with both Gaussians normalised; row sums and self-pairs of the bilateral one are given."""
+    dtype = row_sums.dtype
+    taps = jnp.asarray(gaussian_taps(params.gaussian_position_width), dtype)
+    grid = mask.reshape(*jnp.shape(image)[:2], 1)
+    gaussian_sums = separable_filter(grid, taps)
+    mask = mask[:, 0]
     return ImageKernel(
-        lattice=lattice,
-        bilateral_weight=jnp.asarray(params.bilateral_weight, guide.dtype),
-        bilateral_scale=bilateral_scale,
-        bilateral_diagonal=lattice_diagonal(lattice) * bilateral_scale**2,
+        bilateral=bilateral,
+        bilateral_weight=jnp.asarray(params.bilateral_weight, dtype),
+        bilateral_scale=jnp.where(mask > 0, jax.lax.rsqrt(row_sums), 0),
+        bilateral_diagonal=jnp.where(mask > 0, diagonal / row_sums, 0),
         gaussian_taps=taps,
-        gaussian_weight=jnp.asarray(params.gaussian_weight, guide.dtype),
-        gaussian_scale=jax.lax.rsqrt(gaussian_sums),
+        gaussian_weight=jnp.asarray(params.gaussian_weight, dtype),
+        gaussian_scale=jnp.where(grid > 0, jax.lax.rsqrt(gaussian_sums), 0)[:, :, 0],
     )
+
+
+def image_kernel(image, params, *, valid=None, capacity=None):
+    r"""The pairwise kernel of the dense CRF as fast filters, for images of any size.
+
+    .. math:: K = w_1 D_1^{-1/2} K_{bilateral} D_1^{-1/2} + w_2 D_2^{-1/2} K_{spatial} D_2^{-1/2}, \qquad k_{ii} = 0
+
+    The same convention as `dense_kernel(image, params, normalisation='symmetric')`, which it approximates:
+    row sums D are the filter's own and include the self-pair; the diagonal is removed last. The bilateral
+    Gaussian is a permutohedral lattice, the spatial one separable and cut off at four widths. A lattice that
+    overflowed would be silently wrong, so everything this kernel touches is NaN then.
+
+    Args:
+      image: [H, W, C] colours in 0..255.
+      params: `KernelParams` for this grid; `gaussian_position_width` a Python number.
+      valid: [H, W] booleans, at least one of them true; pixels that are false, such as padding, have no pairs
+        at all, and the others none with them. None means that all pixels count.
+      capacity: static number of lattice vertices; None is `default_capacity(H * W, 2 + C)`.
+    Returns:
+      An `ImageKernel`; `lattice_overflowed(kernel.bilateral)` tells whether the capacity sufficed.
+    Raises:
+      ValueError: if `image` is not [H, W, C], `valid` does not fit it or a width is not positive.
+      TypeError: if `gaussian_position_width` is not a Python number.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3; Adams, Baek and Davis 2010.
+    """
+    guide, mask = _guide_and_mask(image, params, valid)
+    lattice = build_lattice(guide, capacity)
+    row_sums = apply_lattice(lattice, mask)[:, 0]
+    row_sums = jnp.where(lattice.num_vertices > lattice.neighbours.shape[-1], jnp.nan, row_sums)
+    return _normalised(image, params, lattice, mask, row_sums, lattice_diagonal(lattice))
+
+
+def exact_image_kernel(image, params, *, valid=None):
+    r"""The pairwise kernel of the dense CRF without its matrix, for coarse grids.
+
+    .. math:: K = w_1 D_1^{-1/2} K_{bilateral} D_1^{-1/2} + w_2 D_2^{-1/2} K_{spatial} D_2^{-1/2}, \qquad k_{ii} = 0
+
+    The same numbers as `dense_kernel(image, params, normalisation='symmetric')`, but for the spatial Gaussian
+    being cut off at four widths. The bilateral one is computed anew, block by block, at every use: bounded
+    memory, and time quadratic in the pixels.
+
+    Args:
+      image: [H, W, C] colours in 0..255.
+      params: `KernelParams` for this grid; `gaussian_position_width` a Python number.
+      valid: [H, W] booleans, at least one of them true; pixels that are false, such as padding, have no pairs
+        at all, and the others none with them. None means that all pixels count.
+    Returns:
+      An `ImageKernel`.
+    Raises:
+      ValueError: if `image` is not [H, W, C], `valid` does not fit it or a width is not positive.
+      TypeError: if `gaussian_position_width` is not a Python number.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3.
+    """
+    guide, mask = _guide_and_mask(image, params, valid)
+    row_sums = filter_exact(guide, mask)[:, 0]
+    return _normalised(image, params, guide, mask, row_sums, jnp.ones_like(row_sums))
 
 
 def _dense_product(kernel, values):
@@ -220,10 +275,11 @@ def pairwise_energy(probs, kernel, *, compatibility=None):
 
     .. math:: E = \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j
 
-    Each unordered pair counts once and i = j never does. An unordered pair sees only the symmetric parts of k and
-    mu, and so does this function: with a kernel that is not symmetric k_ij stands for (k_ij + k_ji) / 2. Value and
-    gradient in `probs` come from a single filtering, and the gradient is the exact one of this value. Gradients in
-    the kernel (a dense matrix, or the float leaves of a kernel object) and in mu are exact as well. Reverse mode only.
+    Each unordered pair counts once and i = j never does. An unordered pair sees only the symmetric parts of k
+    and mu, and so does this function: with a kernel that is not symmetric k_ij stands for (k_ij + k_ji) / 2.
+    Value and gradient in `probs` come from a single filtering, and the gradient is the exact one of this
+    value. Gradients in the kernel (a dense matrix, or the float leaves of a kernel object) and in mu are
+    exact as well. Reverse mode only.
 
     Args:
       probs: [m, K] probabilities, rows summing to 1 (not checked; the energy is defined without that).
@@ -271,8 +327,8 @@ def mean_field(unary_logits, kernel, *, num_iterations=10, compatibility=None):
     .. math:: q_i^{t+1} = \mathrm{softmax}\Bigl(u_i - \sum_{j \ne i} k_{ij}\,\mu\,q_j^t\Bigr), \qquad
               q_i^0 = \mathrm{softmax}(u_i)
 
-    All pixels are updated in parallel. A fixed point is a stationary point of `kl_to_prior` minus the expected unary,
-    if the kernel is symmetric. Self-pairs are left out.
+    All pixels are updated in parallel. A fixed point is a stationary point of `kl_to_prior` minus the
+    expected unary, if the kernel is symmetric. Self-pairs are left out.
 
     Args:
       unary_logits: [m, K] log-probabilities of a network, or any other logits.
@@ -304,7 +360,8 @@ def refine(image, logits, params, *, num_iterations=10, capacity=None):
     """Mean field of the dense CRF on an image at its own size, with a network's output as the unary.
 
     Builds `image_kernel` (symmetric normalisation, self-pairs left out, Potts) and runs `mean_field`
-    on it. All shapes are static: one compilation for each image size. Jit it with `params` closed over or static.
+    on it. All shapes are static: one compilation for each image size. Jit it with `params` closed over or
+    static.
 
     Args:
       image: [H, W, C] colours in 0..255, any real dtype; an image in 0..1 has to be multiplied by 255 first.
@@ -313,8 +370,8 @@ def refine(image, logits, params, *, num_iterations=10, capacity=None):
       num_iterations: static number of mean-field updates.
       capacity: static number of lattice vertices; None is `lcrf_jax.lattice.default_capacity`.
     Returns:
-      [H, W, K] log-probabilities. Every one is NaN if the image needed more lattice vertices than the capacity, which
-      takes strong noise or very small widths; `capacity=H * W * (C + 3)` is always enough.
+      [H, W, K] log-probabilities. Every one is NaN if the image needed more lattice vertices than the
+      capacity, which takes strong noise or very small widths; `capacity=H * W * (C + 3)` is always enough.
     Raises:
       ValueError: if image and logits are not of one size, or a width or number is out of range.
     References:

@@ -3,7 +3,9 @@ r"""The evidence lower bound of the latent CRF (floor 3).
 .. math:: \log p(y|x) \ge E_q \log p(y|z,x) - KL(q \,\|\, p(z|x)) , \qquad
           KL = -H(q) + \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j + \log Z(x)
 
-The KL is exact, up to log Z(x), which no parameter of q changes. The first term is estimated from samples.
+The KL is exact, up to log Z(x), which no parameter of q changes. The first term is estimated. With relaxed
+samples, or with the probabilities in place of samples, it is not the expectation of the bound, so that the
+sum is a hybrid objective and not a strict bound.
 """
 
 from typing import NamedTuple
@@ -42,9 +44,11 @@ class ElboTerms(NamedTuple):
 def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1):
     r"""E_q log p(y|z,x) through relaxed samples: the gradient flows back through them.
 
-    .. math:: \frac1S \sum_s \log p(y \mid \bar z^{(s)}, x), \quad \bar z = \mathrm{softmax}((g + \epsilon) / \tau)
+    .. math:: \frac1S \sum_s \log p(y \mid \bar z^{(s)}, x), \quad
+              \bar z = \mathrm{softmax}((g + \epsilon) / \tau)
 
-    A relaxed sample is not a labelling, so this is a biased estimate; the bias goes to 0 with the temperature.
+    A relaxed sample is not a labelling, so this is a biased estimate; the bias goes to 0 with the
+    temperature, and the variance of the gradient grows.
 
     Args:
       key: PRNG key.
@@ -59,7 +63,8 @@ def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, n
     References:
       Jang, Gu and Poole 2016.
     """
-    check_number("num_samples", num_samples, minimum=1, remedy="one sample is the least; for none use mean_likelihood")
+    remedy = "one sample is the least; for none use mean_likelihood"
+    check_number("num_samples", num_samples, minimum=1, remedy=remedy)
 
     def one(sample_key):
         return log_likelihood(gumbel_softmax(sample_key, logits, temperature=temperature))
@@ -69,6 +74,9 @@ def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, n
 
 def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1):
     r"""log p(y|phi,x): the probabilities themselves in place of samples, the control to compare samples with.
+
+    It is the expectation if log p(y|z,x) is linear in z, and at least the expectation if it is concave in z,
+    as that of `evidence` is.
 
     Args:
       key: not used; the estimators share one signature.
@@ -90,7 +98,16 @@ def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples
 ESTIMATORS = {"gumbel_softmax": gumbel_softmax_likelihood, "mean": mean_likelihood}
 
 
-def elbo(key, logits, kernel, log_likelihood, *, estimator=gumbel_softmax_likelihood, compatibility=None, log_partition=0.0):
+def elbo(
+    key,
+    logits,
+    kernel,
+    log_likelihood,
+    *,
+    estimator=gumbel_softmax_likelihood,
+    compatibility=None,
+    log_partition=0.0,
+):
     """The terms of the bound for one image.
 
     Args:
@@ -105,14 +122,17 @@ def elbo(key, logits, kernel, log_likelihood, *, estimator=gumbel_softmax_likeli
     Returns:
       ElboTerms of scalars, in nats, not divided by m. Their `bound` is to be maximised.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit or the log-likelihood is not a scalar.
     References:
       Pandey and Dukkipati 2017; Krahenbuhl and Koltun 2011.
     """
-    check_shape("logits", logits, ("m", "K"), "pass one image, pixels flattened to one axis; for a batch use jax.vmap")
+    remedy = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
+    check_shape("logits", logits, ("m", "K"), remedy)
     logits = promote_float(logits)
+    expected_log_likelihood = estimator(key, logits, log_likelihood)
+    check_shape("log_likelihood", expected_log_likelihood, (), "return one number for all tags together")
     return ElboTerms(
-        log_likelihood=estimator(key, logits, log_likelihood),
+        log_likelihood=expected_log_likelihood,
         entropy=entropy(logits).sum(),
         pairwise_energy=pairwise_energy(jax.nn.softmax(logits, axis=-1), kernel, compatibility=compatibility),
         log_partition=jnp.asarray(log_partition, logits.dtype),

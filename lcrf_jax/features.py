@@ -1,6 +1,5 @@
 """Frozen features of a whole source: views for the decoder, class maps of the tag classifier (floor 5)."""
 
-import hashlib
 from typing import NamedTuple
 
 import jax
@@ -51,11 +50,6 @@ def _batched(records, batch_size, progress):
         progress(count)
 
 
-def _fingerprint(source):
-    """Hash of what identifies a source's images, without reading them."""
-    return hashlib.sha256(repr(source.fingerprint).encode()).hexdigest()
-
-
 class CachedViews:
     """The records of a `ViewDataset` with frozen features in place of images, kept on disk.
 
@@ -72,7 +66,7 @@ class CachedViews:
     """
 
     def __init__(self, views, network, variables, weights_digest, *, directory, batch_size=16, progress=lambda count: None):
-        self._views, self.num_views = views, views.num_views
+        self.num_views, self._length = views.num_views, len(views)
         description = {key: network.description[key] for key in ("backbone", "last_stride", "taps")}
         identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
         run = jax.jit(lambda images: network_inputs(network, variables, images))
@@ -80,16 +74,20 @@ class CachedViews:
         def batches():
             for count, batch in _batched(views, batch_size, progress):
                 inputs = {name: np.asarray(array)[:count] for name, array in run(batch["image"]).items()}
-                guide = np.round(inputs.pop("guide")).astype(np.uint8)
-                yield {"guide": guide, **{tap: array.astype(np.float16) for tap, array in inputs.items()}}
+                rows = {"guide": np.round(inputs.pop("guide")).astype(np.uint8)}
+                rows |= {tap: array.astype(np.float16) for tap, array in inputs.items()}
+                yield rows | {"mask": batch["mask"][:count]} if "mask" in batch else rows
 
         self._arrays = cached_arrays(directory, identity, len(views), batches)
+        self._names, self._tags = views.source.names, views.source.tags
 
     def __len__(self):
-        return len(self._views)
+        return self._length
 
     def __getitem__(self, position):
-        return {**self._views.annotation(position), **{name: array[position] for name, array in self._arrays.items()}}
+        view, index = divmod(int(position), len(self._names))
+        annotation = {"name": self._names[index], "tags": self._tags[index], "index": np.int32(index), "view": np.int32(view)}
+        return annotation | {name: array[position] for name, array in self._arrays.items()}
 
     def tap(self, name, view=0):
         """[N, h, w, C] features of one tap of all images in the given view, memory-mapped."""
@@ -174,7 +172,7 @@ def class_maps(
       weights: [C, K - 1] of the tag classifier.
       sizes: sides of the square inputs in pixels.
       grid: cells along a side of the maps.
-      identity: dict that JSON can hold: hash of the backbone's weights and of the classifier.
+      identity: dict that JSON can hold: what identifies the images, the backbone's weights and the classifier.
       directory: folder of the caches.
       batch_size: images at once.
       progress: called with the number of images after each batch.
@@ -197,7 +195,7 @@ def class_maps(
             mean = sum(maps(images) for images in batch.values()) / len(sizes)
             yield {"maps": np.asarray(mean, np.float16)[:count]}
 
-    key = {"kind": "class maps", "sizes": list(sizes), "grid": grid, "source": _fingerprint(source), **identity}
+    key = {"kind": "class maps", "sizes": list(sizes), "grid": grid, **identity}
     stored = cached_arrays(directory, key, len(source), batches)["maps"]
     return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)))
 

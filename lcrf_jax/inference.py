@@ -6,15 +6,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
-from lcrf_jax.crf import mean_field
+from lcrf_jax.crf import image_kernel, mean_field
+from lcrf_jax.features import square_image
 from lcrf_jax.kernels import KernelParams
-from lcrf_jax.lattice import image_kernel
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.nets.tag_classifier import TagClassifier
 
 _SIZE_STEP = 64
+_EXCLUDED = -1e4
 
 
 class Segmenter(NamedTuple):
@@ -123,13 +123,28 @@ def _padded(size):
     return max(1, math.ceil(size / _SIZE_STEP)) * _SIZE_STEP
 
 
-def segment(segmenter, image, *, crf):
+def resized_map(values, size):
+    """A map over an image at another resolution, bilinear.
+
+    Args:
+      values: [h, w, C] float.
+      size: (height, width) in pixels.
+
+    Returns:
+      [height, width, C] float32 NumPy array.
+    """
+    rows, columns = (interpolation_weights(cells, pixels, pixels) for cells, pixels in zip(values.shape, size))
+    return np.einsum("Hh,hwk,Ww->HWk", rows, np.asarray(values, np.float32), columns, optimize=True)
+
+
+def segment(segmenter, image, *, crf, tags=None):
     """Segment one image at its own size.
 
     Args:
       segmenter: a Segmenter.
       image: [H, W, 3] uint8 RGB.
       crf: whether to refine by mean field on the image.
+      tags: [K] bool, the classes that may occur, or None for all.
 
     Returns:
       Segmentation.
@@ -137,16 +152,20 @@ def segment(segmenter, image, *, crf):
     Raises:
       ValueError: if the image is not [H, W, 3] uint8.
     """
-    return next(iter(segment_batch(segmenter, [image], crf=crf)))
+    [result] = segment_batch(segmenter, [image], crf=crf, tags=None if tags is None else [tags])
+    return result
 
 
-def segment_batch(segmenter, images, *, crf):
+def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None):
     """Segment images of any sizes; the network sees them together, the rest is done one by one.
 
     Args:
       segmenter: a Segmenter.
-      images: list of [H, W, 3] uint8 RGB; keep its length constant, every new length is compiled anew.
+      images: list of [H, W, 3] uint8 RGB.
       crf: whether to refine by mean field on each image.
+      tags: list of [K] bool, the classes that may occur in each image, or None for all.
+      batch_size: images that the network sees at once; a shorter list is padded to it, so that nothing is compiled
+        anew. By default the length of the list.
 
     Returns:
       List of Segmentation.
@@ -159,8 +178,12 @@ def segment_batch(segmenter, images, *, crf):
             raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {image.shape} {image.dtype}; convert it first")
     grids = []
     for size in segmenter.input_sizes:
-        squares = np.stack([np.asarray(Image.fromarray(im).resize((size, size), Image.Resampling.BICUBIC)) for im in images])
-        grids.append(segmenter.network_log_probs(squares))
+        squares = [square_image(image, size) for image in images]
+        squares += squares[-1:] * ((batch_size or len(images)) - len(images))
+        grids.append(segmenter.network_log_probs(np.stack(squares)))
+    if tags is not None:
+        absent = np.where(np.asarray(tags, bool), 0.0, _EXCLUDED).astype(np.float32)
+        grids = [grid[: len(images)] + absent[:, None, None, :] for grid in grids]
     return [_at_own_size(segmenter, image, [grid[i] for grid in grids], crf) for i, image in enumerate(images)]
 
 

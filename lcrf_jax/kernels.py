@@ -10,8 +10,8 @@ with p the pixel's position and I its colour. Conventions, the same everywhere i
 
 * positions are in pixels of the grid the kernel lives on, (row, column), pixels in row-major order;
 * colours are in 0..255, whatever the dtype, and so is s_b;
-* each of the two Gaussians is normalised on its own, *with* the self-pair in its row sums, then weighted and added;
-  after that the diagonal is removed: k_ii = 0.
+* each of the two Gaussians is normalised on its own, *with* the self-pair in its row sums, then weighted and
+  added; after that the diagonal is removed: k_ii = 0.
 """
 
 import math
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float
+from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 __all__ = [
     "NORMALISATIONS",
@@ -47,9 +47,9 @@ _WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
 class KernelParams(NamedTuple):
     """Weights and widths of the bilateral and the spatial Gaussian.
 
-    The defaults are the usual ones for photographs at full resolution; `scaled` takes them to a coarser grid. The
-    weights mean something only together with a normalisation: these are for `symmetric`, where the rows of each
-    Gaussian sum to about 1.
+    The defaults are the usual ones for photographs at full resolution; `scaled` takes them to a coarser grid.
+    The weights mean something only together with a normalisation: these are for `symmetric`, where the rows
+    of each Gaussian sum to about 1.
 
     Attributes:
       bilateral_weight: w1, weight of the Gaussian over position and colour.
@@ -87,7 +87,7 @@ def scaled(params, stride):
 
 
 def position_features(height, width, *, position_width, dtype=jnp.float32):
-    """Positions of all pixels in units of a width, centred on the image.
+    """Positions of all pixels in units of a width; the first pixel is the origin.
 
     Args:
       height: number of rows.
@@ -104,9 +104,7 @@ def position_features(height, width, *, position_width, dtype=jnp.float32):
     check_number("height", height, minimum=1, remedy="an image needs a pixel")
     check_number("width", width, minimum=1, remedy="an image needs a pixel")
     check_number("position_width", position_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
-    rows = jnp.arange(height, dtype=dtype) - (height - 1) / 2
-    columns = jnp.arange(width, dtype=dtype) - (width - 1) / 2
-    grid = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1)
+    grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1).astype(dtype)
     return grid.reshape(height * width, 2) / position_width
 
 
@@ -116,12 +114,13 @@ def guide_features(image, *, position_width, colour_width):
     A Gaussian of unit width on these features is the bilateral kernel.
 
     Args:
-      image: [H, W, C] colours in 0..255, any real dtype, any number of channels. An image in 0..1 with a width of
-        13 gives a kernel that does not see colour: multiply it by 255 first.
+      image: [H, W, C] colours in 0..255, any real dtype, any number of channels. An image in 0..1 with a
+        width of 13 gives a kernel that does not see colour: multiply it by 255 first.
       position_width: standard deviation in pixels of this grid, > 0.
       colour_width: standard deviation in colour units, > 0.
     Returns:
-      [H * W, 2 + C] features (row, column, channels), row-major over pixels; float32, or float64 for a float64 image.
+      [H * W, 2 + C] features (row, column, channels), row-major over pixels; float32, or float64 for a
+      float64 image.
     Raises:
       ValueError: if `image` is not [H, W, C] or a width is not positive.
     References:
@@ -139,8 +138,8 @@ def gaussian_kernel(features_a, features_b=None):
 
     .. math:: K_{ij} = \exp(-|a_i - b_j|^2 / 2)
 
-    The squared distance is summed from the differences themselves, feature by feature, so that float32 keeps its
-    digits however far the features lie from the origin.
+    The squared distance is summed from the differences themselves, feature by feature, so that float32 keeps
+    its digits however far the features lie from the origin.
 
     Args:
       features_a: [m, d] features in units of their widths.
@@ -182,16 +181,16 @@ def dense_kernel(image, params, *, normalisation="symmetric"):
     .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
 
     N is applied to each Gaussian alone, with the self-pair (1) in its row sums D = diag(K 1): `none` K, `row`
-    D^-1 K, `symmetric` D^-1/2 K D^-1/2, the convention of Krahenbuhl's code. The diagonal is removed last, so rows
-    of the result sum to a little less than w1 + w2 (`row`: never more; `symmetric`: about).
+    D^-1 K, `symmetric` D^-1/2 K D^-1/2, the convention of Krahenbuhl's code. The diagonal is removed last, so
+    rows of the result sum to a little less than w1 + w2 (`row`: never more; `symmetric`: about).
 
     Args:
       image: [H, W, C] colours in 0..255.
       params: `KernelParams` for this grid; its weights may be traced, for learning them.
       normalisation: a key of `NORMALISATIONS`: 'none', 'row' or 'symmetric'.
     Returns:
-      [m, m] kernel, m = H * W, zero on the diagonal, symmetric except for 'row'. It takes 4 m^2 bytes: 39 MB at
-      56x56, so this form is for coarse grids.
+      [m, m] kernel, m = H * W, zero on the diagonal, symmetric except for 'row'. It takes 4 m^2 bytes: 39 MB
+      at 56x56, so this form is for coarse grids.
     Raises:
       ValueError: if `image` is not [H, W, C], a width is not positive, or the normalisation is unknown.
     References:
@@ -217,8 +216,8 @@ def filter_exact(features, values, *, block_size=None):
 
     .. math:: v'_i = \sum_j \exp(-|f_i - f_j|^2 / 2)\, v_j
 
-    The self-pair j = i is part of the sum; subtract `values` to leave it out. Not normalised: filter ones to get the
-    row sums.
+    The self-pair j = i is part of the sum; subtract `values` to leave it out. Not normalised: filter ones to
+    get the row sums.
 
     Args:
       features: [m, d] features in units of their widths.
@@ -251,7 +250,8 @@ def gaussian_taps(width):
     """The Gaussian at whole pixels in one dimension, cut off at four widths.
 
     Args:
-      width: standard deviation in pixels, a Python number > 0; it sets the number of taps, so it has to be static.
+      width: standard deviation in pixels, a Python number > 0; it sets the number of taps, so it has to be
+        static.
     Returns:
       [2 r + 1] NumPy array, r = ceil(4 width), with 1 in the middle.
     Raises:
@@ -275,8 +275,9 @@ def separable_filter(values, taps):
 
     .. math:: v'_{rc} = \sum_{s,t} h_s h_t\, v_{r+s,\,c+t}
 
-    With `gaussian_taps` this is the Gaussian over positions, for a time linear in pixels and taps. Nothing lies beyond
-    the border: pixels there have smaller row sums. Not normalised; the self-pair is part of the sum.
+    With `gaussian_taps` this is the Gaussian over positions, for a time linear in pixels and taps. Nothing
+    lies beyond the border: pixels there have smaller row sums. Not normalised; the self-pair is part of the
+    sum.
 
     Args:
       values: [H, W, K] values on the grid.
@@ -314,4 +315,4 @@ def _shifted_sum(values, taps):
             total = total + taps[tap] * jax.lax.dynamic_slice_in_dim(padded, tap, size)
         return total
 
-    return jax.lax.fori_loop(0, num_groups, add_group, jnp.zeros_like(values))
+    return jax.lax.fori_loop(0, num_groups, add_group, varying_like(jnp.zeros_like(values), values))

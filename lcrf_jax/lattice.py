@@ -1,14 +1,15 @@
 """The permutohedral lattice: a fast approximate Gaussian filter for images too large for the exact one.
 
-What depends on the image alone is built once, as a NamedTuple of arrays, and can be applied any number of times.
+What depends on the image alone is built once, as a NamedTuple of arrays, and can be applied any number of
+times.
 
-The permutohedral lattice (Adams, Baek and Davis 2010) spreads every pixel over the d + 1 corners of the simplex of a
-lattice in feature space that holds it (splat), convolves the lattice along d + 1 directions with (1/2, 1, 1/2) (blur),
-and reads the result back with the same weights (slice). It approximates the Gaussian: after row or symmetric
-normalisation to about 3 %, raw to some tens of per cent.
+The permutohedral lattice (Adams, Baek and Davis 2010) spreads every pixel over the d + 1 corners of the
+simplex of a lattice in feature space that holds it (splat), convolves the lattice along d + 1 directions with
+(1/2, 1, 1/2) (blur), and reads the result back with the same weights (slice). It approximates the Gaussian:
+after row or symmetric normalisation to about 3 %, raw to some tens of per cent.
 
-XLA needs static shapes, so the number of lattice vertices has a static capacity. Vertices beyond it are dropped, with
-all the mass on them; `lattice_overflowed` tells, outside jit, whether that happened.
+XLA needs static shapes, so the number of lattice vertices has a static capacity. Vertices beyond it are
+dropped, with all the mass on them; `lattice_overflowed` tells, outside jit, whether that happened.
 """
 
 import math
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float
+from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 __all__ = [
     "Lattice",
@@ -41,7 +42,8 @@ class Lattice(NamedTuple):
     Attributes:
       vertices: [d + 1, m] int32, the vertex of each corner of each pixel's simplex; c for a dropped one.
       weights: [d + 1, m] barycentric weights of the corners, summing to 1 over them.
-      neighbours: [d + 1, 2, c] int32, the vertices before and after each vertex in every direction; c for none.
+      neighbours: [d + 1, 2, c] int32, the vertices before and after each vertex in every direction; c for
+        none.
       num_vertices: int32, vertices the features need; the lattice overflowed if it is larger than c.
     """
 
@@ -54,9 +56,10 @@ class Lattice(NamedTuple):
 def default_capacity(num_pixels, num_features):
     """Vertices to provide for: one per pixel, but at least 65,536, and never more than can be needed.
 
-    d + 1 vertices a pixel is the hard upper bound, reached only if no two pixels share a corner; below about 11,000
-    pixels with five features it is provided for. Photographs of 320x240 pixels need .08 vertices a pixel at widths of
-    80 pixels and 13 colour units (.21 at most in a sample of 20), .47 at 80 and 5 (1.2 at most).
+    d + 1 vertices a pixel is the hard upper bound, reached only if no two pixels share a corner; below about
+    11,000 pixels with five features it is provided for. Photographs of 320x240 pixels need .08 vertices a
+    pixel at widths of 80 pixels and 13 colour units (.21 at most in a sample of 20), .47 at 80 and 5 (1.2 at
+    most).
 
     Args:
       num_pixels: m.
@@ -166,7 +169,8 @@ def _inserted(fingerprints, capacity):
     def unfinished(state):
         return jnp.any(state[2]) & (state[3] < _NUM_PROBES)
 
-    start = (jnp.full(num_slots, _EMPTY), jnp.full_like(entries, num_slots), jnp.ones_like(entries, bool), 0)
+    start = (jnp.full(num_slots, _EMPTY), jnp.full_like(entries, num_slots), jnp.ones_like(entries, bool))
+    start = (*(varying_like(part, first) for part in start), 0)
     owners, slots, unresolved, _ = jax.lax.while_loop(unfinished, probe, start)
 
     used = owners != _EMPTY
@@ -197,7 +201,8 @@ def _looked_up(table, fingerprints, capacity):
         return jnp.any(state[1]) & (state[2] < _NUM_PROBES)
 
     shape = fingerprints[0].shape
-    start = (jnp.full(shape, capacity, jnp.int32), jnp.ones(shape, bool), 0)
+    start = (jnp.full(shape, capacity, jnp.int32), jnp.ones(shape, bool))
+    start = (*(varying_like(part, fingerprints[0]) for part in start), 0)
     return jax.lax.while_loop(unfinished, probe, start)[0]
 
 
@@ -206,8 +211,8 @@ def build_lattice(features, capacity=None):
 
     Args:
       features: [m, d] features in units of their widths, finite.
-      capacity: static number of vertices to provide for; None is `default_capacity(m, d)`. Cost and memory of the
-        blur grow with it, not with the vertices used.
+      capacity: static number of vertices to provide for; None is `default_capacity(m, d)`. Cost and memory of
+        the blur grow with it, not with the vertices used.
     Returns:
       A `Lattice`. Check `lattice_overflowed` on it, outside jit.
     Raises:
@@ -256,7 +261,8 @@ def _splat(lattice, values):
     def corner(k, table):
         return table.at[lattice.vertices[k]].add(lattice.weights[k][:, None] * values, mode="drop")
 
-    return jax.lax.fori_loop(0, len(lattice.vertices), corner, jnp.zeros((capacity, values.shape[1]), values.dtype))
+    table = varying_like(jnp.zeros((capacity, values.shape[1]), values.dtype), values)
+    return jax.lax.fori_loop(0, len(lattice.vertices), corner, table)
 
 
 def _blur(lattice, table, reverse=False):
@@ -264,7 +270,7 @@ def _blur(lattice, table, reverse=False):
     capacity = lattice.neighbours.shape[-1]
     block = min(_BLUR_BLOCK, capacity)
     num_blocks = (jnp.minimum(lattice.num_vertices, capacity) + block - 1) // block
-    source, target = table, jnp.zeros_like(table)
+    source, target = table, varying_like(jnp.zeros_like(table), table)
     for neighbours in lattice.neighbours[::-1] if reverse else lattice.neighbours:
 
         def blurred(i, target, source=source, neighbours=neighbours):
@@ -282,8 +288,8 @@ def _slice(lattice, table):
     def corner(k, values):
         return values + lattice.weights[k][:, None] * table.at[lattice.vertices[k]].get(mode="fill", fill_value=0)
 
-    shape = (lattice.vertices.shape[1], table.shape[1])
-    return jax.lax.fori_loop(0, len(lattice.vertices), corner, jnp.zeros(shape, table.dtype))
+    values = jnp.zeros((lattice.vertices.shape[1], table.shape[1]), table.dtype)
+    return jax.lax.fori_loop(0, len(lattice.vertices), corner, varying_like(values, table))
 
 
 # A batch is filtered image by image: the number of blocks differs from image to image.
@@ -322,15 +328,16 @@ def apply_lattice(lattice, values, *, symmetric=False):
 
     .. math:: v'_i \approx \sum_j \exp(-|f_i - f_j|^2 / 2)\, v_j
 
-    The self-pair j = i is part of the sum (`lattice_diagonal` says with which weight). Not normalised: filter ones to
-    get row sums. The constant that the blur lacks is set by the integral of the Gaussian, which is right where
-    features fill their space and too small where they are sparse; after normalisation it cancels.
+    The self-pair j = i is part of the sum (`lattice_diagonal` says with which weight). Not normalised: filter
+    ones to get row sums. The constant that the blur lacks is set by the integral of the Gaussian, which is
+    right where features fill their space and too small where they are sparse; after normalisation it cancels.
 
     Args:
       lattice: a `Lattice` for m pixels.
       values: [m, K] values to filter.
-      symmetric: whether to average the blur over the directions forwards and backwards. One order alone gives a
-        kernel that differs from its transpose by a few per cent; the average is symmetric, for a second blur's time.
+      symmetric: whether to average the blur over the directions forwards and backwards. One order alone gives
+        a kernel that differs from its transpose by a few per cent; the average is symmetric, for a second
+        blur's time.
     Returns:
       [m, K] filtered values.
     Raises:
@@ -347,9 +354,9 @@ def apply_lattice(lattice, values, *, symmetric=False):
 def lattice_diagonal(lattice):
     r"""The weight of each pixel's own value in `apply_lattice`.
 
-    Corners k and l of a simplex are |k - l| steps apart in different directions, and d + 1 steps in all directions
-    lead back: the blur connects them with 2^-|k-l| + 2^-(d+1-|k-l|). Paths over missing vertices are counted as
-    well, so this is an upper bound, in practice within a few per cent.
+    Corners k and l of a simplex are |k - l| steps apart in different directions, and d + 1 steps in all
+    directions lead back: the blur connects them with 2^-|k-l| + 2^-(d+1-|k-l|). Paths over missing vertices
+    are counted as well, so this is an upper bound, in practice within a few per cent.
 
     Args:
       lattice: a `Lattice` for m pixels.

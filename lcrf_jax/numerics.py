@@ -1,7 +1,7 @@
 """Small numerical helpers: float promotion, entropies that survive log 0, and checks of static facts.
 
-Every floor of the library computes in float32: half-precision and integer inputs are promoted on entry, float64 is
-kept where JAX has it enabled (the tests use it).
+Every floor of the library computes in float32: half-precision and integer inputs are promoted on entry,
+float64 is kept where JAX has it enabled (the tests use it).
 """
 
 import math
@@ -10,14 +10,14 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-__all__ = ["check_number", "check_shape", "entropy", "promote_float"]
+__all__ = ["check_number", "check_shape", "entropy", "promote_float", "varying_like"]
 
 
 def promote_float(array):
     """The array as float32, or as float64 where it already is float64.
 
-    float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels keep their digits.
-    float64 stays float64 only if `jax_enable_x64` is on; otherwise JAX makes it float32.
+    float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels keep their
+    digits. float64 stays float64 only if `jax_enable_x64` is on; otherwise JAX makes it float32.
 
     Args:
       array: any real array or number.
@@ -64,7 +64,8 @@ def check_shape(name, array, expected, remedy):
     Args:
       name: name of the argument, for the message.
       array: anything with a `shape`.
-      expected: one entry per axis; an int has to be met exactly, a letter such as 'm' stands for any size >= 1.
+      expected: one entry per axis; an int has to be met exactly, a letter such as 'm' stands for any size
+        from 1 on.
       remedy: what the caller can do about a mismatch, for the message.
     Returns:
       The shape, a tuple of ints.
@@ -105,3 +106,23 @@ def check_number(name, value, *, minimum, remedy, strict=False):
             sign = ">" if strict else ">="
             raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {value}; {remedy}")
     return value
+
+
+def varying_like(array, reference):
+    """The array, marked as varying over the mesh axes over which the reference varies.
+
+    Inside `jax.shard_map` a loop refuses a carry that starts as a constant and ends as something that differs
+    from device to device; constants that start a loop go through here. Anywhere else it changes nothing.
+
+    Args:
+      array: any array.
+      reference: an array from which the loop computes.
+    Returns:
+      The array, its values unchanged.
+    Raises:
+      None.
+    References:
+      JAX documentation, "shard_map", section on scan and varying manual axes.
+    """
+    # A choice between the array and itself: JAX sees that it depends on the reference, and XLA removes it.
+    return jnp.where(jnp.ravel(reference)[0] == 0, array, array)

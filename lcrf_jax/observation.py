@@ -1,13 +1,17 @@
 r"""Likelihoods log p(y | z, x) of the image tags given the pixel labels (floor 2).
 
-None has a trainable parameter. `labels` z is [m, K]: one-hot rows, or points of the simplex (relaxed samples, probabilities), so that
-every function is defined and differentiable in between. `tags` y is [K] bool with index 0 the background, which is always present. Except
-for `evidence`, the tags are independent given z, y_k ~ Bernoulli(pi_k), and a function differs from the next in its pi_k:
+None has a trainable parameter. `labels` z is [m, K]: one-hot rows, or points of the simplex (relaxed samples,
+probabilities), so that every function is defined and differentiable in between. `tags` y is [K] bool with
+index 0 the background, which is always present. Except for `evidence`, the tags are independent given z,
+y_k ~ Bernoulli(pi_k), and a function differs from the next in its pi_k:
 
 .. math:: \log p(y|z,x) = \sum_k y_k \log \pi_k + (1 - y_k) \log (1 - \pi_k)
 
-`TAG_LIKELIHOODS` do not look at the image; `IMAGE_LIKELIHOODS` take class maps of a frozen classifier as third argument.
+`TAG_LIKELIHOODS` do not look at the image; `IMAGE_LIKELIHOODS` take what a frozen classifier sees in it as
+third argument: its class maps, or evidence made from them.
 """
+
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +41,13 @@ def _checked(labels, tags):
     return promote_float(labels), jnp.asarray(tags, bool)
 
 
+def _check_share(name, value, remedy):
+    """A number in (0, 1]; traced values pass unchecked."""
+    check_number(name, value, minimum=0, strict=True, remedy=remedy)
+    if isinstance(value, numbers.Real) and value > 1:
+        raise ValueError(f"{name}: expected a number of at most 1, got {value}; {remedy}")
+
+
 def _bernoulli(pi, tags):
     """Sum over classes of the log-probability of the tags, pi kept _TINY away from 0 and 1."""
     pi = jnp.clip(pi, _TINY, 1 - _TINY)
@@ -48,7 +59,8 @@ def noisy_or(labels, tags, *, rho=0.1):
 
     .. math:: \pi_k = 1 - \prod_j (1 - \rho z_{jk})
 
-    Computed in the log domain. It saturates over many pixels: at initialisation every pi_k is close to 1.
+    Computed in the log domain, pi kept 1e-6 away from 0. It saturates over many pixels: at initialisation
+    every pi_k is close to 1.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
@@ -62,8 +74,8 @@ def noisy_or(labels, tags, *, rho=0.1):
       Pearl 1988, the noisy-or gate.
     """
     labels, tags = _checked(labels, tags)
-    check_number("rho", rho, minimum=0, strict=True, remedy="use a probability between 0 and 1")
-    if isinstance(rho, (int, float)) and rho >= 1:
+    _check_share("rho", rho, "use a probability between 0 and 1")
+    if isinstance(rho, numbers.Real) and rho == 1:
         raise ValueError(f"rho: expected a probability below 1, got {rho}; for a hard or use max_pool")
     log_absent = jnp.sum(jnp.log1p(-rho * labels), axis=0)
     # log(1 - exp(x)) for x <= 0; the bound keeps value and gradient finite where no pixel has the class.
@@ -126,12 +138,14 @@ def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3)
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or beta is not positive.
+      ValueError: if the shapes do not fit, beta is not positive or a share is not in (0, 1].
     References:
       Pathak, Krahenbuhl and Darrell 2015, for constraints on the area.
     """
     labels, tags = _checked(labels, tags)
     check_number("beta", beta, minimum=0, strict=True, remedy="20 is usual")
+    _check_share("foreground_share", foreground_share, "use a share of the image, say 0.1")
+    _check_share("background_share", background_share, "use a share of the image, say 0.3")
     alpha = jnp.where(jnp.arange(labels.shape[1]) == 0, background_share, foreground_share)
     logits = beta * (labels.mean(axis=0) - alpha)
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags, logits, -logits)))
@@ -142,25 +156,26 @@ def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, refere
 
     .. math:: \pi_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
 
-    The decays are those of a grid of `reference_cells`; on m cells d^(reference_cells / m) is used, so that the
-    same share of the image is meant at every resolution.
+    The decays are those of a grid of `reference_cells`; on m cells d^(reference_cells / m) is used, so that
+    the same share of the image is meant at every resolution.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
       tags: [K] bool.
-      foreground_decay: d of the foreground classes, in (0, 1).
-      background_decay: d of the background, in (0, 1).
+      foreground_decay: d of the foreground classes, in (0, 1]; 1 is the mean.
+      background_decay: d of the background, in (0, 1].
       reference_cells: number of cells for which the decays are given (41 x 41 in the source).
     Returns:
       Scalar, float32, nats; pi is kept 1e-6 away from 0 and 1.
     Raises:
-      ValueError: if the shapes do not fit or a decay is not positive.
+      ValueError: if the shapes do not fit or a decay is not in (0, 1].
     References:
       Kolesnikov and Lampert 2016, section 3.3.
     """
     labels, tags = _checked(labels, tags)
-    for name, decay in (("foreground_decay", foreground_decay), ("background_decay", background_decay)):
-        check_number(name, decay, minimum=0, strict=True, remedy="use a number just below 1")
+    _check_share("foreground_decay", foreground_decay, "use a number just below 1")
+    _check_share("background_decay", background_decay, "use a number just below 1")
+    check_number("reference_cells", reference_cells, minimum=1, remedy="41 * 41 is usual")
     num_pixels, num_classes = labels.shape
     decay = jnp.where(jnp.arange(num_classes) == 0, background_decay, foreground_decay)
     log_decay = jnp.log(decay) * reference_cells / num_pixels
@@ -172,7 +187,8 @@ def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, refere
 def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
     r"""A frozen linear classifier looks at the pixels that a class is given.
 
-    .. math:: \pi_k = \sigma\Bigl(\frac{s}{m} \sum_j z_{jk}\, c_{jk} + b_k\Bigr), \qquad c_{jk} = w_k^\top F_j(x)
+    .. math:: \pi_k = \sigma\Bigl(\frac{s}{m} \sum_j z_{jk}\, c_{jk} + b_k\Bigr), \qquad
+              c_{jk} = w_k^\top F_j(x)
 
     Background has no classifier and no factor.
 
@@ -185,27 +201,32 @@ def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit or the scale is negative.
     References:
       Zhou et al. 2016, for the maps.
     """
     labels, tags = _checked(labels, tags)
-    check_shape("class_maps", class_maps, (labels.shape[0], labels.shape[1] - 1), "one map per foreground class")
-    logits = scale * jnp.mean(labels[:, 1:] * promote_float(class_maps), axis=0) + bias
+    num_pixels, num_foreground = labels.shape[0], labels.shape[1] - 1
+    check_shape("class_maps", class_maps, (num_pixels, num_foreground), "one map per foreground class")
+    if jnp.ndim(bias):
+        check_shape("bias", bias, (num_foreground,), "one bias per foreground class, or one number for all")
+    check_number("scale", scale, minimum=0, remedy="1 is the classifier as it was fitted")
+    logits = scale * jnp.mean(labels[:, 1:] * promote_float(class_maps), axis=0) + promote_float(bias)
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags[1:], logits, -logits)))
 
 
 def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, floor=1e-3):
     r"""Per-pixel evidence e_k(x_j) from the class maps of a frozen classifier.
 
-    .. math:: e_{jk} \propto \max(c_{jk} / \max_i c_{ik}, \epsilon)^\beta \text{ for present } k, \quad
-              e_{j0} \propto \ell^\beta, \quad e_{jk} = \epsilon^\beta \text{ (unnormalised) for absent } k
+    .. math:: e_{jk} \propto \mathrm{clip}(c_{jk} / \max_i c_{ik}, \epsilon, 1)^\beta \text{ for present } k,
+              \quad e_{j0} \propto \ell^\beta, \quad e_{jk} \propto \epsilon^\beta \text{ for absent } k
 
     Args:
       class_maps: [m, K - 1] maps c of the foreground classes.
       peaks: [K - 1] maximum of each map over the whole image (not just the m pixels of a crop).
       tags: [K] bool.
-      background_level: l in (0, 1), the share of the peak at which foreground and background are equally likely.
+      background_level: l in (0, 1), the share of the peak at which foreground and background are equally
+        likely.
       sharpness: beta > 0, how fast the odds change with the map.
       floor: epsilon, the least ratio; it bounds the cost of one pixel by beta log(1 / epsilon).
     Returns:
@@ -218,8 +239,9 @@ def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, 
     num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_IMAGE)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
     check_shape("tags", tags, (num_foreground + 1,), "one tag per class, background first")
-    check_number("background_level", background_level, minimum=0, strict=True, remedy="use a share of the peak, say 0.2")
-    check_number("floor", floor, minimum=0, strict=True, remedy="use a small positive number, say 1e-3")
+    _check_share("background_level", background_level, "use a share of the peak, say 0.2")
+    check_number("sharpness", sharpness, minimum=0, strict=True, remedy="1 is usual")
+    _check_share("floor", floor, "use a small positive number, say 1e-3")
     ratio = promote_float(class_maps) / jnp.maximum(promote_float(peaks), _TINY)
     ratio = jnp.where(jnp.asarray(tags, bool)[1:], jnp.clip(ratio, floor, 1.0), floor)
     background = jnp.full((num_pixels, 1), background_level, ratio.dtype)
@@ -231,7 +253,8 @@ def evidence(labels, tags, pixel_evidence):
 
     .. math:: \log p(y|z,x) = \sum_j \log \sum_k z_{jk}\, e_{jk}(x, y)
 
-    The tags act through the evidence, which suppresses absent classes; see `class_evidence`.
+    The tags act through the evidence, which suppresses absent classes; see `class_evidence`. The sum over the
+    classes is kept above 1e-12.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.

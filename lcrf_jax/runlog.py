@@ -110,21 +110,22 @@ class Progress:
                                   bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
                                              "[{elapsed}<{remaining}]{postfix}")
 
-    def update(self, *, num_images, metrics=None):
-        """Count one step.
+    def update(self, *, num_images, metrics=None, num_steps=1):
+        """Count steps.
 
         Args:
-          num_images: images of this step, over all devices.
+          num_images: images of these steps, over all devices.
+          num_steps: how many steps are done.
           metrics: dict of scalars to show, already on the host; None shows the last ones again, so that a
             step need not wait for its values.
         """
-        self._step += 1
+        self._step += num_steps
         self._num_images += num_images
         if metrics is not None:
             self._terms = ", ".join(f"{name} {_scalar(name, value):.4g}" for name, value in metrics.items())
         if self._bar is not None:
             self._bar.set_postfix_str(self._tail(), refresh=False)
-            self._bar.update(1)
+            self._bar.update(num_steps)
         elif self._clock() - self._last_line >= self._every:
             self._print_line()
 

@@ -1,66 +1,92 @@
-"""Samples of factorised categorical distributions, relaxed and exact (floor 1)."""
+r"""Samples of factorised categorical distributions, relaxed and exact (floor 1).
+
+Every sample adds independent Gumbel noise to the logits; the largest one is then a sample of softmax(logits).
+"""
 
 import jax
-import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_number, promote_float
+
+__all__ = ["categorical", "gumbel_softmax", "straight_through"]
+
+
+def _perturbed(key, logits):
+    """Logits plus Gumbel noise, at least in float32."""
+    logits = promote_float(logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        shape = list(logits.shape)
+        raise ValueError(f"logits: expected shape [..., K] with K >= 1, got {shape}; put the classes last")
+    return logits + jax.random.gumbel(key, logits.shape, logits.dtype)
+
+
+def _relaxed(perturbed, temperature):
+    """softmax(perturbed / temperature); the largest is taken off first, so that no quotient overflows."""
+    remedy = "for exact samples use categorical"
+    check_number("temperature", temperature, minimum=0, strict=True, remedy=remedy)
+    largest = jax.lax.stop_gradient(perturbed.max(axis=-1, keepdims=True))
+    return jax.nn.softmax((perturbed - largest) / temperature, axis=-1)
 
 
 def gumbel_softmax(key, logits, *, temperature):
     r"""One relaxed sample of every categorical distribution.
 
-    .. math:: \bar z_{jk} = \mathrm{softmax}_k\,((g_{jk} + \epsilon_{jk}) / \tau), \quad \epsilon \sim \mathrm{Gumbel}(0, 1)
+    .. math:: \bar z_{jk} = \mathrm{softmax}_k\,((g_{jk} + \epsilon_{jk}) / \tau), \quad
+              \epsilon \sim \mathrm{Gumbel}(0, 1)
+
+    Its largest entry is an exact sample of q at any temperature.
 
     Args:
       key: PRNG key.
-      logits: [..., K] unnormalised log-probabilities.
-      temperature: tau > 0. As tau -> 0 the sample becomes one-hot, exactly distributed as q, and its gradient's variance grows.
-
+      logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
+      temperature: tau > 0. As tau -> 0 the sample becomes one-hot and the variance of its gradient grows.
     Returns:
-      [..., K] float32, positive, sums to one over the last axis.
-
+      [..., K] float32, not negative, sums to one over the last axis.
     Raises:
-      ValueError: if `temperature` is a Python number that is not positive.
-
+      ValueError: if `logits` has no class axis, or `temperature` is a number that is not positive and finite.
     References:
       Jang, Gu and Poole 2016; Maddison, Mnih and Teh 2016.
     """
-    if isinstance(temperature, (int, float)) and not temperature > 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}; use `categorical` for exact samples")
-    logits = jnp.asarray(logits, jnp.promote_types(jnp.result_type(logits), jnp.float32))
-    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-    return jax.nn.softmax((logits + noise) / temperature, axis=-1)
+    return _relaxed(_perturbed(key, logits), temperature)
 
 
 def straight_through(key, logits, *, temperature):
-    """One exact one-hot sample whose gradient is that of the relaxed sample drawn with the same noise.
+    r"""One exact one-hot sample whose gradient is that of the relaxed sample drawn with the same noise.
+
+    .. math:: z = \mathrm{onehot}\,\arg\max_k\,(g_k + \epsilon_k), \qquad
+              \partial z / \partial g := \partial \bar z / \partial g
 
     Args:
-      key: PRNG key.
-      logits: [..., K] unnormalised log-probabilities.
+      key: PRNG key; the same key gives the noise of `gumbel_softmax`.
+      logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
       temperature: of the relaxation that lends its gradient, > 0.
-
     Returns:
       [..., K] float32, one-hot over the last axis.
-
     Raises:
-      ValueError: if `temperature` is a Python number that is not positive.
-
+      ValueError: if `logits` has no class axis, or `temperature` is a number that is not positive and finite.
     References:
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
     """
-    relaxed = gumbel_softmax(key, logits, temperature=temperature)
-    hard = jax.nn.one_hot(jnp.argmax(relaxed, axis=-1), relaxed.shape[-1], dtype=relaxed.dtype)
+    perturbed = _perturbed(key, logits)
+    relaxed = _relaxed(perturbed, temperature)
+    # Not the argmax of the relaxed sample: at a high temperature its entries are equal in float32.
+    hard = jax.nn.one_hot(perturbed.argmax(axis=-1), perturbed.shape[-1], dtype=relaxed.dtype)
     return hard + (relaxed - jax.lax.stop_gradient(relaxed))
 
 
 def categorical(key, logits):
-    """One exact one-hot sample of every categorical distribution; no gradient flows through it.
+    r"""One exact one-hot sample of every categorical distribution; no gradient flows through it.
+
+    .. math:: z \sim \mathrm{Categorical}(\mathrm{softmax}(g))
 
     Args:
-      key: PRNG key.
-      logits: [..., K] unnormalised log-probabilities.
-
+      key: PRNG key; the same key gives the labels of `straight_through`.
+      logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
     Returns:
       [..., K] float32, one-hot over the last axis.
+    Raises:
+      ValueError: if `logits` has no class axis.
+    References:
+      Maddison, Mnih and Teh 2016, the Gumbel-max trick.
     """
-    labels = jax.random.categorical(key, jnp.asarray(logits, jnp.promote_types(jnp.result_type(logits), jnp.float32)))
-    return jax.nn.one_hot(labels, logits.shape[-1])
+    perturbed = _perturbed(key, logits)
+    return jax.nn.one_hot(perturbed.argmax(axis=-1), perturbed.shape[-1], dtype=perturbed.dtype)

@@ -32,7 +32,8 @@ def dense_kernel(image, params, normalisation):
         kernel = gaussian_kernel(features)
         sums = kernel.sum(axis=1)
         for i, j in np.ndindex(kernel.shape):
-            kernel[i, j] /= {"none": 1.0, "row": sums[i], "symmetric": np.sqrt(sums[i] * sums[j])}[normalisation]
+            divisors = {"none": 1.0, "row": sums[i], "symmetric": np.sqrt(sums[i] * sums[j])}
+            kernel[i, j] /= divisors[normalisation]
         total = total + weight * kernel
     np.fill_diagonal(total, 0)
     return total
@@ -109,7 +110,8 @@ def kl_to_prior(probs, kernel, compatibility=None):
     """KL(q || p) with log Z: the sum over all labellings of q (log q - log p)."""
     num_classes = np.shape(probs)[1]
     log_q = factorised_log_probs(probs)
-    log_p = -labelling_energies(kernel, num_classes, compatibility) - log_partition(kernel, num_classes, compatibility)
+    log_p = -labelling_energies(kernel, num_classes, compatibility)
+    log_p = log_p - log_partition(kernel, num_classes, compatibility)
     possible = np.isfinite(log_q)
     return np.sum(np.exp(log_q[possible]) * (log_q - log_p)[possible])
 
@@ -142,7 +144,7 @@ def permutohedral_filter(features, values):
 
 
 def _simplex(point):
-    """The corners, as tuples, and barycentric weights of the lattice simplex around a point of the hyperplane."""
+    """Corners, as tuples, and barycentric weights of the lattice simplex around a point of the hyperplane."""
     corners = len(point)
     base = corners * np.round(point / corners).astype(int)
     excess = base.sum() // corners
@@ -176,3 +178,69 @@ def smooth_image(seed, height, width, noise=4.0):
         image += blob[..., None] * rng.uniform(-120, 120, 3)
     image += 128 + np.where(rows + 0.4 * columns > 0.6, 40, 0)[..., None]
     return np.clip(image + noise * rng.standard_normal(image.shape), 0, 255)
+
+
+def tag_log_likelihood(name, labels, tags, **options):
+    """log p(y | z, x) by its definition, class by class, with the bounds on the probabilities."""
+    labels, total = np.asarray(labels, np.float64), 0.0
+    num_pixels, num_classes = labels.shape
+    for k in range(num_classes):
+        z = labels[:, k]
+        if name == "noisy_or":
+            absent = 1.0
+            for share in z:
+                absent *= 1 - options.get("rho", 0.1) * share
+            pi, low, high = 1 - absent, 1e-6, 1.0
+        elif name == "max_pool":
+            pi, low, high = max(z), 1e-6, 1 - 1e-6
+        elif name == "log_mean_exp":
+            r = options.get("sharpness", 5.0)
+            pi, low, high = np.log(sum(np.exp(r * share) for share in z) / num_pixels) / r, 1e-6, 1 - 1e-6
+        elif name == "area":
+            alpha = options.get("foreground_share", 0.1) if k else options.get("background_share", 0.3)
+            pi, low, high = sigmoid(options.get("beta", 20.0) * (sum(z) / num_pixels - alpha)), 0.0, 1.0
+        elif name == "gwrp":
+            decay = options.get("foreground_decay", 0.996) if k else options.get("background_decay", 0.999)
+            decay = decay ** (options.get("reference_cells", 1681) / num_pixels)
+            weights = [decay**rank for rank in range(num_pixels)]
+            ranked = sorted(z, reverse=True)
+            pi = sum(w * share for w, share in zip(weights, ranked)) / sum(weights)
+            low, high = 1e-6, 1 - 1e-6
+        elif name == "frozen_classifier":
+            if k == 0:
+                continue
+            bias = np.broadcast_to(options["bias"], num_classes - 1)[k - 1]
+            scores = [z[j] * options["class_maps"][j][k - 1] for j in range(num_pixels)]
+            pi, low, high = sigmoid(options.get("scale", 1.0) * sum(scores) / num_pixels + bias), 0.0, 1.0
+        pi = min(max(pi, low), high)
+        total += np.log(pi) if tags[k] else np.log(1 - pi)
+    return total
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.float64(x)))
+
+
+def class_evidence(class_maps, peaks, tags, background_level, sharpness, floor):
+    """[m, K] evidence of each pixel for each class, pixel by pixel."""
+    rows = []
+    for scores in np.asarray(class_maps, np.float64):
+        row = [background_level**sharpness]
+        for score, peak, tag in zip(scores, peaks, tags[1:]):
+            row.append((min(max(score / peak, floor), 1.0) if tag else floor) ** sharpness)
+        rows.append(np.array(row) / sum(row))
+    return np.array(rows)
+
+
+def expectation(function, probs):
+    """E_q f(z) over every labelling z as one-hot [m, K], under independent pixels."""
+    one_hot = np.eye(np.shape(probs)[1])[labellings(*np.shape(probs))]
+    return np.sum(np.exp(factorised_log_probs(probs)) * np.array([float(function(z)) for z in one_hot]))
+
+
+def log_tag_probability(log_likelihood, kernel, num_classes, compatibility=None):
+    """log p(y | x) = log sum_z p(z | x) p(y | z, x), by enumeration of the one-hot z."""
+    one_hot = np.eye(num_classes)[labellings(len(kernel), num_classes)]
+    log_prior = -labelling_energies(kernel, num_classes, compatibility)
+    log_prior = log_prior - np.logaddexp.reduce(log_prior)
+    return np.logaddexp.reduce(log_prior + [float(log_likelihood(z)) for z in one_hot])

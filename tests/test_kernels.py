@@ -21,17 +21,12 @@ from lcrf_jax.kernels import (
 PARAMS = KernelParams(10.0, 6.0, 13.0, 3.0, 1.5)
 
 
-def centred(features):
-    return np.asarray(features) - np.asarray(features)[:1]
-
-
 def test_guide_features_are_rows_columns_and_channels_in_units_of_their_widths():
     image = reference.smooth_image(0, 5, 7)
     features = jax.jit(lambda x: guide_features(x, position_width=3.0, colour_width=13.0))(image)
     expected = reference.guide_features(image, 3.0, 13.0)
-    np.testing.assert_allclose(centred(features), centred(expected), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(features, expected, rtol=1e-5)
     np.testing.assert_allclose(position_features(5, 7, position_width=3.0), np.asarray(features)[:, :2], rtol=1e-6)
-    np.testing.assert_allclose(position_features(5, 7, position_width=3.0).sum(axis=0), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 8])

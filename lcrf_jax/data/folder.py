@@ -67,7 +67,7 @@ class FolderSource:
         image, turn = read_turned_image(self._images[index])
         mask = None
         if self.masks:
-            path = self._root / "SegmentationClass" / f"{name}.png"
+            path = self._mask_path(name)
             mask = read_mask(path, len(self.class_names))
             _check_not_binary(mask, self._tags[index], path)
             mask = _fit_mask(mask, image.shape[:2], turn, path, self._images[index])
@@ -77,6 +77,16 @@ class FolderSource:
     def tags(self) -> np.ndarray:
         """[N, K] bool, the tags of all images in order, without opening a photograph."""
         return self._tags.copy()
+
+    @property
+    def fingerprint(self) -> tuple:
+        """Tells whether photographs or masks changed: their names, sizes and times, without reading them."""
+        files = [*self._images, *(self._mask_path(name) for name in self.names if self.masks)]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return ("folder", str(self._root.resolve()), tuple(stats))
+
+    def _mask_path(self, name: str) -> Path:
+        return self._root / "SegmentationClass" / f"{name}.png"
 
 
 def check_folder(root: str | os.PathLike, split: str) -> Path:

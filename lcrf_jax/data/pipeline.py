@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,18 @@ class ViewDataset:
         self.num_views = num_views
         self._source, self._size, self._seed = source, size, seed
         self._ranges = {"scale_range": scale_range, "ratio_range": ratio_range}
+        self.source = source
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `sample_view` for these views: seed and ranges."""
+        return {"seed": self._seed, **self._ranges}
+
+    @property
+    def identity(self) -> Record:
+        """What the arrays of the records depend on, for keying a cache."""
+        source = hashlib.sha256(repr(self._source.fingerprint).encode()).hexdigest()
+        return {"source": source, "num_views": self.num_views, "size": self._size, **self.options}
 
     def __len__(self) -> int:
         return self.num_views * len(self._source)

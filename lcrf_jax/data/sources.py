@@ -38,10 +38,16 @@ class Source(Protocol):
     Attributes:
       class_names: names of the K classes; index 0 is ``background``.
       split: name of the split.
+      names: identifiers of the examples, in order.
+      tags: [N, K] bool, the tags of all examples.
+      fingerprint: anything whose repr changes when an image or a mask does; caches are keyed by it.
     """
 
     class_names: tuple[str, ...]
     split: str
+    names: tuple[str, ...]
+    tags: np.ndarray
+    fingerprint: tuple
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -10,6 +10,7 @@ An image depends on (seed, split, index) alone. Nothing is stored or downloaded.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -75,6 +76,7 @@ class TexturesSource:
         self.masks = masks
         self._seed, self._size = int(seed), int(size)
         self._length = int({"train": num_train, "val": num_val}[split])
+        self._known_tags: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return self._length
@@ -87,7 +89,32 @@ class TexturesSource:
         image, labels, bodies = _scene(rng, self._size)
         tags = tag_vector([self.class_names[label] for label in labels if label], self.class_names)
         mask = _mask(bodies, labels, self._size) if self.masks else None
-        return Example(f"{self.split}_{index:05d}", image, tags, mask)
+        self._known_tags[index] = tags
+        return Example(self._name(index), image, tags.copy(), mask)
+
+    def _name(self, index: int) -> str:
+        return f"{self.split}_{index:05d}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Identifiers of all images in order."""
+        return tuple(self._name(index) for index in range(self._length))
+
+    @property
+    def tags(self) -> np.ndarray:
+        """[N, K] bool, the tags of all images in order; images not seen yet are made for it."""
+        return np.stack([self._tags_of(index) for index in range(self._length)])
+
+    def _tags_of(self, index: int) -> np.ndarray:
+        if index not in self._known_tags:
+            self[index]
+        return self._known_tags[index]
+
+    @property
+    def fingerprint(self) -> tuple:
+        """Tells one set of images from another: the settings, and a hash of the first image for the generator."""
+        first = hashlib.sha256(self[0].image.tobytes()).hexdigest()
+        return ("textures", self._seed, self.split, self._size, self._length, self.masks, first)
 
 
 # --- the scene ------------------------------------------------------------------------------------

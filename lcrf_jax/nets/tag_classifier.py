@@ -9,7 +9,7 @@ import optax
 
 
 class TagClassifier(NamedTuple):
-    """Weights of the frozen tag classifier; logit of class k = mean over cells of F . weights[:, k] + bias[k].
+    """The frozen tag classifier; the logit of class k is mean over cells of F . weights[:, k] + bias[k].
 
     Attributes:
       weights: [C, K - 1] float32, foreground classes only.
@@ -23,7 +23,8 @@ class TagClassifier(NamedTuple):
 def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1e-5):
     """Fit the classifier by L-BFGS on the mean binary cross-entropy, every class weighted the same.
 
-    The features are divided by their standard deviation while fitting, so that the penalty treats every channel alike.
+    The features are centred and divided by their standard deviation while fitting, so that the penalty treats
+    every channel alike; the minimum does not depend on the centring, the number of steps to it does.
 
     Args:
       pooled: [N, C] spatially averaged features of the training images.
@@ -38,14 +39,17 @@ def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1
     Raises:
       ValueError: if the shapes do not agree.
     """
-    if pooled.ndim != 2 or tags.ndim != 2 or len(pooled) != len(tags) or tags.shape[1] < 2:
-        raise ValueError(f"expected pooled [N, C] and tags [N, K] with K >= 2, got {pooled.shape} and {tags.shape}")
-    scale = jnp.std(pooled, axis=0) + 1e-6
-    inputs, targets = jnp.asarray(pooled, jnp.float32) / scale, jnp.asarray(tags[:, 1:], jnp.float32)
+    if pooled.ndim != 2 or tags.ndim != 2 or len(pooled) != len(tags) or not pooled.size or tags.shape[1] < 2:
+        shapes = f"{pooled.shape} and {tags.shape}"
+        raise ValueError(f"expected pooled [N, C] and tags [N, K] with N, C >= 1 and K >= 2, got {shapes}")
+    pooled, targets = jnp.asarray(pooled, jnp.float32), jnp.asarray(tags, jnp.float32)[:, 1:]
+    mean, scale = pooled.mean(axis=0), pooled.std(axis=0) + 1e-6
+    inputs = (pooled - mean) / scale
 
     def loss(params):
         logits = inputs @ params.weights + params.bias
-        return optax.sigmoid_binary_cross_entropy(logits, targets).mean() + 0.5 * l2 * jnp.sum(params.weights**2)
+        cross_entropy = optax.sigmoid_binary_cross_entropy(logits, targets).mean()
+        return cross_entropy + 0.5 * l2 * jnp.sum(params.weights**2)
 
     solver = optax.lbfgs()
     value_and_grad = optax.value_and_grad_from_state(loss)
@@ -68,7 +72,8 @@ def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1
     rate = jnp.clip(targets.mean(0), 1e-3, 1 - 1e-3)
     start = TagClassifier(jnp.zeros((inputs.shape[1], targets.shape[1])), jnp.log(rate / (1 - rate)))
     params, count, value = minimise(start)
-    return TagClassifier(params.weights / scale[:, None], params.bias), int(count), float(value)
+    weights = params.weights / scale[:, None]
+    return TagClassifier(weights, params.bias - mean @ weights), int(count), float(value)
 
 
 def average_precision(scores, targets):
@@ -80,8 +85,14 @@ def average_precision(scores, targets):
 
     Returns:
       [K] float64 NumPy array in [0, 1]; NaN for a class without positives. Ties are broken by position.
+
+    Raises:
+      ValueError: if scores and targets are not of one shape [N, K].
     """
-    scores, targets = np.asarray(scores), np.asarray(targets, bool)
+    scores, targets = np.asarray(scores, np.float64), np.asarray(targets, bool)
+    if scores.ndim != 2 or scores.shape != targets.shape:
+        shapes = f"{scores.shape} and {targets.shape}"
+        raise ValueError(f"expected scores and targets of one shape [N, K], got {shapes}")
     ranked = np.take_along_axis(targets, np.argsort(-scores, axis=0, kind="stable"), axis=0)
     precision = np.cumsum(ranked, axis=0) / np.arange(1, len(ranked) + 1)[:, None]
     positives = ranked.sum(0)

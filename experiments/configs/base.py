@@ -1,0 +1,90 @@
+"""Every setting with its default. A configuration takes this one and changes what differs."""
+
+from ml_collections import ConfigDict
+
+
+def options(**entries):
+    """A ConfigDict of free-form options: other entries may be added to it on the command line."""
+    return ConfigDict(entries)
+
+
+def get_config():
+    """The defaults."""
+    config = ConfigDict()
+    config.seed = 0
+    config.method = "latent_crf"  # or full_supervision, where the training split has masks
+
+    config.data = ConfigDict()
+    config.data.kind = "folder"  # a key of lcrf_jax.data.sources.SOURCES
+    config.data.root = ""
+    config.data.train_split = "train"
+    config.data.val_split = "val"  # masks are used for the score and for choosing best/; "" for none
+    config.data.options = ConfigDict()
+
+    config.network = ConfigDict()
+    config.network.backbone = "efficientnet_lite0"  # or small
+    config.network.last_stride = 16
+    config.network.taps = ("s32", "s16", "s8")
+    config.network.widths = (192, 128, 96)
+    config.network.dropout = 0.2
+    config.input_size = 320
+
+    config.views = ConfigDict()  # of each training image: 0 whole, 1 mirrored, 2 and up random crops
+    config.views.num_views = 2
+    config.views.seed = 0
+    config.views.scale_range = (0.4, 1.0)
+    config.views.ratio_range = (0.75, 1.3333)
+
+    config.cache = ConfigDict()
+    config.cache.features = True  # keep frozen features on disk; False runs the backbone in every step
+    config.cache.directory = ""  # "" is $LCRF_JAX_CACHE or the user's cache folder
+
+    config.classifier = ConfigDict()
+    config.classifier.l2 = 0.01
+    config.class_maps = ConfigDict()
+    config.class_maps.sizes = (320, 448)
+    config.class_maps.grid = 40
+
+    config.objective = ConfigDict()
+    config.objective.likelihood = ConfigDict()
+    config.objective.likelihood.name = "evidence"
+    config.objective.likelihood.options = options(background_level=0.2, sharpness=2.0, floor=0.01)
+    config.objective.estimator = "gumbel_softmax"
+    config.objective.temperature = 1.0
+    config.objective.num_samples = 1
+    config.objective.likelihood_weight = 1.0  # all three weights 1: the bound
+    config.objective.entropy_weight = 1.0
+    config.objective.pairwise_weight = 1.0
+    config.objective.pairwise_warmup_epochs = 1.0
+    config.objective.kernel = ConfigDict()  # widths in pixels of the network's input
+    config.objective.kernel.bilateral_weight = 0.3
+    config.objective.kernel.bilateral_position_width = 80.0
+    config.objective.kernel.bilateral_colour_width = 13.0
+    config.objective.kernel.gaussian_weight = 0.1
+    config.objective.kernel.gaussian_position_width = 24.0
+
+    config.rounds = [{"epochs": 6}]
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_share = 0.05
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 1.0
+    config.batch_size = 16
+    config.num_threads = 2
+    config.log_every_steps = 20
+    config.eval_every_epochs = 3
+
+    config.inference = ConfigDict()
+    config.inference.input_sizes = (320,)
+    config.inference.mirror = True
+    config.inference.unary_weight = 1.0
+    config.inference.num_iterations = 10
+    config.inference.kernel = ConfigDict()  # widths in pixels of the photograph
+    config.inference.kernel.bilateral_weight = 8.0
+    config.inference.kernel.bilateral_position_width = 80.0
+    config.inference.kernel.bilateral_colour_width = 13.0
+    config.inference.kernel.gaussian_weight = 2.0
+    config.inference.kernel.gaussian_position_width = 3.0
+    return config

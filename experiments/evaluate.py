@@ -1,0 +1,38 @@
+r"""Score a run on a split with masks.
+
+    python -m experiments.evaluate --checkpoint=RUN --data=FOLDER --split=val [--crf]
+
+The checkpoint alone says what the network is. Without --data the data that the run was trained on is used. The last line is the mIoU, with
+--crf that after refinement. --tags_given excludes classes that are not among an image's tags, and the output says so.
+"""
+
+import time
+
+from absl import app, flags
+
+from experiments import reporting
+from lcrf_jax.checkpoints import load_description
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
+_DATA = flags.DEFINE_string("data", None, "Folder in VOC layout; by default the data of the run.")
+_SPLIT = flags.DEFINE_string("split", "val", "Name of the split.")
+_CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on each image at its own size.")
+_TAGS_GIVEN = flags.DEFINE_bool("tags_given", False, "Use the image tags at test time.")
+_CAM = flags.DEFINE_bool("cam", False, "Score the class maps of the frozen tag classifier instead; needs --tags_given.")
+
+
+def main(argv):
+    """Evaluate and print the table."""
+    reporting.no_more_arguments(argv)
+    started = time.monotonic()
+    description = load_description(_CHECKPOINT.value)
+    source = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
+    if _CAM.value:
+        reporting.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value)
+    else:
+        reporting.evaluate_run(_CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("checkpoint")
+    reporting.run(main)

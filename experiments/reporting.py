@@ -1,0 +1,119 @@
+"""What the experiments share: opening a run for scoring, tables, pictures, and errors without a traceback."""
+
+import json
+import pathlib
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, logging
+
+from lcrf_jax import runs
+from lcrf_jax.checkpoints import CheckpointError, load_description, restore_params
+from lcrf_jax.data.pipeline import prefetched
+from lcrf_jax.data.sources import open_source
+from lcrf_jax.features import map_function, square_image
+from lcrf_jax.inference import make_segmenter, resized_map, restored_classifier
+from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
+from lcrf_jax.nets.network import build_network
+from lcrf_jax.report import picture_grid
+
+CAM_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+NUM_PICTURES = 8
+
+
+def run(main):
+    """Run an experiment; what the user can mend ends with one line and exit code 1, not with a traceback."""
+
+    def guarded(argv):
+        try:
+            main(argv)
+        except (ValueError, FileNotFoundError, CheckpointError, OSError) as error:
+            logging.debug("traceback", exc_info=True)
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command continues from the last checkpoint")
+
+    logging.set_verbosity(logging.WARNING)
+    app.run(guarded)
+
+
+def no_more_arguments(argv):
+    """Refuse arguments that are no flags: they are typing errors."""
+    if len(argv) > 1:
+        raise ValueError(f"unknown arguments {argv[1:]}; see --help")
+
+
+def load_segmenter(run_dir, which="best"):
+    """(Segmenter, description, parameters) of a run folder."""
+    description, params = load_description(run_dir), restore_params(run_dir, which)
+    return make_segmenter(description, params), description, params
+
+
+def open_for_scoring(description, root, split):
+    """The named split with its masks: of the folder `root`, or of the data that the run was trained on."""
+    data = description["training"]["data"]
+    if root:
+        source = open_source("folder", split, root=root, masks=True)
+    else:
+        source = open_source(data["kind"], split, root=data["root"], masks=True, **data["options"])
+    if list(source.class_names) != description["class_names"]:
+        raise ValueError(
+            f"the run knows the classes {description['class_names']}, the data has {list(source.class_names)}; "
+            "evaluate on data with the same class list in the same order"
+        )
+    return source
+
+
+def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
+    """Score a run, print the table and the paths, and write results.json and the picture grid."""
+    run_dir = pathlib.Path(run_dir)
+    if source is None:
+        runs.say(f"checkpoint {run_dir}; no masks to score it on")
+        return
+    segmenter, description, _ = load_segmenter(run_dir)
+    scores = runs.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
+    suffix = ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
+    picture = picture_grid(scores.samples, run_dir / f"pictures_{source.split}{suffix}.png", class_names=segmenter.class_names)
+    used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
+    results = {"split": source.split, "images": len(source), "crf": crf, "supervision": used}
+    for name, matrix in (("plain", scores.plain), ("refined", scores.refined)):
+        if matrix is not None:
+            ious = [None if np.isnan(value) else round(float(value), 4) for value in iou_per_class(matrix)]
+            results[name] = {"miou": round(float(mean_iou(matrix)), 4), "iou": dict(zip(segmenter.class_names, ious))}
+            results[name]["confusion"] = np.asarray(matrix).tolist()
+    path = run_dir / f"results_{source.split}{suffix}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    runs.say(f"\nsupervision: {used}")
+    runs.say(f"pictures    {picture}\nresults     {path}\ncheckpoint  {run_dir}")
+    if started is not None:
+        runs.say(f"time        {time.monotonic() - started:.0f} s")
+    runs.say(f"\n{len(source)} images of {source.split}")
+    runs.say(format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined))
+
+
+def evaluate_cam(run_dir, source, *, tags_given):
+    """Score the class maps of the run's tag classifier, tags given, at the background level that suits the split best."""
+    if not tags_given:
+        raise ValueError("--cam needs --tags_given: without tags class maps say nothing of which classes are there")
+    description, params = load_description(run_dir), restore_params(run_dir)
+    if "classifier" not in params:
+        raise ValueError(f"{run_dir} was trained with masks and has no tag classifier; give a run trained on tags")
+    network, settings = build_network(description["network"]), description["training"]["class_maps"]
+    maps = map_function(network, params["backbone"], restored_classifier(params).weights, settings["grid"])
+    matrices = dict.fromkeys(CAM_LEVELS, 0)
+    for example in prefetched(source):
+        squares = [square_image(example.image, size)[None] for size in settings["sizes"]]
+        scores = np.asarray(sum(maps(jnp.asarray(square)) for square in squares)[0])
+        scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
+        scores = resized_map(scores, example.image.shape[:2])
+        for level in CAM_LEVELS:
+            background = np.full((*scores.shape[:2], 1), level, np.float32)
+            labels = np.concatenate([background, scores], axis=-1).argmax(axis=-1)
+            matrices[level] = matrices[level] + confusion_matrix(labels, example.mask, len(source.class_names))
+    best = max(CAM_LEVELS, key=lambda level: mean_iou(matrices[level]))
+    by_level = ", ".join(f"{level:g}: {mean_iou(matrices[level]):.3f}" for level in CAM_LEVELS)
+    runs.say(f"\nclass maps of the frozen tag classifier, tags given at test time; mIoU by background level: {by_level}")
+    runs.say(f"{len(source)} images of {source.split}, level {best:g}, the best on this split")
+    runs.say(format_iou_table(matrices[best], source.class_names))

@@ -1,0 +1,39 @@
+r"""Train the inference network from image tags.
+
+    python -m experiments.train --config=experiments/configs/textures.py --workdir=runs/textures
+    python -m experiments.train --config=experiments/configs/voc_animals.py --config.data.root=FOLDER --workdir=RUN
+
+A workdir that holds an unfinished run continues it. The folder gets checkpoints (last/, best/), config.json, metrics.jsonl,
+tensorboard/, results.json and pictures.png; the last line printed is the mIoU of the best parameters without refinement.
+"""
+
+import time
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import reporting
+from lcrf_jax import runs
+from lcrf_jax.nets.network import count_parameters
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+
+
+def main(argv):
+    """Prepare, train, evaluate the best parameters."""
+    reporting.no_more_arguments(argv)
+    started = time.monotonic()
+    config = _CONFIG.value.to_dict()
+    prepared = runs.prepare(config)
+    runs.say(
+        f"{len(prepared.train)} training images with tags of {len(prepared.train.class_names) - 1} classes; "
+        f"logits {prepared.grid} x {prepared.grid}"
+    )
+    runs.train(prepared, _WORKDIR.value)
+    reporting.evaluate_run(_WORKDIR.value, prepared.val, crf=False, started=started)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    reporting.run(main)

@@ -1,0 +1,451 @@
+"""A run from its configuration: data, frozen features, classifier, rounds of training, evaluation (floor 7).
+
+The experiments put these together; nothing here reads flags.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lcrf_jax import training
+from lcrf_jax.checkpoints import RunCheckpoints, library_versions, params_digest, save_description
+from lcrf_jax.crf import mean_field
+from lcrf_jax.data.cache import cached_arrays, default_directory
+from lcrf_jax.data.pipeline import ViewDataset, device_prefetch, make_loader, prefetched
+from lcrf_jax.data.sources import open_source
+from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier, map_function, square_image
+from lcrf_jax.inference import make_segmenter, segment_batch
+from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
+from lcrf_jax.metrics import confusion_matrix, mean_iou
+from lcrf_jax.nets.network import Network, backbone_variables, build_network
+from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
+from lcrf_jax.runlog import MetricsWriter, Progress
+
+
+class Prepared(NamedTuple):
+    """What training starts from: everything that does not change in it.
+
+    Attributes:
+      config: the configuration, a plain dict.
+      train, val: sources; `val` has masks, or is None where there are none.
+      network: the inference network.
+      variables: of its frozen backbone.
+      digest: sha256 of the backbone's weights.
+      views: records of the training images: cached features or images.
+      classifier: the frozen tag classifier, or None where the method needs none.
+      maps: ClassMaps of the training images, or None.
+    """
+
+    config: dict
+    train: Any
+    val: Any
+    network: Network
+    variables: Any
+    digest: str
+    views: Any
+    classifier: TagClassifier | None
+    maps: Any
+
+    @property
+    def grid(self):
+        """Cells along a side of the logits."""
+        return self.config["input_size"] // self.network.stride
+
+
+def say(text):
+    """Print a line to the terminal at once."""
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def _progress(title, total):
+    """A callback for images done, shown as a progress bar."""
+    with Progress(total, title=title) as bar:
+        yield lambda count: bar.update(num_images=count, num_steps=count)
+
+
+def open_data(config):
+    """The training source (tags only, unless the method is fully supervised) and the source of the validation masks.
+
+    Args:
+      config: dict with "data" ("kind", "root", "train_split", "val_split", "options") and "method".
+
+    Returns:
+      (train, val); val is None if the folder has no such split or no masks for it.
+
+    Raises:
+      FileNotFoundError: if the training data is missing.
+      ValueError: if it is not as expected; the message names the file.
+    """
+    data = config["data"]
+    options = {"root": data["root"], **data["options"]}
+    train = open_source(data["kind"], data["train_split"], masks=config["method"] == "full_supervision", **options)
+    try:
+        val = open_source(data["kind"], data["val_split"], masks=True, **options) if data["val_split"] else None
+    except FileNotFoundError as error:
+        say(f"no validation: {error}")
+        val = None
+    return train, val
+
+
+def prepare(config):
+    """Open the data, load the backbone, cache its features, fit the tag classifier and compute the class maps.
+
+    Args:
+      config: dict, see `experiments/configs`.
+
+    Returns:
+      Prepared.
+
+    Raises:
+      FileNotFoundError, ValueError: if data or weights are missing or unfit; the message says which and what to do.
+    """
+    train, val = open_data(config)
+    description = {**config["network"], "num_classes": len(train.class_names)}
+    network, (variables, digest) = build_network(description), backbone_variables(description)
+    size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
+    if size % 32:
+        raise ValueError(f"input_size: expected a multiple of 32, got {size}")
+    views = ViewDataset(train, size=size, **config["views"])
+    whole = views if config["cache"]["features"] else ViewDataset(train, 1, size)
+    with _progress("features", len(whole)) as done:
+        cached = CachedViews(whole, network, variables, digest, directory=directory, progress=done)
+    views = cached if config["cache"]["features"] else views
+    base = Prepared(config, train, val, network, variables, digest, views, None, None)
+    if config["method"] == "full_supervision":
+        return base
+    classifier, scores = fitted_classifier(
+        network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"]
+    )
+    say(_precision_line("training", train, scores))
+    identity = {
+        "weights": digest,
+        "network": {key: description[key] for key in ("backbone", "last_stride")},
+        "classifier": params_digest(classifier._asdict()),
+        "source": views.identity["source"] if views is not cached else whole.identity["source"],
+    }
+    with _progress("class maps", len(train)) as done:
+        maps = class_maps(
+            train, network, variables, classifier.weights, **config["class_maps"], identity=identity,
+            directory=directory, progress=done,
+        )
+    return base._replace(classifier=classifier, maps=maps)
+
+
+def _precision_line(split, source, scores):
+    """The tag classifier's average precision in one line."""
+    values = average_precision(scores, source.tags[:, 1:])
+    each = ", ".join(f"{name} {value:.3f}" for name, value in zip(source.class_names[1:], values))
+    return f"tag classifier, average precision on {split} tags: mean {np.nanmean(values):.3f} ({each})"
+
+
+def training_records(prepared, evidence=None):
+    """The records of a round: views with the maps that its likelihood needs.
+
+    Args:
+      prepared: Prepared.
+      evidence: [N, g, g, K] per-pixel evidence of an earlier round, or None for the class maps.
+
+    Returns:
+      Random access to records.
+    """
+    if prepared.maps is None:
+        return prepared.views
+    constants = {}
+    if evidence is not None:
+        maps = {"pixel_evidence": evidence}
+    else:
+        bias = np.asarray(prepared.classifier.bias, np.float32)
+        maps = {"class_maps": prepared.maps.maps}
+        constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
+    options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}
+    return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.grid, view_options=options)
+
+
+def posterior_evidence(prepared, params, settings):
+    """Mean-field posteriors of the training images under a trained network, given their tags: evidence for another round.
+
+    The network's log-probabilities of the whole image and of its mirror image are averaged, classes that are not tagged are excluded,
+    and mean field runs on the grid of the logits.
+
+    Args:
+      prepared: Prepared, with cached features and at least the views 0 and 1.
+      params: decoder parameters.
+      settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations", "unary_weight" and
+        "tempering": the log-posterior is multiplied by it.
+
+    Returns:
+      [N, g, g, K] float16, positive, summing to one over the classes.
+    """
+    network, views, tags = prepared.network, prepared.views, prepared.train.tags
+    kernel_params = scaled(KernelParams(**settings["kernel"]), network.stride)
+
+    def one(plain, mirrored, guide, present):
+        log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
+        unary = jnp.where(present, settings["unary_weight"] * log_probs, -1e4).reshape(-1, log_probs.shape[-1])
+        kernel = dense_kernel(guide, kernel_params)
+        posterior = mean_field(unary, kernel, num_iterations=settings["num_iterations"])
+        return jax.nn.softmax(settings["tempering"] * posterior).reshape(log_probs.shape)
+
+    @jax.jit
+    def batch(plain, mirrored, guide, present):
+        both = [network.logits(params, features) for features in (plain, mirrored)]
+        return jax.lax.map(lambda row: one(*row), (*both, guide.astype(jnp.float32), present))
+
+    taps, rows = network.description["taps"], []
+    with _progress("posteriors", len(tags)) as done:
+        for start in range(0, len(tags), 32):
+            part = slice(start, start + 32)
+            inputs = [{tap: views.tap(tap, view)[part] for tap in taps} for view in (0, 1)]
+            rows.append(np.asarray(batch(*inputs, views.tap("guide")[part], tags[part]), np.float16))
+            done(len(rows[-1]))
+    return np.concatenate(rows)
+
+
+def segmenter_description(config, class_names, digest):
+    """What inference has to know beside the parameters; it is stored as config.json.
+
+    Args:
+      config: the configuration of the run.
+      class_names: names of the K classes, background first.
+      digest: sha256 of the backbone's weights.
+
+    Returns:
+      dict that JSON can hold.
+    """
+    supervision = {"latent_crf": "image tags", "full_supervision": "masks"}[config["method"]]
+    return {
+        "class_names": list(class_names),
+        "network": {**config["network"], "num_classes": len(class_names)},
+        "preprocessing": "RGB in 0..255, resized to a square (bicubic), (x - 127) / 128",
+        "inference": config["inference"],
+        "backbone_sha256": digest,
+        "supervision": supervision,
+        "training": config,
+        "versions": library_versions(),
+    }
+
+
+def _inference_params(prepared, params):
+    """All that a checkpoint for inference holds."""
+    stored = {"backbone": prepared.variables, "decoder": params}
+    if prepared.classifier is not None:
+        stored["classifier"] = prepared.classifier._asdict()
+    return jax.tree.map(np.asarray, stored)
+
+
+class Scores(NamedTuple):
+    """Confusion matrices of a split and a few of its images.
+
+    Attributes:
+      plain: [K, K] counts of the network's own labels.
+      refined: [K, K] counts after mean field on the image, or None.
+      samples: list of (image, truth, labels, refined labels or None).
+    """
+
+    plain: np.ndarray
+    refined: np.ndarray | None
+    samples: list
+
+
+def evaluate(segmenter, source, *, crf, num_samples=0, batch_size=8, use_tags=False):
+    """Confusion matrices over all pixels of a source with masks, at the masks' own size.
+
+    Args:
+      segmenter: lcrf_jax.inference.Segmenter.
+      source: images with masks.
+      crf: whether to refine as well.
+      num_samples: pictures to keep, evenly spaced over the split.
+      batch_size: images that the network sees at once.
+      use_tags: whether classes that are not tagged are excluded: the tags are then used at test time.
+
+    Returns:
+      Scores.
+    """
+    num_classes = len(segmenter.class_names)
+    kept = set(np.linspace(0, len(source) - 1, num_samples).astype(int)) if num_samples else set()
+    matrices, samples, batch, index = [0, 0 if crf else None], [], [], 0
+    with _progress("evaluation", len(source)) as done:
+        for example in prefetched(source):
+            batch.append(example)
+            index += 1
+            if len(batch) < batch_size and index < len(source):
+                continue
+            tags = [example.tags for example in batch] if use_tags else None
+            images = [example.image for example in batch]
+            for number, (example, result) in enumerate(
+                zip(batch, segment_batch(segmenter, images, crf=crf, tags=tags, batch_size=batch_size))
+            ):
+                found = [result.network_labels, result.labels if crf else None]
+                for which, labels in enumerate(found):
+                    if labels is not None:
+                        matrices[which] = matrices[which] + confusion_matrix(labels, example.mask, num_classes)
+                if index - len(batch) + number in kept:
+                    samples.append((example.image, example.mask, *found))
+            done(len(batch))
+            batch = []
+    return Scores(*matrices, samples)
+
+
+class Round(NamedTuple):
+    """One round of training: steps first_step to last_step of the run, with a fresh decoder.
+
+    Attributes:
+      number: 0 for the class maps of the tag classifier, 1 and up for the posteriors of the round before.
+      first_step, last_step: steps done before and after it.
+      steps_per_epoch: whole batches in an epoch.
+      epochs: length.
+      settings: its entry in the configuration.
+    """
+
+    number: int
+    first_step: int
+    last_step: int
+    steps_per_epoch: int
+    epochs: int
+    settings: dict
+
+
+def planned_rounds(config, num_images):
+    """The rounds of a configuration, with their steps.
+
+    Args:
+      config: dict with "rounds", a list of dicts with "epochs", and "batch_size".
+      num_images: images in the training split.
+
+    Returns:
+      List of Round.
+
+    Raises:
+      ValueError: if the images do not fill one batch.
+    """
+    steps_per_epoch = num_images // config["batch_size"]
+    if not steps_per_epoch:
+        raise ValueError(f"batch_size: {num_images} training images do not fill one batch of {config['batch_size']}")
+    rounds, step = [], 0
+    for number, settings in enumerate(config["rounds"]):
+        length = settings["epochs"] * steps_per_epoch
+        rounds.append(Round(number, step, step + length, steps_per_epoch, settings["epochs"], settings))
+        step += length
+    return rounds
+
+
+def train(prepared, workdir, *, devices=None):
+    """Train the decoder, round after round; a folder that holds a run continues it.
+
+    Writes checkpoints (last/ and best/), config.json and the metrics to the folder.
+
+    Args:
+      prepared: Prepared.
+      workdir: folder of the run.
+      devices: devices to spread the batch over; by default all.
+
+    Returns:
+      Path of the folder.
+    """
+    workdir, config = pathlib.Path(workdir), prepared.config
+    rounds = planned_rounds(config, len(prepared.train))
+    key, mesh = jax.random.key(config["seed"]), training.data_mesh(devices)
+    description = segmenter_description(config, prepared.train.class_names, prepared.digest)
+    save_description(workdir, description)
+    with RunCheckpoints(workdir) as checkpoints:
+        state, data_state, done = _newest_state(prepared, checkpoints, rounds, key, mesh)
+        with MetricsWriter(workdir, resume_step=done) as writer:
+            for this in rounds:
+                if done >= this.last_step:
+                    continue
+                evidence = _evidence_of(prepared, workdir, this, state)
+                if done == this.first_step:
+                    state, data_state = _fresh_state(prepared, this, key, mesh), None
+                state = _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh)
+                done = this.last_step
+    return workdir
+
+
+def _optimizer(config, this):
+    return training.make_optimizer(num_steps=this.last_step - this.first_step, **config["optimizer"])
+
+
+def _fresh_state(prepared, this, key, mesh):
+    optimizer = _optimizer(prepared.config, this)
+    size, round_key = prepared.config["input_size"], jax.random.fold_in(key, this.number)
+    return training.initial_state(round_key, prepared.network, prepared.variables, optimizer, size, mesh)
+
+
+def _newest_state(prepared, checkpoints, rounds, key, mesh):
+    """(state, state of the data, steps done) of the run in the folder, or of a run that begins."""
+    state = _fresh_state(prepared, rounds[0], key, mesh)
+    restored = checkpoints.restore_last(state)
+    if restored is None:
+        return state, None, 0
+    say(f"continuing after step {restored.step}")
+    return restored.state, restored.data_state, restored.step
+
+
+def _evidence_of(prepared, workdir, this, state):
+    """The evidence of a round after the first, from the state that the round before ended with; kept in the folder."""
+    if this.number == 0:
+        return None
+    make = functools.partial(posterior_evidence, prepared, state.params, this.settings["posterior"])
+    kept = cached_arrays(
+        workdir / "posteriors", {"round": this.number}, len(prepared.train), lambda: [{"evidence": make()}]
+    )
+    return kept["evidence"]
+
+
+def _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh):
+    config, network = prepared.config, prepared.network
+    round_key = jax.random.fold_in(key, this.number)
+    settings = {**config["objective"], **this.settings.get("objective", {})}
+    objective = training.OBJECTIVES[config["method"]](
+        settings, stride=network.stride, steps_per_epoch=this.steps_per_epoch
+    )
+    step_function = training.make_train_step(
+        network, prepared.variables, objective, _optimizer(config, this), mesh
+    )
+    loader = make_loader(
+        training_records(prepared, evidence), batch_size=config["batch_size"], seed=config["seed"] + this.number,
+        num_epochs=this.epochs, num_threads=config["num_threads"], num_views=prepared.views.num_views,
+    )
+    if data_state is not None:
+        loader.set_state(data_state)
+    batches = device_prefetch(loader, NamedSharding(mesh, P("data")))
+    first = this.first_step + int(state.step)
+    title = f"round {this.number + 1}" if len(config["rounds"]) > 1 else "train"
+    with Progress(this.last_step, first_step=first, title=title) as bar:
+        for step in range(first + 1, this.last_step + 1):
+            batch = training.numeric_arrays(next(batches))
+            state, metrics = step_function(state, batch, round_key)
+            reported = step % config["log_every_steps"] == 0 or step == this.last_step
+            shown = {name: float(value) for name, value in metrics.items()} if reported else None
+            if reported:
+                writer.write(step, {f"train/{name}": value for name, value in shown.items()})
+            bar.update(num_images=config["batch_size"], metrics=shown)
+            epoch_done = (step - this.first_step) % this.steps_per_epoch == 0
+            epoch = (step - this.first_step) // this.steps_per_epoch
+            if epoch_done and (epoch % config["eval_every_epochs"] == 0 or step == this.last_step):
+                _validate(prepared, state.params, step, checkpoints, writer, bar)
+                checkpoints.save_last(step, state, data_state=batches.get_state())
+    return state
+
+
+def _validate(prepared, params, step, checkpoints, writer, bar):
+    """Score the parameters on the validation masks, where there are some, and keep them if they are the best so far."""
+    stored, miou = _inference_params(prepared, params), None
+    if prepared.val is not None:
+        description = segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)
+        segmenter = make_segmenter(description, stored)
+        miou = mean_iou(evaluate(segmenter, prepared.val, crf=False).plain)
+        writer.write(step, {"val/miou": miou})
+        bar.message(f"step {step}: mIoU {miou:.3f} on {prepared.val.split}, without refinement")
+    checkpoints.save_best(step, stored, float(step) if miou is None else miou)

@@ -1,0 +1,318 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.test_util import check_grads
+
+from lcrf_jax.observation import (
+    IMAGE_LIKELIHOODS,
+    TAG_LIKELIHOODS,
+    area,
+    class_evidence,
+    evidence,
+    frozen_classifier,
+    gwrp,
+    log_mean_exp,
+    max_pool,
+    noisy_or,
+)
+
+OPTIONS = {
+    "noisy_or": {"rho": 0.3},
+    "max_pool": {},
+    "log_mean_exp": {"sharpness": 3.0},
+    "area": {"beta": 12.0, "foreground_share": 0.15, "background_share": 0.4},
+    "gwrp": {"foreground_decay": 0.99, "background_decay": 0.995, "reference_cells": 400},
+    "frozen_classifier": {"scale": 1.7},
+}
+every_likelihood = pytest.mark.parametrize("name", [*TAG_LIKELIHOODS, *IMAGE_LIKELIHOODS])
+
+
+def random_case(seed, num_pixels=12, num_classes=4):
+    """Relaxed labels, tags, class maps, and evidence of one image."""
+    rng = np.random.default_rng(seed)
+    labels = reference.softmax(2 * rng.normal(size=(num_pixels, num_classes)))
+    tags = np.array([True, *(rng.uniform(size=num_classes - 1) < 0.5)])
+    maps = 3 * rng.normal(size=(num_pixels, num_classes - 1))
+    vouching = reference.softmax(rng.normal(size=(num_pixels, num_classes)))
+    return labels, tags, maps, vouching
+
+
+def likelihood(name, maps, vouching, **options):
+    """Function of labels and tags."""
+    if name == "evidence":
+        return lambda labels, tags: evidence(labels, tags, vouching)
+    if name == "frozen_classifier":
+        bias = jnp.linspace(-1.0, 1.0, maps.shape[1])
+        return lambda labels, tags: frozen_classifier(labels, tags, maps, bias=bias, **options)
+    return functools.partial(TAG_LIKELIHOODS[name], **options)
+
+
+def test_every_likelihood_has_a_name():
+    assert set(TAG_LIKELIHOODS) | set(IMAGE_LIKELIHOODS) == {*OPTIONS, "evidence"}
+    assert TAG_LIKELIHOODS["gwrp"] is gwrp and IMAGE_LIKELIHOODS["evidence"] is evidence
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("changed", [True, False], ids=["options", "defaults"])
+def test_equals_the_definition(name, changed):
+    for seed in range(4):
+        labels, tags, maps, vouching = random_case(seed)
+        options = OPTIONS[name] if changed else {}
+        value = jax.jit(likelihood(name, maps, vouching, **options))(labels, tags)
+        if name == "frozen_classifier":
+            options = {**options, "class_maps": maps, "bias": np.linspace(-1, 1, 3)}
+        expected = reference.tag_log_likelihood(name, labels, tags, **options)
+        np.testing.assert_allclose(value, expected, rtol=2e-5)
+        assert value.dtype == jnp.float32
+
+
+def test_evidence_equals_its_definition():
+    for seed in range(4):
+        labels, tags, _, vouching = random_case(seed)
+        expected = sum(np.log(labels[j] @ vouching[j]) for j in range(12))
+        np.testing.assert_allclose(jax.jit(evidence)(labels, tags, vouching), expected, rtol=1e-5)
+
+
+def test_evidence_of_a_labelling_is_the_sum_of_logarithms():
+    _, tags, _, vouching = random_case(3)
+    assigned = np.random.default_rng(0).integers(4, size=12)
+    value = evidence(np.eye(4)[assigned], tags, vouching)
+    np.testing.assert_allclose(value, np.log(vouching[np.arange(12), assigned]).sum(), rtol=1e-6)
+
+
+def test_class_evidence_equals_its_definition():
+    _, tags, maps, _ = random_case(5)
+    peaks = maps.max(axis=0) * [1.0, 1.5, 0.8]
+    options = {"background_level": 0.22, "sharpness": 2.5, "floor": 1e-2}
+    for tags in ([True, True, False, True], [True] * 4, [True, False, False, False]):
+        value = jax.jit(lambda t: class_evidence(maps, peaks, t, **options))(np.array(tags))
+        np.testing.assert_allclose(value, reference.class_evidence(maps, peaks, tags, **options), rtol=1e-4)
+
+
+def test_two_pixels_by_hand():
+    # Pixel 1 is background, pixel 2 is half background and half class 1; class 2 is absent.
+    labels, tags = jnp.array([[1.0, 0, 0], [0.5, 0.5, 0]]), jnp.array([True, True, False])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    close(max_pool(labels, tags), np.log(1 - 1e-6) + np.log(0.5) + np.log(1 - 1e-6))
+    close(noisy_or(labels, tags, rho=0.2), np.log(1 - 0.8 * 0.9) + np.log(0.1))
+    wide = {"foreground_share": 0.25, "background_share": 0.75}
+    close(area(labels, tags, beta=4.0, **wide), 2 * np.log(0.5) + np.log(1 - 1 / (1 + np.e)))
+    # Two cells for two: the decays are taken as they are; (1 + .5 / 2) / 1.5 and .5 / (1 + .25).
+    value = gwrp(labels, tags, foreground_decay=0.25, background_decay=0.5, reference_cells=2)
+    close(value, np.log(1.25 / 1.5) + np.log(0.4) + np.log(1 - 1e-6))
+    pooled = np.log([(np.exp(2) + np.e) / 2, (1 + np.e) / 2]) / 2
+    close(log_mean_exp(labels, tags, sharpness=2.0), np.log(pooled).sum() + np.log(1 - 1e-6))
+    # Class 1 sees .5 * 4 / 2 - 1 = 0, class 2 sees nothing but its bias.
+    maps = jnp.array([[7.0, 5.0], [4.0, 3.0]])
+    close(frozen_classifier(labels, tags, maps, bias=-1.0), np.log(0.5) + np.log(1 / (1 + np.exp(-1.0))))
+    vouching = jnp.array([[0.5, 0.25, 0.25], [0.2, 0.6, 0.2]])
+    close(evidence(labels, tags, vouching), np.log(0.5) + np.log(0.4))
+
+
+def test_class_evidence_by_hand():
+    """At the background level foreground and background tie; an absent class stays at the floor."""
+    maps = jnp.array([[1.0, 8.0], [5.0, 8.0], [-3.0, 8.0], [12.0, 8.0]])
+    peaks, tags = jnp.array([10.0, 8.0]), jnp.array([True, True, False])
+    value = class_evidence(maps, peaks, tags, background_level=0.1, floor=0.01)
+    expected = [[0.1, 0.1, 0.01], [0.1, 0.5, 0.01], [0.1, 0.01, 0.01], [0.1, 1.0, 0.01]]
+    expected = np.array(expected) / np.sum(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    odds = class_evidence(maps, peaks, tags, background_level=0.1, floor=0.01, sharpness=3.0)
+    np.testing.assert_allclose(odds[1, 1] / odds[1, 0], 5.0**3, rtol=1e-5)
+    np.testing.assert_allclose(odds[1, 1] / odds[1, 2], 50.0**3, rtol=1e-4)
+
+
+def test_class_evidence_is_positive_and_normalised_at_extremes():
+    maps = jnp.array([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0], [-1e4, 1e4, 1e-30]])
+    sharp = functools.partial(class_evidence, background_level=0.2, sharpness=4.0)
+    jacobian = jax.jit(jax.jacrev(sharp))
+    for tags in (jnp.array([True] * 4), jnp.array([True, False, False, False])):
+        for peaks in (maps.max(axis=0), jnp.zeros(3), jnp.array([-1.0, 1e-20, 1e4])):
+            value = jax.jit(sharp)(maps, peaks, tags)
+            np.testing.assert_allclose(value.sum(axis=1), 1, rtol=1e-6)
+            assert (value > 0).all() and np.isfinite(jacobian(maps, peaks, tags)).all()
+
+
+@every_likelihood
+def test_the_order_of_the_pixels_does_not_matter(name):
+    labels, tags, maps, vouching = random_case(6)
+    order = np.random.default_rng(0).permutation(12)
+    value = likelihood(name, maps, vouching)(labels, tags)
+    permuted = likelihood(name, maps[order], vouching[order])(labels[order], tags)
+    np.testing.assert_allclose(permuted, value, rtol=1e-5)
+    reversed_classes = likelihood(name, maps, vouching)(labels[:, ::-1], tags)
+    assert abs(reversed_classes - value) > 1e-3, "that of the classes does"
+
+
+@every_likelihood
+def test_the_order_of_the_foreground_classes_does_not_matter(name):
+    labels, _, maps, vouching = random_case(7)
+    tags, order = np.array([True, True, False, False]), np.array([0, 3, 1, 2])
+    options = {"bias": -0.5}
+    if name == "frozen_classifier":
+        value = frozen_classifier(labels, tags, maps, **options)
+        permuted = frozen_classifier(labels[:, order], tags[order], maps[:, order[1:] - 1], **options)
+    else:
+        value = likelihood(name, maps, vouching)(labels, tags)
+        permuted = likelihood(name, maps, vouching[:, order])(labels[:, order], tags[order])
+    np.testing.assert_allclose(permuted, value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["area", "gwrp", "log_mean_exp", "max_pool", "frozen_classifier"])
+def test_the_resolution_does_not_matter(name):
+    """Every pixel cut into 3 x 3: exact for means and maxima; for ranks up to the steps of the weights."""
+    labels, tags, maps, vouching = random_case(8, num_pixels=300)
+    value = likelihood(name, maps, vouching)(labels, tags)
+    finer = likelihood(name, np.repeat(maps, 9, axis=0), vouching)(np.repeat(labels, 9, axis=0), tags)
+    np.testing.assert_allclose(finer, value, rtol=1e-2 if name == "gwrp" else 1e-5)
+    if name == "gwrp":
+        unscaled = gwrp(np.repeat(labels, 9, axis=0), tags, reference_cells=9 * 1681)
+        assert abs(unscaled - value) > 0.1, "with the decays taken as they are it would"
+
+
+@every_likelihood
+def test_gradients(name):
+    labels, tags, maps, vouching = random_case(9, num_pixels=6)
+    with jax.enable_x64(True):
+        function = likelihood(name, maps, vouching, **OPTIONS.get(name, {}))
+        check_grads(jax.jit(lambda x: function(jax.nn.softmax(x), tags)), (2 * labels,), order=1)
+        assert function(jnp.asarray(labels), tags).dtype == jnp.float64
+
+
+def extreme_labels():
+    rng = np.random.default_rng(0)
+    yield np.eye(4)[rng.integers(4, size=16)]  # one-hot
+    yield np.eye(4)[np.zeros(16, int)]  # background alone
+    yield np.eye(4)[np.full(16, 2)]  # one class alone
+    yield np.eye(4)[[3] + [0] * 15]  # a single pixel of a class
+    yield np.full((16, 4), 0.25)
+    yield np.zeros((16, 4))
+    yield reference.softmax(20 * rng.normal(size=(16, 4)))  # nearly one-hot
+    yield np.eye(4)[[1]]  # one pixel
+    yield np.full((1, 4), 0.25)
+    yield np.ones((16, 1))  # one class
+
+
+@every_likelihood
+def test_extremes_are_finite_in_value_and_gradient(name):
+    @jax.jit
+    @jax.value_and_grad
+    def function(labels, tags, maps, vouching):
+        return likelihood(name, maps, vouching)(labels, tags)
+
+    some_tags = np.array([[True] * 4, [True] + [False] * 3, [False] * 4, [True, False, True, True]])
+    for labels in extreme_labels():
+        num_pixels, num_classes = labels.shape
+        maps = np.random.default_rng(1).choice([-1e4, 0.0, 1e4], (num_pixels, num_classes - 1))
+        vouching = np.eye(num_classes)[np.arange(num_pixels) % num_classes]
+        for tags in some_tags[:, :num_classes]:
+            value, gradient = function(labels, tags, maps, vouching)
+            assert np.isfinite(value) and value <= 1e-5, f"{value} is the logarithm of a probability"
+            assert np.isfinite(gradient).all()
+
+
+@every_likelihood
+def test_evidence_for_a_present_class_pulls_towards_it(name):
+    """The gradient of a present tag is not negative in its class, that of an absent one not positive."""
+    labels, _, maps, vouching = random_case(10)
+    tags = jnp.array([True, True, False, False])
+    gradient = jax.grad(likelihood(name, np.abs(maps), vouching))(jnp.asarray(labels, jnp.float32), tags)
+    assert (gradient[:, 1] >= 0).all() and gradient[:, 1].max() > 0
+    if name != "evidence":
+        assert (gradient[:, 2:] <= 0).all() and gradient[:, 2:].min() < 0
+
+
+@every_likelihood
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_promoted(name, dtype):
+    labels, tags, maps, vouching = random_case(11, num_pixels=2000)
+    labels, maps, vouching = (jnp.asarray(array, dtype) for array in (labels, maps, vouching))
+    value = likelihood(name, maps, vouching)(labels, tags)
+    exact = (array.astype(jnp.float32) for array in (maps, vouching))
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, likelihood(name, *exact)(labels.astype(jnp.float32), tags), rtol=1e-6)
+
+
+@every_likelihood
+def test_vmap_equals_a_loop(name):
+    cases = [random_case(seed) for seed in range(3)]
+    labels, tags, maps, vouching = (jnp.stack([jnp.asarray(case[i]) for case in cases]) for i in range(4))
+
+    def one(labels, tags, maps, vouching):
+        return likelihood(name, maps, vouching)(labels, tags)
+
+    loop = [one(*arrays) for arrays in zip(labels, tags, maps, vouching)]
+    mapped = jax.jit(jax.vmap(one))(labels, tags, maps, vouching)
+    np.testing.assert_allclose(mapped, jnp.stack(loop), rtol=1e-5)
+
+
+@every_likelihood
+def test_wrong_shapes_are_refused(name):
+    labels, tags, maps, vouching = random_case(0)
+    function = likelihood(name, maps, vouching)
+    with pytest.raises(ValueError, match=r"labels: expected shape \[m, K\], got \[2, 12, 4\]; .*jax.vmap"):
+        function(np.stack([labels] * 2), tags)
+    with pytest.raises(ValueError, match=r"tags: expected shape \[4\], got \[3\]; one tag per class"):
+        function(labels, tags[1:])
+    with pytest.raises(ValueError, match="real"):
+        function(labels + 0j, tags)
+
+
+def test_wrong_maps_and_evidence_are_refused():
+    labels, tags, maps, vouching = random_case(0)
+    with pytest.raises(ValueError, match=r"class_maps: expected shape \[12, 3\], got \[12, 4\]"):
+        frozen_classifier(labels, tags, vouching, bias=0.0)
+    with pytest.raises(ValueError, match=r"bias: expected shape \[3\], got \[4\]"):
+        frozen_classifier(labels, tags, maps, bias=np.zeros(4))
+    with pytest.raises(ValueError, match=r"bias: expected shape \[3\], got \[12, 1\]"):
+        frozen_classifier(labels, tags, maps, bias=np.zeros((12, 1)))
+    with pytest.raises(ValueError, match=r"pixel_evidence: expected shape \[12, 4\], got \[12, 3\]"):
+        evidence(labels, tags, maps)
+    options = {"background_level": 0.2}
+    with pytest.raises(ValueError, match=r"class_maps: expected shape \[m, K - 1\], got \[3, 4, 3\]"):
+        class_evidence(maps.reshape(3, 4, 3), maps.max(axis=0), tags, **options)
+    with pytest.raises(ValueError, match=r"peaks: expected shape \[3\], got \[12\]"):
+        class_evidence(maps, maps.max(axis=1), tags, **options)
+    with pytest.raises(ValueError, match=r"tags: expected shape \[4\], got \[3\]"):
+        class_evidence(maps, maps.max(axis=0), tags[1:], **options)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("noisy_or", {"rho": 0.0}),
+    ("noisy_or", {"rho": 1}),
+    ("noisy_or", {"rho": np.float32(1.5)}),
+    ("log_mean_exp", {"sharpness": 0.0}),
+    ("area", {"beta": -1.0}),
+    ("area", {"foreground_share": 1.2}),
+    ("area", {"background_share": float("nan")}),
+    ("gwrp", {"foreground_decay": 0.0}),
+    ("gwrp", {"background_decay": 1.01}),
+    ("gwrp", {"reference_cells": 0}),
+    ("frozen_classifier", {"scale": -1.0}),
+])
+def test_numbers_out_of_range_are_refused(name, options):
+    labels, tags, maps, vouching = random_case(0)
+    [argument] = options
+    with pytest.raises(ValueError, match=rf"{argument}: expected a .* got .*; "):
+        likelihood(name, maps, vouching, **options)(labels, tags)
+
+
+@pytest.mark.parametrize("options", [
+    {"background_level": 0.0}, {"background_level": 1.5}, {"sharpness": 0.0}, {"floor": 0.0}, {"floor": 2.0},
+])
+def test_numbers_of_class_evidence_out_of_range_are_refused(options):
+    _, tags, maps, _ = random_case(0)
+    [argument] = options
+    with pytest.raises(ValueError, match=rf"{argument}: expected a .* got .*; "):
+        class_evidence(maps, maps.max(axis=0), tags, **{"background_level": 0.2, **options})
+
+
+def test_options_may_be_traced():
+    labels, tags, _, _ = random_case(0)
+    value = jax.jit(lambda rho: noisy_or(labels, tags, rho=rho))(0.3)
+    np.testing.assert_allclose(value, noisy_or(labels, tags, rho=0.3), rtol=1e-6)
+    assert jax.grad(lambda beta: area(labels, tags, beta=beta))(12.0) != 0

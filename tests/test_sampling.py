@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.test_util import check_grads
+from scipy import stats
+
+from lcrf_jax.sampling import categorical, gumbel_softmax, straight_through
+
+LOGITS = np.array([0.3, -1.2, 1.5, 0.0, -0.4])
+SAMPLERS = {
+    "gumbel_softmax": lambda key, logits: gumbel_softmax(key, logits, temperature=0.7),
+    "straight_through": lambda key, logits: straight_through(key, logits, temperature=0.7),
+    "categorical": categorical,
+}
+every_sampler = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS)
+
+
+@every_sampler
+def test_the_largest_entries_are_distributed_as_the_softmax(sample):
+    # Chi-square at a significance of 1e-3; the seed is fixed, so the test passes always or never.
+    num_samples = 100_000
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (num_samples, len(LOGITS)))
+    counts = np.bincount(jax.jit(sample)(jax.random.key(0), logits).argmax(axis=-1), minlength=len(LOGITS))
+    assert stats.chisquare(counts, num_samples * reference.softmax(LOGITS)).pvalue > 1e-3
+    # The same numbers of samples are told apart from a distribution one percent of probability away.
+    shifted = reference.softmax(LOGITS) + [0.01, 0, -0.01, 0, 0]
+    assert stats.chisquare(counts, num_samples * shifted).pvalue < 1e-3
+
+
+def test_relaxed_samples_have_the_marginals_of_their_definition():
+    """Two classes: z_1 = sigmoid((g_1 - g_2 + L) / tau) with a logistic L, whose distribution is known."""
+    temperature, difference = 0.6, 0.8
+    logits = jnp.broadcast_to(jnp.array([difference, 0.0]), (20_000, 2))
+    samples = np.asarray(gumbel_softmax(jax.random.key(1), logits, temperature=temperature), np.float64)
+    logistic = temperature * np.log(samples[:, 0] / samples[:, 1]) - difference
+    assert stats.kstest(logistic, "logistic").pvalue > 1e-3
+    assert stats.kstest(1.1 * logistic, "logistic").pvalue < 1e-3, "enough samples to see another temperature"
+
+
+def test_temperature_limits():
+    key, logits = jax.random.key(2), jnp.asarray(np.random.default_rng(0).normal(size=(200, 4)))
+    exact = categorical(key, logits)
+    for temperature in (1e-4, 1e-30, np.float32(1e-4)):
+        np.testing.assert_allclose(gumbel_softmax(key, logits, temperature=temperature), exact, atol=1e-6)
+    np.testing.assert_allclose(gumbel_softmax(key, logits, temperature=1e9), 1 / 4, atol=1e-6)
+    # Where the relaxed sample is flat the exact one still follows the logits.
+    np.testing.assert_array_equal(straight_through(key, logits, temperature=1e9), exact)
+
+
+def test_straight_through_is_exact_with_the_gradient_of_the_relaxed_sample():
+    key, logits = jax.random.key(3), jnp.asarray(np.random.default_rng(1).normal(size=(30, 4)))
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(30, 4)))
+
+    def weighted(sampler):
+        return jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * sampler(key, x, temperature=0.5))))
+
+    hard = jax.jit(lambda x: straight_through(key, x, temperature=0.5))(logits)
+    relaxed = gumbel_softmax(key, logits, temperature=0.5)
+    np.testing.assert_array_equal(hard, np.eye(4)[relaxed.argmax(axis=-1)])
+    np.testing.assert_array_equal(hard, categorical(key, logits))
+    value, gradient = weighted(straight_through)(logits)
+    np.testing.assert_allclose(value, jnp.sum(weights * hard), rtol=1e-5)
+    np.testing.assert_allclose(gradient, weighted(gumbel_softmax)(logits)[1], rtol=1e-5, atol=1e-6)
+    assert np.abs(gradient).max() > 0.1
+
+
+def test_gradients_of_the_relaxed_sample():
+    key, logits = jax.random.key(4), np.random.default_rng(3).normal(size=(5, 3))
+    with jax.enable_x64(True):
+        check_grads(lambda x, t: gumbel_softmax(key, x, temperature=t), (logits, 0.8), order=2)
+    np.testing.assert_array_equal(jax.grad(lambda x: categorical(key, x)[:, 0].sum())(jnp.asarray(logits)), 0)
+
+
+@every_sampler
+def test_samples_lie_on_the_simplex_also_at_extremes(sample):
+    inf = jnp.inf
+    logits = jnp.array([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [0.0, -inf, -inf], [1e4, 1e4, -inf]])
+    samples = np.stack([sample(jax.random.key(seed), logits) for seed in range(20)])
+    np.testing.assert_allclose(samples.sum(axis=-1), 1, rtol=1e-6)
+    assert samples.min() >= 0
+    np.testing.assert_array_equal(samples[:, [0, 2]], np.broadcast_to([1.0, 0, 0], (20, 2, 3)))
+    assert set(samples[:, 1].argmax(axis=-1)) == {0, 1, 2}
+    assert set(samples[:, 3].argmax(axis=-1)) == {0, 1}
+    gradient = jax.grad(lambda x: jnp.sum(sample(jax.random.key(0), x)[..., 0]))(logits)
+    assert np.isfinite(gradient).all()
+
+
+@every_sampler
+def test_one_class_is_certain(sample):
+    np.testing.assert_array_equal(sample(jax.random.key(0), jnp.array([[-7.0], [3.0]])), 1)
+
+
+@every_sampler
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_short_types_are_sampled_in_float32(sample, dtype):
+    logits = jnp.asarray([[0.5, -3.0, 2.0], [4.0, 4.0, 4.0]], dtype)
+    result = sample(jax.random.key(5), logits)
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(result, sample(jax.random.key(5), logits.astype(jnp.float32)))
+
+
+@every_sampler
+def test_float64_is_kept(sample):
+    with jax.enable_x64(True):
+        assert sample(jax.random.key(5), jnp.zeros((2, 3))).dtype == jnp.float64
+        assert sample(jax.random.key(5), jnp.zeros((2, 3), jnp.float32)).dtype == jnp.float32
+
+
+@every_sampler
+def test_the_key_alone_decides(sample):
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (50, 5))
+    first = sample(jax.random.key(6), logits)
+    np.testing.assert_array_equal(sample(jax.random.key(6), logits), first)
+    np.testing.assert_array_equal(sample(jax.random.PRNGKey(6), logits), first)
+    assert (sample(jax.random.key(7), logits) != first).any()
+    assert len({tuple(row) for row in np.asarray(first).tolist()}) > 1, "every row has noise of its own"
+
+
+@every_sampler
+def test_vmap_equals_a_loop(sample):
+    keys = jax.random.split(jax.random.key(8), 3)
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(3, 6, 4)), jnp.float32)
+    loop = np.stack([sample(key, rows) for key, rows in zip(keys, logits)])
+    np.testing.assert_allclose(jax.jit(jax.vmap(sample))(keys, logits), loop, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, -1.0, float("nan"), float("inf"), np.float32(0)])
+@pytest.mark.parametrize("sampler", [gumbel_softmax, straight_through])
+def test_a_temperature_that_is_not_positive_is_refused(sampler, temperature):
+    with pytest.raises(ValueError, match=r"temperature: expected a finite number > 0, got .*categorical"):
+        sampler(jax.random.key(0), jnp.zeros((2, 3)), temperature=temperature)
+
+
+@every_sampler
+@pytest.mark.parametrize("logits", [1.0, np.zeros((2, 0))])
+def test_logits_without_classes_are_refused(sample, logits):
+    with pytest.raises(ValueError, match=r"logits: expected shape \[..., K\]"):
+        sample(jax.random.key(0), logits)
