@@ -5,7 +5,6 @@ import pathlib
 import sys
 import time
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, logging
 
@@ -13,13 +12,13 @@ from lcrf_jax import runs
 from lcrf_jax.checkpoints import CheckpointError, load_description, restore_params
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.data.sources import open_source
-from lcrf_jax.features import map_function, square_image
+from lcrf_jax.features import map_functions, mean_map, square_image
 from lcrf_jax.inference import make_segmenter, resized_map, restored_classifier
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.report import picture_grid
 
-CAM_LEVELS = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)
+CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
 NUM_PICTURES = 8
 
 
@@ -101,11 +100,12 @@ def evaluate_cam(run_dir, source, *, tags_given):
     if "classifier" not in params:
         raise ValueError(f"{run_dir} was trained with masks and has no tag classifier; give a run trained on tags")
     network, settings = build_network(description["network"]), description["training"]["class_maps"]
-    maps = map_function(network, params["backbone"], restored_classifier(params).weights, settings["grid"])
-    matrices = dict.fromkeys(CAM_LEVELS, 0)
+    _, from_images = map_functions(network, params["backbone"], restored_classifier(params).weights, settings["grid"])
+    size, matrices = description["training"]["input_size"], dict.fromkeys(CAM_LEVELS, 0)
     for example in prefetched(source):
-        squares = [square_image(example.image, size)[None] for size in settings["sizes"]]
-        scores = np.asarray(sum(maps(jnp.asarray(square)) for square in squares)[0])
+        square = square_image(example.image, size)[None]
+        others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
+        scores = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)[0]
         scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
         scores = resized_map(scores, example.image.shape[:2])
         for level in CAM_LEVELS:

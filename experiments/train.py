@@ -14,7 +14,6 @@ from ml_collections import config_flags
 
 from experiments import reporting
 from lcrf_jax import runs
-from lcrf_jax.nets.network import count_parameters
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")

@@ -1,0 +1,81 @@
+"""Weakly supervised semantic segmentation with latent conditional random fields, in JAX.
+
+The library is built in floors; a file imports from lower floors only, and floors 0 to 3 are pure functions of one image that need
+nothing but jax, numpy and einops: `jax.vmap` makes the batch.
+
+    0  numerics                              float promotion, entropies, checks
+    1  kernels, lattice, sampling, metrics   Gaussian filters, relaxed samples, IoU
+    2  crf, observation                      pairwise energy, KL to the prior, mean field; log p(y | z, x)
+    3  elbo                                  the bound
+    4  nets, data                            Flax networks, sources and batches
+    5  features, inference, checkpoints, report, runlog
+    6  training                              the train step over a mesh of devices
+    7  runs                                  a run from its configuration
+
+Symbols, the same in code, docstrings and tests:
+
+    x      [H, W, 3]          image, RGB, 0..255
+    y      [K] bool           image tags; index 0 is background and always present
+    z      [m, K]             pixel labels, the latent variables: m pixels, K classes, one-hot or relaxed
+    g      [m, K]             logits of the inference network
+    phi    [m, K]             q(z | x) = softmax(g): factorised, needs no tags
+    k_ij   [m, m]             pairwise kernel of the dense CRF, k_ii = 0
+    mu     [K, K]             label compatibility; Potts: mu(a, b) = [a != b]
+"""
+
+from lcrf_jax.crf import (
+    exact_image_kernel,
+    image_kernel,
+    kl_to_prior,
+    mean_field,
+    pairwise_energy,
+    refine,
+)
+from lcrf_jax.elbo import ElboTerms, gumbel_softmax_likelihood, mean_likelihood
+from lcrf_jax.kernels import KernelParams, dense_kernel, filter_exact, gaussian_kernel, guide_features, scaled
+from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
+from lcrf_jax.observation import (
+    area,
+    class_evidence,
+    evidence,
+    frozen_classifier,
+    gwrp,
+    log_mean_exp,
+    max_pool,
+    noisy_or,
+)
+from lcrf_jax.sampling import categorical, gumbel_softmax, straight_through
+
+__all__ = [
+    "ElboTerms",
+    "KernelParams",
+    "area",
+    "categorical",
+    "class_evidence",
+    "confusion_matrix",
+    "dense_kernel",
+    "evidence",
+    "exact_image_kernel",
+    "filter_exact",
+    "format_iou_table",
+    "frozen_classifier",
+    "gaussian_kernel",
+    "guide_features",
+    "gumbel_softmax",
+    "gumbel_softmax_likelihood",
+    "gwrp",
+    "image_kernel",
+    "iou_per_class",
+    "kl_to_prior",
+    "log_mean_exp",
+    "max_pool",
+    "mean_field",
+    "mean_iou",
+    "mean_likelihood",
+    "noisy_or",
+    "pairwise_energy",
+    "refine",
+    "scaled",
+    "straight_through",
+]
+__version__ = "0.1.0"

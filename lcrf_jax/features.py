@@ -123,8 +123,8 @@ def pooled_head(network, variables, s32, batch_size=64):
     return np.concatenate([np.asarray(pool(s32[i : i + batch_size])) for i in range(0, len(s32), batch_size)])
 
 
-def map_function(network, variables, weights, grid):
-    """Jitted function from images of any one size to class maps on a g x g grid, averaged with the mirrored image.
+def map_functions(network, variables, weights, grid):
+    """Jitted functions to class maps on a g x g grid: from a tap, and from images of any one size.
 
     Args:
       network: lcrf_jax.nets.network.Network.
@@ -133,18 +133,35 @@ def map_function(network, variables, weights, grid):
       grid: g, cells along a side of the result.
 
     Returns:
-      Function from [B, S, S, 3] RGB 0..255 to [B, g, g, K - 1] float32.
+      (function from the tap "s32" [B, h, w, C], function from images [B, S, S, 3] RGB 0..255), both to
+      [B, g, g, K - 1] float32, without bias.
     """
 
     @jax.jit
-    def maps(images):
-        both = jnp.concatenate([images, images[:, :, ::-1]])
-        head = network.head(variables, network.features(variables, both))
-        plain, mirrored = jnp.split(head @ weights, 2)
-        mean = (plain + mirrored[:, :, ::-1]) / 2
-        return jax.image.resize(mean, (len(images), grid, grid, mean.shape[-1]), "linear")
+    def from_tap(s32):
+        maps = network.head(variables, {"s32": s32}) @ weights
+        return jax.image.resize(maps, (len(maps), grid, grid, maps.shape[-1]), "linear")
 
-    return maps
+    @jax.jit
+    def from_images(images):
+        return from_tap(network.features(variables, images)["s32"])
+
+    return from_tap, from_images
+
+
+def mean_map(plain, mirrored, others):
+    """One map from those of several inputs: the mean over sizes, the size with a mirror image counting once.
+
+    Args:
+      plain: [..., g, g, K - 1] maps of the image at the main size.
+      mirrored: maps of the mirrored image at the main size, not mirrored back; or None.
+      others: list of maps at other sizes.
+
+    Returns:
+      [..., g, g, K - 1].
+    """
+    main = plain if mirrored is None else (plain + mirrored[..., ::-1, :]) / 2
+    return sum(others, main) / (1 + len(others))
 
 
 def square_image(image, size):
@@ -160,42 +177,55 @@ def square_image(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
+class _Squares:
+    """Records of the images of a source at one square size."""
+
+    def __init__(self, source, size):
+        self._source, self._size = source, size
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        return {"image": square_image(self._source[index].image, self._size)}
+
+
 def class_maps(
-    source, network, variables, weights, *, sizes, grid, identity, directory, batch_size=8, progress=lambda count: None
+    source, views, network, variables, weights, *, extra_sizes, grid, identity, directory, batch_size=8, progress=lambda count: None
 ):
-    """Class maps of every image of a source, the mean over several input sizes and over mirroring.
+    """Class maps of every image of a source, averaged over input sizes, and over mirroring at the main size.
 
     Args:
       source: images; its masks are not used.
+      views: `CachedViews` of it: view 0 and, where there is one, view 1 (mirrored) give the maps at the main size.
       network: lcrf_jax.nets.network.Network.
       variables: of its backbone.
       weights: [C, K - 1] of the tag classifier.
-      sizes: sides of the square inputs in pixels.
+      extra_sizes: sides of further square inputs in pixels; these go through the backbone once more.
       grid: cells along a side of the maps.
       identity: dict that JSON can hold: what identifies the images, the backbone's weights and the classifier.
       directory: folder of the caches.
       batch_size: images at once.
-      progress: called with the number of images after each batch.
+      progress: called with the number of images after each batch, once for each extra size.
 
     Returns:
       ClassMaps.
     """
-    maps = map_function(network, variables, weights, grid)
+    from_tap, from_images = map_functions(network, variables, weights, grid)
 
-    class Inputs:
-        def __len__(self):
-            return len(source)
+    def at_main_size(view):
+        s32 = views.tap("s32", view)
+        return np.concatenate([np.asarray(from_tap(s32[i : i + 64])) for i in range(0, len(s32), 64)])
 
-        def __getitem__(self, index):
-            image = source[index].image
-            return {str(size): square_image(image, size) for size in sizes}
+    def at_size(size):
+        records = _batched(_Squares(source, size), batch_size, progress)
+        return np.concatenate([np.asarray(from_images(batch["image"]))[:count] for count, batch in records])
 
     def batches():
-        for count, batch in _batched(Inputs(), batch_size, progress):
-            mean = sum(maps(images) for images in batch.values()) / len(sizes)
-            yield {"maps": np.asarray(mean, np.float16)[:count]}
+        mirrored = at_main_size(1) if views.num_views > 1 else None
+        yield {"maps": mean_map(at_main_size(0), mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16)}
 
-    key = {"kind": "class maps", "sizes": list(sizes), "grid": grid, **identity}
+    key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
     stored = cached_arrays(directory, key, len(source), batches)["maps"]
     return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)))
 

@@ -80,7 +80,7 @@ def make_segmenter(description, params):
     @jax.jit
     def network_log_probs(images):
         inputs = jnp.concatenate([images, images[:, :, ::-1]]) if settings["mirror"] else images
-        log_probs = jax.nn.log_softmax(network.logits(decoder, network.features(backbone, inputs)), axis=-1)
+        log_probs = jax.nn.log_softmax(network.logits(decoder, backbone, network.features(backbone, inputs)), axis=-1)
         if settings["mirror"]:
             plain, mirrored = jnp.split(log_probs, 2)
             log_probs = jax.nn.log_softmax((plain + mirrored[:, :, ::-1]) / 2, axis=-1)

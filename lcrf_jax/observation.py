@@ -11,6 +11,7 @@ y_k ~ Bernoulli(pi_k), and a function differs from the next in its pi_k:
 third argument: its class maps, or evidence made from them.
 """
 
+import math
 import numbers
 
 import jax
@@ -59,8 +60,8 @@ def noisy_or(labels, tags, *, rho=0.1):
 
     .. math:: \pi_k = 1 - \prod_j (1 - \rho z_{jk})
 
-    Computed in the log domain, pi kept 1e-6 away from 0. It saturates over many pixels: at initialisation
-    every pi_k is close to 1.
+    Computed in the log domain; the pi of a present tag is kept above 1e-6. It saturates over many pixels: at
+    initialisation every pi_k is close to 1.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
@@ -79,7 +80,7 @@ def noisy_or(labels, tags, *, rho=0.1):
         raise ValueError(f"rho: expected a probability below 1, got {rho}; for a hard or use max_pool")
     log_absent = jnp.sum(jnp.log1p(-rho * labels), axis=0)
     # log(1 - exp(x)) for x <= 0; the bound keeps value and gradient finite where no pixel has the class.
-    log_present = jnp.log(-jnp.expm1(jnp.minimum(log_absent, -_TINY)))
+    log_present = jnp.log(-jnp.expm1(jnp.minimum(log_absent, math.log1p(-_TINY))))
     return jnp.sum(jnp.where(tags, log_present, log_absent))
 
 

@@ -5,10 +5,7 @@ The experiments put these together; nothing here reads flags.
 
 import contextlib
 import functools
-import json
-import os
 import pathlib
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +20,7 @@ from lcrf_jax.crf import mean_field
 from lcrf_jax.data.cache import cached_arrays, default_directory
 from lcrf_jax.data.pipeline import ViewDataset, device_prefetch, make_loader, prefetched
 from lcrf_jax.data.sources import open_source
-from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier, map_function, square_image
+from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier
 from lcrf_jax.inference import make_segmenter, segment_batch
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
 from lcrf_jax.metrics import confusion_matrix, mean_iou
@@ -69,9 +66,16 @@ def say(text):
 
 @contextlib.contextmanager
 def _progress(title, total):
-    """A callback for images done, shown as a progress bar."""
-    with Progress(total, title=title) as bar:
-        yield lambda count: bar.update(num_images=count, num_steps=count)
+    """A callback for images done, shown as a progress bar from its first call on: nothing where a cache had it all."""
+    with contextlib.ExitStack() as stack:
+        bars = []
+
+        def done(count):
+            if not bars:
+                bars.append(stack.enter_context(Progress(total, title=title)))
+            bars[0].update(num_images=count, num_steps=count)
+
+        yield done
 
 
 def open_data(config):
@@ -132,11 +136,11 @@ def prepare(config):
         "weights": digest,
         "network": {key: description[key] for key in ("backbone", "last_stride")},
         "classifier": params_digest(classifier._asdict()),
-        "source": views.identity["source"] if views is not cached else whole.identity["source"],
+        "views": whole.identity,
     }
-    with _progress("class maps", len(train)) as done:
+    with _progress("class maps", len(train) * len(config["class_maps"]["extra_sizes"])) as done:
         maps = class_maps(
-            train, network, variables, classifier.weights, **config["class_maps"], identity=identity,
+            train, cached, network, variables, classifier.weights, **config["class_maps"], identity=identity,
             directory=directory, progress=done,
         )
     return base._replace(classifier=classifier, maps=maps)
@@ -199,14 +203,14 @@ def posterior_evidence(prepared, params, settings):
 
     @jax.jit
     def batch(plain, mirrored, guide, present):
-        both = [network.logits(params, features) for features in (plain, mirrored)]
+        both = [network.logits(params, prepared.variables, features) for features in (plain, mirrored)]
         return jax.lax.map(lambda row: one(*row), (*both, guide.astype(jnp.float32), present))
 
-    taps, rows = network.description["taps"], []
+    rows = []
     with _progress("posteriors", len(tags)) as done:
         for start in range(0, len(tags), 32):
             part = slice(start, start + 32)
-            inputs = [{tap: views.tap(tap, view)[part] for tap in taps} for view in (0, 1)]
+            inputs = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
             rows.append(np.asarray(batch(*inputs, views.tap("guide")[part], tags[part]), np.float16))
             done(len(rows[-1]))
     return np.concatenate(rows)

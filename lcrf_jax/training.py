@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcrf_jax import elbo, observation
+from lcrf_jax.crf import exact_image_kernel
 from lcrf_jax.features import network_inputs
-from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
+from lcrf_jax.kernels import KernelParams, scaled
 
 
 class TrainState(NamedTuple):
@@ -86,7 +87,7 @@ def tag_log_likelihood(config, record):
         return lambda labels: observation.TAG_LIKELIHOODS[name](labels, tags, **options)
     if name not in observation.IMAGE_LIKELIHOODS:
         known = sorted({**observation.TAG_LIKELIHOODS, **observation.IMAGE_LIKELIHOODS})
-        raise ValueError(f"likelihood.name: expected one of {known}, got {name!r}")
+        raise ValueError(f"objective.likelihood.name: expected one of {known}, got {name!r}")
     if name == "frozen_classifier":
         maps = _pixels(record["class_maps"])
         return lambda labels: observation.frozen_classifier(labels, tags, maps, bias=record["bias"], **options)
@@ -116,7 +117,13 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
 
     Returns:
       Function (key, logits [h, w, K], record, step) -> (loss, dict of terms in nats per cell).
+
+    Raises:
+      ValueError: if the estimator is unknown; when the function is called, if the likelihood is.
     """
+    if config["estimator"] not in elbo.ESTIMATORS:
+        known = sorted(elbo.ESTIMATORS)
+        raise ValueError(f"objective.estimator: expected one of {known}, got {config['estimator']!r}")
     kernel_params = scaled(KernelParams(**config["kernel"]), stride)
     estimator = functools.partial(
         elbo.ESTIMATORS[config["estimator"]], temperature=config["temperature"], num_samples=config["num_samples"]
@@ -125,7 +132,7 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
 
     def objective(key, logits, record, step):
         # The kernel holds no parameter, and its gradient would double the cost of the step.
-        kernel = jax.lax.stop_gradient(dense_kernel(record["guide"], kernel_params))
+        kernel = jax.lax.stop_gradient(exact_image_kernel(record["guide"].astype(jnp.float32), kernel_params))
         terms = elbo.elbo(key, _pixels(logits), kernel, tag_log_likelihood(config["likelihood"], record), estimator=estimator)
         ramp = jnp.minimum(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         num_cells = logits.shape[0] * logits.shape[1]
@@ -186,8 +193,8 @@ def make_train_step(network, variables, objective, optimizer, mesh):
 
     def image_loss(params, key, record, step):
         dropout_key, sample_key = jax.random.split(key)
-        taps = {tap: record[tap][None] for tap in network.description["taps"]}
-        logits = network.logits(params, taps, dropout_key)[0]
+        taps = {tap: record[tap][None] for tap in network.taps}
+        logits = network.logits(params, variables, taps, dropout_key)[0]
         return objective(sample_key, logits, record, step)
 
     def shard_step(params, keys, batch, step):
@@ -235,7 +242,7 @@ def initial_state(key, network, variables, optimizer, input_size, mesh):
 
     def init(key):
         features = network.features(variables, jnp.zeros((1, input_size, input_size, 3)))
-        params = network.init(key, features)
+        params = network.init(key, variables, features)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(key)

@@ -190,7 +190,7 @@ def tag_log_likelihood(name, labels, tags, **options):
             absent = 1.0
             for share in z:
                 absent *= 1 - options.get("rho", 0.1) * share
-            pi, low, high = 1 - absent, 1e-6, 1.0
+            pi, low, high = 1 - absent, 1e-6 if tags[k] else 0.0, 1.0
         elif name == "max_pool":
             pi, low, high = max(z), 1e-6, 1 - 1e-6
         elif name == "log_mean_exp":
@@ -244,3 +244,61 @@ def log_tag_probability(log_likelihood, kernel, num_classes, compatibility=None)
     log_prior = -labelling_energies(kernel, num_classes, compatibility)
     log_prior = log_prior - np.logaddexp.reduce(log_prior)
     return np.logaddexp.reduce(log_prior + [float(log_likelihood(z)) for z in one_hot])
+
+
+def conv(x, kernel, stride=1, dilation=1, groups=1):
+    """Convolution of [H, W, C] with a kernel [O, C / groups, k, k], zeros outside, SAME as in TensorFlow."""
+    x, kernel = np.float64(x), np.float64(kernel)
+    k, reach = kernel.shape[-1], (kernel.shape[-1] - 1) * dilation + 1
+    height, width = (-(-size // stride) for size in x.shape[:2])
+    missing = [max((n - 1) * stride + reach - size, 0) for n, size in zip((height, width), x.shape[:2])]
+    x = np.pad(x, [(n // 2, n - n // 2) for n in missing] + [(0, 0)])
+    result = np.zeros((height, width, kernel.shape[0]))
+    for row, column in np.ndindex(height, width):
+        patch = x[row * stride:, column * stride:][:reach:dilation, :reach:dilation]
+        if groups == 1:
+            result[row, column] = kernel.reshape(len(kernel), -1) @ patch.transpose(2, 0, 1).ravel()
+        else:
+            result[row, column] = np.sum(kernel[:, 0].transpose(1, 2, 0) * patch, axis=(0, 1))
+    assert patch.shape[:2] == (k, k) and groups in (1, x.shape[2])
+    return result
+
+
+def depthwise_conv(x, kernel, stride, dilation):
+    """The same with a kernel [k, k, C], one for each channel."""
+    return conv(x, np.transpose(kernel, (2, 0, 1))[:, None], stride, dilation, groups=x.shape[-1])
+
+
+def efficientnet_lite0(state, x, last_stride=32):
+    """Taps of one image [H, W, 3] from a published state dict: convolution, batch norm, ReLU6 in turn."""
+
+    def normalised(x, name):
+        fields = ("weight", "bias", "running_mean", "running_var")
+        weight, bias, mean, variance = (np.float64(state[f"{name}.{field}"]) for field in fields)
+        return (x - mean) / np.sqrt(variance + 1e-3) * weight + bias
+
+    def relu6(x):
+        return np.minimum(np.maximum(x, 0), 6)
+
+    x = relu6(normalised(conv(x, state["_conv_stem.weight"], 2), "_bn0"))
+    first_of_stage = {1: 2, 3: 2, 5: 2, 8: 1, 11: 2, 15: 1}
+    taps, dilation = {}, 1
+    for block in range(16):
+        name, inputs = f"_blocks.{block}.", x
+        stride = first_of_stage.get(block, 1)
+        if block == 11 and last_stride == 16:
+            stride = 1
+        if block:
+            x = relu6(normalised(conv(x, state[name + "_expand_conv.weight"]), name + "_bn0"))
+        x = conv(x, state[name + "_depthwise_conv.weight"], stride, dilation, groups=x.shape[-1])
+        x = relu6(normalised(x, name + "_bn1"))
+        x = normalised(conv(x, state[name + "_project_conv.weight"]), name + "_bn2")
+        if x.shape == inputs.shape:
+            x = x + inputs
+        if block == 11 and last_stride == 16:
+            dilation = 2
+        tap = {2: "s4", 4: "s8", 10: "s16", 15: "s32"}.get(block)
+        if tap:
+            taps[tap] = x
+    taps["head"] = relu6(normalised(conv(x, state["_conv_head.weight"]), "_bn1"))
+    return taps

@@ -39,6 +39,21 @@ def test_relaxed_samples_have_the_marginals_of_their_definition():
     assert stats.kstest(1.1 * logistic, "logistic").pvalue < 1e-3, "enough samples to see another temperature"
 
 
+def test_the_temperature_divides():
+    """With the same noise tau (log z_a - log z_b) is g_a - g_b and the noise, whatever tau is."""
+    key, logits = jax.random.key(9), jnp.asarray(np.random.default_rng(5).normal(size=(50, 3)))
+    with jax.enable_x64(True):
+        logits = jnp.asarray(logits, jnp.float64)
+        differences = [
+            temperature * np.diff(np.log(gumbel_softmax(key, logits, temperature=temperature)))
+            for temperature in (1.0, 0.5, 3.0)
+        ]
+        noise = differences[0] - np.diff(logits)
+        shifted = np.diff(np.log(gumbel_softmax(key, 2 * logits, temperature=1.0)))
+    np.testing.assert_allclose(differences[1:], [differences[0]] * 2, rtol=1e-9)
+    np.testing.assert_allclose(shifted, 2 * np.diff(logits) + noise, rtol=1e-9)
+
+
 def test_temperature_limits():
     key, logits = jax.random.key(2), jnp.asarray(np.random.default_rng(0).normal(size=(200, 4)))
     exact = categorical(key, logits)

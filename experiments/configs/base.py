@@ -8,6 +8,18 @@ def options(**entries):
     return ConfigDict(entries)
 
 
+def posterior(*, position_width=80.0, unary_weight=1.0, tempering=1.0):
+    """How the posteriors of the training images are computed, for a round that is trained on them."""
+    kernel = {
+        "bilateral_weight": 8.0,
+        "bilateral_position_width": position_width,  # in pixels of the network's input
+        "bilateral_colour_width": 13.0,
+        "gaussian_weight": 2.0,
+        "gaussian_position_width": 8.0,
+    }
+    return {"kernel": kernel, "num_iterations": 10, "unary_weight": unary_weight, "tempering": tempering}
+
+
 def get_config():
     """The defaults."""
     config = ConfigDict()
@@ -24,7 +36,7 @@ def get_config():
     config.network = ConfigDict()
     config.network.backbone = "efficientnet_lite0"  # or small
     config.network.last_stride = 16
-    config.network.taps = ("s32", "s16", "s8")
+    config.network.taps = ("head", "s16", "s8")
     config.network.widths = (192, 128, 96)
     config.network.dropout = 0.2
     config.input_size = 320
@@ -42,7 +54,7 @@ def get_config():
     config.classifier = ConfigDict()
     config.classifier.l2 = 0.01
     config.class_maps = ConfigDict()
-    config.class_maps.sizes = (320, 448)
+    config.class_maps.extra_sizes = ()  # further input sizes that the maps are averaged over
     config.class_maps.grid = 40
 
     config.objective = ConfigDict()

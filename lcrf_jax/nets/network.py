@@ -2,7 +2,7 @@
 
 A network is described by a dict that JSON can hold, which is stored with every checkpoint:
 
-    {"backbone": "efficientnet_lite0", "last_stride": 16, "taps": ["s32", "s16", "s8"],
+    {"backbone": "efficientnet_lite0", "last_stride": 16, "taps": ["head", "s16", "s8"],
      "widths": [192, 128, 96], "dropout": 0.1, "num_classes": 7}
 """
 
@@ -72,6 +72,7 @@ def _pointwise_head(activation):
     return head
 
 
+TAPS = ("head", "s32", "s16", "s8", "s4")
 BACKBONES = {
     "efficientnet_lite0": Backbone(EfficientNetLite0, load_lite0, _pointwise_head(jax.nn.relu6)),
     "small": Backbone(SmallBackbone, _small_variables, _pointwise_head(jax.nn.relu)),
@@ -83,15 +84,17 @@ class Network(NamedTuple):
 
     Attributes:
       description: the dict it was built from.
+      taps: names of the features that all is computed from: what a cache has to keep. "s32" is always there.
       features: (backbone variables, images [B, H, W, 3] RGB 0..255) -> dict from tap to [B, h, w, C] float32.
       head: (backbone variables, features) -> [B, h, w, C] features of the tag classifier.
-      init: (key, features) -> decoder parameters.
-      logits: (decoder parameters, features, dropout key or None) -> [B, h, w, K] float32 on the grid of the
-        finest tap.
+      init: (key, backbone variables, features) -> decoder parameters.
+      logits: (decoder parameters, backbone variables, features, dropout key or None) -> [B, h, w, K]
+        float32 on the grid of the finest tap.
       stride: pixels of the input per cell of the logits.
     """
 
     description: Mapping
+    taps: tuple
     features: Callable
     head: Callable
     init: Callable
@@ -106,26 +109,13 @@ def _backbone(description):
     return BACKBONES[name]
 
 
-def build_network(description):
-    """The network of a description.
-
-    Args:
-      description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last
-        stage), "taps" from coarse to fine, "widths", "dropout" and "num_classes".
-
-    Returns:
-      Network.
-
-    Raises:
-      ValueError: if an entry is missing, unknown or out of range, or taps are not from coarse to fine.
-    """
+def _check_description(description):
     wanted = {"backbone", "last_stride", "taps", "widths", "dropout", "num_classes"}
     if set(description) != wanted:
         raise ValueError(f"network: expected the entries {sorted(wanted)}, got {sorted(description)}")
-    backbone, taps, widths = _backbone(description), tuple(description["taps"]), tuple(description["widths"])
-    known = ("s32", "s16", "s8", "s4")
-    if not taps or [tap for tap in known if tap in taps] != list(taps):
-        raise ValueError(f"network.taps: expected some of {known}, in this order, got {taps}")
+    taps, widths = tuple(description["taps"]), tuple(description["widths"])
+    if not taps or [tap for tap in TAPS if tap in taps] != list(taps):
+        raise ValueError(f"network.taps: expected some of {TAPS}, in this order, got {taps}")
     if len(widths) != len(taps):
         raise ValueError(f"network.widths: expected one for each of the taps {taps}, got {widths}")
     last_stride, dropout = description["last_stride"], description["dropout"]
@@ -136,22 +126,47 @@ def build_network(description):
     num_classes = description["num_classes"]
     if num_classes < 2:
         raise ValueError(f"network.num_classes: expected the background and another class, got {num_classes}")
-    module = backbone.module(last_stride=last_stride)
-    decoder = Decoder(num_classes, taps, widths, dropout)
+
+
+def build_network(description):
+    """The network of a description.
+
+    Args:
+      description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last
+        stage), "taps" from coarse to fine, some of "head", "s32", "s16", "s8", "s4", "widths" (one for each
+        tap), "dropout" and "num_classes".
+
+    Returns:
+      Network.
+
+    Raises:
+      ValueError: if an entry is missing, unknown or out of range, or taps are not from coarse to fine.
+    """
+    _check_description(description)
+    backbone, taps = _backbone(description), tuple(description["taps"])
+    module = backbone.module(last_stride=description["last_stride"])
+    decoder = Decoder(description["num_classes"], taps, tuple(description["widths"]), description["dropout"])
+    # The head has four times the channels of s32 and is cheap to compute from it.
+    kept = tuple(tap for tap in TAPS[1:] if tap in taps or tap == "s32")
 
     def features(variables, images):
         taken = module.apply(variables, preprocess(images))
-        return {tap: taken[tap] for tap in {*taps, "s32"}}
+        return {tap: taken[tap] for tap in kept}
 
-    def init(key, features):
-        return decoder.init(key, {tap: features[tap] for tap in taps})["params"]
+    def inputs(variables, features):
+        return {tap: backbone.head(variables, features) if tap == "head" else features[tap] for tap in taps}
 
-    def logits(params, features, key=None):
+    def init(key, variables, features):
+        return decoder.init(key, inputs(variables, features))["params"]
+
+    def logits(params, variables, features, key=None):
         rngs = None if key is None else {"dropout": key}
-        return decoder.apply({"params": params}, features, train=key is not None, rngs=rngs)
+        taken = inputs(variables, features)
+        return decoder.apply({"params": params}, taken, train=key is not None, rngs=rngs)
 
-    stride = min(int(taps[-1][1:]), last_stride)
-    return Network(dict(description), features, backbone.head, init, logits, stride)
+    finest = 32 if taps[-1] == "head" else int(taps[-1][1:])
+    stride = min(finest, description["last_stride"])
+    return Network(dict(description), kept, features, backbone.head, init, logits, stride)
 
 
 def backbone_variables(description):

@@ -20,6 +20,32 @@ class TagClassifier(NamedTuple):
     bias: jax.Array
 
 
+@jax.jit
+def _minimised(start, inputs, targets, l2, max_iterations, tolerance):
+    """(parameters, number of steps, loss) after L-BFGS from `start`."""
+
+    def loss(params):
+        logits = inputs @ params.weights + params.bias
+        cross_entropy = optax.sigmoid_binary_cross_entropy(logits, targets).mean()
+        return cross_entropy + 0.5 * l2 * jnp.sum(params.weights**2)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry):
+        params, state = carry
+        value, grad = value_and_grad(params, state=state)
+        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    def unfinished(carry):
+        count, grad = (optax.tree.get(carry[1], name) for name in ("count", "grad"))
+        return (count == 0) | ((count < max_iterations) & (optax.tree.norm(grad, ord=jnp.inf) > tolerance))
+
+    params, state = jax.lax.while_loop(unfinished, step, (start, solver.init(start)))
+    return params, optax.tree.get(state, "count"), loss(params)
+
+
 def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1e-5):
     """Fit the classifier by L-BFGS on the mean binary cross-entropy, every class weighted the same.
 
@@ -42,38 +68,18 @@ def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1
     if pooled.ndim != 2 or tags.ndim != 2 or len(pooled) != len(tags) or not pooled.size or tags.shape[1] < 2:
         shapes = f"{pooled.shape} and {tags.shape}"
         raise ValueError(f"expected pooled [N, C] and tags [N, K] with N, C >= 1 and K >= 2, got {shapes}")
-    pooled, targets = jnp.asarray(pooled, jnp.float32), jnp.asarray(tags, jnp.float32)[:, 1:]
+    # In float32 a constant channel would keep a rounding error, and be scaled up to count like the others.
+    pooled = np.asarray(pooled, np.float64)
     mean, scale = pooled.mean(axis=0), pooled.std(axis=0) + 1e-6
-    inputs = (pooled - mean) / scale
-
-    def loss(params):
-        logits = inputs @ params.weights + params.bias
-        cross_entropy = optax.sigmoid_binary_cross_entropy(logits, targets).mean()
-        return cross_entropy + 0.5 * l2 * jnp.sum(params.weights**2)
-
-    solver = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
-    def step(carry):
-        params, state = carry
-        value, grad = value_and_grad(params, state=state)
-        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-        return optax.apply_updates(params, updates), state
-
-    def unfinished(carry):
-        count, grad = (optax.tree.get(carry[1], name) for name in ("count", "grad"))
-        return (count == 0) | ((count < max_iterations) & (optax.tree.norm(grad, ord=jnp.inf) > tolerance))
-
-    @jax.jit
-    def minimise(params):
-        params, state = jax.lax.while_loop(unfinished, step, (params, solver.init(params)))
-        return params, optax.tree.get(state, "count"), loss(params)
-
+    inputs = jnp.asarray((pooled - mean) / scale, jnp.float32)
+    targets = jnp.asarray(tags, jnp.float32)[:, 1:]
     rate = jnp.clip(targets.mean(0), 1e-3, 1 - 1e-3)
     start = TagClassifier(jnp.zeros((inputs.shape[1], targets.shape[1])), jnp.log(rate / (1 - rate)))
-    params, count, value = minimise(start)
-    weights = params.weights / scale[:, None]
-    return TagClassifier(weights, params.bias - mean @ weights), int(count), float(value)
+    params, count, value = _minimised(start, inputs, targets, l2, max_iterations, tolerance)
+    weights = np.asarray(params.weights, np.float64) / scale[:, None]
+    bias = np.asarray(params.bias) - mean @ weights
+    classifier = TagClassifier(jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32))
+    return classifier, int(count), float(value)
 
 
 def average_precision(scores, targets):
