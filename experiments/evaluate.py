@@ -8,7 +8,7 @@ The checkpoint alone says what the network is. Without --data the data that the 
 
 import time
 
-from absl import app, flags
+from absl import flags
 
 from experiments import reporting
 from lcrf_jax.checkpoints import load_description

@@ -9,7 +9,7 @@ tensorboard/, results.json and pictures.png; the last line printed is the mIoU o
 
 import time
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from experiments import reporting

@@ -1,5 +1,6 @@
 """Images in, masks out: a trained run as a segmenter of images of any size (floor 5)."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from lcrf_jax.nets.tag_classifier import TagClassifier
 
 _SIZE_STEP = 64
 _EXCLUDED = -1e4
+_MAX_VERTICES_PER_PIXEL = 6  # of a lattice over two positions and three colours
 
 
 class Segmenter(NamedTuple):
@@ -25,7 +27,8 @@ class Segmenter(NamedTuple):
       input_sizes: sides of the square network inputs, whose log-probabilities are averaged.
       network_log_probs: function from images [B, S, S, 3] RGB 0..255 to log q(z | x) on the network's grid, [B, h, w, K].
       enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
-      refine: function (log-probabilities, image, valid) -> log-probabilities after mean field.
+      refine: function (log-probabilities, image, valid, capacity=None) -> log-probabilities after mean field; all
+        are NaN if the kernel's lattice needs more vertices than the capacity.
     """
 
     class_names: tuple
@@ -91,9 +94,9 @@ def make_segmenter(description, params):
         logits = jnp.einsum("Hh,hwk,Ww->HWk", rows, log_probs, columns, precision=jax.lax.Precision.HIGHEST)
         return jax.nn.log_softmax(logits, axis=-1)
 
-    @jax.jit
-    def refine(log_probs, image, valid):
-        kernel = image_kernel(image.astype(jnp.float32), kernel_params, valid=valid)
+    @functools.partial(jax.jit, static_argnames="capacity")
+    def refine(log_probs, image, valid, capacity=None):
+        kernel = image_kernel(image.astype(jnp.float32), kernel_params, valid=valid, capacity=capacity)
         unary = settings["unary_weight"] * log_probs.reshape(-1, log_probs.shape[-1])
         return mean_field(unary, kernel, num_iterations=settings["num_iterations"]).reshape(log_probs.shape)
 
@@ -150,7 +153,7 @@ def segment(segmenter, image, *, crf, tags=None):
       Segmentation.
 
     Raises:
-      ValueError: if the image is not [H, W, 3] uint8.
+      ValueError: if the image is not [H, W, 3] uint8, or the network's output is not a number.
     """
     [result] = segment_batch(segmenter, [image], crf=crf, tags=None if tags is None else [tags])
     return result
@@ -171,7 +174,7 @@ def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None):
       List of Segmentation.
 
     Raises:
-      ValueError: if an image is not [H, W, 3] uint8.
+      ValueError: if an image is not [H, W, 3] uint8, or the network's output is not a number.
     """
     for image in images:
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
@@ -203,9 +206,15 @@ def _at_own_size(segmenter, image, grids, crf):
     if crf:
         pad = [(0, padded[0] - height), (0, padded[1] - width)]
         valid = np.pad(np.ones((height, width), bool), pad)
-        refined = segmenter.refine(log_probs, np.pad(image, [*pad, (0, 0)], mode="edge"), valid)
-        refined = np.asarray(refined)[:height, :width]
-    return Segmentation(np.asarray(log_probs)[:height, :width], refined)
+        inputs = log_probs, np.pad(image, [*pad, (0, 0)], mode="edge"), valid
+        refined = np.asarray(segmenter.refine(*inputs))
+        if np.isnan(refined).any():  # strong noise: as many vertices as can be needed
+            refined = np.asarray(segmenter.refine(*inputs, capacity=valid.size * _MAX_VERTICES_PER_PIXEL))
+        refined = refined[:height, :width]
+    log_probs = np.asarray(log_probs)[:height, :width]
+    if np.isnan(log_probs).any() or refined is not None and np.isnan(refined).any():
+        raise ValueError("the network's output is not a number: its training has diverged; use another checkpoint")
+    return Segmentation(log_probs, refined)
 
 
 def restored_classifier(params):

@@ -4,7 +4,6 @@ The experiments put these together; nothing here reads flags.
 """
 
 import contextlib
-import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -91,6 +90,8 @@ def open_data(config):
       FileNotFoundError: if the training data is missing.
       ValueError: if it is not as expected; the message names the file.
     """
+    if config["method"] not in training.OBJECTIVES:
+        raise ValueError(f"method: expected one of {sorted(training.OBJECTIVES)}, got {config['method']!r}")
     data = config["data"]
     options = {"root": data["root"], **data["options"]}
     train = open_source(data["kind"], data["train_split"], masks=config["method"] == "full_supervision", **options)
@@ -120,6 +121,9 @@ def prepare(config):
     size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
     if size % 32:
         raise ValueError(f"input_size: expected a multiple of 32, got {size}")
+    several = len(planned_rounds(config, len(train))) > 1
+    if several and (config["views"]["num_views"] < 2 or not config["cache"]["features"]):
+        raise ValueError("rounds on posteriors need cache.features=True and views.num_views of at least 2")
     views = ViewDataset(train, size=size, **config["views"])
     whole = views if config["cache"]["features"] else ViewDataset(train, 1, size)
     with _progress("features", len(whole)) as done:
@@ -309,7 +313,6 @@ class Round(NamedTuple):
       first_step, last_step: steps done before and after it.
       steps_per_epoch: whole batches in an epoch.
       epochs: length.
-      settings: its entry in the configuration.
     """
 
     number: int
@@ -317,30 +320,34 @@ class Round(NamedTuple):
     last_step: int
     steps_per_epoch: int
     epochs: int
-    settings: dict
 
 
 def planned_rounds(config, num_images):
     """The rounds of a configuration, with their steps.
 
     Args:
-      config: dict with "rounds", a list of dicts with "epochs", and "batch_size".
+      config: dict with "epochs", the length of each round, "method" (only "latent_crf" has more than one round) and
+        "batch_size".
       num_images: images in the training split.
 
     Returns:
       List of Round.
 
     Raises:
-      ValueError: if the images do not fill one batch.
+      ValueError: if the images do not fill one batch, or a round has no epochs.
     """
     steps_per_epoch = num_images // config["batch_size"]
     if not steps_per_epoch:
-        raise ValueError(f"batch_size: {num_images} training images do not fill one batch of {config['batch_size']}")
+        size = config["batch_size"]
+        raise ValueError(f"batch_size: {num_images} training images do not fill one batch of {size}; lower it")
+    epochs = config["epochs"] if config["method"] == "latent_crf" else [sum(config["epochs"])]
+    if not epochs or min(epochs) < 1:
+        raise ValueError(f"epochs: expected one or more rounds of at least one epoch, got {config['epochs']}")
     rounds, step = [], 0
-    for number, settings in enumerate(config["rounds"]):
-        length = settings["epochs"] * steps_per_epoch
-        rounds.append(Round(number, step, step + length, steps_per_epoch, settings["epochs"], settings))
-        step += length
+    for number, length in enumerate(epochs):
+        end = step + length * steps_per_epoch
+        rounds.append(Round(number, step, end, steps_per_epoch, length))
+        step = end
     return rounds
 
 
@@ -364,11 +371,11 @@ def train(prepared, workdir, *, devices=None):
     save_description(workdir, description)
     with RunCheckpoints(workdir) as checkpoints:
         state, data_state, done = _newest_state(prepared, checkpoints, rounds, key, mesh)
-        with MetricsWriter(workdir, resume_step=done) as writer:
+        with MetricsWriter(workdir, resume_step=done + 1) as writer:
             for this in rounds:
                 if done >= this.last_step:
                     continue
-                evidence = _evidence_of(prepared, workdir, this, state)
+                evidence = _evidence_of(prepared, workdir, this, state, done)
                 if done == this.first_step:
                     state, data_state = _fresh_state(prepared, this, key, mesh), None
                 state = _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh)
@@ -396,23 +403,34 @@ def _newest_state(prepared, checkpoints, rounds, key, mesh):
     return restored.state, restored.data_state, restored.step
 
 
-def _evidence_of(prepared, workdir, this, state):
-    """The evidence of a round after the first, from the state that the round before ended with; kept in the folder."""
-    if this.number == 0:
+def _evidence_of(prepared, workdir, this, state, done):
+    """The evidence of a round after the first, from the state that the one before ended with; kept on disk."""
+    if this.number == 0 or prepared.maps is None:
         return None
-    make = functools.partial(posterior_evidence, prepared, state.params, this.settings["posterior"])
-    kept = cached_arrays(
-        workdir / "posteriors", {"round": this.number}, len(prepared.train), lambda: [{"evidence": make()}]
-    )
-    return kept["evidence"]
+
+    def batches():
+        if done != this.first_step:
+            raise ValueError(
+                f"{workdir / 'posteriors'} has no posteriors that round {this.number + 1} was begun with: restore the "
+                "folder and the settings of its rounds, or start again in a new one"
+            )
+        yield {"evidence": posterior_evidence(prepared, state.params, prepared.config["posterior"])}
+
+    config = prepared.config
+    identity = {
+        "round": this.number,
+        "posterior": prepared.config["posterior"],
+        "before": list(config["epochs"][: this.number]),
+        "seed": config["seed"],
+    }
+    return cached_arrays(workdir / "posteriors", identity, len(prepared.train), batches)["evidence"]
 
 
 def _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh):
     config, network = prepared.config, prepared.network
     round_key = jax.random.fold_in(key, this.number)
-    settings = {**config["objective"], **this.settings.get("objective", {})}
     objective = training.OBJECTIVES[config["method"]](
-        settings, stride=network.stride, steps_per_epoch=this.steps_per_epoch
+        config["objective"], stride=network.stride, steps_per_epoch=this.steps_per_epoch
     )
     step_function = training.make_train_step(
         network, prepared.variables, objective, _optimizer(config, this), mesh
@@ -425,26 +443,37 @@ def _train_round(prepared, this, state, data_state, evidence, checkpoints, write
         loader.set_state(data_state)
     batches = device_prefetch(loader, NamedSharding(mesh, P("data")))
     first = this.first_step + int(state.step)
-    title = f"round {this.number + 1}" if len(config["rounds"]) > 1 else "train"
+    title = f"round {this.number + 1}" if len(config["epochs"]) > 1 else "train"
     with Progress(this.last_step, first_step=first, title=title) as bar:
         for step in range(first + 1, this.last_step + 1):
             batch = training.numeric_arrays(next(batches))
             state, metrics = step_function(state, batch, round_key)
-            reported = step % config["log_every_steps"] == 0 or step == this.last_step
+            epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
+            saving = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
+            reported = saving or step % config["log_every_steps"] == 0
             shown = {name: float(value) for name, value in metrics.items()} if reported else None
             if reported:
+                _check_finite(step, shown)
                 writer.write(step, {f"train/{name}": value for name, value in shown.items()})
             bar.update(num_images=config["batch_size"], metrics=shown)
-            epoch_done = (step - this.first_step) % this.steps_per_epoch == 0
-            epoch = (step - this.first_step) // this.steps_per_epoch
-            if epoch_done and (epoch % config["eval_every_epochs"] == 0 or step == this.last_step):
+            if saving:
                 _validate(prepared, state.params, step, checkpoints, writer, bar)
                 checkpoints.save_last(step, state, data_state=batches.get_state())
     return state
 
 
+def _check_finite(step, metrics):
+    """End a run that has diverged before it is saved over a good one."""
+    wrong = [name for name, value in metrics.items() if not np.isfinite(value)]
+    if wrong:
+        raise ValueError(
+            f"step {step}: {', '.join(wrong)} not finite, training has diverged; what was saved before is kept. "
+            "Lower optimizer.learning_rate and continue"
+        )
+
+
 def _validate(prepared, params, step, checkpoints, writer, bar):
-    """Score the parameters on the validation masks, where there are some, and keep them if they are the best so far."""
+    """Score the parameters on the validation masks, where there are some, and keep the best so far."""
     stored, miou = _inference_params(prepared, params), None
     if prepared.val is not None:
         description = segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)

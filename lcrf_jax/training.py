@@ -72,8 +72,8 @@ def tag_log_likelihood(config, record):
     """log p(y | z, x) of one record as a function of the labels z.
 
     Args:
-      config: Mapping with "name", a likelihood of `lcrf_jax.observation`, and "options", its keyword arguments. For
-        "evidence" the options are those of `class_evidence`, or "tempering" if the record has "pixel_evidence".
+      config: Mapping with "likelihood", a name of `lcrf_jax.observation`, and "likelihood_options", a dict from such
+        a name to keyword arguments; those of "evidence" are for `class_evidence`.
       record: one record: "tags" and, for the image likelihoods, "class_maps" and "peaks", or "pixel_evidence".
 
     Returns:
@@ -82,12 +82,13 @@ def tag_log_likelihood(config, record):
     Raises:
       ValueError: if the name is unknown.
     """
-    name, options, tags = config["name"], dict(config["options"]), record["tags"]
+    name, tags = config["likelihood"], record["tags"]
+    options = config["likelihood_options"].get(name, {})
     if name in observation.TAG_LIKELIHOODS:
         return lambda labels: observation.TAG_LIKELIHOODS[name](labels, tags, **options)
     if name not in observation.IMAGE_LIKELIHOODS:
         known = sorted({**observation.TAG_LIKELIHOODS, **observation.IMAGE_LIKELIHOODS})
-        raise ValueError(f"objective.likelihood.name: expected one of {known}, got {name!r}")
+        raise ValueError(f"objective.objective.likelihood: expected one of {known}, got {name!r}")
     if name == "frozen_classifier":
         maps = _pixels(record["class_maps"])
         return lambda labels: observation.frozen_classifier(labels, tags, maps, bias=record["bias"], **options)
@@ -109,7 +110,7 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
     With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it.
 
     Args:
-      config: Mapping with "likelihood" (see `tag_log_likelihood`), "estimator" (a key of `lcrf_jax.elbo.ESTIMATORS`), "temperature",
+      config: Mapping with "likelihood" and "likelihood_options" (see `tag_log_likelihood`), "estimator" (a key of `lcrf_jax.elbo.ESTIMATORS`), "temperature",
         "num_samples", "likelihood_weight", "entropy_weight", "pairwise_weight", "pairwise_warmup_epochs" and "kernel", the fields of
         `KernelParams` in pixels of the network's input.
       stride: pixels of the input per cell of the logits.
@@ -133,7 +134,7 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
     def objective(key, logits, record, step):
         # The kernel holds no parameter, and its gradient would double the cost of the step.
         kernel = jax.lax.stop_gradient(exact_image_kernel(record["guide"].astype(jnp.float32), kernel_params))
-        terms = elbo.elbo(key, _pixels(logits), kernel, tag_log_likelihood(config["likelihood"], record), estimator=estimator)
+        terms = elbo.elbo(key, _pixels(logits), kernel, tag_log_likelihood(config, record), estimator=estimator)
         ramp = jnp.minimum(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         num_cells = logits.shape[0] * logits.shape[1]
         loss = -(
@@ -219,7 +220,7 @@ def make_train_step(network, variables, objective, optimizer, mesh):
         keys = jax.random.split(jax.random.fold_in(key, state.step), batch_size)
         grads, metrics = spread(state.params, keys, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
 
     return step

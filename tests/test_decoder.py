@@ -28,6 +28,14 @@ def variables_of(backbone):
     return BACKBONES[backbone].variables()[0]
 
 
+@functools.cache
+def small_features(description_name="taps", seed=0):
+    """Network, variables and features of a picture for the small backbone."""
+    network = build_network({"taps": SMALL, "head": WITH_HEAD}[description_name])
+    variables = variables_of("small")
+    return network, variables, jax.jit(network.features)(variables, images(seed, 64, 64))
+
+
 def images(seed, height, width, count=1):
     return np.stack([reference.smooth_image(seed + i, height, width) for i in range(count)]).astype(np.uint8)
 
@@ -108,30 +116,30 @@ def test_up_conv_by_hand():
     np.testing.assert_array_equal(result[0, :, :, 0], [[1, 10, 2, 20], [100, 1005, 200, 2005]])
 
 
-@every_backbone
-def test_shapes_and_strides(description):
-    for last_stride, stride, taps in (
-        (32, 4, ["s32", "s16", "s8", "s4"]),
-        (32, 4, ["head", "s32", "s16", "s8", "s4"]),
-        (16, 8, ["head", "s16", "s8"]),
-        (16, 16, ["s32", "s16"]),
-        (16, 16, ["head"]),
-        (32, 32, ["head", "s32"]),
-        (32, 8, ["s8"]),
-    ):
-        widths = [20, 16, 12, 8, 4][: len(taps)]
-        network = build_network({**description, "last_stride": last_stride, "taps": taps, "widths": widths})
-        variables = variables_of(description["backbone"])
-        features = jax.eval_shape(network.features, variables, jnp.zeros((2, 64, 96, 3), jnp.uint8))
-        assert set(features) == set(network.taps) == {*taps, "s32"} - {"head"}
-        assert features["s32"].shape[1:3] == (64 // last_stride, 96 // last_stride)
-        params = jax.eval_shape(network.init, jax.random.key(0), variables, features)
-        logits = jax.eval_shape(network.logits, params, variables, features)
-        assert network.stride == stride
-        assert logits.shape == (2, 64 // stride, 96 // stride, description["num_classes"])
-        assert logits.dtype == jnp.float32
-        head = jax.eval_shape(network.head, variables, features)
-        assert head.shape[:3] == features["s32"].shape[:3]
+@pytest.mark.parametrize(("backbone", "last_stride", "stride", "taps"), [
+    ("efficientnet_lite0", 32, 4, ["s32", "s16", "s8", "s4"]),
+    ("efficientnet_lite0", 16, 8, ["head", "s16", "s8"]),
+    ("small", 32, 4, ["head", "s32", "s16", "s8", "s4"]),
+    ("small", 16, 8, ["head", "s16", "s8"]),
+    ("small", 16, 16, ["s32", "s16"]),
+    ("small", 16, 16, ["head"]),
+    ("small", 32, 32, ["head", "s32"]),
+    ("small", 32, 8, ["s8"]),
+])
+def test_shapes_and_strides(backbone, last_stride, stride, taps):
+    widths = [20, 16, 12, 8, 4][: len(taps)]
+    description = {**SMALL, "backbone": backbone, "last_stride": last_stride, "taps": taps, "widths": widths}
+    network, variables = build_network(description), variables_of(backbone)
+    features = jax.eval_shape(network.features, variables, jnp.zeros((2, 64, 96, 3), jnp.uint8))
+    assert set(features) == set(network.taps) == {*taps, "s32"} - {"head"}
+    assert features["s32"].shape[1:3] == (64 // last_stride, 96 // last_stride)
+    params = jax.eval_shape(network.init, jax.random.key(0), variables, features)
+    logits = jax.eval_shape(network.logits, params, variables, features)
+    assert network.stride == stride
+    assert logits.shape == (2, 64 // stride, 96 // stride, description["num_classes"])
+    assert logits.dtype == jnp.float32
+    head = jax.eval_shape(network.head, variables, features)
+    assert head.shape[:3] == features["s32"].shape[:3]
 
 
 def test_the_number_of_parameters_of_the_default_decoder():
@@ -162,16 +170,20 @@ def test_the_same_parameters_serve_every_image_size(description):
 @every_backbone
 def test_head_is_that_of_the_module(description):
     network, variables = build_network(description), variables_of(description["backbone"])
-    picture = images(0, 64, 64)
-    features = jax.jit(network.features)(variables, picture)
     module = {"small": SmallBackbone, "efficientnet_lite0": EfficientNetLite0}[description["backbone"]]()
-    taps = jax.jit(module.apply)(variables, preprocess(picture))
-    for tap in network.description["taps"]:
-        np.testing.assert_allclose(features[tap], taps[tap], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(network.head(variables, features), taps["head"], rtol=1e-4, atol=1e-4)
-    halves = {"s32": np.asarray(features["s32"], np.float16)}
-    assert network.head(variables, halves).dtype == jnp.float32
+    taps = jax.jit(module.apply)(variables, preprocess(images(0, 64, 64)))
+    np.testing.assert_allclose(jax.jit(network.head)(variables, taps), taps["head"], rtol=1e-4, atol=1e-4)
+    halves = {"s32": np.asarray(taps["s32"], np.float16)}
+    assert jax.eval_shape(network.head, variables, halves).dtype == jnp.float32
     assert np.abs(taps["head"]).max() > 0.1
+
+
+def test_features_are_the_taps_of_the_preprocessed_image():
+    network, variables, features = small_features()
+    taps = jax.jit(SmallBackbone().apply)(variables, preprocess(images(0, 64, 64)))
+    for tap in network.taps:
+        np.testing.assert_allclose(features[tap], taps[tap], rtol=1e-4, atol=1e-4)
+        assert np.abs(taps[tap]).max() > 0.1
 
 
 @pytest.mark.parametrize("description", [SMALL, WITH_HEAD], ids=["taps", "head"])
@@ -188,8 +200,7 @@ def test_one_image_of_a_batch_does_not_see_the_others(description):
 
 def test_the_tap_head_is_the_head():
     """The decoder gets it from s32 and the backbone's weights, as the tag classifier does."""
-    network, variables = build_network(WITH_HEAD), variables_of("small")
-    features = jax.jit(network.features)(variables, images(5, 64, 64))
+    network, variables, features = small_features("head")
     params = randomised(0, jax.eval_shape(network.init, jax.random.key(0), variables, features))
     decoder = Decoder(5, ("head", "s16", "s8"), (20, 16, 12))
     given = {**features, "head": network.head(variables, features)}
@@ -199,10 +210,10 @@ def test_the_tap_head_is_the_head():
 
 
 def test_initialisation_follows_the_key_and_starts_near_uniform():
-    network = build_network(SMALL)
-    variables = variables_of("small")
-    features = jax.jit(network.features)(variables, images(2, 64, 64))
-    params = [jax.jit(network.init)(jax.random.key(seed), variables, features) for seed in (0, 0, 1)]
+    _, variables, features = small_features()
+    network = build_network({**SMALL, "taps": ["s16", "s8"], "widths": [6, 4]})
+    init = jax.jit(network.init)
+    params = [init(jax.random.key(seed), variables, features) for seed in (0, 0, 1)]
     assert jax.tree.all(jax.tree.map(np.array_equal, params[0], params[1]))
     assert not jax.tree.all(jax.tree.map(np.array_equal, params[0], params[2]))
     probs = jax.nn.softmax(jax.jit(network.logits)(params[0], variables, features))
@@ -210,9 +221,8 @@ def test_initialisation_follows_the_key_and_starts_near_uniform():
 
 
 def test_dropout_only_with_a_key():
+    _, variables, features = small_features()
     network = build_network({**SMALL, "dropout": 0.5})
-    variables = variables_of("small")
-    features = jax.jit(network.features)(variables, images(3, 64, 64))
     params = randomised(0, jax.eval_shape(network.init, jax.random.key(0), variables, features))
     logits, without = jax.jit(network.logits), jax.jit(build_network(SMALL).logits)
     plain = without(params, variables, features)
@@ -247,10 +257,8 @@ def test_dropout_takes_whole_channels_and_keeps_the_mean():
 
 
 def test_every_parameter_is_trained_and_extremes_are_finite():
-    network = build_network(SMALL)
-    variables = variables_of("small")
-    features = jax.jit(network.features)(variables, images(4, 64, 64))
-    params = jax.jit(network.init)(jax.random.key(0), variables, features)
+    network, variables, features = small_features()
+    params = randomised(3, jax.eval_shape(network.init, jax.random.key(0), variables, features))
 
     @jax.jit
     def gradient(params, features):

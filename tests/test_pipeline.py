@@ -353,8 +353,9 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
 
 def test_prefetched_keeps_the_order_and_reads_ahead_a_little():
     class Slow(Numbers):
-        started = []
-        lock = threading.Lock()
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.started, self.lock = [], threading.Lock()
 
         def __getitem__(self, i):
             with self.lock:

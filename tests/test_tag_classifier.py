@@ -151,8 +151,10 @@ def test_average_precision_at_extremes():
     assert np.isnan(average_precision(np.zeros((0, 2)), np.zeros((0, 2), bool))).all()
     np.testing.assert_array_equal(average_precision(np.zeros((2, 1)), [[True], [False]]), [1])  # by position
     np.testing.assert_array_equal(average_precision(np.zeros((2, 1)), [[False], [True]]), [0.5])
-    every_other = np.arange(200)[:, None] % 2 == 1
-    np.testing.assert_array_equal(average_precision(np.zeros((200, 1)), every_other), [0.5])
+    tied, positive = np.random.default_rng(1).integers(0, 2, (2, 300, 1))
+    in_order = [positive[i, 0] for i in sorted(range(300), key=lambda i: -tied[i, 0])]
+    precisions = [np.mean(in_order[: rank + 1]) for rank in range(300) if in_order[rank]]
+    np.testing.assert_allclose(average_precision(tied, positive), [np.mean(precisions)])
     targets = np.array([[True], [False], [False]])
     for dtype in (np.uint8, np.float16, np.int64):
         np.testing.assert_array_equal(average_precision(scores.astype(dtype), targets), [1])

@@ -89,7 +89,7 @@ def test_tags_are_the_classes_of_the_mask_and_large_enough(examples):
 def test_objects_keep_their_emblem_and_most_of_the_body_visible():
     num_objects, num_distractors = [], []
     for index in range(150):
-        image, labels, bodies = textures._scene(np.random.default_rng(index), 112)
+        _image, labels, bodies = textures._scene(np.random.default_rng(index), 112)
         owner = np.full((112, 112), -1)
         for i, body in enumerate(bodies):
             owner[textures._window(body)][body.cover > 0.5] = i

@@ -15,14 +15,14 @@ from lcrf_jax.features import network_inputs
 from lcrf_jax.kernels import KernelParams, scaled
 from lcrf_jax.nets.network import backbone_variables, build_network
 
-SIZE, GRID, NUM_CLASSES, BATCH = 32, 4, 4, 8
+SIZE, GRID, NUM_CLASSES, BATCH = 64, 4, 4, 8
 STRIDE = SIZE // GRID
-NETWORK = {"backbone": "small", "last_stride": 16, "taps": ["head", "s16", "s8"], "widths": [12, 10, 8],
+NETWORK = {"backbone": "small", "last_stride": 16, "taps": ["head", "s16"], "widths": [12, 8],
            "dropout": 0.3, "num_classes": NUM_CLASSES}
 KERNEL = {"bilateral_weight": 0.7, "bilateral_position_width": 80.0, "bilateral_colour_width": 13.0,
           "gaussian_weight": 0.3, "gaussian_position_width": 24.0}
 EVIDENCE = {"background_level": 0.3, "sharpness": 2.0, "floor": 0.01}
-CONFIG = {"likelihood": {"name": "evidence", "options": EVIDENCE}, "estimator": "gumbel_softmax",
+CONFIG = {"likelihood": "evidence", "likelihood_options": {"evidence": EVIDENCE}, "estimator": "gumbel_softmax",
           "temperature": 0.8, "num_samples": 2, "likelihood_weight": 1.7, "entropy_weight": 0.9,
           "pairwise_weight": 0.6, "pairwise_warmup_epochs": 2.0, "kernel": KERNEL}
 OPTIONS = {
@@ -43,7 +43,7 @@ def config_with(**changes):
 
 
 def with_likelihood(name, **changes):
-    return config_with(likelihood={"name": name, "options": OPTIONS[name]}, **changes)
+    return config_with(likelihood=name, likelihood_options={name: OPTIONS[name]}, **changes)
 
 
 @functools.cache
@@ -96,6 +96,11 @@ def mean_objective(name):
     return objective_of(with_likelihood(name, estimator="mean"))
 
 
+@functools.cache
+def gumbel_objective():
+    return objective_of(CONFIG)
+
+
 def expected_terms(name, logits, given):
     """(log-likelihood of the probabilities, entropy, pairwise energy) in float64, in nats of the image."""
     probs = reference.softmax(logits).reshape(-1, NUM_CLASSES)
@@ -120,7 +125,8 @@ def test_the_objective_equals_its_definition(name, index):
     expected = -(1.7 * log_likelihood + 0.9 * entropy - 0.6 * ramp * energy) / num_cells
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
     assert set(terms) == {"log_likelihood", "entropy", "pairwise_energy"}
-    for term, value in zip(("log_likelihood", "entropy", "pairwise_energy"), (log_likelihood, entropy, energy)):
+    named = {"log_likelihood": log_likelihood, "entropy": entropy, "pairwise_energy": energy}
+    for term, value in named.items():
         np.testing.assert_allclose(terms[term], value / num_cells, rtol=2e-5)
 
 
@@ -128,13 +134,14 @@ def test_evidence_of_an_earlier_round_takes_the_place_of_the_class_maps():
     logits, evidence = random_logits(3), reference.softmax(random_logits(4)).astype(np.float32)
     given = {**record(2), "pixel_evidence": evidence}
     del given["class_maps"], given["peaks"]
-    _, terms = objective_of(config_with(estimator="mean"))(jax.random.key(0), logits, given, jnp.int32(0))
+    config = config_with(estimator="mean")
+    _, terms = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(0))
     expected = np.log((reference.softmax(logits) * np.float64(evidence)).sum(axis=-1)).mean()
     np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("epochs", "step", "expected"), [
-    (2.0, 0, 1 / 20), (2.0, 9, 0.5), (2.0, 19, 1.0), (2.0, 500, 1.0), (0.5, 0, 0.2), (0.5, 5, 1.0), (0, 0, 1.0),
+    (2.0, 0, 1 / 20), (2.0, 9, 0.5), (2.0, 19, 1.0), (2.0, 500, 1.0), (0.5, 0, 0.2), (0.5, 5, 1.0), (0, 0, 1),
 ])
 def test_only_the_pairwise_term_warms_up(epochs, step, expected):
     logits, given, key = random_logits(5), record(2), jax.random.key(0)
@@ -155,7 +162,7 @@ def test_all_weights_one_is_the_negative_bound_per_cell():
 
 def test_samples_are_drawn_from_the_key_at_the_given_temperature():
     logits, given = random_logits(7), record(2)
-    loss = objective_of(CONFIG)
+    loss = gumbel_objective()
     _, terms = loss(jax.random.key(1), logits, given, jnp.int32(0))
     _, again = loss(jax.random.key(1), logits, given, jnp.int32(0))
     _, other = loss(jax.random.key(2), logits, given, jnp.int32(0))
@@ -191,14 +198,15 @@ def losses_and_gradients():
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_value_and_gradient_of_every_likelihood_are_finite(scale):
     logits = np.stack([random_logits(i, scale) for i in range(BATCH)])
-    for name, (values, gradients) in losses_and_gradients()(logits, feature_batch(), jax.random.key(0)).items():
+    found = losses_and_gradients()(logits, feature_batch(), jax.random.key(0))
+    for name, (values, gradients) in found.items():
         assert np.isfinite(values).all() and np.isfinite(gradients).all(), name
         assert scale != 1 or np.abs(gradients).max(axis=(1, 2, 3)).min() > 0, name
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
-    unknown = config_with(likelihood={"name": "noisy_and", "options": {}})
-    with pytest.raises(ValueError, match=r"likelihood\.name.*noisy_or.*'noisy_and'"):
+    unknown = config_with(likelihood="noisy_and")
+    with pytest.raises(ValueError, match=r"objective\.likelihood.*noisy_or.*'noisy_and'"):
         training.latent_crf_objective(unknown, stride=STRIDE, steps_per_epoch=1)(
             jax.random.key(0), random_logits(0), record(0), 0)
     with pytest.raises(ValueError, match=r"estimator: expected one of .*'gumbel_softmax'.*got 'reinforce'"):
@@ -230,10 +238,9 @@ def test_an_image_that_is_void_altogether_teaches_nothing():
 
 
 @functools.cache
-def step_function(num_devices, method="latent_crf", estimator="gumbel_softmax"):
+def step_function(num_devices):
     network, variables = network_and_variables()
-    config = with_likelihood("evidence", estimator=estimator)
-    objective = training.OBJECTIVES[method](config, stride=STRIDE, steps_per_epoch=10)
+    objective = training.latent_crf_objective(CONFIG, stride=STRIDE, steps_per_epoch=10)
     mesh = training.data_mesh(jax.devices()[:num_devices])
     return training.make_train_step(network, variables, objective, training.make_optimizer(**OPTIMIZER), mesh)
 
@@ -282,18 +289,15 @@ def test_the_same_key_gives_the_same_bits():
 @pytest.mark.parametrize("step", [0, 7])
 def test_the_step_is_the_mean_over_images_with_keys_from_the_number_of_the_step(step):
     network, variables = network_and_variables()
-    objective = training.latent_crf_objective(CONFIG, stride=STRIDE, steps_per_epoch=10)
-    state = fresh_state(1)._replace(step=jnp.int32(step))
-
-    @jax.jit
-    def one(params, key, given):
-        dropout_key, sample_key = jax.random.split(key)
-        taps = {tap: given[tap][None] for tap in network.taps}
-        logits = network.logits(params, variables, taps, dropout_key)[0]
-        return objective(sample_key, logits, given, jnp.int32(step))
-
+    state, losses, terms = fresh_state(1)._replace(step=jnp.int32(step)), [], []
     keys = jax.random.split(jax.random.fold_in(jax.random.key(3), step), BATCH)
-    losses, terms = zip(*[one(state.params, keys[i], record(i)) for i in range(BATCH)], strict=True)
+    for i in range(BATCH):
+        dropout_key, sample_key = jax.random.split(keys[i])
+        taps = {tap: record(i)[tap][None] for tap in network.taps}
+        logits = network.logits(state.params, variables, taps, dropout_key)[0]
+        loss, named = gumbel_objective()(sample_key, logits, record(i), jnp.int32(step))
+        losses.append(loss)
+        terms.append(named)
     new, metrics = step_function(1)(state, step_batch(), jax.random.key(3))
     assert new.step == step + 1
     assert set(metrics) == {"loss", "log_likelihood", "entropy", "pairwise_energy", "gradient_norm"}
@@ -311,15 +315,9 @@ def test_a_batch_of_images_is_the_batch_of_their_features():
 
 
 def test_the_loss_of_a_fixed_batch_goes_down():
-    state, losses = fresh_state(1), []
-    for _ in range(40):
-        state, metrics = step_function(1, "full_supervision")(state, step_batch(), jax.random.key(0))
-        losses.append(float(metrics["loss"]))
-    assert np.mean(losses[-5:]) < losses[0] - 0.1
-    assert "cross_entropy" in metrics
     _, history = trained(4, num_steps=40)
-    bounds = [-each["loss"] for each in history]
-    assert np.mean(bounds[-5:]) > bounds[0] + 0.1
+    losses = [each["loss"] for each in history]
+    assert np.mean(losses[-5:]) < losses[0] - 0.1
 
 
 def test_the_state_is_donated():
@@ -348,7 +346,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_share():
 def test_the_gradient_is_clipped_by_its_norm():
     optimizer, params = training.make_optimizer(**{**OPTIMIZER, "clip_norm": 0.5}), {"w": jnp.ones(4)}
     _, state = optimizer.update({"w": jnp.full(4, 100.0)}, optimizer.init(params), params)
-    np.testing.assert_allclose(optax.global_norm(optax.tree.get(state, "mu")), 0.1 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, "mu")), 0.1 * 0.5, rtol=1e-5)
 
 
 def test_the_initial_state_lies_on_every_device_and_follows_from_the_key():
@@ -357,7 +355,7 @@ def test_the_initial_state_lies_on_every_device_and_follows_from_the_key():
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
     assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(state))
     same, other = fresh_state(1), fresh_state(1, seed=1)
-    kernels = [np.asarray(s.params["merge_s8"]["kernel"]) for s in (state, same, other)]
+    kernels = [np.asarray(s.params["merge_s16"]["kernel"]) for s in (state, same, other)]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], kernels[2])
 
@@ -369,6 +367,6 @@ def test_the_mesh_has_one_axis_over_all_devices():
 
 def test_counting_and_sorting_out():
     assert training.count_parameters({"a": jnp.zeros((2, 3)), "b": [jnp.zeros(()), np.zeros(4)]}) == 11
-    batch = {"name": np.array(["a", "b"]), "image": np.zeros((2, 3), np.uint8), "tags": np.zeros((2, 4), bool),
+    batch = {"name": np.array(["a", "b"]), "image": np.zeros((2, 3), np.uint8), "tags": np.ones((2, 4), bool),
              "s8": np.zeros(2, np.float16), "index": np.zeros(2, np.int32)}
     assert set(training.numeric_arrays(batch)) == {"image", "tags", "s8", "index"}

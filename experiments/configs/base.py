@@ -8,18 +8,6 @@ def options(**entries):
     return ConfigDict(entries)
 
 
-def posterior(*, position_width=80.0, unary_weight=1.0, tempering=1.0):
-    """How the posteriors of the training images are computed, for a round that is trained on them."""
-    kernel = {
-        "bilateral_weight": 8.0,
-        "bilateral_position_width": position_width,  # in pixels of the network's input
-        "bilateral_colour_width": 13.0,
-        "gaussian_weight": 2.0,
-        "gaussian_position_width": 8.0,
-    }
-    return {"kernel": kernel, "num_iterations": 10, "unary_weight": unary_weight, "tempering": tempering}
-
-
 def get_config():
     """The defaults."""
     config = ConfigDict()
@@ -58,13 +46,22 @@ def get_config():
     config.class_maps.grid = 40
 
     config.objective = ConfigDict()
-    config.objective.likelihood = ConfigDict()
-    config.objective.likelihood.name = "evidence"
-    config.objective.likelihood.options = options(background_level=0.2, sharpness=2.0, floor=0.01)
+    config.objective.likelihood = "evidence"  # a name of lcrf_jax.observation; those below are its options
+    config.objective.likelihood_options = options(
+        evidence=options(background_level=0.2, sharpness=2.0, floor=0.01),
+        frozen_classifier=options(scale=1.0),
+        gwrp=options(foreground_decay=0.996, background_decay=0.999),
+        area=options(beta=20.0, foreground_share=0.1, background_share=0.3),
+        noisy_or=options(rho=0.1),
+        max_pool=options(),
+        log_mean_exp=options(sharpness=5.0),
+    )
     config.objective.estimator = "gumbel_softmax"
     config.objective.temperature = 1.0
     config.objective.num_samples = 1
-    config.objective.likelihood_weight = 1.0  # all three weights 1: the bound
+    # All three weights 1: the bound. `evidence` is a sum over cells like the KL; the other likelihoods are sums over
+    # classes, and need a weight of the order of the number of cells to be heard beside it.
+    config.objective.likelihood_weight = 1.0
     config.objective.entropy_weight = 1.0
     config.objective.pairwise_weight = 1.0
     config.objective.pairwise_warmup_epochs = 1.0
@@ -75,7 +72,19 @@ def get_config():
     config.objective.kernel.gaussian_weight = 0.1
     config.objective.kernel.gaussian_position_width = 24.0
 
-    config.rounds = [{"epochs": 6}]
+    # The first round is trained on the class maps of the tag classifier, each further one, with a fresh decoder, on the
+    # mean-field posteriors of the training images under the round before, given their tags.
+    config.epochs = (4, 4)
+    config.posterior = ConfigDict()
+    config.posterior.unary_weight = 1.0
+    config.posterior.tempering = 1.0  # the log-posterior is multiplied by it
+    config.posterior.num_iterations = 10
+    config.posterior.kernel = ConfigDict()  # widths in pixels of the network's input
+    config.posterior.kernel.bilateral_weight = 8.0
+    config.posterior.kernel.bilateral_position_width = 80.0
+    config.posterior.kernel.bilateral_colour_width = 13.0
+    config.posterior.kernel.gaussian_weight = 2.0
+    config.posterior.kernel.gaussian_position_width = 8.0
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3

@@ -16,9 +16,9 @@ def get_config():
     config.network.widths = (128, 96, 64)
     config.input_size = 192
     config.class_maps.grid = 24
-    config.objective.likelihood.options = base.options(background_level=0.25, sharpness=2.0, floor=0.01)
+    config.objective.likelihood_options.evidence.background_level = 0.25
     config.objective.likelihood_weight = 1.5
-    config.rounds = [{"epochs": 4}, {"epochs": 4, "posterior": base.posterior(position_width=120.0)}]
+    config.posterior.kernel.bilateral_position_width = 120.0
     config.eval_every_epochs = 4
     config.inference.input_sizes = (192,)
     return config

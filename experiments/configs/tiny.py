@@ -16,7 +16,7 @@ def get_config():
     config.input_size = 96
     config.class_maps.extra_sizes = (128,)
     config.class_maps.grid = 12
-    config.rounds = [{"epochs": 2}]
+    config.epochs = (2,)
     config.optimizer.warmup_steps = 5
     config.batch_size = 8
     config.log_every_steps = 4

@@ -12,10 +12,9 @@ def get_config():
     config = base.get_config()
     config.data.kind = "folder"
     config.class_maps.extra_sizes = (448,)
-    config.objective.likelihood.options = base.options(background_level=0.12, sharpness=2.0, floor=0.01)
+    config.objective.likelihood_options.evidence.background_level = 0.12
     config.objective.likelihood_weight = 1.5
     config.objective.pairwise_weight = 1.0
-    config.rounds = [{"epochs": 4}, {"epochs": 4, "posterior": base.posterior()}]
     config.eval_every_epochs = 4
     config.inference.kernel.bilateral_weight = 4.0
     return config

@@ -222,7 +222,7 @@ def _shape(rng: np.random.Generator, diameter: float) -> tuple[np.ndarray, np.nd
     area = 0.5 * abs(np.sum(points.real * np.roll(points.imag, -1) - points.imag * np.roll(points.real, -1)))
     points = points * (math.sqrt(np.pi / area) * diameter / 2)
     points = points - (points.real.min() + 1j * points.imag.min()) + (1 + 1j)
-    width, height = (int(math.ceil(side)) + 1 for side in (points.real.max(), points.imag.max()))
+    width, height = (math.ceil(side) + 1 for side in (points.real.max(), points.imag.max()))
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     scaled = points * SUPERSAMPLING
     ImageDraw.Draw(canvas).polygon(list(zip(scaled.real.tolist(), scaled.imag.tolist())), fill=255)
@@ -245,7 +245,7 @@ def _emblem(
     core = cover > 0.99
     for reach in (0.45, 0.45, 0.4, 0.4, 0.35, 0.3, 0.2, 0.1, 0):
         offset = rng.uniform(-reach, reach, 2) * cover.shape
-        top, left = (int(round(c + o)) for c, o in zip(centre, offset))
+        top, left = (round(c + o) for c, o in zip(centre, offset))
         if top < 0 or left < 0 or top + extent > cover.shape[0] or left + extent > cover.shape[1]:
             continue
         if core[top : top + extent, left : left + extent][drawing > 0.05].all():
@@ -255,7 +255,7 @@ def _emblem(
 
 def _draw_emblem(label: int, side: float, turn: float) -> np.ndarray:
     """[e, e] float32 cover of the emblem of that label, turned by ``turn`` radians."""
-    extent = int(math.ceil(side * (abs(math.cos(turn)) + abs(math.sin(turn))))) + 2
+    extent = math.ceil(side * (abs(math.cos(turn)) + abs(math.sin(turn)))) + 2
     canvas = Image.new("L", (extent * SUPERSAMPLING,) * 2)
     draw = ImageDraw.Draw(canvas)
     scale, middle = side * SUPERSAMPLING / 2, extent * SUPERSAMPLING / 2

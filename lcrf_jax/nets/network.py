@@ -55,7 +55,8 @@ class SmallBackbone(nn.Module):
 
 
 def _small_variables():
-    variables = jax.tree.map(np.asarray, SmallBackbone().init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
+    initialised = jax.jit(SmallBackbone().init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    variables = jax.tree.map(np.asarray, initialised)
     digest = hashlib.sha256()
     for name, array in sorted(flatten_dict(variables, sep="/").items()):
         digest.update(name.encode() + array.tobytes())

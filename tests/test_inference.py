@@ -1,0 +1,198 @@
+"""From images of any size to masks: resizing, padding, mirroring, tags and refinement."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from PIL import Image
+
+from lcrf_jax import inference
+from lcrf_jax.crf import refine
+from lcrf_jax.features import square_image
+from lcrf_jax.kernels import KernelParams
+from lcrf_jax.nets.network import backbone_variables, build_network
+
+NUM_CLASSES = 4
+NETWORK = {"backbone": "small", "last_stride": 16, "taps": ["head", "s16"], "widths": [12, 8], "dropout": 0.2,
+           "num_classes": NUM_CLASSES}
+KERNEL = {"bilateral_weight": 4.0, "bilateral_position_width": 30.0, "bilateral_colour_width": 13.0,
+          "gaussian_weight": 2.0, "gaussian_position_width": 2.0}
+SETTINGS = {"input_sizes": [64], "mirror": False, "kernel": KERNEL, "num_iterations": 3, "unary_weight": 0.7}
+
+
+@functools.cache
+def parameters():
+    """A backbone and a decoder drawn so that its logits differ from cell to cell."""
+    network, variables = build_network(NETWORK), backbone_variables(NETWORK)[0]
+    shapes = jax.eval_shape(network.features, variables, jnp.zeros((1, 64, 64, 3)))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), variables, shapes)
+    rng = np.random.default_rng(0)
+    decoder = jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) * 0.5).astype(np.float32), shapes)
+    return {"backbone": variables, "decoder": decoder}
+
+
+@functools.cache
+def segmenter(input_sizes=(64,), mirror=False):
+    settings = {**SETTINGS, "input_sizes": list(input_sizes), "mirror": mirror}
+    description = {"network": NETWORK, "class_names": ["background", "a", "b", "c"], "inference": settings}
+    return inference.make_segmenter(description, parameters())
+
+
+def picture(seed, height, width):
+    return reference.smooth_image(seed, height, width).astype(np.uint8)
+
+
+def grid_by_hand(image, size):
+    """log q on the network's grid, in float64 from its logits on."""
+    network, params = build_network(NETWORK), parameters()
+    features = network.features(params["backbone"], square_image(image, size)[None])
+    return np.log(reference.softmax(network.logits(params["decoder"], params["backbone"], features)[0]))
+
+
+def resized(values, height, width):
+    """Bilinear with half-pixel centres and the border repeated, pixel by pixel."""
+    rows, columns, _ = values.shape
+    result = np.zeros((height, width, values.shape[-1]))
+    for i, j in np.ndindex(height, width):
+        y = min(max((i + 0.5) * rows / height - 0.5, 0), rows - 1)
+        x = min(max((j + 0.5) * columns / width - 0.5, 0), columns - 1)
+        top, left = min(int(y), max(rows - 2, 0)), min(int(x), max(columns - 2, 0))
+        bottom, right = min(top + 1, rows - 1), min(left + 1, columns - 1)
+        upper = values[top, left] * (1 - x + left) + values[top, right] * (x - left)
+        lower = values[bottom, left] * (1 - x + left) + values[bottom, right] * (x - left)
+        result[i, j] = upper * (1 - y + top) + lower * (y - top)
+    return result
+
+
+@pytest.mark.parametrize(("cells", "pixels", "padded"), [
+    (4, 16, 16), (4, 37, 64), (1, 5, 8), (5, 1, 1), (5, 1, 64), (8, 8, 8), (24, 7, 7), (3, 91, 128),
+])
+def test_interpolation_weights(cells, pixels, padded):
+    weights = inference.interpolation_weights(cells, pixels, padded)
+    assert weights.shape == (padded, cells) and weights.dtype == np.float32
+    np.testing.assert_allclose(weights.sum(axis=1), 1, rtol=1e-5)
+    assert weights.min() >= 0 and (weights > 0).sum(axis=1).max() <= 2
+    values = np.random.default_rng(0).normal(size=(1, cells, 2))
+    np.testing.assert_allclose(weights[:pixels] @ values[0], resized(values, 1, pixels)[0], atol=1e-5)
+    np.testing.assert_array_equal(weights[pixels:], np.repeat(weights[pixels - 1:pixels], padded - pixels, axis=0))
+
+
+def test_a_map_is_enlarged_as_pillow_does_it():
+    values = np.random.default_rng(0).random((5, 4, 1)).astype(np.float32)
+    expected = Image.fromarray(values[..., 0]).resize((31, 43), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(inference.resized_map(values, (43, 31))[..., 0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (37, 91), (1, 1), (70, 1), (1, 130), (64, 65)])
+def test_log_probabilities_at_the_size_of_the_image(size):
+    image = picture(0, *size)
+    result = inference.segment(segmenter(), image, crf=False)
+    assert result.log_probs.shape == (*size, NUM_CLASSES) and result.refined_log_probs is None
+    expected = np.log(reference.softmax(resized(grid_by_hand(image, 64), *size)))
+    np.testing.assert_allclose(result.log_probs, expected, atol=1e-4)
+    assert result.labels.shape == size and result.labels.dtype == np.uint8
+    np.testing.assert_array_equal(result.labels, result.log_probs.argmax(axis=-1))
+    np.testing.assert_array_equal(result.labels, result.network_labels)
+
+
+def test_the_log_probabilities_of_several_sizes_are_averaged():
+    image = picture(1, 30, 40)
+    result = inference.segment(segmenter(input_sizes=(64, 96)), image, crf=False)
+    each = [np.log(reference.softmax(resized(grid_by_hand(image, size), 30, 40))) for size in (64, 96)]
+    np.testing.assert_allclose(result.log_probs, np.log(reference.softmax(sum(each) / 2)), atol=1e-4)
+    assert np.abs(each[0] - each[1]).max() > 0.1
+
+
+def test_with_mirroring_the_mirrored_image_has_the_mirrored_result():
+    image = picture(2, 64, 64)
+    for crf in (False, True):
+        straight = inference.segment(segmenter(mirror=True), image, crf=crf)
+        turned = inference.segment(segmenter(mirror=True), image[:, ::-1], crf=crf)
+        np.testing.assert_allclose(turned.log_probs[:, ::-1], straight.log_probs, atol=1e-4)
+    assert (straight.labels == turned.labels[:, ::-1]).mean() > 0.98  # the lattice itself is not symmetric
+    single = inference.segment(segmenter(), image, crf=False).log_probs
+    other = inference.segment(segmenter(), image[:, ::-1], crf=False).log_probs[:, ::-1]
+    np.testing.assert_allclose(straight.log_probs, np.log(reference.softmax((single + other) / 2)), atol=0.02)
+    assert np.abs(single - other).max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 70), (1, 30), (1, 1)])
+def test_refinement_of_a_padded_image_is_that_of_the_image(size):
+    image = picture(3, *size)
+    result = inference.segment(segmenter(), image, crf=True)
+    unary = 0.7 * jnp.asarray(result.log_probs)
+    expected = jax.jit(lambda i, u: refine(i, u, KernelParams(**KERNEL), num_iterations=3))(image, unary)
+    assert result.refined_log_probs.shape == (*size, NUM_CLASSES)
+    np.testing.assert_allclose(np.exp(result.refined_log_probs), np.exp(expected), atol=1e-4)
+    np.testing.assert_array_equal(result.labels, result.refined_log_probs.argmax(axis=-1))
+    np.testing.assert_array_equal(result.network_labels, result.log_probs.argmax(axis=-1))
+
+
+def test_noise_that_needs_many_lattice_vertices_is_refined_all_the_same():
+    image = np.random.default_rng(0).integers(0, 256, (256, 192, 3)).astype(np.uint8)
+    unary = inference.segment(segmenter(), image, crf=False).log_probs
+    assert np.isnan(segmenter().refine(unary, image, np.ones(image.shape[:2], bool))).all()
+    result = inference.segment(segmenter(), image, crf=True)
+    np.testing.assert_allclose(np.exp(result.refined_log_probs).sum(axis=-1), 1, atol=1e-4)
+    assert (result.labels == result.network_labels).mean() > 0.5
+
+
+def test_a_diverged_network_is_an_error_and_not_a_mask_of_background():
+    params = {**parameters(), "decoder": jax.tree.map(lambda leaf: leaf * np.nan, parameters()["decoder"])}
+    description = {"network": NETWORK, "class_names": ["background", "a", "b", "c"], "inference": SETTINGS}
+    broken = inference.make_segmenter(description, params)
+    with pytest.raises(ValueError, match="diverged"):
+        inference.segment(broken, picture(0, 20, 20), crf=False)
+
+
+def test_classes_that_are_not_tagged_are_excluded():
+    image, tags = picture(4, 40, 60), np.array([True, False, True, False])
+    free = inference.segment(segmenter(), image, crf=True)
+    given = inference.segment(segmenter(), image, crf=True, tags=tags)
+    assert set(np.unique(free.network_labels)) - {0, 2}
+    for labels in (given.labels, given.network_labels):
+        assert set(np.unique(labels)) <= {0, 2}
+    odds = [each.log_probs[..., 0] - each.log_probs[..., 2] for each in (free, given)]
+    np.testing.assert_allclose(odds[0], odds[1], atol=5e-3)
+    everything = inference.segment(segmenter(), image, crf=False, tags=np.ones(NUM_CLASSES, bool))
+    np.testing.assert_allclose(everything.log_probs, free.log_probs, atol=1e-6)
+    nothing = inference.segment(segmenter(), image, crf=True, tags=np.eye(NUM_CLASSES, dtype=bool)[0])
+    assert not nothing.labels.any()
+
+
+def test_images_of_a_batch_do_not_touch_each_other():
+    images = [picture(5, 40, 60), picture(6, 64, 30), picture(7, 20, 20)]
+    tags = [np.array([True, True, False, True]), np.array([True, False, True, True]), np.ones(4, bool)]
+    together = inference.segment_batch(segmenter(), images, crf=False, tags=tags)
+    padded = inference.segment_batch(segmenter(), images, crf=False, tags=tags, batch_size=5)
+    assert len(together) == len(padded) == 3
+    for image, present, one, other in zip(images, tags, together, padded, strict=True):
+        alone = inference.segment(segmenter(), image, crf=False, tags=present)
+        for result in (one, other):
+            np.testing.assert_allclose(result.log_probs, alone.log_probs, atol=1e-3)
+
+
+@pytest.mark.parametrize("image", [
+    np.zeros((4, 5), np.uint8), np.zeros((4, 5, 1), np.uint8), np.zeros((4, 5, 4), np.uint8),
+    np.zeros((4, 5, 3), np.float32), np.zeros((1, 4, 5, 3), np.uint8),
+], ids=["grey", "one channel", "RGBA", "float", "batch"])
+def test_other_images_are_refused(image):
+    with pytest.raises(ValueError, match=r"expected an RGB image \[H, W, 3\] uint8, got .*convert it first"):
+        inference.segment(segmenter(), image, crf=False)
+
+
+def test_read_only_and_non_contiguous_images_are_fine():
+    image = picture(8, 40, 60)
+    view = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
+    view.flags.writeable = False
+    expected = inference.segment(segmenter(), image, crf=True)
+    result = inference.segment(segmenter(), view, crf=True)
+    np.testing.assert_array_equal(result.refined_log_probs, expected.refined_log_probs)
+
+
+def test_the_classifier_comes_back_from_the_parameters():
+    classifier = inference.restored_classifier({"classifier": {"weights": np.ones((3, 2)), "bias": np.zeros(2)}})
+    assert classifier.weights.shape == (3, 2) and classifier.bias.shape == (2,)

@@ -1,0 +1,331 @@
+"""Runs: rounds, interruption, posteriors, what is read of the data, and scores."""
+
+import contextlib
+import copy
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from PIL import Image
+
+from experiments.configs import base, tiny
+from lcrf_jax import runs, training
+from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, restore_params
+from lcrf_jax.data.sources import Example
+from lcrf_jax.data.textures import TexturesSource
+from lcrf_jax.inference import Segmenter
+from lcrf_jax.kernels import KernelParams, scaled
+from lcrf_jax.runlog import metrics_history
+
+
+def small_config(directory, **changes):
+    config = tiny.get_config()
+    config.data.options = base.options(seed=0, size=96, num_train=24, num_val=4)
+    config.network.taps, config.network.widths = ("head", "s16"), (16, 12)
+    config.class_maps.grid = 6
+    config.epochs, config.log_every_steps = (2, 1), 2  # epochs of three steps
+    config.cache.directory = str(directory)
+    config = config.to_dict()
+    for path, value in changes.items():
+        group, _, name = path.rpartition("__")
+        (config[group] if group else config)[name] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def prepared(cache):
+    with contextlib.redirect_stderr(io.StringIO()):
+        return runs.prepare(small_config(cache))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared, tmp_path_factory):
+    with contextlib.redirect_stderr(io.StringIO()):
+        return runs.train(prepared, tmp_path_factory.mktemp("run"))
+
+
+class Killed(BaseException):
+    pass
+
+
+def assert_same_trees(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def lines(workdir):
+    records = metrics_history(workdir)
+    return [{name: value for name, value in record.items() if name != "time"} for record in records]
+
+
+def test_planned_rounds():
+    config = {"epochs": (2, 3), "batch_size": 8, "method": "latent_crf"}
+    first, second = runs.planned_rounds(config, 30)
+    assert (first.number, first.first_step, first.last_step, first.steps_per_epoch) == (0, 0, 6, 3)
+    assert (second.number, second.first_step, second.last_step, second.epochs) == (1, 6, 15, 3)
+    [only] = runs.planned_rounds({**config, "method": "full_supervision"}, 30)
+    assert (only.first_step, only.last_step, only.epochs) == (0, 15, 5)
+
+
+@pytest.mark.parametrize(("epochs", "num_images", "message"), [
+    ((2,), 7, "7 training images do not fill one batch of 8"),
+    ((), 30, "epochs: expected one or more rounds"),
+    ((0,), 30, "epochs: .*at least one epoch"),
+    ((2, 0), 30, "epochs: .*at least one epoch"),
+])
+def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
+    with pytest.raises(ValueError, match=message):
+        runs.planned_rounds({"epochs": epochs, "batch_size": 8, "method": "latent_crf"}, num_images)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"method": "full"}, r"method: expected one of \['full_supervision', 'latent_crf'\], got 'full'"),
+    ({"input_size": 100}, "input_size: expected a multiple of 32, got 100"),
+    ({"cache__features": False}, "need cache.features=True"),
+    ({"views__num_views": 1}, "num_views of at least 2"),
+    ({"network__backbone": "vgg"}, r"network\.backbone: expected one of .*'vgg'"),
+    ({"data__kind": "voc"}, "unknown source 'voc'"),
+    ({"batch_size": 32}, "24 training images do not fill one batch of 32"),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_settings_that_cannot_be_are_refused_before_anything_is_computed(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        runs.prepare(small_config(tmp_path, **changes))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_leaves_its_description_checkpoints_and_metrics(prepared, uninterrupted):
+    description = load_description(uninterrupted)
+    assert description["class_names"] == list(prepared.train.class_names)
+    assert description["network"]["num_classes"] == 7 and description["supervision"] == "image tags"
+    assert description["inference"]["input_sizes"] == [96]
+    assert set(restore_params(uninterrupted, "best")) == {"backbone", "classifier", "decoder"}
+    assert [record["step"] for record in lines(uninterrupted)] == [2, 3, 3, 4, 6, 6, 8, 9, 9]
+    assert [record["step"] for record in lines(uninterrupted) if "val/miou" in record] == [3, 6, 9]
+    first = next(iter(lines(uninterrupted)))
+    assert {"train/loss", "train/log_likelihood", "train/entropy", "train/pairwise_energy"} < set(first)
+
+
+def test_the_classifier_of_the_checkpoint_is_the_one_that_was_fitted(prepared, uninterrupted):
+    stored = restore_params(uninterrupted)
+    assert_same_trees(stored["classifier"], jax.tree.map(np.asarray, prepared.classifier._asdict()))
+    assert_same_trees(stored["backbone"], prepared.variables)
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9], ids=["within a round", "between rounds", "before the first save"])
+def test_a_run_that_was_killed_continues_to_the_same_bits(prepared, uninterrupted, tmp_path, monkeypatch, stop):
+    save_last = RunCheckpoints.save_last
+
+    def killed_after_saving(self, step, state, **kwargs):
+        if stop == 9 and step == 9:
+            raise Killed
+        save_last(self, step, state, **kwargs)
+        if step == stop:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoints, "save_last", killed_after_saving)
+        with pytest.raises(Killed):
+            runs.train(prepared, tmp_path)
+    runs.train(prepared, tmp_path)
+    assert_same_trees(restore_params(tmp_path, "last"), restore_params(uninterrupted, "last"))
+    assert_same_trees(restore_params(tmp_path, "best"), restore_params(uninterrupted, "best"))
+    assert lines(tmp_path) == lines(uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(prepared, uninterrupted, monkeypatch):
+    before, records = restore_params(uninterrupted, "last"), lines(uninterrupted)
+    monkeypatch.setattr(training, "make_train_step", None)
+    runs.train(prepared, uninterrupted)
+    assert_same_trees(restore_params(uninterrupted, "last"), before)
+    assert lines(uninterrupted) == records
+
+
+def test_a_folder_with_another_model_is_refused(prepared, uninterrupted):
+    config = copy.deepcopy(prepared.config)
+    config["network"]["widths"] = [8, 8]
+    with pytest.raises(CheckpointError, match="belongs to another model: network differ"):
+        runs.train(prepared._replace(config=config), uninterrupted)
+
+
+def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
+    second = runs.planned_rounds(prepared.config, len(prepared.train))[1]
+    with pytest.raises(ValueError, match="has no posteriors that round 2 was begun with"):
+        runs._evidence_of(prepared, tmp_path, second, None, done=second.first_step + 1)
+
+
+def test_a_diverged_run_stops_and_keeps_what_it_has(prepared, uninterrupted, tmp_path, monkeypatch):
+    def diverged(*_):
+        metrics = {"loss": jnp.nan, "entropy": 1.0}
+        return lambda state, batch, key: (state._replace(step=state.step + 1), metrics)
+
+    monkeypatch.setattr(training, "make_train_step", diverged)
+    with pytest.raises(ValueError, match=r"step 2: loss not finite.*learning_rate"):
+        runs.train(prepared, tmp_path)
+    assert not list((tmp_path / "best").iterdir()) and not list((tmp_path / "last").iterdir())
+
+
+def test_masks_of_the_training_images_are_never_made(cache, monkeypatch):
+    original = TexturesSource.__getitem__
+
+    def watched(self, index):
+        example = original(self, index)
+        assert self.split != "train" or (not self.masks and example.mask is None)
+        return example
+
+    monkeypatch.setattr(TexturesSource, "__getitem__", watched)
+    again = runs.prepare(small_config(cache / "fresh"))
+    assert not again.train.masks and again.val.masks
+    records = runs.training_records(again)
+    assert all("mask" not in records[i] for i in range(len(records)))
+
+
+def test_full_supervision_has_masks_and_needs_no_classifier(cache):
+    given = runs.prepare(small_config(cache, method="full_supervision", epochs=(1,)))
+    assert given.classifier is None and given.maps is None and given.train.masks
+    record = runs.training_records(given)[3]
+    np.testing.assert_array_equal(record["mask"], given.train[3].mask)
+    description = runs.segmenter_description(given.config, given.train.class_names, given.digest)
+    assert description["supervision"] == "masks"
+
+
+def test_records_hold_what_the_likelihoods_need(prepared):
+    number = len(prepared.train) + 5  # the mirrored view of image 5
+    record = runs.training_records(prepared)[number]
+    np.testing.assert_array_equal(record["class_maps"], np.float32(prepared.maps.maps[5])[:, ::-1])
+    np.testing.assert_array_equal(record["peaks"], np.float32(prepared.maps.maps[5]).max(axis=(0, 1)))
+    np.testing.assert_array_equal(record["bias"], prepared.classifier.bias)
+    np.testing.assert_array_equal(record["tags"], prepared.train.tags[5])
+    assert "image" not in record and record["s16"].shape == (6, 6, 32)
+    evidence = np.random.default_rng(0).random((24, 6, 6, 7)).astype(np.float16)
+    record = runs.training_records(prepared, evidence)[number]
+    np.testing.assert_array_equal(record["pixel_evidence"], np.float32(evidence[5])[:, ::-1])
+    assert "class_maps" not in record
+
+
+def test_without_a_feature_cache_records_hold_images(cache):
+    config = small_config(cache, cache__features=False, epochs=(1,), views__num_views=3)
+    given = runs.prepare(config)
+    record = runs.training_records(given)[2 * 24 + 5]
+    assert record["image"].shape == (96, 96, 3) and record["class_maps"].shape == (6, 6, 6)
+    assert "s16" not in record
+
+
+def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
+    network, views = prepared.network, prepared.views
+    shapes = {tap: jnp.zeros((1, *views.tap(tap).shape[1:])) for tap in network.taps}
+    shapes = jax.eval_shape(network.init, jax.random.key(0), prepared.variables, shapes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) * 0.5).astype(np.float32), shapes)
+    settings = {**prepared.config["posterior"], "num_iterations": 3, "unary_weight": 0.8, "tempering": 1.5}
+    result = runs.posterior_evidence(prepared, params, settings)
+    assert result.shape == (24, 6, 6, 7) and result.dtype == np.float16
+    tags = prepared.train.tags
+    np.testing.assert_allclose(np.float32(result).sum(axis=-1), 1, atol=3e-3)
+    assert not result[~np.broadcast_to(tags[:, None, None], result.shape)].any()
+    kernel_params = scaled(KernelParams(**settings["kernel"]), network.stride)
+    for index in (0, 11):
+        each = []
+        for view in (0, 1):
+            taps = {tap: views.tap(tap, view)[index : index + 1] for tap in network.taps}
+            each.append(np.log(reference.softmax(network.logits(params, prepared.variables, taps)[0])))
+        unary = 0.8 * (each[0] + each[1][:, ::-1]) / 2
+        unary = np.where(tags[index], unary, -1e4).reshape(-1, 7)
+        kernel = reference.dense_kernel(views.tap("guide")[index], kernel_params, "symmetric")
+        probs = reference.mean_field(unary, kernel, 3)
+        expected = probs**1.5 / (probs**1.5).sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(result[index].reshape(-1, 7), expected, atol=2e-3)
+
+
+def test_without_validation_the_newest_parameters_are_the_best(prepared, uninterrupted, tmp_path):
+    runs.train(prepared._replace(val=None), tmp_path)
+    assert not any("val/miou" in record for record in lines(tmp_path))
+    last = restore_params(uninterrupted, "last")
+    assert_same_trees(restore_params(tmp_path, "last"), last)
+    assert_same_trees(restore_params(tmp_path, "best")["decoder"], last)
+
+
+def test_a_folder_without_masks_has_no_validation(tmp_path, capsys):
+    for folder in ("JPEGImages", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(tmp_path / "JPEGImages" / "one.jpg")
+    (tmp_path / "classes.txt").write_text("background\ncat\n")
+    (tmp_path / "tags.csv").write_text("image,tags\none,cat\n")
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("one\n")
+    config = {"method": "latent_crf", "data": {
+        "kind": "folder", "root": str(tmp_path), "train_split": "train", "val_split": "val", "options": {}}}
+    train, val = runs.open_data(config)
+    assert len(train) == 1 and val is None
+    assert "no validation" in capsys.readouterr().out
+    (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("one\n")
+    assert runs.open_data(config)[1] is None
+    assert "has no mask for one" in capsys.readouterr().out
+    config["data"]["val_split"] = ""
+    assert runs.open_data(config)[1] is None and capsys.readouterr().out == ""
+    with pytest.raises(FileNotFoundError, match="has no test.txt"):
+        runs.open_data({**config, "data": {**config["data"], "train_split": "test"}})
+
+
+class Flat:
+    """Images of one grey level each: level 10 k is class k to the segmenter below."""
+
+    split = "val"
+
+    def __init__(self, labels, masks):
+        self._labels, self._masks = labels, masks
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __getitem__(self, index):
+        mask = self._masks[index]
+        image = np.full((*mask.shape, 3), 10 * self._labels[index], np.uint8)
+        return Example(str(index), image, np.arange(3) == 0, mask)
+
+
+def grey_level_segmenter():
+    def network_log_probs(images):
+        return jnp.log(jax.nn.one_hot(images[:, :1, :1, 0] // 10, 3) + 0.01)
+
+    def enlarge(log_probs, rows, columns):
+        return jnp.broadcast_to(log_probs, (len(rows), len(columns), 3))
+
+    def refine(log_probs, image, valid):
+        return jnp.roll(log_probs, 1, axis=-1)  # class k becomes k + 1
+
+    return Segmenter(("background", "a", "b"), (4,), network_log_probs, enlarge, refine)
+
+
+def confusion_by_hand(labels, masks):
+    counts = np.zeros((3, 3), int)
+    for label, mask in zip(labels, masks, strict=True):
+        for truth in mask.ravel():
+            if truth != 255:
+                counts[truth, label] += 1
+    return counts
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 8])
+def test_evaluate_counts_every_pixel_that_is_not_void(batch_size):
+    rng = np.random.default_rng(0)
+    labels = [0, 2, 1, 1, 0]
+    masks = [rng.choice(np.uint8([0, 1, 2, 255]), (3 + i, 9 - i)) for i in range(5)]
+    source = Flat(labels, masks)
+    scores = runs.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size)
+    np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
+    assert scores.refined is None and scores.samples == []
+    scores = runs.evaluate(grey_level_segmenter(), source, crf=True, num_samples=3, batch_size=batch_size)
+    np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
+    np.testing.assert_array_equal(scores.refined, confusion_by_hand([(k + 1) % 3 for k in labels], masks))
+    assert [image[0, 0, 0] // 10 for image, *_ in scores.samples] == [labels[0], labels[2], labels[4]]
+    for (_, truth, plain, refined), i in zip(scores.samples, (0, 2, 4), strict=True):
+        np.testing.assert_array_equal(truth, masks[i])
+        assert set(plain.flat) == {labels[i]} and set(refined.flat) == {(labels[i] + 1) % 3}
+    given = runs.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size, use_tags=True)
+    np.testing.assert_array_equal(given.plain, confusion_by_hand([0] * 5, masks))
