@@ -2,8 +2,9 @@ r"""Score a run on a split with masks.
 
     python -m experiments.evaluate --checkpoint=RUN --data=FOLDER --split=val [--crf]
 
-The checkpoint alone says what the network is. Without --data the data that the run was trained on is used. The last line is the mIoU, with
---crf that after refinement. --tags_given excludes classes that are not among an image's tags, and the output says so.
+The checkpoint alone says what the network is. Without --data the data that the run was trained on is used. The last
+line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
+and the output says so.
 """
 
 import time
@@ -24,6 +25,8 @@ _CAM = flags.DEFINE_bool("cam", False, "Score the class maps of the frozen tag c
 def main(argv):
     """Evaluate and print the table."""
     reporting.no_more_arguments(argv)
+    if _CAM.value and _CRF.value:
+        raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
     description = load_description(_CHECKPOINT.value)
     source = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)

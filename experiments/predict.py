@@ -2,8 +2,8 @@ r"""Write masks of photographs.
 
     python -m experiments.predict --checkpoint=RUN --images='photos/*.jpg' --out=masks/ [--crf]
 
-Every mask is a palette PNG of class indices, of the size and the name of its photograph. Files that cannot be read are listed at the end;
-the others are done, and the exit code is then 1.
+Every mask is a palette PNG of class indices, of the size and the name of its photograph. Files that cannot be read are
+listed at the end; the others are done, and the exit code is then 1.
 """
 
 import glob
@@ -27,16 +27,21 @@ _CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on
 
 
 def planned_outputs(pattern, out):
-    """Pairs of photograph and mask, refusing two photographs with one mask."""
-    paths = sorted(pathlib.Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+    """Pairs of photograph and mask, refusing two photographs with one mask, and masks in place of photographs."""
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
+    paths = sorted(pathlib.Path(name) for name in found if os.path.isfile(name))
     if not paths:
         raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}")
     root = pathlib.Path(os.path.commonpath([path.resolve().parent for path in paths]))
-    outputs = {}
+    outputs, photographs = {}, {path.resolve() for path in paths}
     for path in paths:
         mask = pathlib.Path(out) / path.resolve().relative_to(root).with_suffix(".png")
+        if mask.resolve() in photographs:
+            raise ValueError(f"the mask of {path} would be written over the photograph {mask}: give another --out")
         if mask in outputs:
-            raise ValueError(f"{outputs[mask]} and {path} would both be written to {mask}: predict them one pattern at a time")
+            raise ValueError(
+                f"{outputs[mask]} and {path} would both be written to {mask}: predict them one pattern at a time"
+            )
         outputs[mask] = path
     return [(path, mask) for mask, path in outputs.items()]
 

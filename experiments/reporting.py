@@ -34,8 +34,14 @@ def run(main):
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command continues from the last checkpoint")
 
+    def parsed(argv):
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (AttributeError, KeyError, TypeError, OSError) as error:
+            sys.exit(f"error: the flags or the configuration are wrong: {error}")
+
     logging.set_verbosity(logging.WARNING)
-    app.run(guarded)
+    app.run(guarded, flags_parser=parsed)
 
 
 def no_more_arguments(argv):
@@ -74,7 +80,8 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
     segmenter, description, _ = load_segmenter(run_dir)
     scores = runs.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     suffix = ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
-    picture = picture_grid(scores.samples, run_dir / f"pictures_{source.split}{suffix}.png", class_names=segmenter.class_names)
+    picture = run_dir / f"pictures_{source.split}{suffix}.png"
+    picture_grid(scores.samples, picture, class_names=segmenter.class_names)
     used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
     results = {"split": source.split, "images": len(source), "crf": crf, "supervision": used}
     for name, matrix in (("plain", scores.plain), ("refined", scores.refined)):
@@ -93,7 +100,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
 
 
 def evaluate_cam(run_dir, source, *, tags_given):
-    """Score the class maps of the run's tag classifier, tags given, at the background level that suits the split best."""
+    """Score the class maps of the run's tag classifier, tags given, at the best background level for the split."""
     if not tags_given:
         raise ValueError("--cam needs --tags_given: without tags class maps say nothing of which classes are there")
     description, params = load_description(run_dir), restore_params(run_dir)
@@ -114,6 +121,7 @@ def evaluate_cam(run_dir, source, *, tags_given):
             matrices[level] = matrices[level] + confusion_matrix(labels, example.mask, len(source.class_names))
     best = max(CAM_LEVELS, key=lambda level: mean_iou(matrices[level]))
     by_level = ", ".join(f"{level:g}: {mean_iou(matrices[level]):.3f}" for level in CAM_LEVELS)
-    runs.say(f"\nclass maps of the frozen tag classifier, tags given at test time; mIoU by background level: {by_level}")
+    runs.say("\nclass maps of the frozen tag classifier, tags given at test time")
+    runs.say(f"mIoU by background level: {by_level}")
     runs.say(f"{len(source)} images of {source.split}, level {best:g}, the best on this split")
     runs.say(format_iou_table(matrices[best], source.class_names))

@@ -3,8 +3,9 @@ r"""Train the inference network from image tags.
     python -m experiments.train --config=experiments/configs/textures.py --workdir=runs/textures
     python -m experiments.train --config=experiments/configs/voc_animals.py --config.data.root=FOLDER --workdir=RUN
 
-A workdir that holds an unfinished run continues it. The folder gets checkpoints (last/, best/), config.json, metrics.jsonl,
-tensorboard/, results.json and pictures.png; the last line printed is the mIoU of the best parameters without refinement.
+A workdir that holds an unfinished run continues it. The folder gets checkpoints (last/, best/), config.json,
+metrics.jsonl, tensorboard/, results_SPLIT.json and pictures_SPLIT.png; the last line printed is the mIoU of the best parameters
+without refinement.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Weakly supervised semantic segmentation with latent conditional random fields, in JAX.
 
-The library is built in floors; a file imports from lower floors only, and floors 0 to 3 are pure functions of one image that need
-nothing but jax, numpy and einops: `jax.vmap` makes the batch.
+The library is built in floors; a file imports from lower floors only, and floors 0 to 3 are pure functions of one
+image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
 
     0  numerics                              float promotion, entropies, checks
     1  kernels, lattice, sampling, metrics   Gaussian filters, relaxed samples, IoU

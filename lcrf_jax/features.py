@@ -65,7 +65,9 @@ class CachedViews:
       progress: called with the number of images after each batch.
     """
 
-    def __init__(self, views, network, variables, weights_digest, *, directory, batch_size=16, progress=lambda count: None):
+    def __init__(
+        self, views, network, variables, weights_digest, *, directory, batch_size=16, progress=lambda count: None
+    ):
         self.num_views, self._length = views.num_views, len(views)
         description = {key: network.description[key] for key in ("backbone", "last_stride", "taps")}
         identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
@@ -86,7 +88,8 @@ class CachedViews:
 
     def __getitem__(self, position):
         view, index = divmod(int(position), len(self._names))
-        annotation = {"name": self._names[index], "tags": self._tags[index], "index": np.int32(index), "view": np.int32(view)}
+        annotation = {"name": self._names[index], "tags": self._tags[index]}
+        annotation |= {"index": np.int32(index), "view": np.int32(view)}
         return annotation | {name: array[position] for name, array in self._arrays.items()}
 
     def tap(self, name, view=0):
@@ -191,7 +194,18 @@ class _Squares:
 
 
 def class_maps(
-    source, views, network, variables, weights, *, extra_sizes, grid, identity, directory, batch_size=8, progress=lambda count: None
+    source,
+    views,
+    network,
+    variables,
+    weights,
+    *,
+    extra_sizes,
+    grid,
+    identity,
+    directory,
+    batch_size=8,
+    progress=lambda count: None,
 ):
     """Class maps of every image of a source, averaged over input sizes, and over mirroring at the main size.
 

@@ -25,7 +25,8 @@ class Segmenter(NamedTuple):
     Attributes:
       class_names: names of the K classes, background first.
       input_sizes: sides of the square network inputs, whose log-probabilities are averaged.
-      network_log_probs: function from images [B, S, S, 3] RGB 0..255 to log q(z | x) on the network's grid, [B, h, w, K].
+      network_log_probs: function from images [B, S, S, 3] RGB 0..255 to log q(z | x) on the network's grid,
+        [B, h, w, K].
       enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
       refine: function (log-probabilities, image, valid, capacity=None) -> log-probabilities after mean field; all
         are NaN if the kernel's lattice needs more vertices than the capacity.
@@ -65,8 +66,9 @@ def make_segmenter(description, params):
     """The segmenter of a description and its parameters.
 
     Args:
-      description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes", "mirror" (average over the
-        mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image), "num_iterations" and "unary_weight".
+      description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
+        "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
+        "num_iterations" and "unary_weight".
       params: dict with "backbone" and "decoder" variables.
 
     Returns:
@@ -178,7 +180,8 @@ def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None):
     """
     for image in images:
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-            raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {image.shape} {image.dtype}; convert it first")
+            got = f"{image.shape} {image.dtype}"
+            raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {got}; convert it first")
     grids = []
     for size in segmenter.input_sizes:
         squares = [square_image(image, size) for image in images]

@@ -20,7 +20,7 @@ from lcrf_jax.data.cache import cached_arrays, default_directory
 from lcrf_jax.data.pipeline import ViewDataset, device_prefetch, make_loader, prefetched
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier
-from lcrf_jax.inference import make_segmenter, segment_batch
+from lcrf_jax.inference import make_segmenter, segment, segment_batch
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
 from lcrf_jax.metrics import confusion_matrix, mean_iou
 from lcrf_jax.nets.network import Network, backbone_variables, build_network
@@ -181,16 +181,16 @@ def training_records(prepared, evidence=None):
 
 
 def posterior_evidence(prepared, params, settings):
-    """Mean-field posteriors of the training images under a trained network, given their tags: evidence for another round.
+    """Mean-field posteriors of the training images under a trained network, given their tags.
 
-    The network's log-probabilities of the whole image and of its mirror image are averaged, classes that are not tagged are excluded,
-    and mean field runs on the grid of the logits.
+    The network's log-probabilities of the whole image and of its mirror image are averaged, classes that are not tagged
+    are excluded, and mean field runs on the grid of the logits.
 
     Args:
       prepared: Prepared, with cached features and at least the views 0 and 1.
       params: decoder parameters.
-      settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations", "unary_weight" and
-        "tempering": the log-posterior is multiplied by it.
+      settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations",
+        "unary_weight" and "tempering": the log-posterior is multiplied by it.
 
     Returns:
       [N, g, g, K] float16, positive, summing to one over the classes.
@@ -258,7 +258,7 @@ class Scores(NamedTuple):
     Attributes:
       plain: [K, K] counts of the network's own labels.
       refined: [K, K] counts after mean field on the image, or None.
-      samples: list of (image, truth, labels, refined labels or None).
+      samples: list of (image, truth, labels, refined labels); samples are refined in any case.
     """
 
     plain: np.ndarray
@@ -299,6 +299,9 @@ def evaluate(segmenter, source, *, crf, num_samples=0, batch_size=8, use_tags=Fa
                     if labels is not None:
                         matrices[which] = matrices[which] + confusion_matrix(labels, example.mask, num_classes)
                 if index - len(batch) + number in kept:
+                    if not crf:
+                        tagged = example.tags if use_tags else None
+                        found[1] = segment(segmenter, example.image, crf=True, tags=tagged).labels
                     samples.append((example.image, example.mask, *found))
             done(len(batch))
             batch = []

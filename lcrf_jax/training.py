@@ -1,7 +1,7 @@
 """A functional train step over a mesh of devices (floor 5).
 
-The step is a pure function (state, batch, key) -> (state, metrics). What it minimises is an objective: a function of one image,
-(key, logits, record) -> (loss, terms), mapped over the batch here and nowhere else.
+The step is a pure function (state, batch, key) -> (state, metrics). What it minimises is an objective: a function of
+one image, (key, logits, record, step) -> (loss, terms), mapped over the batch here and nowhere else.
 """
 
 import functools
@@ -88,7 +88,7 @@ def tag_log_likelihood(config, record):
         return lambda labels: observation.TAG_LIKELIHOODS[name](labels, tags, **options)
     if name not in observation.IMAGE_LIKELIHOODS:
         known = sorted({**observation.TAG_LIKELIHOODS, **observation.IMAGE_LIKELIHOODS})
-        raise ValueError(f"objective.objective.likelihood: expected one of {known}, got {name!r}")
+        raise ValueError(f"objective.likelihood: expected one of {known}, got {name!r}")
     if name == "frozen_classifier":
         maps = _pixels(record["class_maps"])
         return lambda labels: observation.frozen_classifier(labels, tags, maps, bias=record["bias"], **options)
@@ -110,9 +110,10 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
     With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it.
 
     Args:
-      config: Mapping with "likelihood" and "likelihood_options" (see `tag_log_likelihood`), "estimator" (a key of `lcrf_jax.elbo.ESTIMATORS`), "temperature",
-        "num_samples", "likelihood_weight", "entropy_weight", "pairwise_weight", "pairwise_warmup_epochs" and "kernel", the fields of
-        `KernelParams` in pixels of the network's input.
+      config: Mapping with "likelihood" and "likelihood_options" (see `tag_log_likelihood`), "estimator" (a key of
+        `lcrf_jax.elbo.ESTIMATORS`), "temperature", "num_samples", "likelihood_weight", "entropy_weight",
+        "pairwise_weight", "pairwise_warmup_epochs" and "kernel", the fields of `KernelParams` in pixels of the
+        network's input.
       stride: pixels of the input per cell of the logits.
       steps_per_epoch: for the warm-up of the pairwise weight.
 
@@ -142,8 +143,8 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
             + config["entropy_weight"] * terms.entropy
             - config["pairwise_weight"] * ramp * terms.pairwise_energy
         )
-        named = {"log_likelihood": terms.log_likelihood, "entropy": terms.entropy, "pairwise_energy": terms.pairwise_energy}
-        return loss / num_cells, {name: value / num_cells for name, value in named.items()}
+        reported = ("log_likelihood", "entropy", "pairwise_energy")
+        return loss / num_cells, {name: getattr(terms, name) / num_cells for name in reported}
 
     return objective
 
@@ -178,7 +179,8 @@ OBJECTIVES = {"latent_crf": latent_crf_objective, "full_supervision": full_super
 def make_train_step(network, variables, objective, optimizer, mesh):
     """The jitted step, spread over the mesh with shard_map: the batch is split, the gradients are averaged.
 
-    Every image draws from its own key, so the result does not depend on the number of devices (but for the order of sums).
+    Every image draws from its own key, so the result does not depend on the number of devices, but for the order of
+    sums.
 
     Args:
       network: lcrf_jax.nets.network.Network.
@@ -188,7 +190,8 @@ def make_train_step(network, variables, objective, optimizer, mesh):
       mesh: mesh with the axis "data"; the batch must divide by its size.
 
     Returns:
-      Function (state, batch, key) -> (state, metrics), metrics being scalars averaged over the batch. `state` is donated. The key of the
+      Function (state, batch, key) -> (state, metrics), metrics being scalars averaged over the batch. `state` is
+        donated. The key of the
       step is fold_in(key, state.step), so a resumed run draws the same numbers.
     """
 

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 
 def options(**entries):
-    """A ConfigDict of free-form options: other entries may be added to it on the command line."""
+    """A ConfigDict of options, to be replaced as a whole; the command line can only change its entries."""
     return ConfigDict(entries)
 
 

@@ -1,6 +1,8 @@
-"""A run of a minute on the embedded set, with a small random backbone: to see that everything works.
+"""A trial of half a minute on two cores, on the embedded set with a small random backbone: does everything work?
 
     python -m experiments.train --config=experiments/configs/tiny.py --workdir=runs/tiny
+
+The mIoU is about 0.11: random features tell no class from another, and all is called background.
 """
 
 from experiments.configs import base
@@ -16,7 +18,7 @@ def get_config():
     config.input_size = 96
     config.class_maps.extra_sizes = (128,)
     config.class_maps.grid = 12
-    config.epochs = (2,)
+    config.epochs = (1, 1)
     config.optimizer.warmup_steps = 5
     config.batch_size = 8
     config.log_every_steps = 4

@@ -1,0 +1,284 @@
+"""The programs, end to end: train, evaluate and predict, on one short run that all tests share."""
+
+import contextlib
+import io
+import json
+import pathlib
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from absl import app, flags
+from PIL import Image
+
+from experiments import reporting
+from lcrf_jax.checkpoints import load_description
+from lcrf_jax.data.images import read_mask
+from lcrf_jax.data.sources import open_source
+from lcrf_jax.report import palette
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = "--config=experiments/configs/tiny.py"
+SMALL = ("--config.data.options.num_train=16", "--config.data.options.num_val=4")
+CLASSES = ("background", "ring", "cross", "star", "stripes", "chequer", "dots")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self):
+        return self.out.rstrip("\n").rsplit("\n", 1)[-1]
+
+
+def run(program, *arguments):
+    """`python -m experiments.PROGRAM ARGUMENTS` within this process, which has JAX loaded already."""
+    app.define_help_flags()
+    before, out, err, code = set(flags.FLAGS), io.StringIO(), io.StringIO(), 0
+    command = [f"experiments/{program}.py", *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        patch.chdir(ROOT)
+        try:
+            runpy.run_module(f"experiments.{program}", run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            err.write("" if end.code is None or isinstance(end.code, int) else f"{end.code}\n")
+        finally:
+            for name in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def score(line):
+    """The number of a line `mIoU 0.xxx`."""
+    match = re.fullmatch(r"mIoU ([01]\.\d{3})", line)
+    assert match, line
+    return float(match.group(1))
+
+
+def assert_refused(ended, message):
+    assert ended.code == 1, ended
+    assert re.search(message, ended.err), ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LCRF_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    return workdir, run("train", TINY, *SMALL, f"--workdir={workdir}")
+
+
+@pytest.fixture
+def checkpoint(trained):
+    assert trained[1].code == 0, trained[1].err
+    return trained[0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder in VOC layout made of the embedded images: 16 to train on without masks, 3 with masks."""
+    folder = tmp_path_factory.mktemp("photos")
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True)
+    (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    rows = ["image,tags"]
+    for split, count in (("train", 16), ("val", 3)):
+        source = open_source("textures", split, masks=split == "val", seed=1, size=96, num_train=16, num_val=3)
+        (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(source.names) + "\n")
+        for example in (source[i] for i in range(count)):
+            size = slice(0, 80 if split == "val" else 96)
+            Image.fromarray(example.image[size]).save(folder / "JPEGImages" / f"{example.name}.png")
+            if example.mask is not None:
+                Image.fromarray(example.mask[size]).save(folder / "SegmentationClass" / f"{example.name}.png")
+            present = [name for name, tag in zip(CLASSES[1:], example.tags[1:], strict=True) if tag]
+            rows.append(f"{example.name},{';'.join(present)}")
+    (folder / "tags.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_train_prints_the_table_and_ends_with_the_score(trained):
+    workdir, ended = trained
+    assert ended.code == 0, ended.err
+    value = score(ended.last_line)
+    for name in CLASSES:
+        assert re.search(rf"^{name} +(\d\.\d{{3}}|-)$", ended.out, re.MULTILINE), name
+    assert "16 training images with tags of 6 classes; logits 12 x 12" in ended.out
+    assert "average precision on training tags: mean" in ended.out
+    assert "image tags for training, no tags at test time" in ended.out
+    for label, path in (("pictures", "pictures_val.png"), ("results", "results_val.json"), ("checkpoint", "")):
+        shown = re.search(rf"^{label} +(.+)$", ended.out, re.MULTILINE).group(1)
+        assert pathlib.Path(shown) == workdir / path and (workdir / path).exists()
+    results = json.loads((workdir / "results_val.json").read_text())
+    assert results["plain"]["miou"] == pytest.approx(value, abs=6e-4) and "refined" not in results
+    assert results["images"] == 4 and np.sum(results["plain"]["confusion"]) == 4 * 96 * 96
+    assert {path.name for path in workdir.iterdir()} >= {"config.json", "metrics.jsonl", "tensorboard", "last", "best"}
+    assert load_description(workdir)["class_names"] == list(CLASSES)
+    assert re.search(r"images/s", ended.err)
+
+
+def test_training_again_in_the_same_folder_only_prints_the_score(trained, checkpoint):
+    again = run("train", TINY, *SMALL, f"--workdir={checkpoint}")
+    assert again.code == 0 and "continuing after step 4" in again.out
+    assert again.last_line == trained[1].last_line
+    other = run("train", TINY, *SMALL, f"--workdir={checkpoint}", "--config.network.dropout=0.5")
+    assert_refused(other, "error: .*belongs to another model: network")
+
+
+def test_evaluate_gives_the_score_of_training(trained, checkpoint):
+    ended = run("evaluate", f"--checkpoint={checkpoint}")
+    assert ended.code == 0, ended.err
+    assert ended.last_line == trained[1].last_line
+    assert "4 images of val" in ended.out
+
+
+def test_evaluate_with_refinement_ends_with_the_refined_score(trained, checkpoint):
+    ended = run("evaluate", f"--checkpoint={checkpoint}", "--split=val", "--crf")
+    assert ended.code == 0, ended.err
+    assert re.search(r"^class +plain +refined$", ended.out, re.MULTILINE)
+    results = json.loads((checkpoint / "results_val_crf.json").read_text())
+    assert score(ended.last_line) == pytest.approx(results["refined"]["miou"], abs=6e-4)
+    assert f"{trained[1].last_line} without refinement" in ended.out
+    assert (checkpoint / "pictures_val_crf.png").exists()
+
+
+def test_a_checkpoint_may_be_moved(trained, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "moved to" / "here")
+    ended = run("evaluate", f"--checkpoint={tmp_path / 'moved to' / 'here'}", "--tags_given")
+    assert ended.code == 0, ended.err
+    score(ended.last_line)
+    assert "tags at test time" in ended.out and "no tags at test time" not in ended.out
+    assert (tmp_path / "moved to" / "here" / "results_val_tags_given.json").exists()
+
+
+def test_class_maps_are_scored_with_tags_given(checkpoint):
+    ended = run("evaluate", f"--checkpoint={checkpoint}", "--cam", "--tags_given")
+    assert ended.code == 0, ended.err
+    levels = dict(re.findall(r"(0\.\d+): (0\.\d{3})", ended.out))
+    assert len(levels) == len(reporting.CAM_LEVELS) and score(ended.last_line) == max(map(float, levels.values()))
+    assert_refused(run("evaluate", f"--checkpoint={checkpoint}", "--cam"), "--cam needs --tags_given")
+    both = run("evaluate", f"--checkpoint={checkpoint}", "--cam", "--tags_given", "--crf")
+    assert_refused(both, "--cam and --crf")
+
+
+def test_photographs_in_a_folder(photos, checkpoint, tmp_path):
+    """Trained from tags alone: the training split has no masks at all."""
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from experiments.configs import base, tiny\n\n\n"
+        "def get_config():\n"
+        "    config = tiny.get_config()\n"
+        "    config.data.kind = 'folder'\n"
+        "    config.data.options = base.options()\n"
+        "    return config\n")
+    workdir = tmp_path / "run"
+    ended = run("train", f"--config={config}", f"--config.data.root={photos}", f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    value = score(ended.last_line)
+    evaluated = run("evaluate", f"--checkpoint={workdir}", f"--data={photos}", "--split=val")
+    assert evaluated.code == 0 and score(evaluated.last_line) == value
+    other = run("evaluate", f"--checkpoint={checkpoint}", f"--data={photos}")
+    assert other.code == 0 and "3 images of val" in other.out, other.err
+    assert_refused(run("evaluate", f"--checkpoint={workdir}", f"--data={photos}", "--split=test"), "has no test.txt")
+    assert_refused(run("evaluate", f"--checkpoint={workdir}", f"--data={photos}", "--split=train"), "has no mask for")
+
+
+def test_data_with_other_classes_is_refused(photos, checkpoint, tmp_path):
+    shutil.copytree(photos, tmp_path / "other")
+    classes = ("background", "cross", "ring", *CLASSES[3:])
+    (tmp_path / "other" / "classes.txt").write_text("\n".join(classes) + "\n")
+    ended = run("evaluate", f"--checkpoint={checkpoint}", f"--data={tmp_path / 'other'}")
+    assert_refused(ended, "the run knows the classes .*same class list in the same order")
+
+
+def test_predict_writes_a_palette_png_for_every_photograph(checkpoint, tmp_path):
+    images = tmp_path / "photos"
+    (images / "sub").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sizes = {"one.jpg": (40, 60), "two words ä.png": (31, 17), "sub/three.jpeg": (5, 1)}
+    for name, (height, width) in sizes.items():
+        Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8)).save(images / name)
+    out = tmp_path / "masks"
+    ended = run("predict", f"--checkpoint={checkpoint}", f"--images={images}/**", f"--out={out}", "--crf")
+    assert ended.code == 0, ended.err
+    assert "3 masks in" in ended.out and "0 background, 1 ring" in ended.out
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(
+        str(pathlib.Path(name).with_suffix(".png")) for name in sizes)
+    for name, size in sizes.items():
+        path = (out / name).with_suffix(".png")
+        with Image.open(path) as mask:
+            assert mask.mode == "P" and mask.size == size[::-1]
+            assert mask.getpalette()[:21] == palette(7).ravel().tolist()
+        assert read_mask(path, len(CLASSES)).shape == size
+
+
+def test_a_broken_photograph_is_listed_and_the_others_are_done(checkpoint, tmp_path):
+    for name in ("a.jpg", "c.png"):
+        Image.new("RGB", (20, 30), "red").save(tmp_path / name)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:200])
+    (tmp_path / "d.jpg").write_bytes(b"")
+    (tmp_path / "e.jpg").write_text("not an image")
+    out = tmp_path / "masks"
+    ended = run("predict", f"--checkpoint={checkpoint}", f"--images={tmp_path}/*.*", f"--out={out}")
+    assert_refused(ended, "error: 3 of 5 images could not be done:")
+    last = ended.err.rstrip().splitlines()[-3:]
+    assert [str(tmp_path / name) in line for name, line in zip(("b.jpg", "d.jpg", "e.jpg"), last)] == [True] * 3
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png"]
+
+
+def test_photographs_are_not_lost_to_masks(checkpoint, tmp_path):
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (20, 30), "red").save(tmp_path / name)
+    before = (tmp_path / "a.png").read_bytes()
+    arguments = f"--checkpoint={checkpoint}", f"--images={tmp_path}/*"
+    assert_refused(run("predict", *arguments, f"--out={tmp_path / 'masks'}"), r"a\.jpg and .*a\.png would both be")
+    ended = run("predict", arguments[0], f"--images={tmp_path}/*.png", f"--out={tmp_path}")
+    assert_refused(ended, "would be written over the photograph .*give another --out")
+    assert (tmp_path / "a.png").read_bytes() == before and not (tmp_path / "masks").exists()
+    assert_refused(run("predict", arguments[0], f"--images={tmp_path}/*.gif", "--out=x"), "no file fits the pattern")
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["train", "--workdir=x"], "flag --config=None: Flag --config must have a value"),
+    (["train", TINY], "flag --workdir=None: Flag --workdir must have a value"),
+    (["train", TINY, "--workdir=x", "--cnofig.seed=1"], "Unknown command line flag 'cnofig.seed'"),
+    (["train", TINY, "--workdir=x", "seed=1"], r"error: unknown arguments \['seed=1'\]"),
+    (["train", TINY, "--workdir=x", "--config.epoch=1"], "error: the flags or the configuration .*epoch"),
+    (["train", TINY, "--workdir=x", "--config.batch_size=abc"], "config.batch_size=abc: invalid literal"),
+    (["train", "--config=nothing.py", "--workdir=x"], r"error: .*Failed loading config file (.|\n)*nothing\.py"),
+    (["train", TINY, "--workdir=x", "--config.method=sec"], "error: method: expected one of"),
+    (["train", TINY, "--workdir=x", "--config.data.kind=folder"], "error: "),
+    (["train", TINY, "--workdir=x", "--config.data.root=nowhere"], "error: textures .*no folder"),
+    (["train", TINY, *SMALL, "--workdir=x", "--config.batch_size=24"], "error: batch_size: 16 training images"),
+    (["evaluate", "--checkpoint=nowhere"], "error: expected a run folder with config.json"),
+    (["evaluate"], "Flag --checkpoint must have a value"),
+    (["predict", "--images=x", "--out=y"], "Flag --checkpoint must have a value"),
+], ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "")
+def test_wrong_flags_end_with_one_clear_line(command, message):
+    assert_refused(run(*command), message)
+    assert not (ROOT / "x").exists() and not (ROOT / "y").exists()
+
+
+def test_the_programs_run_on_their_own(checkpoint, tmp_path):
+    """One of them as a user starts it."""
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.jpg")
+    command = [sys.executable, "-m", "experiments.predict", f"--checkpoint={checkpoint}",
+               f"--images={tmp_path}/*.jpg", f"--out={tmp_path / 'masks'}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert read_mask(tmp_path / "masks" / "a.png", len(CLASSES)).shape == (30, 20)
