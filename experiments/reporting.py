@@ -107,12 +107,14 @@ def evaluate_cam(run_dir, source, *, tags_given):
     if "classifier" not in params:
         raise ValueError(f"{run_dir} was trained with masks and has no tag classifier; give a run trained on tags")
     network, settings = build_network(description["network"]), description["training"]["class_maps"]
-    _, from_images = map_functions(network, params["backbone"], restored_classifier(params).weights, settings["grid"])
-    size, matrices = description["training"]["input_size"], dict.fromkeys(CAM_LEVELS, 0)
+    classifier = restored_classifier(params)
+    _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])
+    size, matrices, logits = description["training"]["input_size"], dict.fromkeys(CAM_LEVELS, 0), []
     for example in prefetched(source):
         square = square_image(example.image, size)[None]
         others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
         scores = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)[0]
+        logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
         scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
         scores = resized_map(scores, example.image.shape[:2])
         for level in CAM_LEVELS:
@@ -121,6 +123,7 @@ def evaluate_cam(run_dir, source, *, tags_given):
             matrices[level] = matrices[level] + confusion_matrix(labels, example.mask, len(source.class_names))
     best = max(CAM_LEVELS, key=lambda level: mean_iou(matrices[level]))
     by_level = ", ".join(f"{level:g}: {mean_iou(matrices[level]):.3f}" for level in CAM_LEVELS)
+    runs.say(runs.precision_line(source.split, source, np.stack(logits)))
     runs.say("\nclass maps of the frozen tag classifier, tags given at test time")
     runs.say(f"mIoU by background level: {by_level}")
     runs.say(f"{len(source)} images of {source.split}, level {best:g}, the best on this split")

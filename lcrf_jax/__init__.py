@@ -8,8 +8,8 @@ image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
     2  crf, observation                      pairwise energy, KL to the prior, mean field; log p(y | z, x)
     3  elbo                                  the bound
     4  nets, data                            Flax networks, sources and batches
-    5  features, inference, checkpoints, report, runlog
-    6  training                              the train step over a mesh of devices
+    5  features, checkpoints, report, runlog frozen features of a source; run folders, pictures, metrics
+    6  training, inference                   the train step over a mesh of devices; images in, masks out
     7  runs                                  a run from its configuration
 
 Symbols, the same in code, docstrings and tests:

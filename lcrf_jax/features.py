@@ -53,7 +53,8 @@ def _batched(records, batch_size, progress):
 class CachedViews:
     """The records of a `ViewDataset` with frozen features in place of images, kept on disk.
 
-    Records and their order are those of the views; instead of "image" they hold the taps (float16) and "guide" (uint8).
+    Records and their order are those of the views; instead of "image" they hold the taps (float16) and "guide"
+    (uint8).
 
     Args:
       views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`.
@@ -237,7 +238,8 @@ def class_maps(
 
     def batches():
         mirrored = at_main_size(1) if views.num_views > 1 else None
-        yield {"maps": mean_map(at_main_size(0), mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16)}
+        maps = mean_map(at_main_size(0), mirrored, [at_size(size) for size in extra_sizes])
+        yield {"maps": maps.astype(np.float16)}
 
     key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
     stored = cached_arrays(directory, key, len(source), batches)["maps"]

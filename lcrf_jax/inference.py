@@ -1,4 +1,4 @@
-"""Images in, masks out: a trained run as a segmenter of images of any size (floor 5)."""
+"""Images in, masks out: a trained run as a segmenter of images of any size (floor 6)."""
 
 import functools
 import math
@@ -85,7 +85,8 @@ def make_segmenter(description, params):
     @jax.jit
     def network_log_probs(images):
         inputs = jnp.concatenate([images, images[:, :, ::-1]]) if settings["mirror"] else images
-        log_probs = jax.nn.log_softmax(network.logits(decoder, backbone, network.features(backbone, inputs)), axis=-1)
+        logits = network.logits(decoder, backbone, network.features(backbone, inputs))
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
         if settings["mirror"]:
             plain, mirrored = jnp.split(log_probs, 2)
             log_probs = jax.nn.log_softmax((plain + mirrored[:, :, ::-1]) / 2, axis=-1)

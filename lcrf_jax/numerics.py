@@ -31,7 +31,12 @@ def promote_float(array):
     array = jnp.asarray(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise ValueError(f"expected a real array, got dtype {array.dtype}; take its real part or its magnitude")
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    promoted = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    if array.dtype == jnp.bfloat16:
+        # XLA on CPU (jaxlib 0.10) fuses this conversion wrongly into what follows; an operation in between, which changes
+        # no float32, prevents it.
+        promoted = jax.lax.reduce_precision(promoted, exponent_bits=8, mantissa_bits=23)
+    return promoted
 
 
 def entropy(logits):

@@ -65,7 +65,7 @@ def say(text):
 
 @contextlib.contextmanager
 def _progress(title, total):
-    """A callback for images done, shown as a progress bar from its first call on: nothing where a cache had it all."""
+    """A callback for images done, shown as a progress bar from its first call on: none where a cache had it all."""
     with contextlib.ExitStack() as stack:
         bars = []
 
@@ -135,7 +135,7 @@ def prepare(config):
     classifier, scores = fitted_classifier(
         network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"]
     )
-    say(_precision_line("training", train, scores))
+    say(precision_line("training", train, scores))
     identity = {
         "weights": digest,
         "network": {key: description[key] for key in ("backbone", "last_stride")},
@@ -150,8 +150,17 @@ def prepare(config):
     return base._replace(classifier=classifier, maps=maps)
 
 
-def _precision_line(split, source, scores):
-    """The tag classifier's average precision in one line."""
+def precision_line(split, source, scores):
+    """The tag classifier's average precision in one line.
+
+    Args:
+      split: name of the split, for the line.
+      source: images; only their tags are used.
+      scores: [N, K - 1] logits of the classifier.
+
+    Returns:
+      str.
+    """
     values = average_precision(scores, source.tags[:, 1:])
     each = ", ".join(f"{name} {value:.3f}" for name, value in zip(source.class_names[1:], values))
     return f"tag classifier, average precision on {split} tags: mean {np.nanmean(values):.3f} ({each})"
@@ -309,7 +318,7 @@ def evaluate(segmenter, source, *, crf, num_samples=0, batch_size=8, use_tags=Fa
 
 
 class Round(NamedTuple):
-    """One round of training: steps first_step to last_step of the run, with a fresh decoder.
+    """One round of training: steps first_step to last_step of the run, with a fresh optimiser.
 
     Attributes:
       number: 0 for the class maps of the tag classifier, 1 and up for the posteriors of the round before.
@@ -380,7 +389,9 @@ def train(prepared, workdir, *, devices=None):
                     continue
                 evidence = _evidence_of(prepared, workdir, this, state, done)
                 if done == this.first_step:
-                    state, data_state = _fresh_state(prepared, this, key, mesh), None
+                    start = _fresh_state(prepared, this, key, mesh)
+                    state = start._replace(params=state.params) if this.number else start
+                    data_state = None
                 state = _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh)
                 done = this.last_step
     return workdir

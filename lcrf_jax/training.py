@@ -1,4 +1,4 @@
-"""A functional train step over a mesh of devices (floor 5).
+"""A functional train step over a mesh of devices (floor 6).
 
 The step is a pure function (state, batch, key) -> (state, metrics). What it minimises is an objective: a function of
 one image, (key, logits, record, step) -> (loss, terms), mapped over the batch here and nowhere else.
@@ -128,7 +128,9 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
         raise ValueError(f"objective.estimator: expected one of {known}, got {config['estimator']!r}")
     kernel_params = scaled(KernelParams(**config["kernel"]), stride)
     estimator = functools.partial(
-        elbo.ESTIMATORS[config["estimator"]], temperature=config["temperature"], num_samples=config["num_samples"]
+        elbo.ESTIMATORS[config["estimator"]],
+        temperature=config["temperature"],
+        num_samples=config["num_samples"],
     )
     warmup_steps = config["pairwise_warmup_epochs"] * steps_per_epoch
 
@@ -158,7 +160,8 @@ def full_supervision_objective(config, *, stride, steps_per_epoch):
       steps_per_epoch: not used.
 
     Returns:
-      Function (key, logits [h, w, K], record, step) -> (loss, dict of terms), the mean over cells that are not void.
+      Function (key, logits [h, w, K], record, step) -> (loss, dict of terms), the mean over cells that are not
+      void.
     """
     del config, steps_per_epoch
 

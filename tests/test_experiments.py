@@ -24,7 +24,9 @@ from lcrf_jax.report import palette
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = "--config=experiments/configs/tiny.py"
-SMALL = ("--config.data.options.num_train=16", "--config.data.options.num_val=4")
+SHORT = ("--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
+         "--config.epochs=(2,)")  # as in test_runs.py, so that the same compiled functions serve both
+SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4", *SHORT)
 CLASSES = ("background", "ring", "cross", "star", "stripes", "chequer", "dots")
 
 
@@ -92,14 +94,14 @@ def checkpoint(trained):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder in VOC layout made of the embedded images: 16 to train on without masks, 3 with masks."""
+    """A folder in VOC layout made of the embedded images: 24 to train on without masks, 3 with masks."""
     folder = tmp_path_factory.mktemp("photos")
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True)
     (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
     rows = ["image,tags"]
-    for split, count in (("train", 16), ("val", 3)):
-        source = open_source("textures", split, masks=split == "val", seed=1, size=96, num_train=16, num_val=3)
+    for split, count in (("train", 24), ("val", 3)):
+        source = open_source("textures", split, masks=split == "val", seed=1, size=96, num_train=24, num_val=3)
         (folder / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(source.names) + "\n")
         for example in (source[i] for i in range(count)):
             size = slice(0, 80 if split == "val" else 96)
@@ -118,7 +120,7 @@ def test_train_prints_the_table_and_ends_with_the_score(trained):
     value = score(ended.last_line)
     for name in CLASSES:
         assert re.search(rf"^{name} +(\d\.\d{{3}}|-)$", ended.out, re.MULTILINE), name
-    assert "16 training images with tags of 6 classes; logits 12 x 12" in ended.out
+    assert "24 training images with tags of 6 classes; logits 6 x 6" in ended.out
     assert "average precision on training tags: mean" in ended.out
     assert "image tags for training, no tags at test time" in ended.out
     for label, path in (("pictures", "pictures_val.png"), ("results", "results_val.json"), ("checkpoint", "")):
@@ -134,7 +136,7 @@ def test_train_prints_the_table_and_ends_with_the_score(trained):
 
 def test_training_again_in_the_same_folder_only_prints_the_score(trained, checkpoint):
     again = run("train", TINY, *SMALL, f"--workdir={checkpoint}")
-    assert again.code == 0 and "continuing after step 4" in again.out
+    assert again.code == 0 and "continuing after step 6" in again.out
     assert again.last_line == trained[1].last_line
     other = run("train", TINY, *SMALL, f"--workdir={checkpoint}", "--config.network.dropout=0.5")
     assert_refused(other, "error: .*belongs to another model: network")
@@ -187,7 +189,7 @@ def test_photographs_in_a_folder(photos, checkpoint, tmp_path):
         "    config.data.options = base.options()\n"
         "    return config\n")
     workdir = tmp_path / "run"
-    ended = run("train", f"--config={config}", f"--config.data.root={photos}", f"--workdir={workdir}")
+    ended = run("train", f"--config={config}", *SHORT, f"--config.data.root={photos}", f"--workdir={workdir}")
     assert ended.code == 0, ended.err
     value = score(ended.last_line)
     evaluated = run("evaluate", f"--checkpoint={workdir}", f"--data={photos}", "--split=val")
@@ -264,7 +266,7 @@ def test_photographs_are_not_lost_to_masks(checkpoint, tmp_path):
     (["train", TINY, "--workdir=x", "--config.method=sec"], "error: method: expected one of"),
     (["train", TINY, "--workdir=x", "--config.data.kind=folder"], "error: "),
     (["train", TINY, "--workdir=x", "--config.data.root=nowhere"], "error: textures .*no folder"),
-    (["train", TINY, *SMALL, "--workdir=x", "--config.batch_size=24"], "error: batch_size: 16 training images"),
+    (["train", TINY, *SMALL, "--workdir=x", "--config.batch_size=32"], "error: batch_size: 24 training images"),
     (["evaluate", "--checkpoint=nowhere"], "error: expected a run folder with config.json"),
     (["evaluate"], "Flag --checkpoint must have a value"),
     (["predict", "--images=x", "--out=y"], "Flag --checkpoint must have a value"),

@@ -21,7 +21,7 @@ FLOORS = {
     "crf": 2, "observation": 2,
     "elbo": 3, "baselines": 3,
     "nets": 4, "data": 4,
-    "features": 5, "training": 6, "checkpoints": 5, "inference": 5, "report": 5, "runlog": 5,
+    "features": 5, "training": 6, "checkpoints": 5, "inference": 6, "report": 5, "runlog": 5,
     "runs": 7,
 }
 LOW_IMPORTS = {"jax", "numpy", "einops"}

@@ -237,9 +237,12 @@ def test_half_precision_is_promoted(name, dtype):
     labels, tags, maps, vouching = random_case(11, num_pixels=2000)
     labels, maps, vouching = (jnp.asarray(array, dtype) for array in (labels, maps, vouching))
     value = likelihood(name, maps, vouching)(labels, tags)
+    jitted = jax.jit(functools.partial(log_prob, name))(labels, tags, maps, vouching)
     labels, maps, vouching = (array.astype(jnp.float32) for array in (labels, maps, vouching))
-    assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, log_prob(name, labels, tags, maps, vouching), rtol=1e-5)
+    expected = log_prob(name, labels, tags, maps, vouching)
+    assert value.dtype == jitted.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(jitted, expected, rtol=1e-5)
 
 
 @every_likelihood

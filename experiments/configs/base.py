@@ -72,7 +72,7 @@ def get_config():
     config.objective.kernel.gaussian_weight = 0.1
     config.objective.kernel.gaussian_position_width = 24.0
 
-    # The first round is trained on the class maps of the tag classifier, each further one, with a fresh decoder, on the
+    # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the
     # mean-field posteriors of the training images under the round before, given their tags.
     config.epochs = (4, 4)
     config.posterior = ConfigDict()

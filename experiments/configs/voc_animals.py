@@ -14,7 +14,8 @@ def get_config():
     config.class_maps.extra_sizes = (448,)
     config.objective.likelihood_options.evidence.background_level = 0.12
     config.objective.likelihood_weight = 1.5
-    config.objective.pairwise_weight = 1.0
     config.eval_every_epochs = 4
+    config.posterior.kernel.bilateral_weight = 4.0
+    config.posterior.kernel.bilateral_colour_width = 8.0
     config.inference.kernel.bilateral_weight = 4.0
     return config
