@@ -19,6 +19,7 @@ def get_config():
     config.objective.likelihood_options.evidence.background_level = 0.25
     config.objective.likelihood_weight = 1.5
     config.posterior.kernel.bilateral_position_width = 120.0
+    config.epochs = (4, 3)
     config.eval_every_epochs = 4
     config.inference.input_sizes = (192,)
     return config

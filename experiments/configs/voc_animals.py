@@ -18,4 +18,5 @@ def get_config():
     config.posterior.kernel.bilateral_weight = 4.0
     config.posterior.kernel.bilateral_colour_width = 8.0
     config.inference.kernel.bilateral_weight = 4.0
+    config.inference.kernel.bilateral_colour_width = 8.0
     return config
