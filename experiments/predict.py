@@ -14,11 +14,10 @@ import sys
 from absl import flags
 
 from experiments import reporting
-from lcrf_jax import runs
 from lcrf_jax.data.images import read_image
 from lcrf_jax.inference import segment
 from lcrf_jax.report import save_index_png
-from lcrf_jax.runlog import Progress
+from lcrf_jax.runlog import Progress, say
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _IMAGES = flags.DEFINE_string("images", None, "Pattern of file names, in quotes: 'photos/*.jpg'; ** goes into folders.")
@@ -59,7 +58,7 @@ def main(argv):
     reporting.no_more_arguments(argv)
     todo = planned_outputs(_IMAGES.value, _OUT.value)
     segmenter, description, _ = reporting.load_segmenter(_CHECKPOINT.value)
-    runs.say(f"{len(todo)} images; classes: " + ", ".join(f"{i} {n}" for i, n in enumerate(description["class_names"])))
+    say(f"{len(todo)} images; classes: " + ", ".join(f"{i} {n}" for i, n in enumerate(description["class_names"])))
     failures = []
     with Progress(len(todo), title="predict") as bar:
         for path, mask in todo:
@@ -70,7 +69,7 @@ def main(argv):
             else:
                 write_mask(mask, labels)
             bar.update(num_images=1)
-    runs.say(f"{len(todo) - len(failures)} masks in {_OUT.value}")
+    say(f"{len(todo) - len(failures)} masks in {_OUT.value}")
     if failures:
         sys.exit("\n".join([f"error: {len(failures)} of {len(todo)} images could not be done:", *failures]))
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 from absl import app, logging
 
-from lcrf_jax import runs
+from lcrf_jax import evaluation, preparation
 from lcrf_jax.checkpoints import CheckpointError, load_description, restore_params
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.data.sources import open_source
@@ -17,6 +17,7 @@ from lcrf_jax.inference import make_segmenter, resized_map, restored_classifier
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.report import picture_grid
+from lcrf_jax.runlog import say
 
 CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
 NUM_PICTURES = 8
@@ -75,10 +76,10 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
     """Score a run, print the table and the paths, and write results.json and the picture grid."""
     run_dir = pathlib.Path(run_dir)
     if source is None:
-        runs.say(f"checkpoint {run_dir}; no masks to score it on")
+        say(f"checkpoint {run_dir}; no masks to score it on")
         return
     segmenter, description, _ = load_segmenter(run_dir)
-    scores = runs.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
+    scores = evaluation.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     suffix = ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
     picture = run_dir / f"pictures_{source.split}{suffix}.png"
     picture_grid(scores.samples, picture, class_names=segmenter.class_names)
@@ -91,12 +92,12 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
             results[name]["confusion"] = np.asarray(matrix).tolist()
     path = run_dir / f"results_{source.split}{suffix}.json"
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    runs.say(f"\nsupervision: {used}")
-    runs.say(f"pictures    {picture}\nresults     {path}\ncheckpoint  {run_dir}")
+    say(f"\nsupervision: {used}")
+    say(f"pictures    {picture}\nresults     {path}\ncheckpoint  {run_dir}")
     if started is not None:
-        runs.say(f"time        {time.monotonic() - started:.0f} s")
-    runs.say(f"\n{len(source)} images of {source.split}")
-    runs.say(format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined))
+        say(f"time        {time.monotonic() - started:.0f} s")
+    say(f"\n{len(source)} images of {source.split}")
+    say(format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined))
 
 
 def evaluate_cam(run_dir, source, *, tags_given):
@@ -123,8 +124,8 @@ def evaluate_cam(run_dir, source, *, tags_given):
             matrices[level] = matrices[level] + confusion_matrix(labels, example.mask, len(source.class_names))
     best = max(CAM_LEVELS, key=lambda level: mean_iou(matrices[level]))
     by_level = ", ".join(f"{level:g}: {mean_iou(matrices[level]):.3f}" for level in CAM_LEVELS)
-    runs.say(runs.precision_line(source.split, source, np.stack(logits)))
-    runs.say("\nclass maps of the frozen tag classifier, tags given at test time")
-    runs.say(f"mIoU by background level: {by_level}")
-    runs.say(f"{len(source)} images of {source.split}, level {best:g}, the best on this split")
-    runs.say(format_iou_table(matrices[best], source.class_names))
+    say(preparation.precision_line(source.split, source, np.stack(logits)))
+    say("\nclass maps of the frozen tag classifier, tags given at test time")
+    say(f"mIoU by background level: {by_level}")
+    say(f"{len(source)} images of {source.split}, level {best:g}, the best on this split")
+    say(format_iou_table(matrices[best], source.class_names))

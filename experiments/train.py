@@ -14,7 +14,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import reporting
-from lcrf_jax import runs
+from lcrf_jax import preparation, runs
+from lcrf_jax.runlog import say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
@@ -25,8 +26,8 @@ def main(argv):
     reporting.no_more_arguments(argv)
     started = time.monotonic()
     config = _CONFIG.value.to_dict()
-    prepared = runs.prepare(config)
-    runs.say(
+    prepared = preparation.prepare(config)
+    say(
         f"{len(prepared.train)} training images with tags of {len(prepared.train.class_names) - 1} classes; "
         f"logits {prepared.grid} x {prepared.grid}"
     )

@@ -10,7 +10,8 @@ image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
     4  nets, data                            Flax networks, sources and batches
     5  features, checkpoints, report, runlog frozen features of a source; run folders, pictures, metrics
     6  training, inference                   the train step over a mesh of devices; images in, masks out
-    7  runs                                  a run from its configuration
+    7  preparation, evaluation               what training starts from; scores
+    8  runs                                  training with checkpoints, validation and resuming
 
 Symbols, the same in code, docstrings and tests:
 

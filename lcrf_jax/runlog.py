@@ -1,5 +1,6 @@
 """What a run says about itself: a progress bar, JSON lines and TensorBoard scalars: floor 5."""
 
+import contextlib
 import json
 import math
 import os
@@ -12,6 +13,15 @@ import tensorboardX
 import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def say(text):
+    """Print a line to the terminal at once.
+
+    Args:
+      text: the line, without a newline at its end.
+    """
+    print(text, flush=True)
 
 
 class MetricsWriter:
@@ -160,6 +170,20 @@ class Progress:
     def _print_line(self):
         self._last_line, self._printed_step = self._clock(), self._step
         print(f"{self._title} {self._step}/{self._num_steps}  {self._tail()}", file=self._stream, flush=True)
+
+
+@contextlib.contextmanager
+def image_progress(title, total):
+    """A callback for images done, shown as a progress bar from its first call on: none where a cache had it all."""
+    with contextlib.ExitStack() as stack:
+        bars = []
+
+        def done(count):
+            if not bars:
+                bars.append(stack.enter_context(Progress(total, title=title)))
+            bars[0].update(num_images=count, num_steps=count)
+
+        yield done
 
 
 def _scalar(name, value):

@@ -22,7 +22,7 @@ FLOORS = {
     "elbo": 3, "baselines": 3,
     "nets": 4, "data": 4,
     "features": 5, "training": 6, "checkpoints": 5, "inference": 6, "report": 5, "runlog": 5,
-    "runs": 7,
+    "preparation": 7, "evaluation": 7, "runs": 8,
 }
 LOW_IMPORTS = {"jax", "numpy", "einops"}
 FORBIDDEN = {"tensorflow", "torch", "torchvision", "keras"}

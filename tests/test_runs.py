@@ -12,7 +12,7 @@ import reference
 from PIL import Image
 
 from experiments.configs import base, tiny
-from lcrf_jax import runs, training
+from lcrf_jax import evaluation, preparation, runs, training
 from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, restore_params
 from lcrf_jax.data.sources import Example
 from lcrf_jax.data.textures import TexturesSource
@@ -43,7 +43,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prepared(cache):
     with contextlib.redirect_stderr(io.StringIO()):
-        return runs.prepare(small_config(cache))
+        return preparation.prepare(small_config(cache))
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +67,10 @@ def lines(workdir):
 
 def test_planned_rounds():
     config = {"epochs": (2, 3), "batch_size": 8, "method": "latent_crf"}
-    first, second = runs.planned_rounds(config, 30)
+    first, second = preparation.planned_rounds(config, 30)
     assert (first.number, first.first_step, first.last_step, first.steps_per_epoch) == (0, 0, 6, 3)
     assert (second.number, second.first_step, second.last_step, second.epochs) == (1, 6, 15, 3)
-    [only] = runs.planned_rounds({**config, "method": "full_supervision"}, 30)
+    [only] = preparation.planned_rounds({**config, "method": "full_supervision"}, 30)
     assert (only.first_step, only.last_step, only.epochs) == (0, 15, 5)
 
 
@@ -82,7 +82,7 @@ def test_planned_rounds():
 ])
 def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
     with pytest.raises(ValueError, match=message):
-        runs.planned_rounds({"epochs": epochs, "batch_size": 8, "method": "latent_crf"}, num_images)
+        preparation.planned_rounds({"epochs": epochs, "batch_size": 8, "method": "latent_crf"}, num_images)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -96,7 +96,7 @@ def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
 ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_settings_that_cannot_be_are_refused_before_anything_is_computed(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        runs.prepare(small_config(tmp_path, **changes))
+        preparation.prepare(small_config(tmp_path, **changes))
     assert not any(tmp_path.iterdir())
 
 
@@ -155,7 +155,7 @@ def test_a_folder_with_another_model_is_refused(prepared, uninterrupted):
 
 
 def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
-    second = runs.planned_rounds(prepared.config, len(prepared.train))[1]
+    second = preparation.planned_rounds(prepared.config, len(prepared.train))[1]
     with pytest.raises(ValueError, match="has no posteriors that round 2 was begun with"):
         runs._evidence_of(prepared, tmp_path, second, None, done=second.first_step + 1)
 
@@ -180,39 +180,39 @@ def test_masks_of_the_training_images_are_never_made(cache, monkeypatch):
         return example
 
     monkeypatch.setattr(TexturesSource, "__getitem__", watched)
-    again = runs.prepare(small_config(cache / "fresh"))
+    again = preparation.prepare(small_config(cache / "fresh"))
     assert not again.train.masks and again.val.masks
-    records = runs.training_records(again)
+    records = preparation.training_records(again)
     assert all("mask" not in records[i] for i in range(len(records)))
 
 
 def test_full_supervision_has_masks_and_needs_no_classifier(cache):
-    given = runs.prepare(small_config(cache, method="full_supervision", epochs=(1,)))
+    given = preparation.prepare(small_config(cache, method="full_supervision", epochs=(1,)))
     assert given.classifier is None and given.maps is None and given.train.masks
-    record = runs.training_records(given)[3]
+    record = preparation.training_records(given)[3]
     np.testing.assert_array_equal(record["mask"], given.train[3].mask)
-    description = runs.segmenter_description(given.config, given.train.class_names, given.digest)
+    description = preparation.segmenter_description(given.config, given.train.class_names, given.digest)
     assert description["supervision"] == "masks"
 
 
 def test_records_hold_what_the_likelihoods_need(prepared):
     number = len(prepared.train) + 5  # the mirrored view of image 5
-    record = runs.training_records(prepared)[number]
+    record = preparation.training_records(prepared)[number]
     np.testing.assert_array_equal(record["class_maps"], np.float32(prepared.maps.maps[5])[:, ::-1])
     np.testing.assert_array_equal(record["peaks"], np.float32(prepared.maps.maps[5]).max(axis=(0, 1)))
     np.testing.assert_array_equal(record["bias"], prepared.classifier.bias)
     np.testing.assert_array_equal(record["tags"], prepared.train.tags[5])
     assert "image" not in record and record["s16"].shape == (6, 6, 32)
     evidence = np.random.default_rng(0).random((24, 6, 6, 7)).astype(np.float16)
-    record = runs.training_records(prepared, evidence)[number]
+    record = preparation.training_records(prepared, evidence)[number]
     np.testing.assert_array_equal(record["pixel_evidence"], np.float32(evidence[5])[:, ::-1])
     assert "class_maps" not in record
 
 
 def test_without_a_feature_cache_records_hold_images(cache):
     config = small_config(cache, cache__features=False, epochs=(1,), views__num_views=3)
-    given = runs.prepare(config)
-    record = runs.training_records(given)[2 * 24 + 5]
+    given = preparation.prepare(config)
+    record = preparation.training_records(given)[2 * 24 + 5]
     assert record["image"].shape == (96, 96, 3) and record["class_maps"].shape == (6, 6, 6)
     assert "s16" not in record
 
@@ -224,7 +224,7 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) * 0.5).astype(np.float32), shapes)
     settings = {**prepared.config["posterior"], "num_iterations": 3, "unary_weight": 0.8, "tempering": 1.5}
-    result = runs.posterior_evidence(prepared, params, settings)
+    result = preparation.posterior_evidence(prepared, params, settings)
     assert result.shape == (24, 6, 6, 7) and result.dtype == np.float16
     tags = prepared.train.tags
     np.testing.assert_allclose(np.float32(result).sum(axis=-1), 1, atol=3e-3)
@@ -260,16 +260,16 @@ def test_a_folder_without_masks_has_no_validation(tmp_path, capsys):
     (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("one\n")
     config = {"method": "latent_crf", "data": {
         "kind": "folder", "root": str(tmp_path), "train_split": "train", "val_split": "val", "options": {}}}
-    train, val = runs.open_data(config)
+    train, val = preparation.open_data(config)
     assert len(train) == 1 and val is None
     assert "no validation" in capsys.readouterr().out
     (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("one\n")
-    assert runs.open_data(config)[1] is None
+    assert preparation.open_data(config)[1] is None
     assert "has no mask for one" in capsys.readouterr().out
     config["data"]["val_split"] = ""
-    assert runs.open_data(config)[1] is None and capsys.readouterr().out == ""
+    assert preparation.open_data(config)[1] is None and capsys.readouterr().out == ""
     with pytest.raises(FileNotFoundError, match="has no test.txt"):
-        runs.open_data({**config, "data": {**config["data"], "train_split": "test"}})
+        preparation.open_data({**config, "data": {**config["data"], "train_split": "test"}})
 
 
 class Flat:
@@ -317,15 +317,15 @@ def test_evaluate_counts_every_pixel_that_is_not_void(batch_size):
     labels = [0, 2, 1, 1, 0]
     masks = [rng.choice(np.uint8([0, 1, 2, 255]), (3 + i, 9 - i)) for i in range(5)]
     source = Flat(labels, masks)
-    scores = runs.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size)
+    scores = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size)
     np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
     assert scores.refined is None and scores.samples == []
-    scores = runs.evaluate(grey_level_segmenter(), source, crf=True, num_samples=3, batch_size=batch_size)
+    scores = evaluation.evaluate(grey_level_segmenter(), source, crf=True, num_samples=3, batch_size=batch_size)
     np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
     np.testing.assert_array_equal(scores.refined, confusion_by_hand([(k + 1) % 3 for k in labels], masks))
     assert [image[0, 0, 0] // 10 for image, *_ in scores.samples] == [labels[0], labels[2], labels[4]]
     for (_, truth, plain, refined), i in zip(scores.samples, (0, 2, 4), strict=True):
         np.testing.assert_array_equal(truth, masks[i])
         assert set(plain.flat) == {labels[i]} and set(refined.flat) == {(labels[i] + 1) % 3}
-    given = runs.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size, use_tags=True)
+    given = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size, use_tags=True)
     np.testing.assert_array_equal(given.plain, confusion_by_hand([0] * 5, masks))

@@ -1,0 +1,287 @@
+"""From a configuration to what training starts from: data, frozen features, classifier, evidence (floor 7)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcrf_jax import training
+from lcrf_jax.checkpoints import library_versions, params_digest
+from lcrf_jax.crf import mean_field
+from lcrf_jax.data.cache import default_directory
+from lcrf_jax.data.pipeline import ViewDataset
+from lcrf_jax.data.sources import open_source
+from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier
+from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
+from lcrf_jax.nets.network import Network, backbone_variables, build_network
+from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
+from lcrf_jax.runlog import image_progress, say
+
+
+class Prepared(NamedTuple):
+    """What training starts from: everything that does not change in it.
+
+    Attributes:
+      config: the configuration, a plain dict.
+      train, val: sources; `val` has masks, or is None where there are none.
+      network: the inference network.
+      variables: of its frozen backbone.
+      digest: sha256 of the backbone's weights.
+      views: records of the training images: cached features or images.
+      classifier: the frozen tag classifier, or None where the method needs none.
+      maps: ClassMaps of the training images, or None.
+    """
+
+    config: dict
+    train: Any
+    val: Any
+    network: Network
+    variables: Any
+    digest: str
+    views: Any
+    classifier: TagClassifier | None
+    maps: Any
+
+    @property
+    def grid(self):
+        """Cells along a side of the logits."""
+        return self.config["input_size"] // self.network.stride
+
+
+class Round(NamedTuple):
+    """One round of training: steps first_step to last_step of the run, with a fresh optimiser.
+
+    Attributes:
+      number: 0 for the class maps of the tag classifier, 1 and up for the posteriors of the round before.
+      first_step, last_step: steps done before and after it.
+      steps_per_epoch: whole batches in an epoch.
+      epochs: length.
+    """
+
+    number: int
+    first_step: int
+    last_step: int
+    steps_per_epoch: int
+    epochs: int
+
+
+def planned_rounds(config, num_images):
+    """The rounds of a configuration, with their steps.
+
+    Args:
+      config: dict with "epochs", the length of each round, "method" (only "latent_crf" has more than one round) and
+        "batch_size".
+      num_images: images in the training split.
+
+    Returns:
+      List of Round.
+
+    Raises:
+      ValueError: if the images do not fill one batch, or a round has no epochs.
+    """
+    steps_per_epoch = num_images // config["batch_size"]
+    if not steps_per_epoch:
+        size = config["batch_size"]
+        raise ValueError(f"batch_size: {num_images} training images do not fill one batch of {size}; lower it")
+    epochs = config["epochs"] if config["method"] == "latent_crf" else [sum(config["epochs"])]
+    if not epochs or min(epochs) < 1:
+        raise ValueError(f"epochs: expected one or more rounds of at least one epoch, got {config['epochs']}")
+    rounds, step = [], 0
+    for number, length in enumerate(epochs):
+        end = step + length * steps_per_epoch
+        rounds.append(Round(number, step, end, steps_per_epoch, length))
+        step = end
+    return rounds
+
+
+def open_data(config):
+    """The training source (tags only, unless the method is fully supervised) and the source of the validation masks.
+
+    Args:
+      config: dict with "data" ("kind", "root", "train_split", "val_split", "options") and "method".
+
+    Returns:
+      (train, val); val is None if the folder has no such split or no masks for it.
+
+    Raises:
+      FileNotFoundError: if the training data is missing.
+      ValueError: if it is not as expected; the message names the file.
+    """
+    if config["method"] not in training.OBJECTIVES:
+        raise ValueError(f"method: expected one of {sorted(training.OBJECTIVES)}, got {config['method']!r}")
+    data = config["data"]
+    options = {"root": data["root"], **data["options"]}
+    train = open_source(data["kind"], data["train_split"], masks=config["method"] == "full_supervision", **options)
+    try:
+        val = open_source(data["kind"], data["val_split"], masks=True, **options) if data["val_split"] else None
+    except FileNotFoundError as error:
+        say(f"no validation: {error}")
+        val = None
+    return train, val
+
+
+def prepare(config):
+    """Open the data, load the backbone, cache its features, fit the tag classifier and compute the class maps.
+
+    Args:
+      config: dict, see `experiments/configs`.
+
+    Returns:
+      Prepared.
+
+    Raises:
+      FileNotFoundError, ValueError: if data or weights are missing or unfit; the message says which and what to do.
+    """
+    train, val = open_data(config)
+    description = {**config["network"], "num_classes": len(train.class_names)}
+    network, (variables, digest) = build_network(description), backbone_variables(description)
+    size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
+    if size % 32:
+        raise ValueError(f"input_size: expected a multiple of 32, got {size}")
+    several = len(planned_rounds(config, len(train))) > 1
+    if several and (config["views"]["num_views"] < 2 or not config["cache"]["features"]):
+        raise ValueError("rounds on posteriors need cache.features=True and views.num_views of at least 2")
+    views = ViewDataset(train, size=size, **config["views"])
+    whole = views if config["cache"]["features"] else ViewDataset(train, 1, size)
+    with image_progress("features", len(whole)) as done:
+        cached = CachedViews(whole, network, variables, digest, directory=directory, progress=done)
+    views = cached if config["cache"]["features"] else views
+    base = Prepared(config, train, val, network, variables, digest, views, None, None)
+    if config["method"] == "full_supervision":
+        return base
+    classifier, scores = fitted_classifier(
+        network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"]
+    )
+    say(precision_line("training", train, scores))
+    identity = {
+        "weights": digest,
+        "network": {key: description[key] for key in ("backbone", "last_stride")},
+        "classifier": params_digest(classifier._asdict()),
+        "views": whole.identity,
+    }
+    with image_progress("class maps", len(train) * len(config["class_maps"]["extra_sizes"])) as done:
+        maps = class_maps(
+            train, cached, network, variables, classifier.weights, **config["class_maps"], identity=identity,
+            directory=directory, progress=done,
+        )
+    return base._replace(classifier=classifier, maps=maps)
+
+
+def precision_line(split, source, scores):
+    """The tag classifier's average precision in one line.
+
+    Args:
+      split: name of the split, for the line.
+      source: images; only their tags are used.
+      scores: [N, K - 1] logits of the classifier.
+
+    Returns:
+      str.
+    """
+    values = average_precision(scores, source.tags[:, 1:])
+    each = ", ".join(f"{name} {value:.3f}" for name, value in zip(source.class_names[1:], values))
+    return f"tag classifier, average precision on {split} tags: mean {np.nanmean(values):.3f} ({each})"
+
+
+def training_records(prepared, evidence=None):
+    """The records of a round: views with the maps that its likelihood needs.
+
+    Args:
+      prepared: Prepared.
+      evidence: [N, g, g, K] per-pixel evidence of an earlier round, or None for the class maps.
+
+    Returns:
+      Random access to records.
+    """
+    if prepared.maps is None:
+        return prepared.views
+    constants = {}
+    if evidence is not None:
+        maps = {"pixel_evidence": evidence}
+    else:
+        bias = np.asarray(prepared.classifier.bias, np.float32)
+        maps = {"class_maps": prepared.maps.maps}
+        constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
+    options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}
+    return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.grid, view_options=options)
+
+
+def posterior_evidence(prepared, params, settings):
+    """Mean-field posteriors of the training images under a trained network, given their tags.
+
+    The network's log-probabilities of the whole image and of its mirror image are averaged, classes that are not tagged
+    are excluded, and mean field runs on the grid of the logits.
+
+    Args:
+      prepared: Prepared, with cached features and at least the views 0 and 1.
+      params: decoder parameters.
+      settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations",
+        "unary_weight" and "tempering": the log-posterior is multiplied by it.
+
+    Returns:
+      [N, g, g, K] float16, positive, summing to one over the classes.
+    """
+    network, views, tags = prepared.network, prepared.views, prepared.train.tags
+    kernel_params = scaled(KernelParams(**settings["kernel"]), network.stride)
+
+    def one(plain, mirrored, guide, present):
+        log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
+        unary = jnp.where(present, settings["unary_weight"] * log_probs, -1e4).reshape(-1, log_probs.shape[-1])
+        kernel = dense_kernel(guide, kernel_params)
+        posterior = mean_field(unary, kernel, num_iterations=settings["num_iterations"])
+        return jax.nn.softmax(settings["tempering"] * posterior).reshape(log_probs.shape)
+
+    @jax.jit
+    def batch(plain, mirrored, guide, present):
+        both = [network.logits(params, prepared.variables, features) for features in (plain, mirrored)]
+        return jax.lax.map(lambda row: one(*row), (*both, guide.astype(jnp.float32), present))
+
+    rows = []
+    with image_progress("posteriors", len(tags)) as done:
+        for start in range(0, len(tags), 32):
+            part = slice(start, start + 32)
+            inputs = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
+            rows.append(np.asarray(batch(*inputs, views.tap("guide")[part], tags[part]), np.float16))
+            done(len(rows[-1]))
+    return np.concatenate(rows)
+
+
+def segmenter_description(config, class_names, digest):
+    """What inference has to know beside the parameters; it is stored as config.json.
+
+    Args:
+      config: the configuration of the run.
+      class_names: names of the K classes, background first.
+      digest: sha256 of the backbone's weights.
+
+    Returns:
+      dict that JSON can hold.
+    """
+    supervision = {"latent_crf": "image tags", "full_supervision": "masks"}[config["method"]]
+    return {
+        "class_names": list(class_names),
+        "network": {**config["network"], "num_classes": len(class_names)},
+        "preprocessing": "RGB in 0..255, resized to a square (bicubic), (x - 127) / 128",
+        "inference": config["inference"],
+        "backbone_sha256": digest,
+        "supervision": supervision,
+        "training": config,
+        "versions": library_versions(),
+    }
+
+
+def inference_params(prepared, params):
+    """All that a checkpoint for inference holds.
+
+    Args:
+      prepared: Prepared.
+      params: decoder parameters.
+
+    Returns:
+      dict of NumPy arrays: "backbone", "decoder" and, where there is one, "classifier".
+    """
+    stored = {"backbone": prepared.variables, "decoder": params}
+    if prepared.classifier is not None:
+        stored["classifier"] = prepared.classifier._asdict()
+    return jax.tree.map(np.asarray, stored)
