@@ -118,7 +118,8 @@ def _train_round(prepared, this, state, data_state, evidence, checkpoints, write
         loader.set_state(data_state)
     batches = device_prefetch(loader, NamedSharding(mesh, P("data")))
     first = this.first_step + int(state.step)
-    title = f"round {this.number + 1}" if len(config["epochs"]) > 1 else "train"
+    several = len(planned_rounds(config, len(prepared.train))) > 1
+    title = f"round {this.number + 1}" if several else "train"
     with Progress(this.last_step, first_step=first, title=title) as bar:
         for step in range(first + 1, this.last_step + 1):
             batch = training.numeric_arrays(next(batches))
