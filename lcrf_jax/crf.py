@@ -356,7 +356,7 @@ def mean_field(unary_logits, kernel, *, num_iterations=10, compatibility=None):
     return jax.lax.fori_loop(0, num_iterations, updated, jax.nn.log_softmax(unary_logits, axis=-1))
 
 
-def refine(image, logits, params, *, num_iterations=10, capacity=None):
+def refine(image, logits, params, *, num_iterations=10, valid=None, capacity=None):
     """Mean field of the dense CRF on an image at its own size, with a network's output as the unary.
 
     Builds `image_kernel` (symmetric normalisation, self-pairs left out, Potts) and runs `mean_field`
@@ -368,6 +368,7 @@ def refine(image, logits, params, *, num_iterations=10, capacity=None):
       logits: [H, W, K] unnormalised log-probabilities at the size of the image.
       params: `KernelParams` in pixels of this image.
       num_iterations: static number of mean-field updates.
+      valid: [H, W] bool, the pixels that belong to the image, see `image_kernel`; None is all.
       capacity: static number of lattice vertices; None is `lcrf_jax.lattice.default_capacity`.
     Returns:
       [H, W, K] log-probabilities. Every one is NaN if the image needed more lattice vertices than the
@@ -380,7 +381,7 @@ def refine(image, logits, params, *, num_iterations=10, capacity=None):
     height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
     remedy = "resize the logits to the image, height first, classes last"
     num_classes = check_shape("logits", logits, (height, width, "K"), remedy)[-1]
-    kernel = image_kernel(image, params, capacity=capacity)
+    kernel = image_kernel(image, params, valid=valid, capacity=capacity)
     unary_logits = promote_float(logits).reshape(height * width, num_classes)
     log_probs = mean_field(unary_logits, kernel, num_iterations=num_iterations)
     return log_probs.reshape(height, width, num_classes)

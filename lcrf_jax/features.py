@@ -124,7 +124,13 @@ def pooled_head(network, variables, s32, batch_size=64):
       [N, C'] float32 NumPy array.
     """
     pool = jax.jit(lambda taps: network.head(variables, {"s32": taps}).mean(axis=(1, 2)))
-    return np.concatenate([np.asarray(pool(s32[i : i + batch_size])) for i in range(0, len(s32), batch_size)])
+    return _in_batches(pool, s32, batch_size)
+
+
+def _in_batches(function, rows, batch_size=64):
+    """A function of a batch applied to many rows, part by part, as one NumPy array."""
+    parts = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+    return np.concatenate([np.asarray(function(part)) for part in parts])
 
 
 def map_functions(network, variables, weights, grid):
@@ -228,17 +234,14 @@ def class_maps(
     """
     from_tap, from_images = map_functions(network, variables, weights, grid)
 
-    def at_main_size(view):
-        s32 = views.tap("s32", view)
-        return np.concatenate([np.asarray(from_tap(s32[i : i + 64])) for i in range(0, len(s32), 64)])
-
     def at_size(size):
         records = _batched(_Squares(source, size), batch_size, progress)
         return np.concatenate([np.asarray(from_images(batch["image"]))[:count] for count, batch in records])
 
     def batches():
-        mirrored = at_main_size(1) if views.num_views > 1 else None
-        maps = mean_map(at_main_size(0), mirrored, [at_size(size) for size in extra_sizes])
+        plain = _in_batches(from_tap, views.tap("s32", 0))
+        mirrored = _in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
+        maps = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes])
         yield {"maps": maps.astype(np.float16)}
 
     key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
@@ -267,8 +270,7 @@ class MappedViews:
     def __getitem__(self, position):
         record = self._records[position]
         index = int(record["index"])
-        options = dict(self._view_options)
-        view = sample_view(options.pop("seed"), index, int(record["view"]), **options)
+        view = sample_view(index=index, view_number=int(record["view"]), **self._view_options)
         cut = {
             name: apply_view(np.asarray(maps[index], np.float32), view, (self._grid, self._grid))
             for name, maps in self._maps.items()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.crf import image_kernel, mean_field
+from lcrf_jax.crf import refine as refine_by_mean_field
 from lcrf_jax.features import square_image
 from lcrf_jax.kernels import KernelParams
 from lcrf_jax.nets.network import build_network
@@ -99,9 +99,10 @@ def make_segmenter(description, params):
 
     @functools.partial(jax.jit, static_argnames="capacity")
     def refine(log_probs, image, valid, capacity=None):
-        kernel = image_kernel(image.astype(jnp.float32), kernel_params, valid=valid, capacity=capacity)
-        unary = settings["unary_weight"] * log_probs.reshape(-1, log_probs.shape[-1])
-        return mean_field(unary, kernel, num_iterations=settings["num_iterations"]).reshape(log_probs.shape)
+        unary, num_iterations = settings["unary_weight"] * log_probs, settings["num_iterations"]
+        return refine_by_mean_field(
+            image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
+        )
 
     return Segmenter(
         tuple(description["class_names"]), tuple(settings["input_sizes"]), network_log_probs, enlarge, refine

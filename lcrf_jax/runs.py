@@ -49,9 +49,8 @@ def train(prepared, workdir, *, devices=None):
                 if done >= this.last_step:
                     continue
                 evidence = _evidence_of(prepared, workdir, this, state, done)
-                if done == this.first_step:
-                    start = _fresh_state(prepared, this, key, mesh)
-                    state = start._replace(params=state.params) if this.number else start
+                if this.number and done == this.first_step:
+                    state = _fresh_state(prepared, this, key, mesh)._replace(params=state.params)
                     data_state = None
                 state = _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh)
                 done = this.last_step

@@ -8,6 +8,19 @@ def options(**entries):
     return ConfigDict(entries)
 
 
+def kernel(bilateral_weight, bilateral_position_width, bilateral_colour_width, gaussian_weight, gaussian_position_width):
+    """The fields of `lcrf_jax.KernelParams`."""
+    return ConfigDict(
+        {
+            "bilateral_weight": bilateral_weight,
+            "bilateral_position_width": bilateral_position_width,
+            "bilateral_colour_width": bilateral_colour_width,
+            "gaussian_weight": gaussian_weight,
+            "gaussian_position_width": gaussian_position_width,
+        }
+    )
+
+
 def get_config():
     """The defaults."""
     config = ConfigDict()
@@ -65,12 +78,7 @@ def get_config():
     config.objective.entropy_weight = 1.0
     config.objective.pairwise_weight = 1.0
     config.objective.pairwise_warmup_epochs = 1.0
-    config.objective.kernel = ConfigDict()  # widths in pixels of the network's input
-    config.objective.kernel.bilateral_weight = 0.3
-    config.objective.kernel.bilateral_position_width = 80.0
-    config.objective.kernel.bilateral_colour_width = 13.0
-    config.objective.kernel.gaussian_weight = 0.1
-    config.objective.kernel.gaussian_position_width = 24.0
+    config.objective.kernel = kernel(0.3, 80.0, 13.0, 0.1, 24.0)  # in pixels of the network's input
 
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the
     # mean-field posteriors of the training images under the round before, given their tags.
@@ -79,12 +87,7 @@ def get_config():
     config.posterior.unary_weight = 1.0
     config.posterior.tempering = 1.0  # the log-posterior is multiplied by it
     config.posterior.num_iterations = 10
-    config.posterior.kernel = ConfigDict()  # widths in pixels of the network's input
-    config.posterior.kernel.bilateral_weight = 8.0
-    config.posterior.kernel.bilateral_position_width = 80.0
-    config.posterior.kernel.bilateral_colour_width = 13.0
-    config.posterior.kernel.gaussian_weight = 2.0
-    config.posterior.kernel.gaussian_position_width = 8.0
+    config.posterior.kernel = kernel(8.0, 80.0, 13.0, 2.0, 8.0)  # in pixels of the network's input
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3
@@ -102,10 +105,5 @@ def get_config():
     config.inference.mirror = True
     config.inference.unary_weight = 1.0
     config.inference.num_iterations = 10
-    config.inference.kernel = ConfigDict()  # widths in pixels of the photograph
-    config.inference.kernel.bilateral_weight = 8.0
-    config.inference.kernel.bilateral_position_width = 80.0
-    config.inference.kernel.bilateral_colour_width = 13.0
-    config.inference.kernel.gaussian_weight = 2.0
-    config.inference.kernel.gaussian_position_width = 3.0
+    config.inference.kernel = kernel(8.0, 80.0, 13.0, 2.0, 3.0)  # in pixels of the photograph
     return config

@@ -29,13 +29,11 @@ class Backbone(NamedTuple):
       variables: function without arguments to (variables, sha256 of the weights).
       head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32"
         alone.
-      preprocessing: what is done to an RGB image in 0..255, in words; the same for all.
     """
 
     module: Callable
     variables: Callable
     head: Callable
-    preprocessing: str = "RGB in 0..255, (x - 127) / 128"
 
 
 class SmallBackbone(nn.Module):
