@@ -1,17 +1,20 @@
 """Weakly supervised semantic segmentation with latent conditional random fields, in JAX.
 
-The library is built in floors; a file imports from lower floors only, and floors 0 to 3 are pure functions of one
+The library is built in floors; a file imports from lower floors only, and floors 0 to 5 are pure functions of one
 image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
 
-    0  numerics                              float promotion, entropies, checks
-    1  kernels, lattice, sampling, metrics   Gaussian filters, relaxed samples, IoU
-    2  crf, observation                      pairwise energy, KL to the prior, mean field; log p(y | z, x)
-    3  elbo                                  the bound
-    4  nets, data                            Flax networks, sources and batches
-    5  features, checkpoints, report, runlog frozen features of a source; run folders, pictures, metrics
-    6  training, inference                   the train step over a mesh of devices; images in, masks out
-    7  preparation, evaluation               what training starts from; scores
-    8  runs                                  training with checkpoints, validation and resuming
+    0   numerics                              float promotion, entropies, checks
+    1   kernels, anchors, hashing,            Gaussian filters; numbering distinct keys;
+        sampling, metrics                     relaxed samples; IoU
+    2   lattice, observation                  the permutohedral lattice; log p(y | z, x)
+    3   filters                               the pairwise kernel of an image, in three forms
+    4   crf                                   pairwise energy, KL to the prior, mean field
+    5   elbo                                  the bound
+    6   nets, data                            Flax networks, sources and batches
+    7   features, checkpoints, report, runlog frozen features of a source; run folders, pictures, metrics
+    8   training, inference                   the train step over a mesh of devices; images in, masks out
+    9   preparation, evaluation               what training starts from; scores
+    10  runs                                  training with checkpoints, validation and resuming
 
 Symbols, the same in code, docstrings and tests:
 
@@ -24,15 +27,9 @@ Symbols, the same in code, docstrings and tests:
     mu     [K, K]             label compatibility; Potts: mu(a, b) = [a != b]
 """
 
-from lcrf_jax.crf import (
-    exact_image_kernel,
-    image_kernel,
-    kl_to_prior,
-    mean_field,
-    pairwise_energy,
-    refine,
-)
+from lcrf_jax.crf import kl_to_prior, mean_field, pairwise_energy, refine
 from lcrf_jax.elbo import ElboTerms, gumbel_softmax_likelihood, mean_likelihood
+from lcrf_jax.filters import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
 from lcrf_jax.kernels import KernelParams, dense_kernel, filter_exact, gaussian_kernel, guide_features, scaled
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.observation import (
@@ -50,6 +47,7 @@ from lcrf_jax.sampling import categorical, gumbel_softmax, straight_through
 __all__ = [
     "ElboTerms",
     "KernelParams",
+    "anchor_image_kernel",
     "area",
     "categorical",
     "class_evidence",
@@ -68,6 +66,7 @@ __all__ = [
     "image_kernel",
     "iou_per_class",
     "kl_to_prior",
+    "lattice_image_kernel",
     "log_mean_exp",
     "max_pool",
     "mean_field",

@@ -1,4 +1,4 @@
-r"""The evidence lower bound of the latent CRF (floor 3).
+r"""The evidence lower bound of the latent CRF.
 
 .. math:: \log p(y|x) \ge E_q \log p(y|z,x) - KL(q \,\|\, p(z|x)) , \qquad
           KL = -H(q) + \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j + \log Z(x)
@@ -113,7 +113,8 @@ def elbo(
     Args:
       key: PRNG key of the samples.
       logits: [m, K] unnormalised log-probabilities of q.
-      kernel: [m, m] matrix or kernel object of `lcrf_jax.crf`; its weights are those of the pairwise term.
+      kernel: [m, m] matrix or kernel object of `lcrf_jax.filters`; its weights are those of the pairwise term.
+        None is a prior without pairs, whose energy is 0.
       log_likelihood: function from labels [m, K] to log p(y|z,x), a scalar; see `lcrf_jax.observation`.
       estimator: how E_q log p(y|z,x) is estimated: `gumbel_softmax_likelihood` or another function of
         (key, logits, log_likelihood); bind a temperature and a number of samples with functools.partial.
@@ -131,9 +132,11 @@ def elbo(
     logits = promote_float(logits)
     expected_log_likelihood = estimator(key, logits, log_likelihood)
     check_shape("log_likelihood", expected_log_likelihood, (), "return one number for all tags together")
+    probs = jax.nn.softmax(logits, axis=-1)
+    energy = 0.0 if kernel is None else pairwise_energy(probs, kernel, compatibility=compatibility)
     return ElboTerms(
         log_likelihood=expected_log_likelihood,
         entropy=entropy(logits).sum(),
-        pairwise_energy=pairwise_energy(jax.nn.softmax(logits, axis=-1), kernel, compatibility=compatibility),
+        pairwise_energy=jnp.asarray(energy, logits.dtype),
         log_partition=jnp.asarray(log_partition, logits.dtype),
     )

@@ -1,4 +1,4 @@
-"""Scores of a segmenter on images with masks (floor 7)."""
+"""Scores of a segmenter on images with masks."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Frozen features of a whole source: views for the decoder, class maps of the tag classifier (floor 5)."""
+"""Frozen features of a whole source: views for the decoder, class maps of the tag classifier."""
 
 from typing import NamedTuple
 
@@ -27,18 +27,20 @@ def guide_image(images, stride):
     return reduce(jnp.asarray(images, jnp.float32), "b (h i) (w j) c -> b h w c", "mean", i=stride, j=stride)
 
 
-def network_inputs(network, variables, images):
+def network_inputs(network, variables, images, guide_stride=None):
     """All that training takes from the images: the taps of the frozen backbone and the guide of the kernel.
 
     Args:
       network: lcrf_jax.nets.network.Network.
       variables: of its backbone.
       images: [B, S, S, 3] RGB 0..255.
+      guide_stride: pixels per cell of the guide; None is the grid of the logits.
 
     Returns:
-      dict from tap to [B, h, w, C] float32, and "guide" [B, h, w, 3] on the grid of the logits.
+      dict from tap to [B, h, w, C] float32, and "guide" [B, S / guide_stride, S / guide_stride, 3].
     """
-    return {**network.features(variables, images), "guide": guide_image(images, network.stride)}
+    guide = guide_image(images, guide_stride or network.stride)
+    return {**network.features(variables, images), "guide": guide}
 
 
 def _batched(records, batch_size, progress):
@@ -62,17 +64,29 @@ class CachedViews:
       variables: of its backbone.
       weights_digest: sha256 of the backbone's weights.
       directory: folder of the caches.
+      guide_stride: pixels of the view per cell of the guide; None is the grid of the logits.
       batch_size: images that pass the backbone at once.
       progress: called with the number of images after each batch.
     """
 
     def __init__(
-        self, views, network, variables, weights_digest, *, directory, batch_size=16, progress=lambda count: None
+        self,
+        views,
+        network,
+        variables,
+        weights_digest,
+        *,
+        directory,
+        guide_stride=None,
+        batch_size=16,
+        progress=lambda count: None,
     ):
         self.num_views, self._length = views.num_views, len(views)
         description = {key: network.description[key] for key in ("backbone", "last_stride", "taps")}
         identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
-        run = jax.jit(lambda images: network_inputs(network, variables, images))
+        if guide_stride not in (None, network.stride):
+            identity["guide_stride"] = guide_stride
+        run = jax.jit(lambda images: network_inputs(network, variables, images, guide_stride))
 
         def batches():
             for count, batch in _batched(views, batch_size, progress):

@@ -1,4 +1,4 @@
-"""Images in, masks out: a trained run as a segmenter of images of any size (floor 6)."""
+"""Images in, masks out: a trained run as a segmenter of images of any size."""
 
 import functools
 import math

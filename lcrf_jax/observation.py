@@ -1,4 +1,4 @@
-r"""Likelihoods log p(y | z, x) of the image tags given the pixel labels (floor 2).
+r"""Likelihoods log p(y | z, x) of the image tags given the pixel labels.
 
 None has a trainable parameter. `labels` z is [m, K]: one-hot rows, or points of the simplex (relaxed samples,
 probabilities), so that every function is defined and differentiable in between. `tags` y is [K] bool with

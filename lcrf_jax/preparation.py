@@ -1,4 +1,4 @@
-"""From a configuration to what training starts from: data, frozen features, classifier, evidence (floor 7)."""
+"""From a configuration to what training starts from: data, frozen features, classifier, evidence."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from lcrf_jax.crf import mean_field
 from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.sources import open_source
-from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier
+from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier, guide_image
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
 from lcrf_jax.nets.network import Network, backbone_variables, build_network
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
@@ -145,7 +145,10 @@ def prepare(config):
     views = ViewDataset(train, size=size, **config["views"])
     whole = views if config["cache"]["features"] else ViewDataset(train, 1, size)
     with image_progress("features", len(whole)) as done:
-        cached = CachedViews(whole, network, variables, digest, directory=directory, progress=done)
+        stride = guide_stride(config, network)
+        cached = CachedViews(
+            whole, network, variables, digest, directory=directory, guide_stride=stride, progress=done
+        )
     views = cached if config["cache"]["features"] else views
     base = Prepared(config, train, val, network, variables, digest, views, None, None)
     if config["method"] == "full_supervision":
@@ -207,6 +210,28 @@ def training_records(prepared, evidence=None):
     return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.grid, view_options=options)
 
 
+def guide_stride(config, network):
+    """Pixels of the input per cell of the image that the pairwise term sees.
+
+    Args:
+      config: the configuration of the run.
+      network: lcrf_jax.nets.network.Network.
+
+    Returns:
+      int: objective.pairwise_stride, or the stride of the logits where that is 0.
+
+    Raises:
+      ValueError: if it does not divide the stride of the logits.
+    """
+    stride = config["objective"]["pairwise_stride"] or network.stride
+    if stride < 1 or network.stride % stride:
+        raise ValueError(
+            f"objective.pairwise_stride: expected a divisor of {network.stride}, the stride of the logits, or 0, got "
+            f"{stride}; 1 is full resolution"
+        )
+    return stride
+
+
 def posterior_evidence(prepared, params, settings):
     """Mean-field posteriors of the training images under a trained network, given their tags.
 
@@ -224,6 +249,7 @@ def posterior_evidence(prepared, params, settings):
     """
     network, views, tags = prepared.network, prepared.views, prepared.train.tags
     kernel_params = scaled(KernelParams(**settings["kernel"]), network.stride)
+    ratio = network.stride // guide_stride(prepared.config, network)
 
     def one(plain, mirrored, guide, present):
         log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
@@ -235,7 +261,7 @@ def posterior_evidence(prepared, params, settings):
     @jax.jit
     def batch(plain, mirrored, guide, present):
         both = [network.logits(params, prepared.variables, features) for features in (plain, mirrored)]
-        return jax.lax.map(lambda row: one(*row), (*both, guide.astype(jnp.float32), present))
+        return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, ratio), present))
 
     rows = []
     with image_progress("posteriors", len(tags)) as done:

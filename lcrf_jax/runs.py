@@ -1,4 +1,4 @@
-"""Training from what was prepared: rounds, checkpoints, validation, resuming (floor 8)."""
+"""Training from what was prepared: rounds, checkpoints, validation, resuming."""
 
 import pathlib
 
@@ -15,6 +15,7 @@ from lcrf_jax.evaluation import evaluate
 from lcrf_jax.inference import make_segmenter
 from lcrf_jax.metrics import mean_iou
 from lcrf_jax.preparation import (
+    guide_stride,
     inference_params,
     planned_rounds,
     posterior_evidence,
@@ -107,7 +108,7 @@ def _train_round(prepared, this, state, data_state, evidence, checkpoints, write
         config["objective"], stride=network.stride, steps_per_epoch=this.steps_per_epoch
     )
     step_function = training.make_train_step(
-        network, prepared.variables, objective, _optimizer(config, this), mesh
+        network, prepared.variables, objective, _optimizer(config, this), mesh, guide_stride(config, network)
     )
     loader = make_loader(
         training_records(prepared, evidence), batch_size=config["batch_size"], seed=config["seed"] + this.number,

@@ -1,4 +1,4 @@
-r"""Samples of factorised categorical distributions, relaxed and exact (floor 1).
+r"""Samples of factorised categorical distributions, relaxed and exact.
 
 Every sample adds independent Gumbel noise to the logits; the largest one is then a sample of softmax(logits).
 """

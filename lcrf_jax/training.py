@@ -1,4 +1,4 @@
-"""A functional train step over a mesh of devices (floor 6).
+"""A functional train step over a mesh of devices.
 
 The step is a pure function (state, batch, key) -> (state, metrics). What it minimises is an objective: a function of
 one image, (key, logits, record, step) -> (loss, terms), mapped over the batch here and nowhere else.
@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcrf_jax import elbo, observation
-from lcrf_jax.crf import exact_image_kernel
+from lcrf_jax.crf import pairwise_energy
 from lcrf_jax.features import network_inputs
+from lcrf_jax.filters import FORMS, image_kernel
 from lcrf_jax.kernels import KernelParams, scaled
 
 
@@ -107,13 +108,16 @@ def _pixels(grid):
 def latent_crf_objective(config, *, stride, steps_per_epoch):
     """The negative bound of one image, divided by its number of cells, with the weights of the configuration.
 
-    With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it.
+    With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it. On a
+    guide finer than the logits the pairwise energy is that of the logits' bilinear interpolation, per pixel of the
+    guide, times the number of cells: the three terms keep their proportions.
 
     Args:
       config: Mapping with "likelihood" and "likelihood_options" (see `tag_log_likelihood`), "estimator" (a key of
         `lcrf_jax.elbo.ESTIMATORS`), "temperature", "num_samples", "likelihood_weight", "entropy_weight",
-        "pairwise_weight", "pairwise_warmup_epochs" and "kernel", the fields of `KernelParams` in pixels of the
-        network's input.
+        "pairwise_weight", "pairwise_warmup_epochs", "pairwise_stride" (pixels of the input per cell of the guide,
+        0 for the grid of the logits), "pairwise_form" (a key of `lcrf_jax.filters.FORMS`, or "" for the default)
+        and "kernel", the fields of `KernelParams` in pixels of the network's input.
       stride: pixels of the input per cell of the logits.
       steps_per_epoch: for the warm-up of the pairwise weight.
 
@@ -126,7 +130,9 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
     if config["estimator"] not in elbo.ESTIMATORS:
         known = sorted(elbo.ESTIMATORS)
         raise ValueError(f"objective.estimator: expected one of {known}, got {config['estimator']!r}")
-    kernel_params = scaled(KernelParams(**config["kernel"]), stride)
+    if config["pairwise_form"] not in ("", *FORMS):
+        raise ValueError(f"objective.pairwise_form: expected one of {sorted(FORMS)} or '', got {config['pairwise_form']!r}")
+    kernel_params = scaled(KernelParams(**config["kernel"]), config["pairwise_stride"] or stride)
     estimator = functools.partial(
         elbo.ESTIMATORS[config["estimator"]],
         temperature=config["temperature"],
@@ -134,12 +140,17 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
     )
     warmup_steps = config["pairwise_warmup_epochs"] * steps_per_epoch
 
-    def objective(key, logits, record, step):
+    def energy_per_cell(logits, guide):
         # The kernel holds no parameter, and its gradient would double the cost of the step.
-        kernel = jax.lax.stop_gradient(exact_image_kernel(record["guide"].astype(jnp.float32), kernel_params))
-        terms = elbo.elbo(key, _pixels(logits), kernel, tag_log_likelihood(config, record), estimator=estimator)
-        ramp = jnp.minimum(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        kernel = jax.lax.stop_gradient(image_kernel(guide, kernel_params, form=config["pairwise_form"] or None))
+        fine = jax.image.resize(logits, (*guide.shape[:2], logits.shape[-1]), "linear")
+        return pairwise_energy(jax.nn.softmax(_pixels(fine), axis=-1), kernel) / (guide.shape[0] * guide.shape[1])
+
+    def objective(key, logits, record, step):
+        terms = elbo.elbo(key, _pixels(logits), None, tag_log_likelihood(config, record), estimator=estimator)
         num_cells = logits.shape[0] * logits.shape[1]
+        terms = terms._replace(pairwise_energy=num_cells * energy_per_cell(logits, record["guide"]))
+        ramp = jnp.minimum(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         loss = -(
             config["likelihood_weight"] * terms.log_likelihood
             + config["entropy_weight"] * terms.entropy
@@ -179,7 +190,7 @@ def full_supervision_objective(config, *, stride, steps_per_epoch):
 OBJECTIVES = {"latent_crf": latent_crf_objective, "full_supervision": full_supervision_objective}
 
 
-def make_train_step(network, variables, objective, optimizer, mesh):
+def make_train_step(network, variables, objective, optimizer, mesh, guide_stride=None):
     """The jitted step, spread over the mesh with shard_map: the batch is split, the gradients are averaged.
 
     Every image draws from its own key, so the result does not depend on the number of devices, but for the order of
@@ -191,11 +202,11 @@ def make_train_step(network, variables, objective, optimizer, mesh):
       objective: function (key, logits [h, w, K], record, step) -> (loss, dict of scalars).
       optimizer: optax.GradientTransformation.
       mesh: mesh with the axis "data"; the batch must divide by its size.
+      guide_stride: pixels per cell of the guide made of "image"; None is the grid of the logits.
 
     Returns:
       Function (state, batch, key) -> (state, metrics), metrics being scalars averaged over the batch. `state` is
-        donated. The key of the
-      step is fold_in(key, state.step), so a resumed run draws the same numbers.
+        donated. The key of the step is fold_in(key, state.step), so a resumed run draws the same numbers.
     """
 
     def image_loss(params, key, record, step):
@@ -207,7 +218,7 @@ def make_train_step(network, variables, objective, optimizer, mesh):
     def shard_step(params, keys, batch, step):
         records = {name: value for name, value in batch.items() if name != "image"}
         if "image" in batch:
-            records.update(network_inputs(network, variables, batch["image"]))
+            records.update(network_inputs(network, variables, batch["image"], guide_stride))
 
         def batch_loss(params):
             losses, terms = jax.vmap(image_loss, in_axes=(None, 0, 0, None))(params, keys, records, step)

@@ -31,10 +31,8 @@ def dense_kernel(image, params, normalisation):
     ):
         kernel = gaussian_kernel(features)
         sums = kernel.sum(axis=1)
-        for i, j in np.ndindex(kernel.shape):
-            divisors = {"none": 1.0, "row": sums[i], "symmetric": np.sqrt(sums[i] * sums[j])}
-            kernel[i, j] /= divisors[normalisation]
-        total = total + weight * kernel
+        divisors = {"none": 1.0, "row": sums[:, None], "symmetric": np.sqrt(np.outer(sums, sums))}
+        total = total + weight * kernel / divisors[normalisation]
     np.fill_diagonal(total, 0)
     return total
 
@@ -118,7 +116,8 @@ def kl_to_prior(probs, kernel, compatibility=None):
 
 def permutohedral_filter(features, values):
     """Splat, blur and slice on a dictionary of lattice points; with the integral of the Gaussian."""
-    features, values = np.float64(features), np.float64(values)
+    narrowing = 1.04
+    features, values = narrowing * np.float64(features), np.float64(values)
     d = features.shape[1]
     corners = d + 1
     elevation = np.zeros((corners, d))
@@ -140,7 +139,19 @@ def permutohedral_filter(features, values):
             for vertex, value in table.items()
         }
     sliced = np.array([sum(weight * table[vertex] for vertex, weight in simplex) for simplex in simplices])
-    return sliced * (2 * np.pi) ** (d / 2) * np.sqrt(corners) / (2**corners * 1.5 ** (d / 2)), len(table)
+    mass = 2**corners * (1.5 / narrowing**2) ** (d / 2) / np.sqrt(corners)
+    return sliced * (2 * np.pi) ** (d / 2) / mass, len(table)
+
+
+def cells(features, sizes):
+    """[m] number of the box of feature space that each row lies in, and the means of the rows in each box."""
+    members = {}
+    for i, feature in enumerate(features):
+        members.setdefault(tuple(np.floor(feature / np.asarray(sizes)).tolist()), []).append(i)
+    numbers = np.zeros(len(features), int)
+    for number, rows in enumerate(members.values()):
+        numbers[rows] = number
+    return numbers, np.array([np.mean(features[rows], axis=0) for rows in members.values()])
 
 
 def _simplex(point):

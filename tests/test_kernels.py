@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 from lcrf_jax.kernels import (
     NORMALISATIONS,
     KernelParams,
+    colours,
     dense_kernel,
     filter_exact,
     gaussian_kernel,
@@ -76,7 +77,7 @@ def test_self_pairs_are_in_the_row_sums_and_removed_last():
 
 
 def test_kernel_does_not_see_a_shift_of_colours_and_follows_a_flip():
-    image = reference.smooth_image(4, 5, 6)
+    image = reference.smooth_image(4, 5, 6) / 2
     kernel = np.asarray(dense_kernel(image, PARAMS))
     np.testing.assert_allclose(dense_kernel(image + 40, PARAMS), kernel, rtol=1e-4, atol=1e-6)
     flipped = np.asarray(dense_kernel(image[::-1, ::-1], PARAMS))
@@ -117,6 +118,78 @@ def test_extremes_are_finite():
     np.testing.assert_allclose(dense_kernel(black_and_white, narrow), 0, atol=1e-30)
     constant = dense_kernel(np.full((3, 3, 3), 7.0), KernelParams(1.0, 1e6, 13.0, 0.0, 3.0))
     np.testing.assert_allclose(constant, (1 - np.eye(9)) / 9, rtol=1e-5)
+
+
+def test_images_in_other_ranges_are_the_same_image():
+    image = reference.smooth_image(8, 4, 5)
+    kernel = jax.jit(lambda x: dense_kernel(x, PARAMS, colour_max=1))(image / 255)
+    np.testing.assert_allclose(kernel, reference.dense_kernel(image, PARAMS, "symmetric"), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(jax.jit(lambda x: colours(x, colour_max=1.0))(image / 255), image, rtol=1e-6)
+    sixteen_bits = np.round(image * 257).astype(np.uint16)
+    np.testing.assert_allclose(colours(sixteen_bits, colour_max=65535), image, atol=0.01)
+    # What is known under jit is not traced.
+    np.testing.assert_allclose(jax.jit(lambda: colours(image / 255, colour_max=1.0))(), image, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int32", "float16", "bfloat16", "float32"])
+def test_colours_are_floats(dtype):
+    image = np.arange(24).reshape(2, 4, 3).astype(jnp.dtype(dtype))
+    colour_max = 1 if dtype == "bool" else 255
+    got = colours(image, colour_max=colour_max)
+    assert got.dtype == jnp.float32
+    np.testing.assert_array_equal(got, image.astype(np.float32) * (255 / colour_max))
+
+
+def test_what_may_be_dark_or_no_image_is_let_through():
+    black = np.zeros((2, 2, 3))
+    for image, colour_max in [
+        (black, 255), (black, 1.0), (black + 0.5, 255), (np.arange(12).reshape(2, 2, 3) % 2, 255), (black + 255, 255),
+        (black + 1, 1), (black - 7, None), (black + 1e6, None), (black + np.nan, None),
+    ]:
+        np.testing.assert_allclose(colours(image, colour_max=colour_max), image * (255 if colour_max == 1 else 1))
+    traced = jax.jit(lambda x: colours(x, colour_max=1.0))(black + 7)
+    np.testing.assert_allclose(traced, 7 * 255)
+
+
+FRACTIONS = np.linspace(0, 1, 12).reshape(2, 2, 3)
+
+
+@pytest.mark.parametrize(("image", "colour_max", "message"), [
+    (FRACTIONS, 255, r"image: expected values in 0..255, got 0..1, .*pass colour_max=1"),
+    (np.float16(FRACTIONS), 255, "pass colour_max=1"),
+    (jnp.asarray(FRACTIONS, jnp.bfloat16), 255.0, "pass colour_max=1"),
+    (FRACTIONS > 0.5, 255, "pass colour_max=1"),
+    (255 * FRACTIONS, 65535, "pass colour_max=1"),
+    (255 * FRACTIONS, 1.0, r"expected values in 0..1.0, got 0..255; pass colour_max=255"),
+    (np.uint8(255 * FRACTIONS), 1, r"image: expected floats in 0..1, got integers; pass colour_max=255"),
+    (np.uint8(FRACTIONS), 1.0, "got integers"),
+    (np.where(FRACTIONS > 0.8, np.nan, 90.0), 255, r"expected values in 0..255, got nan..nan"),
+    (np.where(FRACTIONS > 0.8, np.inf, 90.0), 255, "got 90..inf"),
+    (90 * FRACTIONS - 1, 255, r"got -1..89"),
+    (256 * FRACTIONS, 255, r"got 0..256"),
+    (np.arange(12).reshape(2, 2, 3) - 1, 255, r"got -1..10"),
+    (255 * FRACTIONS, 0, "colour_max: expected a finite number > 0, got 0"),
+    (255 * FRACTIONS, -255.0, "colour_max"),
+    (255 * FRACTIONS[0], 255, r"image: expected shape \[H, W, C\], got \[2, 3\]"),
+])
+def test_colours_that_cannot_be_right_are_told(image, colour_max, message):
+    with pytest.raises(ValueError, match=message):
+        colours(image, colour_max=colour_max)
+
+
+def test_integers_that_a_colour_max_of_one_forbids_are_told_under_jit():
+    with pytest.raises(ValueError, match="got integers"):
+        jax.jit(lambda x: colours(x, colour_max=1))(np.zeros((2, 2, 3), np.uint8))
+
+
+def test_a_width_for_each_channel():
+    image = reference.smooth_image(9, 3, 4)
+    widths = [13.0, 5.0, 40.0]
+    expected = reference.guide_features(image, 3.0, np.array(widths))
+    for given in (widths, tuple(widths), np.array(widths), jnp.array(widths)):
+        np.testing.assert_allclose(guide_features(image, position_width=3.0, colour_width=given), expected, rtol=1e-5)
+    traced = jax.jit(lambda x, w: guide_features(x, position_width=3.0, colour_width=w))(image, np.array(widths))
+    np.testing.assert_allclose(traced, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block_size", [None, 1, 7, 64, 1000])
@@ -170,6 +243,10 @@ def test_separable_filter_under_vmap_equals_a_loop():
     (lambda: gaussian_kernel(np.zeros((3, 2)), np.zeros((3, 4))), r"features_b: expected shape \[n, 2\]"),
     (lambda: filter_exact(np.zeros((3, 2)), np.zeros((4, 1))), r"values: expected shape \[3, K\]"),
     (lambda: filter_exact(np.zeros((3, 2)), np.zeros((3, 1)), block_size=0), "block_size"),
+    (lambda: guide_features(np.zeros((2, 2, 3)), position_width=1.0, colour_width=(1.0, 2.0)),
+     r"colour_width: expected shape \[3\], got \[2\]"),
+    (lambda: guide_features(np.zeros((2, 2, 2)), position_width=1.0, colour_width=(1.0, 0.0)), "colour_width.*got 0"),
+    (lambda: dense_kernel(FRACTIONS, PARAMS), "pass colour_max=1"),
     (lambda: gaussian_taps(0.0), "width"),
     (lambda: separable_filter(np.zeros((3, 3)), np.ones(3)), "values"),
     (lambda: separable_filter(np.zeros((3, 3, 1)), np.ones(4)), "odd number"),

@@ -24,7 +24,8 @@ KERNEL = {"bilateral_weight": 0.7, "bilateral_position_width": 80.0, "bilateral_
 EVIDENCE = {"background_level": 0.3, "sharpness": 2.0, "floor": 0.01}
 CONFIG = {"likelihood": "evidence", "likelihood_options": {"evidence": EVIDENCE}, "estimator": "gumbel_softmax",
           "temperature": 0.8, "num_samples": 2, "likelihood_weight": 1.7, "entropy_weight": 0.9,
-          "pairwise_weight": 0.6, "pairwise_warmup_epochs": 2.0, "kernel": KERNEL}
+          "pairwise_weight": 0.6, "pairwise_warmup_epochs": 2.0,
+          "pairwise_stride": 0, "pairwise_form": "", "kernel": KERNEL}
 OPTIONS = {
     "area": {"beta": 15.0, "foreground_share": 0.2, "background_share": 0.4},
     "evidence": EVIDENCE,

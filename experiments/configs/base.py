@@ -8,7 +8,9 @@ def options(**entries):
     return ConfigDict(entries)
 
 
-def kernel(bilateral_weight, bilateral_position_width, bilateral_colour_width, gaussian_weight, gaussian_position_width):
+def kernel(
+    bilateral_weight, bilateral_position_width, bilateral_colour_width, gaussian_weight, gaussian_position_width
+):
     """The fields of `lcrf_jax.KernelParams`."""
     return ConfigDict(
         {
@@ -78,6 +80,8 @@ def get_config():
     config.objective.entropy_weight = 1.0
     config.objective.pairwise_weight = 1.0
     config.objective.pairwise_warmup_epochs = 1.0
+    config.objective.pairwise_stride = 0  # pixels of the input per cell of the pairwise term; 0: as the logits; 1: all
+    config.objective.pairwise_form = ""  # exact, anchors or lattice; "" chooses by the number of cells
     config.objective.kernel = kernel(0.3, 80.0, 13.0, 0.1, 24.0)  # in pixels of the network's input
 
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the

@@ -1,4 +1,4 @@
-"""Arrays kept on disk between runs, found again by what they were made from (floor 4)."""
+"""Arrays kept on disk between runs, found again by what they were made from."""
 
 import hashlib
 import json

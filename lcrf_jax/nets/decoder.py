@@ -1,4 +1,4 @@
-"""The trainable part of the inference network: a U-Net-like decoder on frozen features (floor 4)."""
+"""The trainable part of the inference network: a U-Net-like decoder on frozen features."""
 
 from collections.abc import Mapping, Sequence
 

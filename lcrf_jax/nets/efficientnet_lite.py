@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a frozen feature extractor (floor 4).
+"""EfficientNet-Lite0 as a frozen feature extractor.
 
 Batch normalisation is folded into the convolutions when the weights are read (`lcrf_jax.nets.pretrained`), so
 the network is convolutions, biases and ReLU6 alone: no running statistics, no train/eval switch, nothing that

@@ -1,4 +1,4 @@
-"""The inference network: a frozen backbone and a trainable decoder, as plain functions (floor 4).
+"""The inference network: a frozen backbone and a trainable decoder, as plain functions.
 
 A network is described by a dict that JSON can hold, which is stored with every checkpoint:
 

@@ -1,4 +1,4 @@
-"""Published weights, read safely (floor 4).
+"""Published weights, read safely.
 
 A `.pth` file is a pickle with raw storages beside it. `read_torch_file` unpickles tensors, ordered dicts and
 nothing else, so a hostile file can raise an error but cannot run code; torch is not needed.

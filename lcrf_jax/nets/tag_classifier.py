@@ -1,4 +1,4 @@
-"""A linear multi-label classifier of image tags on frozen features (floor 4)."""
+"""A linear multi-label classifier of image tags on frozen features."""
 
 from typing import NamedTuple
 
