@@ -34,29 +34,30 @@ def _checked_compatibility(compatibility, num_classes):
     return (compatibility + compatibility.T) / 2
 
 
-def _energy_and_blurred(probs, kernel, compatibility):
-    """The energy, from what the kernel sums up first, and these sums after the blur, for the gradient."""
+def _energy_of_sums(probs, kernel, compatibility):
+    """The energy from what the kernel sums up first, without a result at every pixel."""
     splatted = kernel.splat(probs)
-    blurred = kernel.blur(splatted)
     mixed = jax.tree.map(lambda sums: _times_compatibility(sums, compatibility), splatted)
-    return sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(blurred), strict=True)) / 2, blurred
+    products = jax.tree.map(jnp.vdot, mixed, kernel.blur(splatted))
+    return sum(jax.tree.leaves(products)) / 2
 
 
 @jax.custom_vjp
 def _pairwise_energy(probs, kernel, compatibility):
-    return _energy_and_blurred(probs, kernel, compatibility)[0]
+    return _energy_of_sums(probs, kernel, compatibility)
 
 
 def _pairwise_energy_forward(probs, kernel, compatibility):
-    energy, blurred = _energy_and_blurred(probs, kernel, compatibility)
-    return energy, (blurred, probs, kernel, compatibility)
+    # With the gradient at hand its product with q is the cheapest way to the energy.
+    filtered = kernel.slice(kernel.blur(kernel.splat(probs)))
+    gradient = _times_compatibility(filtered, compatibility)
+    return jnp.vdot(probs, gradient) / 2, (gradient, probs, kernel, compatibility)
 
 
 def _pairwise_energy_backward(residuals, cotangent):
-    blurred, probs, kernel, compatibility = residuals
-    gradient = _times_compatibility(kernel.slice(blurred), compatibility)
+    gradient, probs, kernel, compatibility = residuals
     # The energy is linear in the kernel and in mu. Where nobody asks for these two, jit drops the work.
-    _, pull = jax.vjp(lambda *parts: _energy_and_blurred(probs, *parts)[0], kernel, compatibility)
+    _, pull = jax.vjp(functools.partial(_energy_of_sums, probs), kernel, compatibility)
     return (cotangent * gradient, *pull(cotangent))
 
 
@@ -70,9 +71,9 @@ def pairwise_energy(probs, kernel, *, compatibility=None):
 
     Each unordered pair counts once and i = j never does. An unordered pair sees only the symmetric parts of k
     and mu, and so does this function: with a kernel that is not symmetric k_ij stands for (k_ij + k_ji) / 2.
-    The value needs no slice (see `lcrf_jax.filters`), value and gradient in `probs` together a single
-    filtering, and the gradient is the exact one of this value. Gradients in the kernel (a dense matrix, or the float leaves of a kernel object) and in mu are
-    exact as well. Reverse mode only.
+    The value alone needs no slice (see `lcrf_jax.filters`), value and gradient in `probs` together a single
+    filtering, and the gradient is the exact one of this value. Gradients in a dense kernel, in the two weights of
+    an `ImageKernel` and in mu are exact as well; there are none in the arrays of a lattice. Reverse mode only.
 
     Args:
       probs: [m, K] probabilities, rows summing to 1 (not checked; the energy is defined without that).

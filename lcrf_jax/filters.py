@@ -359,15 +359,16 @@ def _assembled(image, params, bilateral, normalisation, counted):
     diagonal, gaussian = jnp.zeros_like(mask), None
     if bilateral is not None:
         form = _FORM_OF_TYPE[type(bilateral)]
+        diagonal = form.diagonal(bilateral)
         if normalisation != "none":
             table = form.blur(bilateral, form.splat(bilateral, mask[:, None]), symmetric=True)
             sums = form.slice(bilateral, table)[:, 0]
             if isinstance(bilateral, Anchors):
                 # A pixel far from all anchors lacks most of its self-pair, which is known to be 1.
-                sums = jnp.maximum(sums - form.diagonal(bilateral), 0) + 1
+                sums = jnp.maximum(sums - diagonal, 0) + 1
             bilateral_scale = _inverse_root(sums, mask)
         bilateral = form.scaled(bilateral, bilateral_scale)
-        diagonal = form.diagonal(bilateral)
+        diagonal = diagonal * jnp.square(bilateral_scale)
         if isinstance(bilateral, Lattice):
             overflowed = bilateral.num_vertices > bilateral.neighbours.shape[-1]
             if normalisation != "none":
@@ -459,13 +460,12 @@ def anchor_image_kernel(
     image, counted = _prepared(image, normalisation, valid, colour_max)
     bilateral = None
     if not _is_zero(params.bilateral_weight):
-        options = {} if num_anchors is None else {"num_anchors": num_anchors}
         bilateral = build_anchors(
             _guide(image, params)[:, 2:].reshape(image.shape),
             position_width=params.bilateral_position_width,
             colour_width=1.0,
+            num_anchors=num_anchors,
             valid=valid,
-            **options,
         )
     return _assembled(image, params, bilateral, normalisation, counted)
 

@@ -324,6 +324,17 @@ def test_labels_above_the_bound_of_the_kernel_are_kept_whatever_is_asked_for():
     np.testing.assert_allclose(jax.nn.log_softmax(log_probs[:, bucket], axis=-1), alone, atol=1e-4)
 
 
+def test_labels_above_what_is_asked_for_are_kept():
+    unary, kernel, kept = many_labels(8, 4)
+    unary[:, np.delete(np.arange(21), kept)[0]] = np.log(0.01)
+    unary = jax.nn.log_softmax(unary, axis=-1)
+    order = np.argsort(-unary.max(axis=0), stable=True)
+    for drop_below, bucket in ((0.02, 4), (0.005, 8)):
+        log_probs = np.asarray(mean_field(unary, kernel, num_iterations=5, drop_below=drop_below))
+        alone = mean_field(unary[:, order[:bucket]], kernel, num_iterations=5)
+        np.testing.assert_allclose(jax.nn.log_softmax(log_probs[:, order[:bucket]], axis=-1), alone, atol=1e-4)
+
+
 def test_dropping_with_few_labels_no_iterations_and_a_tolerance():
     for num_classes in (1, 2, 4):
         logits, kernel = random_case(14, num_classes=num_classes)
