@@ -106,8 +106,8 @@ def colours(image, *, colour_max=255.0):
       [H, W, C] float32 in 0..255, or float64 for a float64 image.
     Raises:
       ValueError: if `image` is not [H, W, C], `colour_max` is not positive, an integer image comes with a
-        colour_max of 1, or, where values are known, one is not in 0..colour_max or all that differ are
-        within the lowest 255th of it in an image of floats.
+        colour_max of 1, or, where values are known, one is not in 0..colour_max (a tenth more for floats, as
+        resampling overshoots) or all that differ are within the lowest 255th of it in an image of floats.
     References:
       None.
     """
@@ -120,8 +120,9 @@ def colours(image, *, colour_max=255.0):
         raise ValueError(f"image: expected floats in 0..{colour_max}, got integers; pass colour_max=255")
     if not isinstance(image, jax.core.Tracer):
         lowest, highest = float(np.min(np.asarray(image))), float(np.max(np.asarray(image)))
-        # Written so that NaN is refused as well.
-        if not (lowest >= 0 and highest <= colour_max):
+        # Resampled floats overshoot by a few per cent. Written so that NaN is refused as well.
+        slack = 0 if integers else 0.1
+        if not (lowest >= -slack * highest and highest <= (1 + slack) * colour_max):
             raise ValueError(
                 f"image: expected values in 0..{colour_max}, got {lowest:.4g}..{highest:.4g}; pass "
                 "colour_max=255 for 0..255, 1 for 0..1, or None for channels that are no colours"

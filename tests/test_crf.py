@@ -364,28 +364,46 @@ ON_DEVICES = {
 }
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
-def test_four_devices_equal_a_batch_on_one(form):
-    devices = jax.devices()[:4]
-    if len(devices) < 4:
-        pytest.skip("needs four devices: XLA_FLAGS=--xla_force_host_platform_device_count=4")
-    images = np.stack([reference.smooth_image(seed, 7, 9) for seed in range(4)])[..., :1].astype(np.float32)
-    logits = np.random.default_rng(8).normal(size=(4, 63, 7)).astype(np.float32)
-    logits[:, :, 3:] -= np.array([20, 20, 0, 20], np.float32)[:, None, None]
+def outcome_of(form):
+    """The energy of an image, its gradient, and what mean field makes of the logits, as a function."""
 
     def outcome(image, logits):
         kernel = image_kernel(image, COARSE, form=form)
         energy, gradient = jax.value_and_grad(pairwise_energy)(jax.nn.softmax(logits), kernel)
         return energy, gradient, mean_field(logits, kernel, num_iterations=3, **ON_DEVICES[form])
 
-    # The batch on one device; and image by image, as pmap does them.
-    expected = jax.jit(jax.vmap(outcome))(images, logits)
+    return outcome
+
+
+@functools.cache
+def on_one_device(form):
+    """Four images, logits of theirs, and the outcome of the batch."""
+    images = np.stack([reference.smooth_image(seed, 7, 9) for seed in range(4)])[..., :1].astype(np.float32)
+    logits = np.random.default_rng(8).normal(size=(4, 63, 7)).astype(np.float32)
+    logits[:, :, 3:] -= np.array([20, 20, 0, 20], np.float32)[:, None, None]
+    return images, logits, jax.jit(jax.vmap(outcome_of(form)))(images, logits)
+
+
+def spread_by_shard_map(function, devices):
     mesh = jax.sharding.Mesh(np.array(devices), ("image",))
     spec = jax.sharding.PartitionSpec("image")
-    spread = jax.shard_map(jax.vmap(outcome), mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec, spec))
-    for run in (jax.jit(spread), jax.pmap(outcome, devices=devices)):
-        for got, wanted in zip(run(images, logits), expected, strict=True):
-            np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    return jax.jit(jax.shard_map(jax.vmap(function), mesh=mesh, in_specs=(spec, spec), out_specs=(spec, spec, spec)))
+
+
+def spread_by_pmap(function, devices):
+    # Image by image, so that the batch on one device is compared with no batch as well.
+    return jax.pmap(function, devices=devices)
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("spread", [spread_by_shard_map, spread_by_pmap])
+def test_four_devices_equal_a_batch_on_one(form, spread):
+    devices = jax.devices()[:4]
+    if len(devices) < 4:
+        pytest.skip("needs four devices: XLA_FLAGS=--xla_force_host_platform_device_count=4")
+    images, logits, expected = on_one_device(form)
+    for got, wanted in zip(spread(outcome_of(form), devices)(images, logits), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_mean_field_takes_the_two_orders_of_a_lattice_in_turn():

@@ -92,6 +92,17 @@ def test_cached_records_are_those_of_the_network(tmp_path, masks):
             np.testing.assert_allclose(record[tap], expected[tap][0], rtol=2e-3, atol=1e-3)
 
 
+def test_the_guide_can_be_finer_than_the_logits(tmp_path):
+    _, coarse = cached(tmp_path, Pictures(), num_views=1)
+    views = ViewDataset(Pictures(), 1, SIZE, **VIEWS)
+    network, variables = network_and_variables()
+    fine = features.CachedViews(views, network, variables, "weights", directory=tmp_path, guide_stride=1)
+    assert fine[0]["guide"].shape == (SIZE, SIZE, 3)
+    np.testing.assert_array_equal(fine[2]["guide"], views[2]["image"])
+    assert coarse[0]["guide"].shape[0] == SIZE // network.stride
+    np.testing.assert_array_equal(fine[2]["s16"], coarse[2]["s16"])
+
+
 def test_a_tap_of_all_images_in_one_view(tmp_path):
     _, records = cached(tmp_path, Pictures())
     for view in range(3):

@@ -154,6 +154,11 @@ def test_what_may_be_dark_or_no_image_is_let_through():
 FRACTIONS = np.linspace(0, 1, 12).reshape(2, 2, 3)
 
 
+def test_what_resampling_overshoots_is_accepted():
+    image = 270 * FRACTIONS - 8
+    np.testing.assert_allclose(colours(image, colour_max=255), image, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("image", "colour_max", "message"), [
     (FRACTIONS, 255, r"image: expected values in 0..255, got 0..1, .*pass colour_max=1"),
     (np.float16(FRACTIONS), 255, "pass colour_max=1"),
@@ -165,8 +170,8 @@ FRACTIONS = np.linspace(0, 1, 12).reshape(2, 2, 3)
     (np.uint8(FRACTIONS), 1.0, "got integers"),
     (np.where(FRACTIONS > 0.8, np.nan, 90.0), 255, r"expected values in 0..255, got nan..nan"),
     (np.where(FRACTIONS > 0.8, np.inf, 90.0), 255, "got 90..inf"),
-    (90 * FRACTIONS - 1, 255, r"got -1..89"),
-    (256 * FRACTIONS, 255, r"got 0..256"),
+    (4 * FRACTIONS - 2, 255, r"got -2..2"),
+    (300 * FRACTIONS, 255, r"got 0..300"),
     (np.arange(12).reshape(2, 2, 3) - 1, 255, r"got -1..10"),
     (255 * FRACTIONS, 0, "colour_max: expected a finite number > 0, got 0"),
     (255 * FRACTIONS, -255.0, "colour_max"),

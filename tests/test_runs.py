@@ -243,6 +243,22 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
         np.testing.assert_allclose(result[index].reshape(-1, 7), expected, atol=2e-3)
 
 
+def test_a_run_with_a_pairwise_term_finer_than_the_logits(prepared, cache, tmp_path):
+    fine = preparation.prepare(small_config(cache, objective__pairwise_stride=4))
+    assert fine.views.tap("guide").shape == (24, 24, 24, 3) and prepared.views.tap("guide").shape == (24, 6, 6, 3)
+    averaged = fine.views.tap("guide").reshape(24, 6, 4, 6, 4, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(averaged, prepared.views.tap("guide"), atol=1)
+    runs.train(fine._replace(val=None), tmp_path)  # both rounds: the posteriors stay on the grid of the logits
+    energies = [record["train/pairwise_energy"] for record in lines(tmp_path)]
+    assert len(energies) > 2 and np.all(np.isfinite(energies)) and min(energies) > 0
+
+
+@pytest.mark.parametrize("stride", [3, 32, -1])
+def test_a_pairwise_stride_that_does_not_divide_is_told(prepared, stride):
+    with pytest.raises(ValueError, match=f"objective.pairwise_stride: expected a divisor of 16.*got {stride}"):
+        preparation.guide_stride(small_config("", objective__pairwise_stride=stride), prepared.network)
+
+
 def test_without_validation_the_newest_parameters_are_the_best(prepared, uninterrupted, tmp_path):
     runs.train(prepared._replace(val=None), tmp_path)
     assert not any("val/miou" in record for record in lines(tmp_path))

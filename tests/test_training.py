@@ -11,7 +11,7 @@ import pytest
 import reference
 
 from lcrf_jax import training
-from lcrf_jax.features import network_inputs
+from lcrf_jax.features import guide_image, network_inputs
 from lcrf_jax.kernels import KernelParams, scaled
 from lcrf_jax.nets.network import backbone_variables, build_network
 
@@ -159,6 +159,34 @@ def test_all_weights_one_is_the_negative_bound_per_cell():
     loss, _ = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(0))
     log_likelihood, entropy, energy = expected_terms("evidence", logits, given)
     np.testing.assert_allclose(loss, -(log_likelihood + entropy - energy) / GRID**2, rtol=2e-5)
+
+
+def bilinear(values, size):
+    """[h, w, C] as [size, size, C], float64, borders repeated."""
+    centres = np.clip((np.arange(size) + 0.5) * len(values) / size - 0.5, 0, len(values) - 1)
+    weights = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(len(values))))
+    return np.einsum("Hh,hwk,Ww->HWk", weights, np.float64(values), weights)
+
+
+@pytest.mark.parametrize(("stride", "form"), [(STRIDE // 2, "exact"), (STRIDE // 4, ""), (STRIDE // 4, "lattice")])
+def test_the_pairwise_term_on_a_finer_grid_than_the_logits(stride, form):
+    logits, given = random_logits(8), dict(record(2))
+    given["guide"] = np.asarray(guide_image(image_batch()["image"][2:3], stride)[0])
+    config = config_with(estimator="mean", pairwise_stride=stride, pairwise_form=form)
+    loss, terms = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(4))
+    fine = reference.softmax(bilinear(logits, SIZE // stride)).reshape(-1, NUM_CLASSES)
+    kernel = reference.dense_kernel(given["guide"], scaled(KernelParams(**KERNEL), stride), "symmetric")
+    energy = reference.pairwise_energy(fine, kernel) / len(fine)
+    np.testing.assert_allclose(terms["pairwise_energy"], energy, rtol=0.1 if form == "lattice" else 2e-4)
+    rest = -1.7 * terms["log_likelihood"] - 0.9 * terms["entropy"]
+    np.testing.assert_allclose(loss - rest, 0.6 * 5 / 20 * terms["pairwise_energy"], rtol=1e-4)
+    _, coarse = mean_objective("evidence")(jax.random.key(0), logits, record(2), jnp.int32(4))
+    assert abs(coarse["pairwise_energy"] / energy - 1) > 0.2
+
+
+def test_an_unknown_form_of_the_kernel_is_told():
+    with pytest.raises(ValueError, match="objective.pairwise_form: expected one of .*'lattice'.*got 'grid'"):
+        training.latent_crf_objective(config_with(pairwise_form="grid"), stride=STRIDE, steps_per_epoch=10)
 
 
 def test_samples_are_drawn_from_the_key_at_the_given_temperature():
