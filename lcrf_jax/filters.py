@@ -41,6 +41,7 @@ from lcrf_jax.anchors import (
 from lcrf_jax.kernels import NORMALISATIONS, colours, filter_exact, gaussian_taps, guide_features, separable_filter
 from lcrf_jax.lattice import (
     Lattice,
+    apply_lattice,
     blur_lattice,
     build_lattice,
     default_capacity,
@@ -100,11 +101,12 @@ class SpatialGaussian(NamedTuple):
 
 
 class _Form(NamedTuple):
-    """What `ImageKernel` needs of a form; `blur` has a flag for whether it has to be symmetric."""
+    """What `ImageKernel` needs of a form. `apply` is all three steps, with a blur that need not be symmetric."""
 
     splat: object
     blur: object
     slice: object
+    apply: object
     diagonal: object
     scaled: object
 
@@ -113,21 +115,22 @@ def _same(_, values):
     return values
 
 
+def _applied_anchors(anchors, values):
+    return slice_anchors(anchors, blur_anchors(anchors, splat_anchors(anchors, values)))
+
+
+def _applied_exact(exact, values):
+    return exact.scale[:, None] * filter_exact(exact.features, exact.scale[:, None] * values)
+
+
 _FORM_OF_TYPE = {
-    Lattice: _Form(splat_lattice, blur_lattice, slice_lattice, lattice_diagonal, scaled_lattice),
-    Anchors: _Form(
-        splat_anchors,
-        lambda anchors, coarse, symmetric: blur_anchors(anchors, coarse),
-        slice_anchors,
-        anchors_diagonal,
-        scaled_anchors,
-    ),
+    Lattice: _Form(splat_lattice, blur_lattice, slice_lattice, apply_lattice, lattice_diagonal, scaled_lattice),
+    Anchors: _Form(splat_anchors, blur_anchors, slice_anchors, _applied_anchors, anchors_diagonal, scaled_anchors),
     ExactGaussian: _Form(
         _same,
-        lambda exact, values, symmetric: (
-            exact.scale[:, None] * filter_exact(exact.features, exact.scale[:, None] * values)
-        ),
+        _applied_exact,
         _same,
+        _applied_exact,
         lambda exact: jnp.square(exact.scale),
         lambda exact, scale: exact._replace(scale=exact.scale * scale),
     ),
@@ -176,7 +179,7 @@ class ImageKernel(NamedTuple):
         bilateral, gaussian, values = splatted
         if self.bilateral is not None:
             form = _FORM_OF_TYPE[type(self.bilateral)]
-            blurred = _crossed(lambda table: form.blur(self.bilateral, table, symmetric=True), bilateral)
+            blurred = _crossed(lambda table: form.blur(self.bilateral, table), bilateral)
             bilateral = tuple(self.bilateral_weight * part for part in blurred)
         if self.gaussian is not None:
             blurred = _crossed(lambda table: _spatial_sum(self.gaussian, table), gaussian)
@@ -205,8 +208,7 @@ class ImageKernel(NamedTuple):
             bilateral = self.bilateral
             if isinstance(bilateral, Lattice):
                 bilateral = reversed_lattice(bilateral, backwards)
-            table = form.splat(bilateral, _sides(values, bilateral_scale)[-1])
-            product = form.slice(bilateral, form.blur(bilateral, table, symmetric=False))
+            product = form.apply(bilateral, _sides(values, bilateral_scale)[-1])
             total = total + self.bilateral_weight * _joined([product], bilateral_scale)
         if self.gaussian is not None:
             product = _spatial_sum(self.gaussian, _sides(values, gaussian_scale)[-1])
@@ -361,7 +363,7 @@ def _assembled(image, params, bilateral, normalisation, counted):
         form = _FORM_OF_TYPE[type(bilateral)]
         diagonal = form.diagonal(bilateral)
         if normalisation != "none":
-            table = form.blur(bilateral, form.splat(bilateral, mask[:, None]), symmetric=True)
+            table = form.blur(bilateral, form.splat(bilateral, mask[:, None]))
             sums = form.slice(bilateral, table)[:, 0]
             if isinstance(bilateral, Anchors):
                 # A pixel far from all anchors lacks most of its self-pair, which is known to be 1.

@@ -286,11 +286,18 @@ def _mass_correction(num_features):
     return (2 * math.pi) ** (num_features / 2) / lattice_mass
 
 
+def _cell_sums(lattice, values):
+    sums = jnp.zeros((lattice.weights.shape[1], values.shape[1]), values.dtype)
+    return varying_like(sums, values).at[lattice.cells].add(values, mode="drop")
+
+
 def _splatted(lattice, values):
+    return _vertex_sums(lattice, _cell_sums(lattice, values))
+
+
+def _vertex_sums(lattice, values):
     corners, size = lattice.weights.shape
     capacity, block = lattice.neighbours.shape[-1], min(_CELL_BLOCK, size)
-    sums = varying_like(jnp.zeros((size, values.shape[1]), values.dtype), values)
-    values = sums.at[lattice.cells].add(values, mode="drop")
 
     def corner(step, table):
         k, start = step % corners, step // corners * block
@@ -323,6 +330,22 @@ def _blurred(lattice, table):
 
 
 def _sliced(lattice, table):
+    cells = jnp.zeros((lattice.weights.shape[1], table.shape[1]), table.dtype)
+    return _sliced_over(varying_like(cells, table), lattice, table)
+
+
+def _filtered(lattice, values):
+    sums = _cell_sums(lattice, values)
+    # The results of the cells take the place of their sums: a large array less to clear and to hold.
+    return _sliced_over(sums, lattice, _blurred(lattice, _vertex_sums(lattice, sums)))
+
+
+def _filtered_backwards(lattice, values):
+    return _filtered(reversed_lattice(lattice), values)
+
+
+def _sliced_over(cells, lattice, table):
+    """The slice by way of the cells, in an array that holds anything before."""
     corners, size = lattice.weights.shape
     block = min(_CELL_BLOCK, size)
 
@@ -334,9 +357,8 @@ def _sliced(lattice, table):
         )
         return jax.lax.dynamic_update_slice_in_dim(values, rows, i * block, 0)
 
-    values = varying_like(jnp.zeros((size, table.shape[1]), table.dtype), table)
-    values = jax.lax.fori_loop(0, num_blocks(lattice.num_cells, block), read, values)
-    return values.at[lattice.cells].get(mode="fill", fill_value=0)
+    cells = jax.lax.fori_loop(0, num_blocks(lattice.num_cells, block), read, cells)
+    return cells.at[lattice.cells].get(mode="fill", fill_value=0)
 
 
 def _blurred_backwards(lattice, table):
@@ -363,6 +385,7 @@ def _linear_in_values(function, transpose):
 _splat = _linear_in_values(_splatted, _sliced)
 _slice = _linear_in_values(_sliced, _splatted)
 _blur_forwards = _linear_in_values(_blurred, _blurred_backwards)
+_filter = _linear_in_values(_filtered, _filtered_backwards)
 _blur_both_ways = _linear_in_values(_blurred_both_ways, _blurred_both_ways)
 
 
@@ -443,7 +466,10 @@ def apply_lattice(lattice, values, *, symmetric=False):
     References:
       Adams, Baek and Davis 2010, section 3.
     """
-    return slice_lattice(lattice, blur_lattice(lattice, splat_lattice(lattice, values), symmetric=symmetric))
+    if symmetric:
+        return slice_lattice(lattice, blur_lattice(lattice, splat_lattice(lattice, values)))
+    check_shape("values", values, (*lattice.cells.shape, "K"), _FLATTEN)
+    return _mass_correction(len(lattice.weights) - 1) * _filter(lattice, promote_float(values))
 
 
 def reversed_lattice(lattice, backwards=True):
