@@ -4,14 +4,17 @@ import importlib
 import pathlib
 import re
 
+import jax
 import jax.numpy as jnp
+
+import lcrf_jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_library_example_runs():
-    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 (our own README)
     assert names["gradient"].shape == (576, 4) and jnp.isfinite(names["gradient"]).all()
@@ -19,6 +22,15 @@ def test_the_library_example_runs():
     descent = -names["gradient"].sum(axis=0)
     assert descent[0] > 0 and descent[2] > 0 and descent[1] < 0 and descent[3] < 0
     assert names["labels"].shape == (576,)
+
+
+def test_the_example_of_the_dense_crf_runs():
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    image = jnp.zeros((12, 20, 3), jnp.uint8).at[:, 9:].set(200)
+    unary = jnp.where(image[:, :, :1] > 0, jnp.array([-1.0, 0.0]), jnp.array([0.0, -1.0])).at[3, 4].set(jnp.array([-1, 0]))
+    names = {"jax": jax, "lcrf_jax": lcrf_jax, "image": image, "log_probs": unary}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102 (our own README)
+    assert jnp.array_equal(names["log_probs"].argmax(-1), image[:, :, 0] > 0)
 
 
 def test_every_flag_and_config_of_the_commands_exists():
