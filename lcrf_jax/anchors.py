@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
+from lcrf_jax.numerics import check_number, check_shape, promote_float, squared_distances, varying_like
 
 __all__ = [
     "Anchors",
@@ -108,11 +108,6 @@ def _sampled(colours, valid):
     return colours[jnp.searchsorted(counted, wanted, side="right")]
 
 
-def _squared_distances(centres, points):
-    """[P, n] squared distances between [P, C] and [n, C]."""
-    return sum(jnp.square(centres[:, None, i] - points[None, :, i]) for i in range(points.shape[1]))
-
-
 def _chosen_centres(sample, num_anchors):
     """[P, C] anchors for a sample [n, C]: drawn where earlier ones leave most uncovered, then a few Lloyd steps.
 
@@ -128,7 +123,7 @@ def _chosen_centres(sample, num_anchors):
         uncovered = jnp.cumsum((1 - jnp.exp(-nearest)) ** _DRAW_POWER)
         drawn = jnp.searchsorted(uncovered, quantiles * uncovered[-1])
         drawn = sample[jnp.minimum(drawn, len(sample) - 1)]
-        return jnp.minimum(nearest, _squared_distances(drawn, sample).min(axis=0)), drawn
+        return jnp.minimum(nearest, squared_distances(drawn, sample).min(axis=0)), drawn
 
     far = varying_like(jnp.full_like(sample[:, 0], 1e9), sample)
     _, centres = jax.lax.scan(draw, far, length=num_rounds)
@@ -136,7 +131,7 @@ def _chosen_centres(sample, num_anchors):
     counted = jnp.concatenate([sample, jnp.ones_like(sample[:, :1])], axis=1)
 
     def lloyd(_, centres):
-        distances = _squared_distances(centres, sample)
+        distances = squared_distances(centres, sample)
         members = (distances <= distances.min(axis=0)).astype(sample.dtype)
         sums = jnp.matmul(members, counted, precision=_HIGHEST)
         return jnp.where(sums[:, -1:] > 0, sums[:, :-1] / jnp.maximum(sums[:, -1:], 1), centres)
@@ -146,7 +141,7 @@ def _chosen_centres(sample, num_anchors):
 
 def _inverse_root(centres):
     """[P, P] the inverse of the Cholesky factor of the Gaussian between the anchors."""
-    gaussian = jnp.exp(-_squared_distances(centres, centres) / 2)
+    gaussian = jnp.exp(-squared_distances(centres, centres) / 2)
     identity = jnp.eye(len(centres), dtype=centres.dtype)
     factor = jnp.linalg.cholesky(gaussian + _JITTER * identity)
 

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lcrf_jax.filters import as_kernel, lattice_image_kernel
+from lcrf_jax.filters import as_kernel, filter_symmetric, lattice_image_kernel
 from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float, varying_like
 
 __all__ = ["kl_to_prior", "mean_field", "pairwise_energy", "refine"]
@@ -49,8 +49,7 @@ def _pairwise_energy(probs, kernel, compatibility):
 
 def _pairwise_energy_forward(probs, kernel, compatibility):
     # With the gradient at hand its product with q is the cheapest way to the energy.
-    filtered = kernel.slice(kernel.blur(kernel.splat(probs)))
-    gradient = _times_compatibility(filtered, compatibility)
+    gradient = _times_compatibility(filter_symmetric(kernel, probs), compatibility)
     return jnp.vdot(probs, gradient) / 2, (gradient, probs, kernel, compatibility)
 
 
@@ -123,8 +122,9 @@ def mean_field(
     .. math:: q_i^{t+1} = \mathrm{softmax}\Bigl(u_i - \sum_{j \ne i} k_{ij}\,\mu\,q_j^t\Bigr), \qquad
               q_i^0 = \mathrm{softmax}(u_i)
 
-    All pixels are updated in parallel; a lattice takes its two orders of blurring in turn. A fixed point is a stationary point of `kl_to_prior` minus the
-    expected unary, if the kernel is symmetric. Self-pairs are left out.
+    All pixels are updated in parallel; a lattice takes its two orders of blurring in turn. A fixed point is a
+    stationary point of `kl_to_prior` minus the expected unary, if the kernel is symmetric. Self-pairs are left
+    out.
 
     Labels that are improbable everywhere can be dropped, which makes the iterations faster, about in
     proportion. With Potts, a kernel that is nowhere negative and row sums of at most R, a label with q^0 <= e
@@ -140,8 +140,7 @@ def mean_field(
       tolerance: stop early once no probability has changed by more than this, in 0..1; None never does.
       drop_below: drop labels with q^0 below this at every pixel, in 0..1, or below 1 / (2.72 R) if that is
         less; for Potts only. The number kept is rounded up to 4, 8, 16, ..., up to .6 K, or else to K, each
-        compiled for itself.
-        None drops none. Under vmap images are done one by one.
+        compiled for itself. None drops none. Under vmap images are done one by one.
     Returns:
       [m, K] log-probabilities; their argmax are the labels.
     Raises:
@@ -242,7 +241,7 @@ def refine(
       params: `KernelParams` in pixels of this image.
       num_iterations: static number of mean-field updates.
       valid: [H, W] bool, the pixels that belong to the image, see `lattice_image_kernel`; None is all.
-      capacity: static number of lattice vertices; None is `lcrf_jax.lattice.default_capacity`.
+      capacity: static number of lattice vertices; None chooses, see `lattice_image_kernel`.
       colour_max: the value of full colour in `image`: 255, or 1.
       drop_below: labels less probable than this at every pixel are left out of the iterations, see
         `mean_field`; None keeps all.

@@ -394,7 +394,7 @@ def _assembled(image, params, bilateral, normalisation, counted):
 
 
 def _inverse_root(sums, mask):
-    """sums^-1/2 where the mask is not 0. Exact row sums hold the self-pair, so what is below it is an error of the form."""
+    """sums^-1/2 where the mask is not 0, and 0 elsewhere."""
     return jnp.where(mask > 0, jax.lax.rsqrt(jnp.where(mask > 0, sums, 1)), 0)
 
 
@@ -492,8 +492,8 @@ def lattice_image_kernel(
       valid: [H, W] booleans, at least one of them true; pixels that are false, such as padding, have no pairs
         at all, and the others none with them. None means that all pixels count.
       colour_max: the value of full colour in `image`: 255, or 1.
-      capacity: static number of lattice vertices; None chooses by the widths, if these are Python numbers, at
-        most one per pixel, but never less than 65,536 unless fewer are always enough.
+      capacity: static number of lattice vertices; None chooses by the widths, if these are Python numbers, and
+        the pixels, within the bounds of `lcrf_jax.lattice.default_capacity`.
     Returns:
       An `ImageKernel`; `lattice_overflowed(kernel.bilateral)` tells whether the capacity sufficed.
     Raises:

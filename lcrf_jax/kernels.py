@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
+from lcrf_jax.numerics import check_number, check_shape, promote_float, squared_distances, varying_like
 
 __all__ = [
     "NORMALISATIONS",
@@ -209,11 +209,7 @@ def gaussian_kernel(features_a, features_b=None):
     features_b = features_a if features_b is None else features_b
     check_shape("features_b", features_b, ("n", dimensions), "both sets need the same features")
     a, b = promote_float(features_a), promote_float(features_b)
-    return jnp.exp(-_squared_distances(a, b) / 2)
-
-
-def _squared_distances(a, b):
-    return sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(a.shape[1]))
+    return jnp.exp(-squared_distances(a, b) / 2)
 
 
 def _normalised_symmetric(kernel):
@@ -310,7 +306,7 @@ def _filtered_in_blocks(block_size, exp, features, values):
 
     @jax.checkpoint  # or its derivative would hold the whole kernel
     def filtered(block):
-        kernel = exp(-_squared_distances(block, features) / 2)
+        kernel = exp(-squared_distances(block, features) / 2)
         return jnp.matmul(kernel, values, precision=jax.lax.Precision.HIGHEST)
 
     blocks = jax.lax.map(filtered, padded.reshape(num_blocks, rows, dimensions))

@@ -79,9 +79,9 @@ def default_capacity(num_pixels, num_features, *, share=1.0):
     """Vertices to provide for: one per pixel in large images, two up to 32,768 pixels, and 65,536 in between.
 
     d + 1 vertices a pixel is the hard upper bound, reached only if no two pixels share a corner; up to 16,384
-    vertices it is provided for: small images need more than two a pixel. Photographs of 500x375 pixels need .06 vertices a
-    pixel at widths of 80 pixels and 13 colour units (.10 at most in a sample of 16), .14 (.26) at 80 and 8,
-    .34 (.65) at 80 and 5; smaller photographs need more.
+    vertices it is provided for: small images need more than two a pixel. Photographs of 500x375 pixels need .06
+    vertices a pixel at widths of 80 pixels and 13 colour units (.10 at most in a sample of 16), .14 (.26) at 80
+    and 8, .34 (.65) at 80 and 5; smaller photographs need more.
 
     Args:
       num_pixels: m.

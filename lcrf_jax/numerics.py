@@ -10,7 +10,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-__all__ = ["check_number", "check_shape", "entropy", "promote_float", "varying_like"]
+__all__ = ["check_number", "check_shape", "entropy", "promote_float", "squared_distances", "varying_like"]
 
 
 def promote_float(array):
@@ -111,6 +111,24 @@ def check_number(name, value, *, minimum, remedy, strict=False):
             sign = ">" if strict else ">="
             raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {value}; {remedy}")
     return value
+
+
+def squared_distances(a, b):
+    """Squared distances between two sets of points, summed from the differences themselves.
+
+    Other than with |a|^2 + |b|^2 - 2ab, float32 keeps its digits however far the points lie from the origin.
+
+    Args:
+      a: [m, d] points.
+      b: [n, d] points.
+    Returns:
+      [m, n] squared distances.
+    Raises:
+      None.
+    References:
+      None.
+    """
+    return sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(a.shape[1]))
 
 
 def varying_like(array, reference):

@@ -1,18 +1,16 @@
 """The benchmarks: what they print, and that they measure what they say. Times themselves are never asserted."""
 
-import contextlib
-import io
+import functools
 import json
 import pathlib
 import re
-import runpy
 import sys
 import types
 
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
-from absl import app, flags
 from PIL import Image
 
 from experiments import crf_measurements, measuring
@@ -26,23 +24,7 @@ NUMBER = r"\d+(?:\.\d+)?"
 TIME = rf"{NUMBER} \({NUMBER}\) {NUMBER}"
 
 
-def run(*arguments):
-    """(exit code, output, errors) of `python -m experiments.bench ARGUMENTS` within this process."""
-    app.define_help_flags()
-    before, out, err, code = set(flags.FLAGS), io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["experiments/bench.py", *map(str, arguments)])
-        patch.chdir(ROOT)
-        try:
-            runpy.run_module("experiments.bench", run_name="__main__")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            err.write("" if end.code is None or isinstance(end.code, int) else f"{end.code}\n")
-        finally:
-            for name in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
-    return code, out.getvalue(), err.getvalue()
+run = functools.partial(programs.run, "bench")
 
 
 def last_line(out):

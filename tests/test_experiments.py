@@ -1,20 +1,16 @@
 """The programs, end to end: train, evaluate and predict, on one short run that all tests share."""
 
-import contextlib
-import io
 import json
 import pathlib
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from absl import app, flags
 from PIL import Image
+from programs import run
 
 from experiments import reporting
 from lcrf_jax.checkpoints import load_description
@@ -28,36 +24,6 @@ SHORT = ("--config.network.taps=('head', 's16')", "--config.network.widths=(16, 
          "--config.epochs=(2,)")  # as in test_runs.py, so that the same compiled functions serve both
 SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4", *SHORT)
 CLASSES = ("background", "ring", "cross", "star", "stripes", "chequer", "dots")
-
-
-class Ended(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def last_line(self):
-        return self.out.rstrip("\n").rsplit("\n", 1)[-1]
-
-
-def run(program, *arguments):
-    """`python -m experiments.PROGRAM ARGUMENTS` within this process, which has JAX loaded already."""
-    app.define_help_flags()
-    before, out, err, code = set(flags.FLAGS), io.StringIO(), io.StringIO(), 0
-    command = [f"experiments/{program}.py", *map(str, arguments)]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", command)
-        patch.chdir(ROOT)
-        try:
-            runpy.run_module(f"experiments.{program}", run_name="__main__")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            err.write("" if end.code is None or isinstance(end.code, int) else f"{end.code}\n")
-        finally:
-            for name in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, name)
-            flags.FLAGS.unparse_flags()
-    return Ended(code, out.getvalue(), err.getvalue())
 
 
 def score(line):
