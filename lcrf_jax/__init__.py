@@ -8,9 +8,9 @@ image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
         sampling, metrics                     relaxed samples; IoU
     2   lattice, observation                  the permutohedral lattice; log p(y | z, x)
     3   filters                               the pairwise kernel of an image, in three forms
-    4   crf                                   pairwise energy, KL to the prior, mean field
-    5   elbo                                  the bound
-    6   nets, data                            Flax networks, sources and batches
+    4   crf, gibbs                            pairwise energy, KL to the prior, mean field; samples of the posterior
+    5   elbo                                  the bound and the estimators of its gradient
+    6   nets, data, objectives                Flax networks, sources and batches, what training minimises
     7   features, checkpoints, report, runlog frozen features of a source; run folders, pictures, metrics
     8   training, inference                   the train step over a mesh of devices; images in, masks out
     9   preparation, evaluation               what training starts from; scores
@@ -28,37 +28,54 @@ Symbols, the same in code, docstrings and tests:
 """
 
 from lcrf_jax.crf import kl_to_prior, mean_field, pairwise_energy, refine
-from lcrf_jax.elbo import ElboTerms, gumbel_softmax_likelihood, mean_likelihood
+from lcrf_jax.elbo import (
+    ElboTerms,
+    expected_log_prob,
+    gumbel_softmax_likelihood,
+    mean_likelihood,
+    reinforce_likelihood,
+    straight_through_likelihood,
+)
 from lcrf_jax.filters import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
+from lcrf_jax.gibbs import GibbsSamples, gibbs
 from lcrf_jax.kernels import KernelParams, dense_kernel, filter_exact, gaussian_kernel, guide_features, scaled
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.observation import (
     area,
     class_evidence,
     evidence,
+    expected_evidence,
+    expected_max_pool,
     frozen_classifier,
     gwrp,
+    log_evidence,
     log_mean_exp,
     max_pool,
     noisy_or,
 )
-from lcrf_jax.sampling import categorical, gumbel_softmax, straight_through
+from lcrf_jax.sampling import block_groups, categorical, gumbel_softmax, straight_through
 
 __all__ = [
     "ElboTerms",
+    "GibbsSamples",
     "KernelParams",
     "anchor_image_kernel",
     "area",
+    "block_groups",
     "categorical",
     "class_evidence",
     "confusion_matrix",
     "dense_kernel",
     "evidence",
     "exact_image_kernel",
+    "expected_evidence",
+    "expected_log_prob",
+    "expected_max_pool",
     "filter_exact",
     "format_iou_table",
     "frozen_classifier",
     "gaussian_kernel",
+    "gibbs",
     "guide_features",
     "gumbel_softmax",
     "gumbel_softmax_likelihood",
@@ -67,6 +84,7 @@ __all__ = [
     "iou_per_class",
     "kl_to_prior",
     "lattice_image_kernel",
+    "log_evidence",
     "log_mean_exp",
     "max_pool",
     "mean_field",
@@ -75,7 +93,9 @@ __all__ = [
     "noisy_or",
     "pairwise_energy",
     "refine",
+    "reinforce_likelihood",
     "scaled",
     "straight_through",
+    "straight_through_likelihood",
 ]
 __version__ = "0.1.0"

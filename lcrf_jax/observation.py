@@ -8,7 +8,8 @@ y_k ~ Bernoulli(pi_k), and a function differs from the next in its pi_k:
 .. math:: \log p(y|z,x) = \sum_k y_k \log \pi_k + (1 - y_k) \log (1 - \pi_k)
 
 `TAG_LIKELIHOODS` do not look at the image; `IMAGE_LIKELIHOODS` take what a frozen classifier sees in it as
-third argument: its class maps, or evidence made from them.
+third argument: its class maps, or evidence made from them. Where the expectation of a likelihood under a factorised
+q has a closed form, it stands in `EXPECTATIONS`.
 """
 
 import math
@@ -20,13 +21,17 @@ import jax.numpy as jnp
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
 __all__ = [
+    "EXPECTATIONS",
     "IMAGE_LIKELIHOODS",
     "TAG_LIKELIHOODS",
     "area",
     "class_evidence",
     "evidence",
+    "expected_evidence",
+    "expected_max_pool",
     "frozen_classifier",
     "gwrp",
+    "log_evidence",
     "log_mean_exp",
     "max_pool",
     "noisy_or",
@@ -84,23 +89,61 @@ def noisy_or(labels, tags, *, rho=0.1):
     return jnp.sum(jnp.where(tags, log_present, log_absent))
 
 
-def max_pool(labels, tags):
-    r"""A tag is as likely as the most certain pixel of its class.
+def _check_flip_probability(value):
+    if isinstance(value, numbers.Real) and not 0 < value < 0.5:
+        raise ValueError(f"flip_probability: expected a number in (0, 0.5), got {value}; 1e-6 is almost never")
 
-    .. math:: \pi_k = \max_j z_{jk}
+
+def max_pool(labels, tags, *, flip_probability=1e-6):
+    r"""A tag is as likely as the most certain pixel of its class; on one-hot labels a hard or.
+
+    .. math:: \pi_k = \epsilon + (1 - 2 \epsilon) \max_j z_{jk}
+
+    A tag that the labels call for is missing with probability epsilon, and one that they do not is there with the same.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
       tags: [K] bool.
+      flip_probability: epsilon in (0, 0.5).
     Returns:
-      Scalar, float32, nats; pi is kept 1e-6 away from 0 and 1.
+      Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit or epsilon is out of range.
     References:
       Pathak et al. 2015, multi-class multiple instance learning.
     """
     labels, tags = _checked(labels, tags)
-    return _bernoulli(labels.max(axis=0), tags)
+    _check_flip_probability(flip_probability)
+    largest = labels.max(axis=0)
+    # Each side from its own small end: 1 - pi would lose the digits of a small epsilon.
+    right = jnp.where(tags, largest, 1 - largest)
+    return jnp.sum(jnp.log(flip_probability + (1 - 2 * flip_probability) * right))
+
+
+def expected_max_pool(logits, tags, *, flip_probability=1e-6):
+    r"""E_q of `max_pool` over exact, that is one-hot, labels: closed form.
+
+    .. math:: \sum_k P_k \log \pi(y_k | 1) + (1 - P_k) \log \pi(y_k | 0), \qquad
+              P_k = 1 - \prod_j (1 - \phi_{jk})
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of q.
+      tags: [K] bool.
+      flip_probability: epsilon in (0, 0.5).
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      ValueError: if the shapes do not fit or epsilon is out of range.
+    References:
+      None.
+    """
+    logits, tags = _checked(logits, tags)
+    _check_flip_probability(flip_probability)
+    # Just below 0: a pixel that is certain of a class makes its absence impossible up to the precision of float32.
+    log_probs = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), -1e-7)
+    absent = jnp.exp(jnp.sum(jnp.log(-jnp.expm1(log_probs)), axis=0))
+    right = jnp.where(tags, 1 - absent, absent)
+    return jnp.sum(right * math.log1p(-flip_probability) + (1 - right) * math.log(flip_probability))
 
 
 def log_mean_exp(labels, tags, *, sharpness=5.0):
@@ -270,7 +313,46 @@ def evidence(labels, tags, pixel_evidence):
     """
     labels, _ = _checked(labels, tags)
     check_shape("pixel_evidence", pixel_evidence, labels.shape, "evidence and labels lie on the same grid")
-    return jnp.sum(jnp.log(jnp.maximum(jnp.sum(labels * promote_float(pixel_evidence), axis=1), _TINY**2)))
+    return jnp.sum(log_evidence(jnp.sum(labels * promote_float(pixel_evidence), axis=1)))
+
+
+def expected_evidence(logits, tags, pixel_evidence):
+    r"""E_q of `evidence` over exact, that is one-hot, labels: closed form.
+
+    .. math:: \sum_j \sum_k \phi_{jk} \log e_{jk}
+
+    It is less than `evidence` of the probabilities themselves, which takes the logarithm last, and its optimum under
+    the bound is sharper.
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of q.
+      tags: [K] bool; checked for its shape only.
+      pixel_evidence: [m, K] positive evidence.
+    Returns:
+      Scalar, float32, nats, not divided by m.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      None.
+    """
+    logits, _ = _checked(logits, tags)
+    check_shape("pixel_evidence", pixel_evidence, logits.shape, "evidence and logits lie on the same grid")
+    return jnp.sum(jax.nn.softmax(logits, axis=-1) * log_evidence(pixel_evidence))
+
+
+def log_evidence(pixel_evidence):
+    """The logarithm of the evidence, kept above that of 1e-12: what `evidence` of one-hot labels sums up.
+
+    Args:
+      pixel_evidence: array of positive numbers.
+    Returns:
+      Array of the same shape, float32.
+    Raises:
+      None.
+    References:
+      None.
+    """
+    return jnp.log(jnp.maximum(promote_float(pixel_evidence), _TINY**2))
 
 
 TAG_LIKELIHOODS = {
@@ -281,3 +363,4 @@ TAG_LIKELIHOODS = {
     "noisy_or": noisy_or,
 }
 IMAGE_LIKELIHOODS = {"evidence": evidence, "frozen_classifier": frozen_classifier}
+EXPECTATIONS = {"evidence": expected_evidence, "max_pool": expected_max_pool}

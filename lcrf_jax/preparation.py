@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax import training
 from lcrf_jax.checkpoints import library_versions, params_digest
 from lcrf_jax.crf import mean_field
 from lcrf_jax.data.cache import default_directory
@@ -16,6 +15,7 @@ from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_class
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
 from lcrf_jax.nets.network import Network, backbone_variables, build_network
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
+from lcrf_jax.objectives import OBJECTIVES
 from lcrf_jax.runlog import image_progress, say
 
 
@@ -108,8 +108,8 @@ def open_data(config):
       FileNotFoundError: if the training data is missing.
       ValueError: if it is not as expected; the message names the file.
     """
-    if config["method"] not in training.OBJECTIVES:
-        raise ValueError(f"method: expected one of {sorted(training.OBJECTIVES)}, got {config['method']!r}")
+    if config["method"] not in OBJECTIVES:
+        raise ValueError(f"method: expected one of {sorted(OBJECTIVES)}, got {config['method']!r}")
     data = config["data"]
     options = {"root": data["root"], **data["options"]}
     train = open_source(data["kind"], data["train_split"], masks=config["method"] == "full_supervision", **options)
@@ -139,7 +139,15 @@ def prepare(config):
     size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
     if size % 32:
         raise ValueError(f"input_size: expected a multiple of 32, got {size}")
-    several = len(planned_rounds(config, len(train))) > 1
+    rounds = planned_rounds(config, len(train))
+    # Made only to refuse wrong settings now, and not after the features.
+    OBJECTIVES[config["method"]](
+        config["objective"], stride=network.stride, steps_per_epoch=rounds[0].steps_per_epoch
+    )
+    if config["objective"]["estimator"] == "mcmc" and config["views"]["num_views"] < 2:
+        # With one view an image can be in a batch twice where two epochs meet.
+        raise ValueError("objective.estimator: 'mcmc' needs views.num_views of at least 2, one chain for each view")
+    several = len(rounds) > 1
     if several and (config["views"]["num_views"] < 2 or not config["cache"]["features"]):
         raise ValueError("rounds on posteriors need cache.features=True and views.num_views of at least 2")
     views = ViewDataset(train, size=size, **config["views"])

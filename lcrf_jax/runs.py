@@ -14,6 +14,7 @@ from lcrf_jax.data.pipeline import device_prefetch, make_loader
 from lcrf_jax.evaluation import evaluate
 from lcrf_jax.inference import make_segmenter
 from lcrf_jax.metrics import mean_iou
+from lcrf_jax.objectives import OBJECTIVES, empty_chains
 from lcrf_jax.preparation import (
     guide_stride,
     inference_params,
@@ -64,8 +65,13 @@ def _optimizer(config, this):
 
 def _fresh_state(prepared, this, key, mesh):
     optimizer = _optimizer(prepared.config, this)
-    size, round_key = prepared.config["input_size"], jax.random.fold_in(key, this.number)
-    return training.initial_state(round_key, prepared.network, prepared.variables, optimizer, size, mesh)
+    config, round_key = prepared.config, jax.random.fold_in(key, this.number)
+    chains = None
+    if config["method"] == "latent_crf" and config["objective"]["estimator"] == "mcmc":
+        chains = empty_chains(prepared.views.num_views, len(prepared.train), prepared.grid)
+    return training.initial_state(
+        round_key, prepared.network, prepared.variables, optimizer, config["input_size"], mesh, chains
+    )
 
 
 def _newest_state(prepared, checkpoints, rounds, key, mesh):
@@ -104,7 +110,7 @@ def _evidence_of(prepared, workdir, this, state, done):
 def _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh):
     config, network = prepared.config, prepared.network
     round_key = jax.random.fold_in(key, this.number)
-    objective = training.OBJECTIVES[config["method"]](
+    objective = OBJECTIVES[config["method"]](
         config["objective"], stride=network.stride, steps_per_epoch=this.steps_per_epoch
     )
     step_function = training.make_train_step(

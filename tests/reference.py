@@ -1,6 +1,7 @@
 """The definitions in float64 NumPy: loops, dictionaries and enumeration, slow and plain."""
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -203,7 +204,8 @@ def tag_log_likelihood(name, labels, tags, **options):
                 absent *= 1 - options.get("rho", 0.1) * share
             pi, low, high = 1 - absent, 1e-6 if tags[k] else 0.0, 1.0
         elif name == "max_pool":
-            pi, low, high = max(z), 1e-6, 1 - 1e-6
+            flip = options.get("flip_probability", 1e-6)
+            pi, low, high = flip + (1 - 2 * flip) * max(z), 0.0, 1.0
         elif name == "log_mean_exp":
             r = options.get("sharpness", 5.0)
             pi, low, high = np.log(sum(np.exp(r * share) for share in z) / num_pixels) / r, 1e-6, 1 - 1e-6
@@ -249,12 +251,40 @@ def expectation(function, probs):
     return np.sum(np.exp(factorised_log_probs(probs)) * np.array([float(function(z)) for z in one_hot]))
 
 
+def expectation_and_gradient(function, logits):
+    """E_q f(z) and its gradient in the logits: the sum over every labelling of q f and of q f times z - phi."""
+    probs = softmax(logits)
+    one_hot = np.eye(probs.shape[1])[labellings(*probs.shape)]
+    weighted = np.exp(factorised_log_probs(probs)) * np.array([float(function(z)) for z in one_hot])
+    return weighted.sum(), np.tensordot(weighted, one_hot - probs, axes=1)
+
+
 def log_tag_probability(log_likelihood, kernel, num_classes, compatibility=None):
     """log p(y | x) = log sum_z p(z | x) p(y | z, x), by enumeration of the one-hot z."""
     one_hot = np.eye(num_classes)[labellings(len(kernel), num_classes)]
     log_prior = -labelling_energies(kernel, num_classes, compatibility)
     log_prior = log_prior - np.logaddexp.reduce(log_prior)
     return np.logaddexp.reduce(log_prior + [float(log_likelihood(z)) for z in one_hot])
+
+
+class Enumeration(NamedTuple):
+    """log Z(x), log p(y | x), log p(z | x, y) of every labelling, and the posterior's marginals [m, K]."""
+
+    log_partition: float
+    log_tag_probability: float
+    log_posterior: np.ndarray
+    marginals: np.ndarray
+
+
+def enumeration(log_likelihoods, kernel, num_classes, compatibility=None):
+    """What the sum over all labellings gives, from log p(y | z, x) of each of them."""
+    energies = labelling_energies(kernel, num_classes, compatibility)
+    log_joint = np.asarray(log_likelihoods, np.float64) - energies
+    log_partition, total = np.logaddexp.reduce(-energies), np.logaddexp.reduce(log_joint)
+    posterior = np.exp(log_joint - total)
+    columns = labellings(len(kernel), num_classes).T
+    marginals = np.array([np.bincount(labels, posterior, minlength=num_classes) for labels in columns])
+    return Enumeration(log_partition, total - log_partition, log_joint - total, marginals)
 
 
 def conv(x, kernel, stride=1, dilation=1, groups=1):

@@ -1,22 +1,29 @@
 """The programs, end to end: train, evaluate and predict, on one short run that all tests share."""
 
+import csv
+import itertools
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 from programs import run
 
 from experiments import reporting
+from experiments.configs import base, textures, tiny, voc_animals
 from lcrf_jax.checkpoints import load_description
 from lcrf_jax.data.images import read_mask
 from lcrf_jax.data.sources import open_source
+from lcrf_jax.objectives import latent_crf_objective
 from lcrf_jax.report import palette
+from lcrf_jax.runlog import metrics_history
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = "--config=experiments/configs/tiny.py"
@@ -221,6 +228,63 @@ def test_photographs_are_not_lost_to_masks(checkpoint, tmp_path):
     assert_refused(run("predict", arguments[0], f"--images={tmp_path}/*.gif", "--out=x"), "no file fits the pattern")
 
 
+def test_ablation_trains_every_variation_once_and_compares_them(tmp_path):
+    command = ("ablation", TINY, *SMALL, f"--workdir={tmp_path}", "--variations=temperature 0.2,mean")
+    first = run(*command)
+    assert first.code == 0, first.err
+    folders = {"mean": tmp_path / "mean" / "seed_0", "temperature 0.2": tmp_path / "temperature_0.2" / "seed_0"}
+    with (tmp_path / "ablation.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["variation", "settings", "seed 0"]
+    flag = "--config.objective."
+    assert [row[:2] for row in rows] == [["mean", f"{flag}estimator=mean"], ["temperature 0.2", f"{flag}temperature=0.2"]]
+    table = (tmp_path / "ablation.md").read_text(encoding="utf-8")
+    for name, settings, value in rows:
+        scores = [line["val/miou"] for line in metrics_history(folders[name]) if "val/miou" in line]
+        assert len(scores) == 2 and float(value) == scores[-1]
+        assert f"| {name} | `{settings}` | {scores[-1]:.3f} |".replace("| 0.", "| .") in table
+    assert "4 images of val" in table and table.split("\n\n")[0] in first.out
+    given = [load_description(folder)["training"]["objective"] for folder in folders.values()]
+    assert [(each["estimator"], each["temperature"]) for each in given] == [("mean", 1.0), ("gumbel_softmax", 0.2)]
+    logs = [(folder / "metrics.jsonl").read_bytes() for folder in folders.values()]
+    again = run(*command)
+    assert again.code == 0, again.err
+    assert again.out.count("continuing after step 6") == 2
+    assert [(folder / "metrics.jsonl").read_bytes() for folder in folders.values()] == logs
+    assert (tmp_path / "ablation.md").read_text(encoding="utf-8") == table
+    assert_refused(run(*command, "--config.optimizer.learning_rate=0.1"), r"holds a run with another setting of \['optimizer'\]")
+    assert [(folder / "metrics.jsonl").read_bytes() for folder in folders.values()] == logs
+
+
+@pytest.fixture(scope="module")
+def ablation():
+    """What experiments/ablation.py defines, without its flags."""
+    before = set(flags.FLAGS)
+    defined = runpy.run_path(str(ROOT / "experiments" / "ablation.py"), run_name="ablation")
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    return defined
+
+
+def test_every_variation_can_be_trained(ablation):
+    groups, chosen = ablation["VARIATIONS"], ablation["chosen_variations"]
+    every = chosen(["all"])
+    assert len(every) == sum(len(group) for group in groups.values())  # no name in two groups
+    assert chosen(["mean", "terms"]) == {**groups["terms"], "mean": groups["estimators"]["mean"]}
+    assert not set(every) & {"all", *groups}
+    for (name, settings), module in itertools.product(every.items(), (base, textures, tiny, voc_animals)):
+        config = module.get_config().lock()
+        for key, value in settings.items():
+            assert key in config.objective, name
+            config.objective[key] = value
+        assert callable(latent_crf_objective(config.objective.to_dict(), stride=8, steps_per_epoch=10)), name
+
+
+def test_scores_of_several_seeds_are_a_mean_and_a_standard_deviation(ablation):
+    assert ablation["mean_and_deviation"]([0.5]) == ".500"
+    assert ablation["mean_and_deviation"]([0.5, 0.6, 0.58]) == ".560 ± .053"
+
+
 @pytest.mark.parametrize(("command", "message"), [
     (["train", "--workdir=x"], "flag --config=None: Flag --config must have a value"),
     (["train", TINY], "flag --workdir=None: Flag --workdir must have a value"),
@@ -233,6 +297,9 @@ def test_photographs_are_not_lost_to_masks(checkpoint, tmp_path):
     (["train", TINY, "--workdir=x", "--config.data.kind=folder"], "error: "),
     (["train", TINY, "--workdir=x", "--config.data.root=nowhere"], "error: textures .*no folder"),
     (["train", TINY, *SMALL, "--workdir=x", "--config.batch_size=32"], "error: batch_size: 24 training images"),
+    (["ablation", TINY, "--workdir=x", "--variations=mean,meen"],
+     r"error: --variations: \['meen'\] not known; expected some of \['terms', .*'mcmc', .*'all'\]"),
+    (["ablation", TINY, *SMALL, "--workdir=x", "--config.data.val_split="], "error: there are no masks"),
     (["evaluate", "--checkpoint=nowhere"], "error: expected a run folder with config.json"),
     (["evaluate"], "Flag --checkpoint must have a value"),
     (["predict", "--images=x", "--out=y"], "Flag --checkpoint must have a value"),

@@ -20,9 +20,9 @@ FLOORS = {
     "kernels": 1, "hashing": 1, "anchors": 1, "sampling": 1, "metrics": 1,
     "lattice": 2, "observation": 2,
     "filters": 3,
-    "crf": 4,
+    "crf": 4, "gibbs": 4,
     "elbo": 5, "baselines": 5,
-    "nets": 6, "data": 6,
+    "nets": 6, "data": 6, "objectives": 6,
     "features": 7, "training": 8, "checkpoints": 7, "inference": 8, "report": 7, "runlog": 7,
     "preparation": 9, "evaluation": 9, "runs": 10,
 }

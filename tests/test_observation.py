@@ -8,13 +8,17 @@ import reference
 from jax.test_util import check_grads
 
 from lcrf_jax.observation import (
+    EXPECTATIONS,
     IMAGE_LIKELIHOODS,
     TAG_LIKELIHOODS,
     area,
     class_evidence,
     evidence,
+    expected_evidence,
+    expected_max_pool,
     frozen_classifier,
     gwrp,
+    log_evidence,
     log_mean_exp,
     max_pool,
     noisy_or,
@@ -22,13 +26,14 @@ from lcrf_jax.observation import (
 
 OPTIONS = {
     "noisy_or": {"rho": 0.3},
-    "max_pool": {},
+    "max_pool": {"flip_probability": 0.2},
     "log_mean_exp": {"sharpness": 3.0},
     "area": {"beta": 12.0, "foreground_share": 0.15, "background_share": 0.4},
     "gwrp": {"foreground_decay": 0.99, "background_decay": 0.995, "reference_cells": 400},
     "frozen_classifier": {"scale": 1.7},
 }
 every_likelihood = pytest.mark.parametrize("name", [*TAG_LIKELIHOODS, *IMAGE_LIKELIHOODS])
+every_expectation = pytest.mark.parametrize("name", EXPECTATIONS)
 
 
 def random_case(seed, num_pixels=12, num_classes=4):
@@ -60,9 +65,17 @@ def log_prob(name, labels, tags, maps, vouching):
 log_prob_gradient = jax.jit(jax.value_and_grad(log_prob, argnums=1), static_argnames="name")
 
 
+@functools.partial(jax.jit, static_argnames=("name", "flip_probability"))
+def expected(name, logits, tags, vouching, flip_probability=1e-6):
+    """Closed form of E_q, and its gradient in the logits."""
+    options = {"evidence": {"pixel_evidence": vouching}, "max_pool": {"flip_probability": flip_probability}}[name]
+    return jax.value_and_grad(lambda x: EXPECTATIONS[name](x, tags, **options))(logits)
+
+
 def test_every_likelihood_has_a_name():
     assert set(TAG_LIKELIHOODS) | set(IMAGE_LIKELIHOODS) == {*OPTIONS, "evidence"}
     assert TAG_LIKELIHOODS["gwrp"] is gwrp and IMAGE_LIKELIHOODS["evidence"] is evidence
+    assert EXPECTATIONS == {"evidence": expected_evidence, "max_pool": expected_max_pool}
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -107,6 +120,7 @@ def test_two_pixels_by_hand():
     labels, tags = jnp.array([[1.0, 0, 0], [0.5, 0.5, 0]]), jnp.array([True, True, False])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     close(max_pool(labels, tags), np.log(1 - 1e-6) + np.log(0.5) + np.log(1 - 1e-6))
+    close(max_pool(labels, tags, flip_probability=0.1), 2 * np.log(0.9) + np.log(0.5))
     close(noisy_or(labels, tags, rho=0.2), np.log(1 - 0.8 * 0.9) + np.log(0.1))
     wide = {"foreground_share": 0.25, "background_share": 0.75}
     close(area(labels, tags, beta=4.0, **wide), 2 * np.log(0.5) + np.log(1 - 1 / (1 + np.e)))
@@ -120,6 +134,100 @@ def test_two_pixels_by_hand():
     close(frozen_classifier(labels, tags, maps, bias=-1.0), np.log(0.5) + np.log(1 / (1 + np.exp(-1.0))))
     vouching = jnp.array([[0.5, 0.25, 0.25], [0.2, 0.6, 0.2]])
     close(evidence(labels, tags, vouching), np.log(0.5) + np.log(0.4))
+
+
+@pytest.mark.parametrize("flip", [0.3, 1e-6, 1e-10])
+def test_max_pool_of_a_labelling_is_a_hard_or_that_is_flipped(flip):
+    # Class 1 is there and class 2 is not: of the tags none is wrong, then one of either kind, then both.
+    labels = np.eye(3)[[0, 1, 0, 1]]
+    for tags, num_wrong in (([1, 1, 0], 0), ([1, 0, 0], 1), ([1, 1, 1], 1), ([1, 0, 1], 2)):
+        value = max_pool(labels, np.array(tags, bool), flip_probability=flip)
+        np.testing.assert_allclose(value, num_wrong * np.log(flip) + (3 - num_wrong) * np.log1p(-flip), rtol=1e-6, atol=1e-6)
+
+
+@every_expectation
+def test_an_expectation_is_the_sum_over_all_labellings(name):
+    """In value and gradient, with six pixels of which two are nearly certain."""
+    for seed, tags in enumerate(([1, 1, 0], [0, 0, 0], [1, 1, 1])):
+        logits, _, _, vouching = random_case(seed, num_pixels=6, num_classes=3)
+        logits, tags = np.log(logits) + 12 * np.eye(6, 3, 1), np.array(tags, bool)
+        options = {"evidence": {"pixel_evidence": vouching}, "max_pool": {"flip_probability": 0.2}}[name]
+        likelihoods = {"evidence": evidence, "max_pool": max_pool}
+        with jax.enable_x64(True):
+            function = jax.jit(functools.partial(likelihoods[name], tags=tags, **options))
+            value, gradient = reference.expectation_and_gradient(function, logits)
+            got, got_gradient = expected(name, logits, tags, vouching, flip_probability=0.2)
+            np.testing.assert_allclose(got, value, rtol=1e-10)
+            np.testing.assert_allclose(got_gradient, gradient, atol=1e-10)
+            assert np.abs(gradient).max() > 0.01
+
+
+def test_expectations_by_hand():
+    # Class 1 is at neither pixel with probability .5 * .8, class 0 with .5 * .2; y has class 1 alone.
+    logits, tags = np.log([[0.5, 0.5], [0.8, 0.2]]), np.array([False, True])
+    vouching = np.array([[0.5, 0.25], [0.1, 1.0]])
+    right = 0.5 * 0.2 + (1 - 0.5 * 0.8)
+    np.testing.assert_allclose(expected_max_pool(logits, tags, flip_probability=0.1),
+                               right * np.log(0.9) + (2 - right) * np.log(0.1), rtol=1e-6)
+    np.testing.assert_allclose(expected_evidence(logits, tags, vouching),
+                               0.5 * np.log(0.5 * 0.25) + 0.8 * np.log(0.1), rtol=1e-6)
+
+
+@every_expectation
+def test_the_expectation_under_a_certain_q_is_the_likelihood_of_its_labelling(name):
+    for seed in range(3):
+        _, tags, maps, vouching = random_case(seed)
+        labels = np.eye(4)[np.random.default_rng(seed).integers(3, size=12)]
+        value, gradient = expected(name, 1e4 * labels, tags, vouching)
+        np.testing.assert_allclose(value, log_prob(name, labels, tags, maps, vouching), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+@every_expectation
+def test_expectations_are_finite_in_value_and_gradient_at_extremes(name):
+    rng = np.random.default_rng(0)
+    for num_pixels, num_classes in ((16, 4), (1, 4), (16, 1)):
+        vouching = np.eye(num_classes)[np.arange(num_pixels) % num_classes]
+        for logits in (
+            rng.choice([-1e4, 0.0, 1e4], (num_pixels, num_classes)),
+            np.full((num_pixels, num_classes), -1e4),
+            np.tile(np.where(np.arange(num_classes) == num_classes - 1, 0.0, -np.inf), (num_pixels, 1)),
+            np.where(rng.uniform(size=(num_pixels, num_classes)) * np.arange(num_classes) < 0.5, 0.0, -np.inf),
+        ):
+            for tags in (np.ones(num_classes, bool), np.arange(num_classes) == 0, np.zeros(num_classes, bool)):
+                value, gradient = expected(name, logits, tags, vouching)
+                assert np.isfinite(value) and value <= 1e-5, f"{value} is the mean of logarithms of probabilities"
+                assert np.isfinite(gradient).all()
+
+
+@every_expectation
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_expectations_promote_half_precision(name, dtype):
+    labels, tags, _, vouching = random_case(12, num_pixels=2000)
+    logits, vouching = jnp.asarray(np.log(labels), dtype), jnp.asarray(vouching, dtype)
+    value, gradient = expected(name, logits, tags, vouching)
+    assert value.dtype == jnp.float32 and gradient.dtype == dtype
+    logits, vouching = logits.astype(jnp.float32), vouching.astype(jnp.float32)
+    np.testing.assert_allclose(value, expected(name, logits, tags, vouching)[0], rtol=1e-5)
+
+
+@every_expectation
+def test_expectations_under_vmap_equal_a_loop(name):
+    cases = [random_case(seed) for seed in range(3)]
+    logits, tags, vouching = (np.stack([case[i] for case in cases]) for i in (0, 1, 3))
+    loop = [expected(name, *arrays)[0] for arrays in zip(logits, tags, vouching)]
+    mapped = jax.jit(jax.vmap(functools.partial(expected, name)))(logits, tags, vouching)[0]
+    np.testing.assert_allclose(mapped, loop, rtol=1e-5)
+
+
+def test_log_evidence_is_kept_above_that_of_the_floor():
+    values = log_evidence(np.array([0.0, 1e-20, 1e-6, 0.5, 1.0, 2.0]))
+    np.testing.assert_allclose(values, np.log([1e-12, 1e-12, 1e-6, 0.5, 1.0, 2.0]), rtol=1e-6)
+    assert log_evidence(jnp.ones(2, "bfloat16")).dtype == jnp.float32
+    _, tags, _, vouching = random_case(3)
+    assigned = np.arange(12) % 4
+    chosen = log_evidence(vouching)[np.arange(12), assigned].sum()
+    np.testing.assert_allclose(evidence(np.eye(4)[assigned], tags, vouching), chosen, rtol=1e-6)
 
 
 def test_class_evidence_by_hand():
@@ -275,8 +383,12 @@ def test_wrong_maps_and_evidence_are_refused():
         frozen_classifier(labels, tags, maps, bias=np.zeros(4))
     with pytest.raises(ValueError, match=r"bias: expected shape \[3\], got \[12, 1\]"):
         frozen_classifier(labels, tags, maps, bias=np.zeros((12, 1)))
-    with pytest.raises(ValueError, match=r"pixel_evidence: expected shape \[12, 4\], got \[12, 3\]"):
-        evidence(labels, tags, maps)
+    for function in (evidence, expected_evidence):
+        with pytest.raises(ValueError, match=r"pixel_evidence: expected shape \[12, 4\], got \[12, 3\]"):
+            function(labels, tags, maps)
+    for function in (expected_max_pool, functools.partial(expected_evidence, pixel_evidence=vouching)):
+        with pytest.raises(ValueError, match=r"tags: expected shape \[4\], got \[3\]"):
+            function(labels, tags[1:])
     options = {"background_level": 0.2}
     with pytest.raises(ValueError, match=r"class_maps: expected shape \[m, K - 1\], got \[3, 4, 3\]"):
         class_evidence(maps.reshape(3, 4, 3), maps.max(axis=0), tags, **options)
@@ -316,8 +428,18 @@ def test_numbers_of_class_evidence_out_of_range_are_refused(options):
         class_evidence(maps, maps.max(axis=0), tags, **{"background_level": 0.2, **options})
 
 
+@pytest.mark.parametrize("flip", [0, -0.1, 0.5, 1.0, float("nan"), np.float32(0.7)])
+@pytest.mark.parametrize("function", [max_pool, expected_max_pool])
+def test_flip_probabilities_out_of_range_are_refused(function, flip):
+    labels, tags, _, _ = random_case(0)
+    with pytest.raises(ValueError, match=r"flip_probability: expected a number in \(0, 0.5\), got "):
+        function(labels, tags, flip_probability=flip)
+
+
 def test_options_may_be_traced():
     labels, tags, _, _ = random_case(0)
+    traced = jax.jit(lambda flip: max_pool(labels, tags, flip_probability=flip))(0.2)
+    np.testing.assert_allclose(traced, max_pool(labels, tags, flip_probability=0.2), rtol=1e-6)
     value = jax.jit(lambda rho: noisy_or(labels, tags, rho=rho))(0.3)
     np.testing.assert_allclose(value, noisy_or(labels, tags, rho=0.3), rtol=1e-6)
     assert jax.grad(lambda beta: area(labels, tags, beta=beta))(12.0) != 0

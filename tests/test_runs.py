@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,14 @@ def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
     ({"network__backbone": "vgg"}, r"network\.backbone: expected one of .*'vgg'"),
     ({"data__kind": "voc"}, "unknown source 'voc'"),
     ({"batch_size": 32}, "24 training images do not fill one batch of 32"),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+    ({"objective__likelihood": "noisy_and"}, r"objective\.likelihood: expected one of .*'noisy_or'.*'noisy_and'"),
+    ({"objective__estimator": "nuts"}, r"objective\.estimator: expected one of .*'mcmc'.*'nuts'"),
+    ({"objective__estimator": "reinforce"}, r"objective\.num_samples: expected a finite number >= 2, got 1"),
+    ({"objective__estimator": "exact", "objective__likelihood": "gwrp"}, r"'exact' needs a likelihood .*'gwrp'"),
+    ({"objective__estimator": "mcmc", "objective__entropy_weight": 0.5}, "needs .*entropy_weight=1, got 0 and 0.5"),
+    ({"objective__temperature": 0.0}, r"objective\.temperature: expected a finite number > 0"),
+    ({"objective__pairwise_stride": 3}, r"objective\.pairwise_stride: expected a divisor of 16"),
+], ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "")
 def test_settings_that_cannot_be_are_refused_before_anything_is_computed(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         preparation.prepare(small_config(tmp_path, **changes))
@@ -118,25 +126,74 @@ def test_the_classifier_of_the_checkpoint_is_the_one_that_was_fitted(prepared, u
     assert_same_trees(stored["backbone"], prepared.variables)
 
 
-@pytest.mark.parametrize("stop", [3, 6, 9], ids=["within a round", "between rounds", "before the first save"])
-def test_a_run_that_was_killed_continues_to_the_same_bits(prepared, uninterrupted, tmp_path, monkeypatch, stop):
+def train_and_kill(prepared, workdir, monkeypatch, stop, *, before_saving=False):
+    """Train until the step that is saved under the number `stop`."""
     save_last = RunCheckpoints.save_last
 
-    def killed_after_saving(self, step, state, **kwargs):
-        if stop == 9 and step == 9:
-            raise Killed
-        save_last(self, step, state, **kwargs)
+    def killed_around_saving(self, step, state, **kwargs):
+        if step != stop or not before_saving:
+            save_last(self, step, state, **kwargs)
         if step == stop:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunCheckpoints, "save_last", killed_after_saving)
+        patch.setattr(RunCheckpoints, "save_last", killed_around_saving)
         with pytest.raises(Killed):
-            runs.train(prepared, tmp_path)
+            runs.train(prepared, workdir)
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9], ids=["within a round", "between rounds", "before the first save"])
+def test_a_run_that_was_killed_continues_to_the_same_bits(prepared, uninterrupted, tmp_path, monkeypatch, stop):
+    train_and_kill(prepared, tmp_path, monkeypatch, stop, before_saving=stop == 9)
     runs.train(prepared, tmp_path)
     assert_same_trees(restore_params(tmp_path, "last"), restore_params(uninterrupted, "last"))
     assert_same_trees(restore_params(tmp_path, "best"), restore_params(uninterrupted, "best"))
     assert lines(tmp_path) == lines(uninterrupted)
+
+
+def newest_state(prepared, workdir):
+    rounds = preparation.planned_rounds(prepared.config, len(prepared.train))
+    with RunCheckpoints(workdir) as checkpoints:
+        state, _, _ = runs._newest_state(prepared, checkpoints, rounds, jax.random.key(0), training.data_mesh())
+    return state
+
+
+def with_chains(prepared):
+    """One round of three epochs, so that the views of the first come again; a kernel that remembers the start."""
+    changes = {"estimator": "mcmc", "num_sweeps": 1, "pairwise_weight": 100.0, "pairwise_warmup_epochs": 0}
+    config = copy.deepcopy(prepared.config) | {"epochs": (3,)}
+    config["objective"] |= changes
+    return prepared._replace(config=config, val=None)
+
+
+def test_a_run_with_chains_that_was_killed_continues_to_the_same_bits(prepared, tmp_path, monkeypatch):
+    """The third epoch goes on with the chains of the first, which lie before the interruption."""
+    chained = with_chains(prepared)
+    runs.train(chained, tmp_path / "whole")
+    train_and_kill(chained, tmp_path / "killed", monkeypatch, 3)
+    chains = np.asarray(newest_state(chained, tmp_path / "killed").chains)
+    assert chains.shape == (2, 24, 6, 6) and chains[0].max() < 7 and np.all(chains[1] == 255)
+    runs.train(chained, tmp_path / "killed")
+    whole, killed = (newest_state(chained, tmp_path / name) for name in ("whole", "killed"))
+    assert whole.step == 9 and np.asarray(whole.chains).max() < 7
+    assert_same_trees(killed, whole)
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+class StateWithoutChains(NamedTuple):
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def test_a_state_that_was_saved_without_chains_is_one_of_an_ordinary_run(prepared, uninterrupted, tmp_path):
+    state = newest_state(prepared, uninterrupted)
+    assert state.chains is None and state.step == 3
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save_last(9, StateWithoutChains(state.step, state.params, state.opt_state))
+    assert_same_trees(newest_state(prepared, tmp_path), state)
+    with pytest.raises(CheckpointError, match=r"lacks \['chains'\].*new folder"):
+        newest_state(with_chains(prepared), tmp_path)
 
 
 def test_a_finished_run_is_left_as_it_is(prepared, uninterrupted, monkeypatch):

@@ -8,7 +8,7 @@ import reference
 from jax.test_util import check_grads
 from scipy import stats
 
-from lcrf_jax.sampling import categorical, gumbel_softmax, straight_through
+from lcrf_jax.sampling import block_groups, categorical, gumbel_softmax, straight_through
 
 LOGITS = np.array([0.3, -1.2, 1.5, 0.0, -0.4])
 SAMPLERS = {
@@ -18,6 +18,8 @@ SAMPLERS = {
 }
 relaxed_at = jax.jit(lambda key, logits, temperature: gumbel_softmax(key, logits, temperature=temperature))
 every_sampler = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS)
+GROUPED = {name: sample for name, sample in SAMPLERS.items() if name != "categorical"}
+every_grouped_sampler = pytest.mark.parametrize("sample", GROUPED.values(), ids=GROUPED)
 
 
 @every_sampler
@@ -158,3 +160,77 @@ def test_a_temperature_that_is_not_positive_is_refused(sampler, temperature):
 def test_logits_without_classes_are_refused(sample, logits):
     with pytest.raises(ValueError, match=r"logits: expected shape \[..., K\]"):
         sample(jax.random.key(0), logits)
+
+
+def test_groups_of_blocks_by_hand():
+    # Two rows of three blocks; those at the border are cut off.
+    expected = [[0, 0, 1, 1, 2], [0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]
+    groups = block_groups(3, 5, 2)
+    assert groups.dtype == jnp.int32
+    np.testing.assert_array_equal(groups, np.ravel(expected))
+    np.testing.assert_array_equal(block_groups(3, 5, 1), np.arange(15))
+    np.testing.assert_array_equal(block_groups(3, 5, 3), [0, 0, 0, 1, 1] * 3)
+    np.testing.assert_array_equal(block_groups(3, 5, 7), np.zeros(15))
+    np.testing.assert_array_equal(block_groups(5, 3, 2), np.ravel([[0, 0, 1]] * 2 + [[2, 2, 3]] * 2 + [[4, 4, 5]]))
+
+
+def test_pixels_of_a_group_share_their_noise_and_others_do_not():
+    logits, groups = np.random.default_rng(6).normal(size=(15, 4)), block_groups(3, 5, 2)
+    with jax.enable_x64(True):
+        samples = SAMPLERS["gumbel_softmax"](jax.random.key(10), jnp.asarray(logits), groups=groups)
+        # Differences between classes, since a sample does not tell what is added to all of them.
+        noise = 0.7 * np.diff(np.log(samples)) - np.diff(logits)
+    same_group = np.equal.outer(groups, groups)
+    distances = np.abs(noise[:, None] - noise).max(axis=-1)
+    assert distances[same_group].max() < 1e-9
+    assert distances[~same_group].min() > 1e-2
+
+
+@every_grouped_sampler
+def test_a_group_for_each_pixel_is_independent_noise(sample):
+    logits = jnp.asarray(np.random.default_rng(7).normal(size=(15, 4)), jnp.float32)
+    independent = sample(jax.random.key(11), logits)
+    np.testing.assert_array_equal(sample(jax.random.key(11), logits, groups=jnp.arange(15)), independent)
+    assert (sample(jax.random.key(11), logits, groups=block_groups(3, 5, 2)) != independent).any()
+
+
+@every_grouped_sampler
+def test_groups_leave_the_distribution_of_each_pixel_as_it_is(sample):
+    # Chi-square at a significance of 1e-3 for each of six pixels, in a block of four and one of two.
+    logits = np.random.default_rng(8).normal(size=(6, 3))
+    keys, groups = jax.random.split(jax.random.key(12), 20_000), block_groups(2, 3, 2)
+    labels = jax.jit(jax.vmap(lambda key: sample(key, logits, groups=groups).argmax(axis=-1)))(keys)
+    for column, probs in zip(np.asarray(labels).T, reference.softmax(logits)):
+        counts = np.bincount(column, minlength=3)
+        assert stats.chisquare(counts, len(keys) * probs).pvalue > 1e-3
+        assert stats.chisquare(counts, len(keys) * (probs + [0.03, 0, -0.03])).pvalue < 1e-3
+    # Jointly they are not what they were: with equal logits the labels of a block are equal.
+    assert len(np.unique(sample(keys[0], np.zeros((6, 3)), groups=np.zeros(6, int)).argmax(axis=-1))) == 1
+
+
+def test_straight_through_in_groups_has_the_gradient_of_the_relaxed_sample():
+    logits = jnp.asarray(np.random.default_rng(9).normal(size=(15, 4)), jnp.float32)
+    weights = np.random.default_rng(10).normal(size=(15, 4))
+    key, groups = jax.random.key(13), block_groups(3, 5, 2)
+    relaxed, hard = (
+        jax.jit(jax.value_and_grad(lambda x, sample=sample: jnp.sum(sample(key, x, groups=groups) * weights)))(logits)
+        for sample in GROUPED.values()
+    )
+    np.testing.assert_allclose(hard[1], relaxed[1], rtol=1e-5, atol=1e-6)
+    labels = SAMPLERS["gumbel_softmax"](key, logits, groups=groups).argmax(axis=-1)
+    np.testing.assert_array_equal(SAMPLERS["straight_through"](key, logits, groups=groups), np.eye(4)[labels])
+
+
+@every_grouped_sampler
+def test_groups_that_do_not_fit_are_refused(sample):
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"groups: expected shape \[4\], got \[3\]; .*each pixel"):
+        sample(key, jnp.zeros((4, 3)), groups=jnp.arange(3))
+    with pytest.raises(ValueError, match=r"groups: expected shape \[4\], got \[2, 2\]"):
+        sample(key, jnp.zeros((4, 3)), groups=jnp.zeros((2, 2), int))
+    for shape in ((3,), (2, 4, 3)):
+        with pytest.raises(ValueError, match=r"logits: expected shape \[m, K\], .*one image.*vmap"):
+            sample(key, jnp.zeros(shape), groups=jnp.arange(4))
+    for sizes in ((0, 5, 2), (3, 0, 2), (3, 5, 0)):
+        with pytest.raises(ValueError, match=r"(height|width|block): expected a finite number >= 1, got 0"):
+            block_groups(*sizes)

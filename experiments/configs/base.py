@@ -71,9 +71,16 @@ def get_config():
         max_pool=options(),
         log_mean_exp=options(sharpness=5.0),
     )
+    # Of E_q log p(y|z,x): gumbel_softmax, straight_through, reinforce (num_samples of 2 or more), mean (q itself in
+    # the place of samples), exact (evidence and max_pool have a closed form); or mcmc, which fits q to samples of
+    # p(z|x,y) by maximum likelihood.
     config.objective.estimator = "gumbel_softmax"
     config.objective.temperature = 1.0
+    config.objective.final_temperature = 0.0  # reached at the end of anneal_epochs of each round; 0: no schedule
+    config.objective.anneal_epochs = 4.0
     config.objective.num_samples = 1
+    config.objective.noise_block = 1  # cells along a side of the blocks that share their noise
+    config.objective.num_sweeps = 5  # of mcmc, in each step
     # All three weights 1: the bound. `evidence` is a sum over cells like the KL; the other likelihoods are sums over
     # classes, and need a weight of the order of the number of cells to be heard beside it.
     config.objective.likelihood_weight = 1.0

@@ -1,0 +1,254 @@
+"""What a train step minimises, by configuration: functions of one image, (key, logits, record, step) -> (loss, terms)."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lcrf_jax import elbo, observation
+from lcrf_jax.crf import pairwise_energy
+from lcrf_jax.filters import FORMS, image_kernel
+from lcrf_jax.gibbs import gibbs
+from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
+from lcrf_jax.numerics import check_number, entropy
+from lcrf_jax.sampling import block_groups
+
+_NO_CHAIN = 255
+
+
+def empty_chains(num_views, num_images, grid):
+    """The chains of a run that begins: each view's starts from a sample of q when it is first seen.
+
+    Args:
+      num_views: views of each image.
+      num_images: images of the training split.
+      grid: cells along a side of the logits.
+
+    Returns:
+      [num_views, num_images, grid, grid] uint8.
+    """
+    return jnp.full((num_views, num_images, grid, grid), _NO_CHAIN, jnp.uint8)
+
+
+class _Observed(NamedTuple):
+    """p(y | z, x) of one record: log p of labels, E_q of it as a function of logits, and what factorises of it.
+
+    Two of them can be None: the expectation, where it has no closed form; the [m, K] log-potentials of the pixels,
+    where the likelihood does not factorise.
+    """
+
+    log_likelihood: Any
+    expectation: Any
+    log_potentials: Any
+
+
+def _observed(config, record):
+    name, tags = config["likelihood"], record["tags"]
+    options = config["likelihood_options"].get(name, {})
+    if name == "evidence":
+        evidence = _pixel_evidence(record, options)
+        return _Observed(
+            lambda labels: observation.evidence(labels, tags, evidence),
+            lambda logits: observation.expected_evidence(logits, tags, evidence),
+            observation.log_evidence(evidence),
+        )
+    if name == "frozen_classifier":
+        maps = _pixels(record["class_maps"])
+        options = {"bias": record["bias"], **options}
+        return _Observed(lambda labels: observation.frozen_classifier(labels, tags, maps, **options), None, None)
+    likelihood, expectation = observation.TAG_LIKELIHOODS[name], observation.EXPECTATIONS.get(name)
+    return _Observed(
+        lambda labels: likelihood(labels, tags, **options),
+        None if expectation is None else lambda logits: expectation(logits, tags, **options),
+        None,
+    )
+
+
+def _pixel_evidence(record, options):
+    """[m, K], that of an earlier round or made of the class maps."""
+    if "pixel_evidence" in record:
+        return _pixels(record["pixel_evidence"])
+    return observation.class_evidence(_pixels(record["class_maps"]), record["peaks"], record["tags"], **options)
+
+
+def _pixels(grid):
+    """[h, w, C] as [m, C]."""
+    return grid.reshape(-1, grid.shape[-1])
+
+
+def _check_objective(config):
+    """Refuse a configuration of the objective that cannot be trained with, before anything is computed."""
+    known = {
+        "likelihood": {*observation.TAG_LIKELIHOODS, *observation.IMAGE_LIKELIHOODS},
+        "estimator": {*elbo.ESTIMATORS, "exact", "mcmc"},
+        "pairwise_form": {"", *FORMS},
+    }
+    for name, values in known.items():
+        if config[name] not in values:
+            raise ValueError(f"objective.{name}: expected one of {sorted(values)}, got {config[name]!r}")
+    estimator = config["estimator"]
+    if estimator == "exact" and config["likelihood"] not in observation.EXPECTATIONS:
+        raise ValueError(
+            f"objective.estimator: 'exact' needs a likelihood whose expectation has a closed form, one of "
+            f"{sorted(observation.EXPECTATIONS)}, got {config['likelihood']!r}; use reinforce for an unbiased estimate"
+        )
+    least = 2 if estimator == "reinforce" else 1
+    for name, minimum, remedy in (
+        ("num_samples", least, f"{estimator} needs {least}"),
+        ("noise_block", 1, "1 is independent noise"),
+        ("num_sweeps", 1, "5 is the default"),
+        ("final_temperature", 0, "0 keeps the temperature"),
+        ("anneal_epochs", 0, "give the epochs until the final temperature"),
+        ("pairwise_warmup_epochs", 0, "0 is no warm-up"),
+    ):
+        check_number(f"objective.{name}", config[name], minimum=minimum, remedy=remedy)
+    check_number("objective.temperature", config["temperature"], minimum=0, strict=True, remedy="1 is the default")
+    for name in ("num_samples", "noise_block", "num_sweeps"):
+        if config[name] != int(config[name]):
+            raise ValueError(f"objective.{name}: expected a whole number, got {config[name]}")
+    if config["noise_block"] > 1 and estimator not in ("gumbel_softmax", "straight_through"):
+        raise ValueError(
+            f"objective.noise_block: expected 1 with the estimator {estimator!r}, got {config['noise_block']}; "
+            "blocks are for gumbel_softmax and straight_through"
+        )
+    needed = {"pairwise_stride": 0, "pairwise_form": "", "entropy_weight": 1}
+    wrong = {name: config[name] for name, value in needed.items() if config[name] != value}
+    if estimator == "mcmc" and wrong:
+        raise ValueError(
+            "objective: the estimator 'mcmc' samples the posterior itself, on the grid of the logits and with a dense "
+            f"kernel: it needs {needed}, got {wrong}"
+        )
+
+
+def latent_crf_objective(config, *, stride, steps_per_epoch):
+    """The negative bound of one image, divided by its number of cells, with the weights of the configuration.
+
+    With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it. On a
+    guide finer than the logits the pairwise energy is that of the logits' bilinear interpolation, per pixel of the
+    guide, times the number of cells: the three terms keep their proportions.
+
+    The estimator "mcmc" has another objective: minus E log q under p(y|z,x)^a p(z|x)^b, with the weights of likelihood
+    and pairwise term as a and b, by a Markov chain for each view that goes on from step to step; see
+    `lcrf_jax.gibbs` and `lcrf_jax.elbo.expected_log_prob`. Its record has the state of the chain as "chain", and
+    its terms have the next one.
+
+    Args:
+      config: Mapping with "likelihood", a name of `lcrf_jax.observation`, and "likelihood_options", a dict from such
+        a name to keyword arguments (those of "evidence" are for `class_evidence`), "estimator" (a key of
+        `lcrf_jax.elbo.ESTIMATORS`, "exact" for likelihoods with a closed form, or "mcmc"), "temperature",
+        "final_temperature" (reached along a geometric path after "anneal_epochs" of each round; 0 for none),
+        "num_samples", "noise_block" (side of the blocks of cells that share their noise), "num_sweeps" (of mcmc, in
+        each step), "likelihood_weight", "entropy_weight", "pairwise_weight", "pairwise_warmup_epochs",
+        "pairwise_stride" (pixels of the input per cell of the guide, 0 for the grid of the logits), "pairwise_form"
+        (a key of `lcrf_jax.filters.FORMS`, or "" for the default) and "kernel", the fields of `KernelParams` in
+        pixels of the network's input.
+      stride: pixels of the input per cell of the logits.
+      steps_per_epoch: for the warm-up of the pairwise weight and the temperature.
+
+    Returns:
+      Function (key, logits [h, w, K], record, step) -> (loss, dict of terms in nats per cell).
+
+    Raises:
+      ValueError: if a name is unknown or settings do not go together.
+    """
+    _check_objective(config)
+    kernel_params = scaled(KernelParams(**config["kernel"]), config["pairwise_stride"] or stride)
+    warmup_steps = config["pairwise_warmup_epochs"] * steps_per_epoch
+
+    def pairwise_weight(step):
+        return config["pairwise_weight"] * (jnp.minimum(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0)
+
+    if config["estimator"] == "mcmc":
+        return functools.partial(_chain_objective, config, kernel_params, pairwise_weight)
+
+    def estimator_at(step, observed, grid):
+        if config["estimator"] == "exact":
+            return lambda key, logits, log_likelihood: observed.expectation(logits)
+        groups = block_groups(*grid, config["noise_block"]) if config["noise_block"] > 1 else None
+        return functools.partial(
+            elbo.ESTIMATORS[config["estimator"]],
+            temperature=_temperature(config, step, steps_per_epoch),
+            num_samples=config["num_samples"],
+            groups=groups,
+        )
+
+    def energy_per_cell(logits, guide):
+        # The kernel holds no parameter, and its gradient would double the cost of the step.
+        kernel = jax.lax.stop_gradient(image_kernel(guide, kernel_params, form=config["pairwise_form"] or None))
+        fine = jax.image.resize(logits, (*guide.shape[:2], logits.shape[-1]), "linear")
+        return pairwise_energy(jax.nn.softmax(_pixels(fine), axis=-1), kernel) / (guide.shape[0] * guide.shape[1])
+
+    def objective(key, logits, record, step):
+        observed, grid = _observed(config, record), logits.shape[:2]
+        estimator = estimator_at(step, observed, grid)
+        terms = elbo.elbo(key, _pixels(logits), None, observed.log_likelihood, estimator=estimator)
+        num_cells = grid[0] * grid[1]
+        terms = terms._replace(pairwise_energy=num_cells * energy_per_cell(logits, record["guide"]))
+        loss = -terms.reweighted(
+            likelihood=config["likelihood_weight"], entropy=config["entropy_weight"], pairwise=pairwise_weight(step)
+        )
+        reported = ("log_likelihood", "entropy", "pairwise_energy")
+        return loss / num_cells, {name: getattr(terms, name) / num_cells for name in reported}
+
+    return objective
+
+
+def _temperature(config, step, steps_per_epoch):
+    """The temperature of a step: constant, or along a geometric path to the final one."""
+    first, last = config["temperature"], config["final_temperature"] or config["temperature"]
+    num_steps = config["anneal_epochs"] * steps_per_epoch
+    if first == last or not num_steps:
+        return last
+    return first * (last / first) ** jnp.minimum(1.0, step / num_steps)
+
+
+def _chain_objective(config, kernel_params, pairwise_weight, key, logits, record, step):
+    """-E log q under the posterior: a few sweeps on from the state of the view's chain."""
+    observed, (height, width, _) = _observed(config, record), logits.shape
+    start_key, chain_key = jax.random.split(key)
+    logits = _pixels(logits)
+    chain = record["chain"].reshape(-1)
+    start = jnp.where(chain == _NO_CHAIN, jax.random.categorical(start_key, logits), chain.astype(jnp.int32))
+    weight, potentials = config["likelihood_weight"], observed.log_potentials
+    kernel = pairwise_weight(step) * dense_kernel(record["guide"], kernel_params)
+    samples = gibbs(
+        chain_key,
+        start,
+        kernel,
+        jnp.zeros_like(logits) if potentials is None else weight * potentials,
+        log_likelihood=None if potentials is not None else lambda z: weight * observed.log_likelihood(z),
+        num_sweeps=config["num_sweeps"],
+    )
+    log_prob = elbo.expected_log_prob(logits, samples.marginals) / (height * width)
+    labels = samples.labels.reshape(height, width).astype(jnp.uint8)
+    return -log_prob, {"log_prob": log_prob, "entropy": entropy(logits).mean(), "chain": labels}
+
+
+def full_supervision_objective(config, *, stride, steps_per_epoch):
+    """Cross-entropy with the masks, the upper bound of every weakly supervised method.
+
+    Args:
+      config: not used.
+      stride: pixels of the input per cell of the logits.
+      steps_per_epoch: not used.
+
+    Returns:
+      Function (key, logits [h, w, K], record, step) -> (loss, dict of terms), the mean over cells that are not
+      void.
+    """
+    del config, steps_per_epoch
+
+    def objective(key, logits, record, step):
+        del key, step
+        labels = record["mask"][stride // 2 :: stride, stride // 2 :: stride].astype(jnp.int32)
+        known = labels < logits.shape[-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, labels, 0))
+        loss = jnp.sum(losses * known) / jnp.maximum(known.sum(), 1)
+        return loss, {"cross_entropy": loss}
+
+    return objective
+
+
+OBJECTIVES = {"latent_crf": latent_crf_objective, "full_supervision": full_supervision_objective}

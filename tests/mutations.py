@@ -1,0 +1,171 @@
+r"""Break the library in one place after the other and list the tests that notice.
+
+    python tests/mutations.py [--only=WORD]
+
+Each mutation is made in a copy of the repository, and the tests of what is broken are run on it until one fails.
+A mutation that no test catches ends the program with exit code 1. All of them take about a quarter of an hour on two cores.
+"""
+
+import argparse
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Tests that are run for a mutation in a file, in this order and until one fails: those that enumerate first.
+TESTS = {
+    "crf.py": ("elbo", "crf"),
+    "elbo.py": ("elbo", "estimators"),
+    "filters.py": ("elbo", "filters", "crf"),
+    "gibbs.py": ("gibbs",),
+    "kernels.py": ("elbo", "kernels"),
+    "numerics.py": ("elbo", "numerics"),
+    "objectives.py": ("objectives",),
+    "observation.py": ("observation", "estimators"),
+    "sampling.py": ("estimators", "sampling"),
+}
+
+
+class Mutation(NamedTuple):
+    """What is broken, the file of lcrf_jax, the text that stands there once, and what it becomes."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTATIONS = [
+    # signs
+    Mutation("sign of the entropy in the bound", "elbo.py", "+ entropy * self.entropy", "- entropy * self.entropy"),
+    Mutation("sign of the pairwise energy in the bound", "elbo.py", "- pairwise * self.pairwise_energy",
+             "+ pairwise * self.pairwise_energy"),
+    Mutation("sign of log Z in the bound", "elbo.py", "self.reweighted() - self.log_partition",
+             "self.reweighted() + self.log_partition"),
+    Mutation("sign of the log-likelihood in the bound", "elbo.py", "return likelihood * self.log_likelihood",
+             "return -likelihood * self.log_likelihood"),
+    Mutation("sign of the entropy", "numerics.py", "return -jnp.sum(probs * jnp.where(", "return jnp.sum(probs * jnp.where("),
+    Mutation("sign of the entropy in the KL", "crf.py", "compatibility=compatibility) - entropy(logits).sum()",
+             "compatibility=compatibility) + entropy(logits).sum()"),
+    Mutation("sign of the Potts costs", "crf.py", "return values.sum(axis=-1, keepdims=True) - values",
+             "return values - values.sum(axis=-1, keepdims=True)"),
+    Mutation("sign of the message of mean field", "crf.py", "return probs, log_unary - message",
+             "return probs, log_unary + message"),
+    Mutation("sign of the energy's gradient", "crf.py", "return (cotangent * gradient, *pull(cotangent))",
+             "return (-cotangent * gradient, *pull(cotangent))"),
+    Mutation("sign of the Gumbel noise", "sampling.py", "        return logits + noise\n", "        return logits - noise\n"),
+    Mutation("sign of the score of reinforce", "elbo.py", "jnp.sum((fixed - fixed.mean()) * log_q)",
+             "jnp.sum((fixed.mean() - fixed) * log_q)"),
+    Mutation("sign of the Gibbs sampler's kernel", "gibbs.py", "mean = product(block.rows, one_hot) +",
+             "mean = -product(block.rows, one_hot) +"),
+    Mutation("absent and present tags exchanged in the closed form", "observation.py",
+             "right = jnp.where(tags, 1 - absent, absent)", "right = jnp.where(tags, absent, 1 - absent)"),
+    # factors: pairs counted twice or half
+    Mutation("energy without the factor 1/2 (each pair twice)", "crf.py", "return sum(jax.tree.leaves(products)) / 2",
+             "return sum(jax.tree.leaves(products))"),
+    Mutation("energy beside its gradient without the factor 1/2", "crf.py", "return jnp.vdot(probs, gradient) / 2,",
+             "return jnp.vdot(probs, gradient),"),
+    Mutation("energy's gradient with a factor 1/2", "crf.py", "return (cotangent * gradient, *pull(cotangent))",
+             "return (cotangent * gradient / 2, *pull(cotangent))"),
+    Mutation("messages of mean field doubled", "crf.py", "return probs, log_unary - message",
+             "return probs, log_unary - 2 * message"),
+    Mutation("Gibbs sampler's kernel doubled", "gibbs.py", "mean = product(block.rows, one_hot) +",
+             "mean = 2 * product(block.rows, one_hot) +"),
+    Mutation("reinforce without the factor of the leave-one-out baseline", "elbo.py",
+             "* log_q) / (num_samples - 1)", "* log_q) / num_samples"),
+    Mutation("entropy with logarithms to base 2", "numerics.py", "jnp.where(probs > 0, log_probs, 0)",
+             "jnp.where(probs > 0, log_probs / 0.6931472, 0)"),
+    # self-pairs
+    Mutation("self-pairs left in a dense matrix", "filters.py", "return product - jnp.diagonal(matrix)[:, None] * values",
+             "return product"),
+    Mutation("self-pairs left in the kernel of an image", "filters.py",
+             "        total = -self.bilateral_weight * self.bilateral_diagonal[:, None] * values",
+             "        total = jnp.zeros_like(values)"),
+    Mutation("self-pairs left in the splatted energy", "filters.py",
+             "return bilateral, gaussian, -self.bilateral_weight * self.bilateral_diagonal[:, None] * values",
+             "return bilateral, gaussian, jnp.zeros_like(values)"),
+    Mutation("self-pairs left in dense_kernel", "kernels.py",
+             "return jnp.where(jnp.eye(height * width, dtype=bool), 0, kernel)", "return kernel"),
+    Mutation("self-pairs left in the Gibbs sampler", "gibbs.py",
+             "kernel = kernel * (1 - jnp.eye(num_pixels, dtype=kernel.dtype))", "kernel = kernel * 1"),
+    Mutation("Gibbs sampler's field without its own diagonal", "gibbs.py",
+             "mean = product(block.rows, one_hot) + block.diagonal[:, None] * one_hot[block.pixels]",
+             "mean = product(block.rows, one_hot)"),
+    # temperature and noise
+    Mutation("temperature left out", "sampling.py", "(perturbed - largest) / temperature", "(perturbed - largest)"),
+    Mutation("temperature inverted", "sampling.py", "(perturbed - largest) / temperature",
+             "(perturbed - largest) * temperature"),
+    Mutation("temperature squared", "sampling.py", "(perturbed - largest) / temperature",
+             "(perturbed - largest) / temperature**2"),
+    Mutation("temperature on the logits alone", "sampling.py", "        return logits + noise\n",
+             "        return logits + 0.5 * noise\n"),
+    Mutation("temperature not handed on by the estimator", "elbo.py",
+             "gumbel_softmax(sample_key, logits, temperature=temperature, groups=groups)",
+             "gumbel_softmax(sample_key, logits, temperature=1.0, groups=groups)"),
+    Mutation("the temperature's schedule runs backwards", "objectives.py", "return first * (last / first) **",
+             "return last * (first / last) **"),
+    Mutation("one key for all samples", "elbo.py", "jax.vmap(function)(jax.random.split(key, num_samples))",
+             "jax.vmap(lambda _: function(key))(jax.random.split(key, num_samples))"),
+    # tests of the chain, weights of the objective
+    Mutation("Metropolis test left out", "gibbs.py",
+             "accepted = jnp.log(jax.random.uniform(test_key)) < likelihood(proposed) - likelihood(one_hot)",
+             "accepted = True"),
+    Mutation("Metropolis test upside down", "gibbs.py", "likelihood(proposed) - likelihood(one_hot)",
+             "likelihood(one_hot) - likelihood(proposed)"),
+    Mutation("gradient through the marginals", "elbo.py",
+             "target_probs = jax.lax.stop_gradient(promote_float(target_probs))", "target_probs = promote_float(target_probs)"),
+    Mutation("pairwise weight applied to the entropy too", "objectives.py", 'entropy=config["entropy_weight"]',
+             'entropy=config["entropy_weight"] * config["pairwise_weight"]'),
+]
+
+
+def copied(folder):
+    """A copy of what the tests need."""
+    for name in ("lcrf_jax", "tests", "experiments"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "setup.cfg", folder)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+
+
+def first_failure(folder, file):
+    """Name of the first test that fails with a mutation in this file, or None."""
+    tests = [f"tests/test_{name}.py" for name in TESTS[file]]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-x", "-p", "no:cacheprovider", *tests]
+    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    failed = re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", ended.stdout, re.MULTILINE)
+    if bool(failed) != (ended.returncode != 0):
+        raise RuntimeError(f"pytest ended with {ended.returncode} and without naming a test:\n{ended.stdout[-2000:]}")
+    return failed[0] if failed else None
+
+
+def main():
+    """Run the mutations and print a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="run only the mutations whose name has this word in it")
+    only = parser.parse_args().only
+    survived = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        copied(folder)
+        for mutation in MUTATIONS:
+            if only not in mutation.name:
+                continue
+            path = folder / "lcrf_jax" / mutation.file
+            text = path.read_text(encoding="utf-8")
+            if text.count(mutation.old) != 1:
+                sys.exit(f"{mutation.name}: expected once in {mutation.file}, found {text.count(mutation.old)}: {mutation.old}")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+            caught = first_failure(folder, mutation.file)
+            path.write_text(text, encoding="utf-8")
+            survived += [] if caught else [mutation.name]
+            print(f"| {mutation.name} | {caught or 'NOT CAUGHT'} |", flush=True)
+    if survived:
+        sys.exit(f"not caught: {survived}")
+
+
+if __name__ == "__main__":
+    main()
