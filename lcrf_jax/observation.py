@@ -143,7 +143,7 @@ def expected_max_pool(logits, tags, *, flip_probability=1e-6):
     log_probs = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), -1e-7)
     absent = jnp.exp(jnp.sum(jnp.log(-jnp.expm1(log_probs)), axis=0))
     right = jnp.where(tags, 1 - absent, absent)
-    return jnp.sum(right * math.log1p(-flip_probability) + (1 - right) * math.log(flip_probability))
+    return jnp.sum(right * jnp.log1p(-flip_probability) + (1 - right) * jnp.log(flip_probability))
 
 
 def log_mean_exp(labels, tags, *, sharpness=5.0):

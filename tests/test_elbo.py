@@ -175,6 +175,7 @@ def test_the_bound_holds_for_any_kernel_and_compatibility():
         _, by_loops = likelihoods("evidence", tags, vouching)
         for weight in (0.0, 1.0, 8.0):
             kernel = np.asarray(dense_kernel(image, KernelParams(weight, 2.0, 20.0, weight / 2, 1.0)))
+            assert not np.diagonal(kernel).any()
             for mu in (None, compatibility):
                 bound = exact_terms("evidence", logits, kernel, tags, vouching, mu)[1]
                 gaps.append(reference.log_tag_probability(by_loops, kernel, 2, mu) - bound)

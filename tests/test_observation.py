@@ -438,8 +438,9 @@ def test_flip_probabilities_out_of_range_are_refused(function, flip):
 
 def test_options_may_be_traced():
     labels, tags, _, _ = random_case(0)
-    traced = jax.jit(lambda flip: max_pool(labels, tags, flip_probability=flip))(0.2)
-    np.testing.assert_allclose(traced, max_pool(labels, tags, flip_probability=0.2), rtol=1e-6)
+    for function in (max_pool, expected_max_pool):
+        traced = jax.jit(lambda flip, function=function: function(labels, tags, flip_probability=flip))(0.2)
+        np.testing.assert_allclose(traced, function(labels, tags, flip_probability=0.2), rtol=1e-6)
     value = jax.jit(lambda rho: noisy_or(labels, tags, rho=rho))(0.3)
     np.testing.assert_allclose(value, noisy_or(labels, tags, rho=0.3), rtol=1e-6)
     assert jax.grad(lambda beta: area(labels, tags, beta=beta))(12.0) != 0
