@@ -37,7 +37,6 @@ from lcrf_jax.elbo import (
     straight_through_likelihood,
 )
 from lcrf_jax.filters import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
-from lcrf_jax.gibbs import GibbsSamples, gibbs
 from lcrf_jax.kernels import KernelParams, dense_kernel, filter_exact, gaussian_kernel, guide_features, scaled
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.observation import (
@@ -57,7 +56,6 @@ from lcrf_jax.sampling import block_groups, categorical, gumbel_softmax, straigh
 
 __all__ = [
     "ElboTerms",
-    "GibbsSamples",
     "KernelParams",
     "anchor_image_kernel",
     "area",
@@ -75,7 +73,6 @@ __all__ = [
     "format_iou_table",
     "frozen_classifier",
     "gaussian_kernel",
-    "gibbs",
     "guide_features",
     "gumbel_softmax",
     "gumbel_softmax_likelihood",

@@ -7,7 +7,7 @@ term is split by Gaussian fields u, one for each class,
 
 given which the pixels of the block are independent: p(z_i = k | u, rest) is the softmax of the field, the messages of
 the other blocks and the unary. Any diagonal d that makes A positive definite leaves the distribution as it is, since
-sum_k z_ik^2 = 1. A pixel whose block is itself alone has the textbook update.
+sum_k z_ik^2 = 1. A pixel whose block is itself alone has all but the textbook update: its d is .001.
 """
 
 from typing import NamedTuple
@@ -70,11 +70,13 @@ def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=
     Args:
       key: PRNG key.
       labels: [m] int, the state to go on from. A chain that is kept from call to call (persistent) needs few sweeps.
-      kernel: [m, m] symmetric matrix; its diagonal is ignored. Chains mix slowly where its row sums are large.
+      kernel: [m, m] matrix, of which the symmetric part counts and the diagonal does not. Where row sums pass 1 or so
+        chains mix slowly, and where they reach 10 they may stay where they began.
       unary_logits: [m, K] log-potentials of the pixels, such as `lcrf_jax.observation.log_evidence`.
       log_likelihood: function l from one-hot labels [m, K] to a scalar, or None.
       num_sweeps: static, >= 1; every pixel is updated once in each.
-      num_blocks: static, >= 1, at most m. Few large blocks are fast, many small ones mix better.
+      num_blocks: static, >= 1; more than m is m. Few large blocks are fast, many small ones mix better. With a
+        log-likelihood take blocks of 8 pixels or so: in larger ones a hard likelihood accepts nothing.
     Returns:
       `GibbsSamples`.
     Raises:
@@ -87,29 +89,34 @@ def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=
     check_shape("kernel", kernel, (num_pixels, num_pixels), "pass a dense matrix, see lcrf_jax.dense_kernel")
     check_number("num_sweeps", num_sweeps, minimum=1, remedy="5 is usual for a chain that is kept")
     check_number("num_blocks", num_blocks, minimum=1, remedy="8 is usual")
-    unary_logits = jax.lax.stop_gradient(promote_float(unary_logits))
-    kernel = jax.lax.stop_gradient(promote_float(kernel))
-    kernel = kernel * (1 - jnp.eye(num_pixels, dtype=kernel.dtype))
-    blocks = _blocks(kernel, min(num_blocks, num_pixels))
-    likelihood = None if log_likelihood is None else lambda one_hot: jax.lax.stop_gradient(log_likelihood(one_hot))
+    for name, value in (("num_sweeps", num_sweeps), ("num_blocks", num_blocks)):
+        if value != int(value):
+            raise ValueError(f"{name}: expected a whole number, got {value}")
+    unary_logits, kernel = jax.lax.stop_gradient((promote_float(unary_logits), promote_float(kernel)))
+    dtype = jnp.promote_types(unary_logits.dtype, kernel.dtype)
+    unary_logits, kernel = unary_logits.astype(dtype), kernel.astype(dtype)
+    kernel = jnp.where(jnp.eye(num_pixels, dtype=bool), 0, (kernel + kernel.T) / 2)
+    blocks = _blocks(kernel, min(int(num_blocks), num_pixels))
 
     def sweep(carry, sweep_key):
         one_hot, total = carry
         keys = jax.random.split(sweep_key, len(blocks.pixels))
 
         def update(state, block_and_key):
-            return _updated(*state, *block_and_key, unary_logits, likelihood), None
+            return _updated(*state, *block_and_key, unary_logits, log_likelihood), None
 
         (one_hot, marginals), _ = jax.lax.scan(update, (one_hot, one_hot), (blocks, keys))
-        return (one_hot, total + (one_hot if likelihood is not None else marginals)), None
+        return (one_hot, total + (one_hot if log_likelihood is not None else marginals)), None
 
-    one_hot = varying_like(jax.nn.one_hot(labels, unary_logits.shape[1], dtype=unary_logits.dtype), unary_logits)
+    one_hot = jax.nn.one_hot(labels, unary_logits.shape[1], dtype=dtype)
+    for array in (unary_logits, kernel, jax.random.key_data(key)):
+        one_hot = varying_like(one_hot, array)
     start = one_hot, jnp.zeros_like(one_hot)
-    (one_hot, total), _ = jax.lax.scan(sweep, start, jax.random.split(key, num_sweeps))
+    (one_hot, total), _ = jax.lax.scan(sweep, start, jax.random.split(key, int(num_sweeps)))
     return GibbsSamples(one_hot.argmax(axis=-1).astype(jnp.int32), total / num_sweeps)
 
 
-def _updated(one_hot, marginals, block, key, unary_logits, likelihood):
+def _updated(one_hot, marginals, block, key, unary_logits, log_likelihood):
     """The one-hot labels after an update of one block, and the marginals with its conditional distributions."""
     field_key, label_key, test_key = jax.random.split(key, 3)
 
@@ -122,7 +129,9 @@ def _updated(one_hot, marginals, block, key, unary_logits, likelihood):
     logits = mean + product(block.factor, noise) + unary_logits[block.pixels]
     proposed = one_hot.at[block.pixels].set(categorical(label_key, logits), mode="drop")
     marginals = marginals.at[block.pixels].set(jax.nn.softmax(logits, axis=-1), mode="drop")
-    if likelihood is None:
+    if log_likelihood is None:
         return proposed, marginals
-    accepted = jnp.log(jax.random.uniform(test_key)) < likelihood(proposed) - likelihood(one_hot)
+    gain = log_likelihood(proposed) - log_likelihood(one_hot)
+    check_shape("log_likelihood", gain, (), "return one number for all tags together")
+    accepted = jnp.log(jax.random.uniform(test_key)) < gain
     return jnp.where(accepted, proposed, one_hot), marginals

@@ -220,6 +220,8 @@ def _chain_objective(config, kernel_params, pairwise_weight, key, logits, record
         jnp.zeros_like(logits) if potentials is None else weight * potentials,
         log_likelihood=None if potentials is not None else lambda z: weight * observed.log_likelihood(z),
         num_sweeps=config["num_sweeps"],
+        # What does not factorise accepts or refuses a block as a whole.
+        num_blocks=8 if potentials is not None else max(8, len(logits) // 8),
     )
     log_prob = elbo.expected_log_prob(logits, samples.marginals) / (height * width)
     labels = samples.labels.reshape(height, width).astype(jnp.uint8)

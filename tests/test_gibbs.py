@@ -221,7 +221,8 @@ def test_two_pixels_agree_as_often_as_by_hand(num_blocks):
     """Two pixels, three classes, no unary: P(z_1 = z_2) is e^k / (e^k + 2)."""
     start = jnp.zeros((SOME_CHAINS, 2), jnp.int32)
     kernel = np.float32([[0, 0.9], [0.9, 0]])
-    labels = np.asarray(chains(keys_of(6, SOME_CHAINS), start, kernel, np.zeros((2, 3), np.float32), "none", 20, num_blocks).labels)
+    unary = np.zeros((2, 3), np.float32)
+    labels = np.asarray(chains(keys_of(6, SOME_CHAINS), start, kernel, unary, "none", 20, num_blocks).labels)
     agree = labels[:, :1] == labels[:, 1:]
     assert standard_errors_off(agree, np.exp(0.9) / (np.exp(0.9) + 2)) < 4
     assert standard_errors_off(labels == 0, 1 / 3) < 4
@@ -248,6 +249,16 @@ def test_the_diagonal_of_the_kernel_is_ignored(name):
     samples = chains(keys_of(9, 50), start, KERNEL + diagonal, UNARY, name, 3, 2)
     np.testing.assert_array_equal(samples.labels, expected.labels)
     np.testing.assert_array_equal(samples.marginals, expected.marginals)
+
+
+def test_the_symmetric_part_of_the_kernel_counts_and_a_diagonal_may_be_infinite():
+    skew = np.triu(np.float32(np.random.default_rng(0).normal(size=KERNEL.shape)), 1)
+    odd = KERNEL + skew - skew.T + np.diag(np.float32([np.inf] * NUM_PIXELS))
+    start = exact_samples(8, posterior("none"), 50)
+    expected = chains(keys_of(9, 50), start, (KERNEL + KERNEL.T) / 2, UNARY, "none", 3, 2)
+    samples = chains(keys_of(9, 50), start, odd, UNARY, "none", 3, 2)
+    np.testing.assert_array_equal(samples.labels, expected.labels)
+    np.testing.assert_allclose(samples.marginals, expected.marginals, atol=1e-5)
 
 
 @with_and_without
@@ -340,7 +351,8 @@ def test_a_strong_kernel_keeps_labels_equal_or_apart(num_blocks):
 def test_one_pixel_and_one_class(num_pixels, num_classes, name):
     kernel, unary = random_case(16, num_pixels, num_classes)
     likelihood = None if name == "none" else lambda z: area(z, TAGS[:num_classes])
-    samples = gibbs(jax.random.key(17), np.zeros(num_pixels, int), kernel, unary, log_likelihood=likelihood, num_sweeps=2)
+    start = np.zeros(num_pixels, int)
+    samples = gibbs(jax.random.key(17), start, kernel, unary, log_likelihood=likelihood, num_sweeps=2)
     check_valid(samples, num_pixels, num_classes)
     if num_classes == 1:
         np.testing.assert_array_equal(samples.marginals, 1)
@@ -404,21 +416,24 @@ def test_vmap_equals_a_loop(name):
         np.testing.assert_allclose(many.marginals[number], expected.marginals, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, one_image", [("none", False), ("none", True), ("area", False), ("area", True)])
-def test_four_devices_equal_one(name, one_image):
-    """A batch of images, or chains of one image, spread over the devices."""
+@with_and_without
+@pytest.mark.parametrize("shared", [(), ("kernel", "unary"), ("labels", "kernel", "unary")],
+                         ids=["nothing", "image", "all but the keys"])
+def test_four_devices_equal_one(shared, name):
+    """A batch of images, or chains of one image, or images with the same start, spread over the devices."""
     if jax.device_count() < 4:
         pytest.skip("needs four devices: XLA_FLAGS=--xla_force_host_platform_device_count=4")
-    kernels, unaries = (np.stack(arrays) for arrays in zip(*[random_case(s, NUM_PIXELS, NUM_CLASSES) for s in range(8)]))
-    labels, keys = exact_samples(23, posterior(name), 8), keys_of(24, 8)
-    images = (kernels[0], unaries[0]) if one_image else (kernels, unaries)
-    axis, spec = (None, PartitionSpec()) if one_image else (0, PartitionSpec("data"))
+    cases = [random_case(seed, NUM_PIXELS, NUM_CLASSES) for seed in range(8)]
+    kernels, unaries = (np.stack(arrays) for arrays in zip(*cases))
+    arguments = {"labels": exact_samples(23, posterior(name), 8), "kernel": kernels, "unary": unaries}
+    arrays = [keys_of(24, 8), *(array[0] if what in shared else array for what, array in arguments.items())]
+    axes = (0, *(None if what in shared else 0 for what in arguments))
     one = functools.partial(gibbs, log_likelihood=LIKELIHOODS[name], num_sweeps=2, num_blocks=2)
-    many = jax.vmap(one, in_axes=(0, 0, axis, axis))
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
-    data = PartitionSpec("data")
-    spread = jax.shard_map(many, mesh=mesh, in_specs=(data, data, spec, spec), out_specs=data)
-    got, expected = jax.jit(spread)(keys, labels, *images), jax.jit(many)(keys, labels, *images)
+    many = jax.vmap(one, in_axes=axes)
+    mesh, data = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",)), PartitionSpec("data")
+    specs = tuple(PartitionSpec() if axis is None else data for axis in axes)
+    got = jax.jit(jax.shard_map(many, mesh=mesh, in_specs=specs, out_specs=data))(*arrays)
+    expected = jax.jit(many)(*arrays)
     np.testing.assert_array_equal(got.labels, expected.labels)
     np.testing.assert_allclose(got.marginals, expected.marginals, rtol=1e-4, atol=1e-6)
 
@@ -453,6 +468,9 @@ def test_no_gradient_flows_through(name):
     ({"num_sweeps": 0}, r"num_sweeps: expected a finite number >= 1, got 0"),
     ({"num_blocks": 0}, r"num_blocks: expected a finite number >= 1, got 0"),
     ({"num_blocks": -2}, r"num_blocks: expected a finite number >= 1, got -2"),
+    ({"num_blocks": 2.5}, r"num_blocks: expected a whole number, got 2.5"),
+    ({"num_sweeps": 1.5}, r"num_sweeps: expected a whole number, got 1.5"),
+    ({"log_likelihood": lambda z: z.sum(axis=0)}, r"log_likelihood: expected shape \[\], got \[3\]"),
 ])
 def test_what_does_not_fit_is_refused(changes, message):
     arguments = {"labels": np.zeros(NUM_PIXELS, int), "kernel": KERNEL, "unary_logits": UNARY}
