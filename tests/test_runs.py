@@ -98,7 +98,8 @@ def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
     ({"objective__estimator": "nuts"}, r"objective\.estimator: expected one of .*'mcmc'.*'nuts'"),
     ({"objective__estimator": "reinforce"}, r"objective\.num_samples: expected a finite number >= 2, got 1"),
     ({"objective__estimator": "exact", "objective__likelihood": "gwrp"}, r"'exact' needs a likelihood .*'gwrp'"),
-    ({"objective__estimator": "mcmc", "objective__entropy_weight": 0.5}, "needs .*entropy_weight=1, got 0 and 0.5"),
+    ({"objective__estimator": "mcmc", "objective__entropy_weight": 0.5}, "needs .*got {'entropy_weight': 0.5}"),
+    ({"objective__estimator": "mcmc", "views__num_views": 1, "epochs": (1,)}, "'mcmc' needs views.num_views of at least 2"),
     ({"objective__temperature": 0.0}, r"objective\.temperature: expected a finite number > 0"),
     ({"objective__pairwise_stride": 3}, r"objective\.pairwise_stride: expected a divisor of 16"),
 ], ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "")
