@@ -27,8 +27,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; made if it 
 _VARIATIONS = flags.DEFINE_list("variations", ["terms"], "Groups or names of variations, or all.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds, from 0 on.", lower_bound=1)
 
-# Settings below config.objective. A likelihood over classes is given the weight of its 7 or so factors against the
-# KL's sum over cells.
+# Settings below config.objective. A likelihood that is a sum over classes needs a weight to be heard beside the KL, a sum
+# over cells; 400 was not searched for.
 VARIATIONS = {
     "terms": {
         "as configured": {},

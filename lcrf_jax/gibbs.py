@@ -48,8 +48,7 @@ def _blocks(kernel, num_blocks):
     num_pixels = len(kernel)
     size = -(-num_pixels // num_blocks)
     pixels = jnp.arange(size)[None, :] * num_blocks + jnp.arange(num_blocks)[:, None]
-    real = pixels < num_pixels
-    pixels = jnp.where(real, pixels, num_pixels)
+    pixels = jnp.minimum(pixels, num_pixels)
     rows = jnp.pad(kernel, ((0, 1), (0, 1)))[pixels]
     within = jnp.take_along_axis(rows, jnp.broadcast_to(pixels[:, None, :], (*pixels.shape, size)), axis=2)
     # Diagonally dominant with something to spare, hence positive definite in float32 too.
@@ -87,11 +86,8 @@ def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=
     num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), "pass one image, pixels flattened to one axis")
     check_shape("labels", labels, (num_pixels,), "give the number of a class for each pixel")
     check_shape("kernel", kernel, (num_pixels, num_pixels), "pass a dense matrix, see lcrf_jax.dense_kernel")
-    check_number("num_sweeps", num_sweeps, minimum=1, remedy="5 is usual for a chain that is kept")
-    check_number("num_blocks", num_blocks, minimum=1, remedy="8 is usual")
-    for name, value in (("num_sweeps", num_sweeps), ("num_blocks", num_blocks)):
-        if value != int(value):
-            raise ValueError(f"{name}: expected a whole number, got {value}")
+    check_number("num_sweeps", num_sweeps, minimum=1, whole=True, remedy="5 is usual for a chain that is kept")
+    check_number("num_blocks", num_blocks, minimum=1, whole=True, remedy="8 is usual")
     unary_logits, kernel = jax.lax.stop_gradient((promote_float(unary_logits), promote_float(kernel)))
     dtype = jnp.promote_types(unary_logits.dtype, kernel.dtype)
     unary_logits, kernel = unary_logits.astype(dtype), kernel.astype(dtype)
@@ -106,7 +102,7 @@ def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=
             return _updated(*state, *block_and_key, unary_logits, log_likelihood), None
 
         (one_hot, marginals), _ = jax.lax.scan(update, (one_hot, one_hot), (blocks, keys))
-        return (one_hot, total + (one_hot if log_likelihood is not None else marginals)), None
+        return (one_hot, total + marginals), None
 
     one_hot = jax.nn.one_hot(labels, unary_logits.shape[1], dtype=dtype)
     for array in (unary_logits, kernel, jax.random.key_data(key)):
@@ -117,7 +113,7 @@ def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=
 
 
 def _updated(one_hot, marginals, block, key, unary_logits, log_likelihood):
-    """The one-hot labels after an update of one block, and the marginals with its conditional distributions."""
+    """The labels after an update of one block, and the marginals with its conditional distributions or, if tested, labels."""
     field_key, label_key, test_key = jax.random.split(key, 3)
 
     def product(a, b):
@@ -128,10 +124,10 @@ def _updated(one_hot, marginals, block, key, unary_logits, log_likelihood):
     noise = jax.random.normal(field_key, mean.shape, mean.dtype)
     logits = mean + product(block.factor, noise) + unary_logits[block.pixels]
     proposed = one_hot.at[block.pixels].set(categorical(label_key, logits), mode="drop")
-    marginals = marginals.at[block.pixels].set(jax.nn.softmax(logits, axis=-1), mode="drop")
     if log_likelihood is None:
-        return proposed, marginals
+        return proposed, marginals.at[block.pixels].set(jax.nn.softmax(logits, axis=-1), mode="drop")
     gain = log_likelihood(proposed) - log_likelihood(one_hot)
     check_shape("log_likelihood", gain, (), "return one number for all tags together")
     accepted = jnp.log(jax.random.uniform(test_key)) < gain
-    return jnp.where(accepted, proposed, one_hot), marginals
+    one_hot = jnp.where(accepted, proposed, one_hot)
+    return one_hot, one_hot

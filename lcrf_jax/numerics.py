@@ -89,7 +89,7 @@ def check_shape(name, array, expected, remedy):
     return shape
 
 
-def check_number(name, value, *, minimum, remedy, strict=False):
+def check_number(name, value, *, minimum, remedy, strict=False, whole=False):
     """The value, after checking a Python or NumPy number against a lower bound; traced values pass unchecked.
 
     Args:
@@ -98,10 +98,11 @@ def check_number(name, value, *, minimum, remedy, strict=False):
       minimum: smallest allowed value; itself excluded if `strict`.
       remedy: what the caller can do, for the message.
       strict: whether the bound itself is refused.
+      whole: whether numbers with a fraction are refused; 2.0 is allowed.
     Returns:
       The value, unchanged.
     Raises:
-      ValueError: if the number is not finite or below the bound.
+      ValueError: if the number is not finite, below the bound, or has a fraction that it must not have.
     References:
       None.
     """
@@ -110,6 +111,8 @@ def check_number(name, value, *, minimum, remedy, strict=False):
         if not math.isfinite(value) or too_small:
             sign = ">" if strict else ">="
             raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {value}; {remedy}")
+        if whole and value != int(value):
+            raise ValueError(f"{name}: expected a whole number, got {value}; {remedy}")
     return value
 
 

@@ -18,6 +18,18 @@ from lcrf_jax.sampling import block_groups
 _NO_CHAIN = 255
 
 
+def uses_chains(config):
+    """Whether the objective of a run goes on from the state of a Markov chain.
+
+    Args:
+      config: dict with "method" and "objective".
+
+    Returns:
+      bool.
+    """
+    return config["method"] == "latent_crf" and config["objective"]["estimator"] == "mcmc"
+
+
 def empty_chains(num_views, num_images, grid):
     """The chains of a run that begins: each view's starts from a sample of q when it is first seen.
 
@@ -95,19 +107,16 @@ def _check_objective(config):
             f"{sorted(observation.EXPECTATIONS)}, got {config['likelihood']!r}; use reinforce for an unbiased estimate"
         )
     least = 2 if estimator == "reinforce" else 1
-    for name, minimum, remedy in (
-        ("num_samples", least, f"{estimator} needs {least}"),
-        ("noise_block", 1, "1 is independent noise"),
-        ("num_sweeps", 1, "5 is the default"),
-        ("final_temperature", 0, "0 keeps the temperature"),
-        ("anneal_epochs", 0, "give the epochs until the final temperature"),
-        ("pairwise_warmup_epochs", 0, "0 is no warm-up"),
+    for name, minimum, whole, remedy in (
+        ("num_samples", least, True, f"{estimator} needs {least}"),
+        ("noise_block", 1, True, "1 is independent noise"),
+        ("num_sweeps", 1, True, "5 is the default"),
+        ("final_temperature", 0, False, "0 keeps the temperature"),
+        ("anneal_epochs", 0, False, "give the epochs until the final temperature"),
+        ("pairwise_warmup_epochs", 0, False, "0 is no warm-up"),
     ):
-        check_number(f"objective.{name}", config[name], minimum=minimum, remedy=remedy)
+        check_number(f"objective.{name}", config[name], minimum=minimum, whole=whole, remedy=remedy)
     check_number("objective.temperature", config["temperature"], minimum=0, strict=True, remedy="1 is the default")
-    for name in ("num_samples", "noise_block", "num_sweeps"):
-        if config[name] != int(config[name]):
-            raise ValueError(f"objective.{name}: expected a whole number, got {config[name]}")
     if config["noise_block"] > 1 and estimator not in ("gumbel_softmax", "straight_through"):
         raise ValueError(
             f"objective.noise_block: expected 1 with the estimator {estimator!r}, got {config['noise_block']}; "

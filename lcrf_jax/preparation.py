@@ -15,7 +15,7 @@ from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_class
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
 from lcrf_jax.nets.network import Network, backbone_variables, build_network
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
-from lcrf_jax.objectives import OBJECTIVES
+from lcrf_jax.objectives import OBJECTIVES, uses_chains
 from lcrf_jax.runlog import image_progress, say
 
 
@@ -144,7 +144,7 @@ def prepare(config):
     OBJECTIVES[config["method"]](
         config["objective"], stride=network.stride, steps_per_epoch=rounds[0].steps_per_epoch
     )
-    if config["objective"]["estimator"] == "mcmc" and config["views"]["num_views"] < 2:
+    if uses_chains(config) and config["views"]["num_views"] < 2:
         # With one view an image can be in a batch twice where two epochs meet.
         raise ValueError("objective.estimator: 'mcmc' needs views.num_views of at least 2, one chain for each view")
     several = len(rounds) > 1

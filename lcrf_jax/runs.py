@@ -14,7 +14,7 @@ from lcrf_jax.data.pipeline import device_prefetch, make_loader
 from lcrf_jax.evaluation import evaluate
 from lcrf_jax.inference import make_segmenter
 from lcrf_jax.metrics import mean_iou
-from lcrf_jax.objectives import OBJECTIVES, empty_chains
+from lcrf_jax.objectives import OBJECTIVES, empty_chains, uses_chains
 from lcrf_jax.preparation import (
     guide_stride,
     inference_params,
@@ -67,7 +67,7 @@ def _fresh_state(prepared, this, key, mesh):
     optimizer = _optimizer(prepared.config, this)
     config, round_key = prepared.config, jax.random.fold_in(key, this.number)
     chains = None
-    if config["method"] == "latent_crf" and config["objective"]["estimator"] == "mcmc":
+    if uses_chains(config):
         chains = empty_chains(prepared.views.num_views, len(prepared.train), prepared.grid)
     return training.initial_state(
         round_key, prepared.network, prepared.variables, optimizer, config["input_size"], mesh, chains

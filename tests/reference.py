@@ -262,9 +262,8 @@ def expectation_and_gradient(function, logits):
 def log_tag_probability(log_likelihood, kernel, num_classes, compatibility=None):
     """log p(y | x) = log sum_z p(z | x) p(y | z, x), by enumeration of the one-hot z."""
     one_hot = np.eye(num_classes)[labellings(len(kernel), num_classes)]
-    log_prior = -labelling_energies(kernel, num_classes, compatibility)
-    log_prior = log_prior - np.logaddexp.reduce(log_prior)
-    return np.logaddexp.reduce(log_prior + [float(log_likelihood(z)) for z in one_hot])
+    log_likelihoods = [float(log_likelihood(z)) for z in one_hot]
+    return enumeration(log_likelihoods, kernel, num_classes, compatibility).log_tag_probability
 
 
 class Enumeration(NamedTuple):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cases import random_case
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -16,15 +17,6 @@ from lcrf_jax.kernels import KernelParams, dense_kernel
 from lcrf_jax.observation import TAG_LIKELIHOODS, evidence, frozen_classifier
 
 COMPATIBILITY = np.array([[0.0, 1.0, 3.0], [1.0, 0.0, 0.5], [3.0, 0.5, 0.0]])
-
-
-def random_case(seed, num_pixels=6, num_classes=3):
-    """Logits, a positive kernel, tags and evidence of one image."""
-    rng = np.random.default_rng(seed)
-    kernel = rng.uniform(0, 1, (num_pixels, num_pixels))
-    tags = np.array([True, *(rng.uniform(size=num_classes - 1) < 0.5)])
-    vouching = rng.dirichlet(np.ones(num_classes), num_pixels) + 0.01
-    return 1.5 * rng.normal(size=(num_pixels, num_classes)), (kernel + kernel.T) / 2, tags, vouching
 
 
 def likelihoods(name, tags, vouching):

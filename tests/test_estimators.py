@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from cases import random_case
 from jax.test_util import check_grads
 
 from lcrf_jax.elbo import (
@@ -30,15 +31,6 @@ from lcrf_jax.sampling import block_groups, categorical, gumbel_softmax, straigh
 
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
 every_closed_form = pytest.mark.parametrize("name", EXPECTATIONS)
-
-
-def random_case(seed, num_pixels=6, num_classes=3):
-    """Logits, a positive kernel, tags and evidence of one image."""
-    rng = np.random.default_rng(seed)
-    kernel = rng.uniform(0, 1, (num_pixels, num_pixels))
-    tags = np.array([True, *(rng.uniform(size=num_classes - 1) < 0.5)])
-    vouching = rng.dirichlet(np.ones(num_classes), num_pixels) + 0.01
-    return 1.5 * rng.normal(size=(num_pixels, num_classes)), (kernel + kernel.T) / 2, tags, vouching
 
 
 def likelihood(name, tags, vouching):

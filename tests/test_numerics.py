@@ -76,4 +76,7 @@ def test_a_number_out_of_range_is_told_with_what_to_do():
             check_number("n", bad, minimum=0, remedy="use more")
     with pytest.raises(ValueError, match="> 0, got 0"):
         check_number("n", 0, minimum=0, strict=True, remedy="use more")
+    assert check_number("n", 2.0, minimum=0, whole=True, remedy="use more") == 2
+    with pytest.raises(ValueError, match="n: expected a whole number, got 2.5; use more"):
+        check_number("n", 2.5, minimum=0, whole=True, remedy="use more")
     jax.jit(lambda n: check_number("n", n, minimum=0, remedy="use more"))(-1.0)
