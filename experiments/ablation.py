@@ -9,7 +9,6 @@ interrupted. DIR gets a folder for each run, ablation.md and ablation.csv.
 """
 
 import csv
-import json
 import pathlib
 import statistics
 
@@ -18,7 +17,6 @@ from ml_collections import config_flags
 
 from experiments import measuring, reporting
 from lcrf_jax import preparation, runs
-from lcrf_jax.checkpoints import load_description
 from lcrf_jax.objectives import latent_crf_objective
 from lcrf_jax.runlog import metrics_history, say
 
@@ -79,12 +77,7 @@ def varied(config, settings, seed):
 
 def trained_score(prepared, folder):
     """mIoU on val after the last step of the run in a folder, which is trained if it is not there."""
-    if (folder / "config.json").exists():
-        before = load_description(folder)["training"]
-        now = json.loads(json.dumps(prepared.config))
-        different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        if different:
-            raise ValueError(f"{folder} holds a run with another setting of {different}; choose another --workdir")
+    reporting.check_same_settings(folder, prepared.config)
     runs.train(prepared, folder)
     return [record["val/miou"] for record in metrics_history(folder) if "val/miou" in record][-1]
 

@@ -51,6 +51,16 @@ def no_more_arguments(argv):
         raise ValueError(f"unknown arguments {argv[1:]}; see --help")
 
 
+def check_same_settings(folder, config):
+    """Refuse to go on with a run of other settings: it would stand in a table under the wrong name."""
+    if not (folder / "config.json").exists():
+        return
+    before, now = load_description(folder)["training"], json.loads(json.dumps(config))
+    different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if different:
+        raise ValueError(f"{folder} holds a run with another setting of {different}; choose another --workdir")
+
+
 def load_segmenter(run_dir, which="best"):
     """(Segmenter, description, parameters) of a run folder."""
     description, params = load_description(run_dir), restore_params(run_dir, which)
@@ -106,7 +116,8 @@ def evaluate_cam(run_dir, source, *, tags_given):
         raise ValueError("--cam needs --tags_given: without tags class maps say nothing of which classes are there")
     description, params = load_description(run_dir), restore_params(run_dir)
     if "classifier" not in params:
-        raise ValueError(f"{run_dir} was trained with masks and has no tag classifier; give a run trained on tags")
+        method = description["training"]["method"]
+        raise ValueError(f"{run_dir} is a run of {method} and has no tag classifier; give one of cam or latent_crf")
     network, settings = build_network(description["network"]), description["training"]["class_maps"]
     classifier = restored_classifier(params)
     _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])

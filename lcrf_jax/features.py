@@ -1,5 +1,6 @@
 """Frozen features of a whole source: views for the decoder, class maps of the tag classifier."""
 
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lcrf_jax.data.cache import cached_arrays
 from lcrf_jax.data.pipeline import stack_records
-from lcrf_jax.data.views import apply_view, sample_view
+from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.nets.tag_classifier import fit_tag_classifier
 
 
@@ -138,12 +139,23 @@ def pooled_head(network, variables, s32, batch_size=64):
       [N, C'] float32 NumPy array.
     """
     pool = jax.jit(lambda taps: network.head(variables, {"s32": taps}).mean(axis=(1, 2)))
-    return _in_batches(pool, s32, batch_size)
+    return in_batches(pool, s32, batch_size)
 
 
-def _in_batches(function, rows, batch_size=64):
-    """A function of a batch applied to many rows, part by part, as one NumPy array."""
-    parts = (rows[i : i + batch_size] for i in range(0, len(rows), batch_size))
+def in_batches(function, rows, batch_size=64):
+    """A function of a batch applied to many rows, part by part.
+
+    Args:
+      function: from a batch of rows to an array with the same leading axis.
+      rows: array [N, ...], or tuple of such arrays.
+      batch_size: rows at once.
+
+    Returns:
+      NumPy array [N, ...].
+    """
+    count = len(rows[0]) if isinstance(rows, tuple) else len(rows)
+    slices = (slice(start, start + batch_size) for start in range(0, count, batch_size))
+    parts = (tuple(array[part] for array in rows) if isinstance(rows, tuple) else rows[part] for part in slices)
     return np.concatenate([np.asarray(function(part)) for part in parts])
 
 
@@ -211,7 +223,23 @@ class _Squares:
         return len(self._source)
 
     def __getitem__(self, index):
-        return {"image": square_image(self._source[index].image, self._size)}
+        example = self._source[index]
+        return {"image": square_image(example.image, self._size), "tags": example.tags}
+
+
+def square_batches(source, size, batch_size, progress=lambda count: None):
+    """All images of a source in order, each as a square, in batches of one size.
+
+    Args:
+      source: images; masks are not used.
+      size: side of the squares in pixels.
+      batch_size: images in a batch; the last one is padded with its last image.
+      progress: called with the number of images after each batch was used.
+
+    Returns:
+      Iterator over (number of true rows, dict with "image" [B, size, size, 3] uint8 and "tags" [B, K] bool).
+    """
+    return _batched(_Squares(source, size), batch_size, progress)
 
 
 def class_maps(
@@ -249,12 +277,12 @@ def class_maps(
     from_tap, from_images = map_functions(network, variables, weights, grid)
 
     def at_size(size):
-        records = _batched(_Squares(source, size), batch_size, progress)
+        records = square_batches(source, size, batch_size, progress)
         return np.concatenate([np.asarray(from_images(batch["image"]))[:count] for count, batch in records])
 
     def batches():
-        plain = _in_batches(from_tap, views.tap("s32", 0))
-        mirrored = _in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
+        plain = in_batches(from_tap, views.tap("s32", 0))
+        mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
         maps = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes])
         yield {"maps": maps.astype(np.float16)}
 
@@ -268,7 +296,8 @@ class MappedViews:
 
     Args:
       records: `CachedViews` or a `ViewDataset`: records with "index" and "view".
-      maps: dict from name to [N, g, g, C] array of maps over the whole image.
+      maps: dict from name to an array of maps over the whole image: [N, g, g, C] of floats, or [N, g, g] of uint8
+        labels, which are cut out by nearest neighbour.
       constants: dict from name to [N, ...] array that does not depend on the view.
       grid: cells along a side of the cut-out maps.
       view_options: seed, scale_range and ratio_range of the views.
@@ -285,11 +314,51 @@ class MappedViews:
         record = self._records[position]
         index = int(record["index"])
         view = sample_view(index=index, view_number=int(record["view"]), **self._view_options)
+        size = (self._grid, self._grid)
         cut = {
-            name: apply_view(np.asarray(maps[index], np.float32), view, (self._grid, self._grid))
+            name: apply_view_to_mask(maps[index], view, size)
+            if maps.dtype == np.uint8
+            else apply_view(np.asarray(maps[index], np.float32), view, size)
             for name, maps in self._maps.items()
         }
         return {**record, **cut, **{name: values[index] for name, values in self._constants.items()}}
+
+
+def test_time_features(source, network, variables, weights_digest, *, size, mirror, directory, batch_size=8,
+                       progress=lambda count: None):
+    """Frozen features of every image as `lcrf_jax.inference` needs them at one input size, kept on disk.
+
+    Args:
+      source: images; masks are not used.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights_digest: sha256 of the backbone's weights.
+      size: side of the square input in pixels.
+      mirror: whether the features of the mirrored images are wanted as well.
+      directory: folder of the caches.
+      batch_size: images at once.
+      progress: called with the number of images after each batch.
+
+    Returns:
+      dict from tap to [N, 1 or 2, h, w, C] float32, memory-mapped; the mirrored image second.
+    """
+
+    @jax.jit
+    def features(images):
+        views = (images, images[:, :, ::-1]) if mirror else (images,)
+        taps = [network.features(variables, view) for view in views]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *taps)
+
+    def batches():
+        for count, batch in square_batches(source, size, batch_size, progress):
+            yield {tap: np.asarray(array)[:count] for tap, array in features(batch["image"]).items()}
+
+    description = {key: network.description[key] for key in ("backbone", "last_stride")}
+    identity = {
+        "kind": "test time", "weights": weights_digest, "network": {**description, "taps": list(network.taps)},
+        "size": size, "mirror": mirror, "source": hashlib.sha256(repr(source.fingerprint).encode()).hexdigest(),
+    }
+    return cached_arrays(directory, identity, len(source), batches)
 
 
 def fitted_classifier(network, variables, s32, tags, *, l2):

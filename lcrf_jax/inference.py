@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
 from lcrf_jax.crf import refine as refine_by_mean_field
 from lcrf_jax.features import square_image
 from lcrf_jax.kernels import KernelParams
@@ -25,8 +26,9 @@ class Segmenter(NamedTuple):
     Attributes:
       class_names: names of the K classes, background first.
       input_sizes: sides of the square network inputs, whose log-probabilities are averaged.
-      network_log_probs: function from images [B, S, S, 3] RGB 0..255 to log q(z | x) on the network's grid,
-        [B, h, w, K].
+      network_features: function from images [B, S, S, 3] RGB 0..255 to the taps of the frozen backbone: a dict of
+        arrays, the rows of the images first, then those of their mirror images where these are used.
+      log_probs_of: function from these to log q(z | x) on the network's grid, [B, h, w, K].
       enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
       refine: function (log-probabilities, image, valid, capacity=None) -> log-probabilities after mean field; all
         are NaN if the kernel's lattice needs more vertices than the capacity.
@@ -34,9 +36,14 @@ class Segmenter(NamedTuple):
 
     class_names: tuple
     input_sizes: tuple
-    network_log_probs: object
+    network_features: object
+    log_probs_of: object
     enlarge: object
     refine: object
+
+    def network_log_probs(self, images):
+        """Log q(z | x) on the network's grid, [B, h, w, K], of images [B, S, S, 3] RGB 0..255."""
+        return self.log_probs_of(self.network_features(images))
 
 
 class Segmentation(NamedTuple):
@@ -68,8 +75,9 @@ def make_segmenter(description, params):
     Args:
       description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
         "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
-        "num_iterations" and "unary_weight".
-      params: dict with "backbone" and "decoder" variables.
+        "num_iterations", "unary_weight", and where the network's softmax is not the output "output", a key of
+        `OUTPUTS`, and "output_options".
+      params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
 
     Returns:
       Segmenter.
@@ -79,34 +87,120 @@ def make_segmenter(description, params):
       KeyError: if parameters are missing.
     """
     network, settings = build_network(description["network"]), description["inference"]
-    backbone, decoder = params["backbone"], params["decoder"]
     kernel_params = KernelParams(**settings["kernel"])
+    output = OUTPUTS[settings.get("output", "softmax")]
+    log_probs_of = output(network, params, settings["mirror"], settings.get("output_options", {}))
 
     @jax.jit
-    def network_log_probs(images):
+    def network_features(images):
         inputs = jnp.concatenate([images, images[:, :, ::-1]]) if settings["mirror"] else images
-        logits = network.logits(decoder, backbone, network.features(backbone, inputs))
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        if settings["mirror"]:
-            plain, mirrored = jnp.split(log_probs, 2)
-            log_probs = jax.nn.log_softmax((plain + mirrored[:, :, ::-1]) / 2, axis=-1)
-        return log_probs
+        return network.features(params["backbone"], inputs)
 
-    @jax.jit
-    def enlarge(log_probs, rows, columns):
-        logits = jnp.einsum("Hh,hwk,Ww->HWk", rows, log_probs, columns, precision=jax.lax.Precision.HIGHEST)
-        return jax.nn.log_softmax(logits, axis=-1)
-
-    @functools.partial(jax.jit, static_argnames="capacity")
-    def refine(log_probs, image, valid, capacity=None):
-        unary, num_iterations = settings["unary_weight"] * log_probs, settings["num_iterations"]
-        return refine_by_mean_field(
-            image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
-        )
-
-    return Segmenter(
-        tuple(description["class_names"]), tuple(settings["input_sizes"]), network_log_probs, enlarge, refine
+    refine = functools.partial(
+        _refined,
+        kernel_params=kernel_params,
+        num_iterations=settings["num_iterations"],
+        unary_weight=settings["unary_weight"],
     )
+    return Segmenter(
+        tuple(description["class_names"]), tuple(settings["input_sizes"]), network_features, jax.jit(log_probs_of),
+        _enlarged, refine,
+    )
+
+
+# These two are compiled once for all segmenters of a process: what differs between runs is an argument.
+
+
+@jax.jit
+def _enlarged(log_probs, rows, columns):
+    logits = jnp.einsum("Hh,hwk,Ww->HWk", rows, log_probs, columns, precision=jax.lax.Precision.HIGHEST)
+    return jax.nn.log_softmax(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("kernel_params", "num_iterations", "unary_weight", "capacity"))
+def _refined(log_probs, image, valid, *, kernel_params, num_iterations, unary_weight, capacity=None):
+    return refine_by_mean_field(
+        image, unary_weight * log_probs, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
+    )
+
+
+def _mirror_mean(maps, mirrored):
+    """The mean of the first half of the maps and the second half, mirrored back; or all of them if none is mirrored."""
+    if not mirrored:
+        return maps
+    plain, other = jnp.split(maps, 2)
+    return (plain + other[:, :, ::-1]) / 2
+
+
+def _network_output(network, params, mirrored, log_probs_of_logits):
+    """The network's log-probabilities, averaged over mirroring."""
+
+    def log_probs_of(features):
+        logits = network.logits(params["decoder"], params["backbone"], features)
+        log_probs = log_probs_of_logits(logits)
+        return jax.nn.log_softmax(_mirror_mean(log_probs, mirrored), axis=-1) if mirrored else log_probs
+
+    return log_probs_of
+
+
+def _softmax(network, params, mirrored, options):
+    del options
+    return _network_output(network, params, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1))
+
+
+def _ilp(network, params, mirrored, options):
+    def one(logits):
+        return ilp_log_probs(logits.reshape(-1, logits.shape[-1]), **options).reshape(logits.shape)
+
+    return _network_output(network, params, mirrored, jax.vmap(one))
+
+
+def _class_maps(network, params, mirrored, options):
+    """The class maps of the tag classifier in place of the network's logits, averaged over mirroring."""
+    classifier = restored_classifier(params)
+
+    def one(maps):
+        cells = maps.reshape(-1, maps.shape[-1])
+        # The classifier is linear: its logit is the mean of its map, plus the bias.
+        log_probs = cam_log_probs(cells, cells.mean(axis=0) + classifier.bias, **options)
+        return log_probs.reshape(*maps.shape[:2], -1)
+
+    def log_probs_of(features):
+        maps = network.head(params["backbone"], features) @ classifier.weights
+        return jax.vmap(one)(_mirror_mean(maps, mirrored))
+
+    return log_probs_of
+
+
+# What is made of the features at test time: (network, params, whether mirrored, options) -> function of the features.
+OUTPUTS = {"softmax": _softmax, "ilp": _ilp, "class_maps": _class_maps}
+
+
+def superpixels(image, *, scale=100.0, sigma=0.8, min_size=50):
+    """Superpixels of an image by the graph-based method of Felzenszwalb and Huttenlocher.
+
+    Args:
+      image: [H, W, 3] uint8 RGB.
+      scale: larger makes larger superpixels.
+      sigma: width in pixels of the Gaussian that the image is smoothed with.
+      min_size: least size in pixels.
+
+    Returns:
+      [H, W] integers from 0 on.
+
+    Raises:
+      ValueError: if scikit-image is not installed.
+
+    References:
+      Felzenszwalb and Huttenlocher 2004, as scikit-image has it.
+    """
+    try:
+        from skimage.segmentation import felzenszwalb
+    except ImportError as error:
+        raise ValueError(
+            f"superpixels need scikit-image, which is not installed ({error}); pip install 'lcrf_jax[superpixels] @ .'"
+        ) from error
+    return felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
 
 
 def interpolation_weights(cells, pixels, padded):
@@ -163,7 +257,7 @@ def segment(segmenter, image, *, crf, tags=None):
     return result
 
 
-def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None):
+def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, features=None):
     """Segment images of any sizes; the network sees them together, the rest is done one by one.
 
     Args:
@@ -173,6 +267,8 @@ def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None):
       tags: list of [K] bool, the classes that may occur in each image, or None for all.
       batch_size: images that the network sees at once; a shorter list is padded to it, so that nothing is compiled
         anew. By default the length of the list.
+      features: for each input size the network's features of these images, if they are known already; None
+        computes them.
 
     Returns:
       List of Segmentation.
@@ -184,15 +280,31 @@ def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None):
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
             got = f"{image.shape} {image.dtype}"
             raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {got}; convert it first")
-    grids = []
-    for size in segmenter.input_sizes:
-        squares = [square_image(image, size) for image in images]
-        squares += squares[-1:] * ((batch_size or len(images)) - len(images))
-        grids.append(segmenter.network_log_probs(np.stack(squares)))
+    if features is None:
+        features = network_features(segmenter, images, batch_size or len(images))
+    grids = [segmenter.log_probs_of(taps) for taps in features]
     if tags is not None:
         absent = np.where(np.asarray(tags, bool), 0.0, _EXCLUDED).astype(np.float32)
         grids = [grid[: len(images)] + absent[:, None, None, :] for grid in grids]
     return [_at_own_size(segmenter, image, [grid[i] for grid in grids], crf) for i, image in enumerate(images)]
+
+
+def network_features(segmenter, images, batch_size):
+    """The frozen features of a batch at every input size.
+
+    Args:
+      segmenter: a Segmenter.
+      images: list of at most `batch_size` images [H, W, 3] uint8 RGB.
+      batch_size: rows of the result; the last image is repeated to fill them.
+
+    Returns:
+      List of dict from tap to array, see `Segmenter.network_features`, one for each input size.
+    """
+    batches = []
+    for size in segmenter.input_sizes:
+        squares = [square_image(image, size) for image in images]
+        batches.append(segmenter.network_features(np.stack(squares + squares[-1:] * (batch_size - len(images)))))
+    return batches
 
 
 def _at_own_size(segmenter, image, grids, crf):

@@ -10,7 +10,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-__all__ = ["check_number", "check_shape", "entropy", "promote_float", "squared_distances", "varying_like"]
+__all__ = ["check_number", "check_shape", "check_share", "entropy", "promote_float", "squared_distances", "varying_like"]
 
 
 def promote_float(array):
@@ -113,6 +113,26 @@ def check_number(name, value, *, minimum, remedy, strict=False, whole=False):
             raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {value}; {remedy}")
         if whole and value != int(value):
             raise ValueError(f"{name}: expected a whole number, got {value}; {remedy}")
+    return value
+
+
+def check_share(name, value, remedy):
+    """The value, after checking that a Python or NumPy number lies in (0, 1]; traced values pass unchecked.
+
+    Args:
+      name: name of the argument, for the message.
+      value: the number.
+      remedy: what the caller can do, for the message.
+    Returns:
+      The value, unchanged.
+    Raises:
+      ValueError: if the number is not in (0, 1].
+    References:
+      None.
+    """
+    check_number(name, value, minimum=0, strict=True, remedy=remedy)
+    if isinstance(value, numbers.Real) and value > 1:
+        raise ValueError(f"{name}: expected a number of at most 1, got {value}; {remedy}")
     return value
 
 

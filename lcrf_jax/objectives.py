@@ -1,11 +1,10 @@
-"""What a train step minimises, by configuration: functions of one image, (key, logits, record, step) -> (loss, terms)."""
+"""The objective of the latent CRF by configuration: a function of one image, (key, logits, record, step) -> (loss, terms)."""
 
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lcrf_jax import elbo, observation
 from lcrf_jax.crf import pairwise_energy
@@ -235,31 +234,3 @@ def _chain_objective(config, kernel_params, pairwise_weight, key, logits, record
     log_prob = elbo.expected_log_prob(logits, samples.marginals) / (height * width)
     labels = samples.labels.reshape(height, width).astype(jnp.uint8)
     return -log_prob, {"log_prob": log_prob, "entropy": entropy(logits).mean(), "chain": labels}
-
-
-def full_supervision_objective(config, *, stride, steps_per_epoch):
-    """Cross-entropy with the masks, the upper bound of every weakly supervised method.
-
-    Args:
-      config: not used.
-      stride: pixels of the input per cell of the logits.
-      steps_per_epoch: not used.
-
-    Returns:
-      Function (key, logits [h, w, K], record, step) -> (loss, dict of terms), the mean over cells that are not
-      void.
-    """
-    del config, steps_per_epoch
-
-    def objective(key, logits, record, step):
-        del key, step
-        labels = record["mask"][stride // 2 :: stride, stride // 2 :: stride].astype(jnp.int32)
-        known = labels < logits.shape[-1]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, labels, 0))
-        loss = jnp.sum(losses * known) / jnp.maximum(known.sum(), 1)
-        return loss, {"cross_entropy": loss}
-
-    return objective
-
-
-OBJECTIVES = {"latent_crf": latent_crf_objective, "full_supervision": full_supervision_objective}

@@ -18,7 +18,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float
+from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float
 
 __all__ = [
     "EXPECTATIONS",
@@ -35,6 +35,7 @@ __all__ = [
     "log_mean_exp",
     "max_pool",
     "noisy_or",
+    "ranked_mean",
 ]
 
 _ONE_IMAGE = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
@@ -45,13 +46,6 @@ def _checked(labels, tags):
     _, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
     check_shape("tags", tags, (num_classes,), "one tag per class, background first")
     return promote_float(labels), jnp.asarray(tags, bool)
-
-
-def _check_share(name, value, remedy):
-    """A number in (0, 1]; traced values pass unchecked."""
-    check_number(name, value, minimum=0, strict=True, remedy=remedy)
-    if isinstance(value, numbers.Real) and value > 1:
-        raise ValueError(f"{name}: expected a number of at most 1, got {value}; {remedy}")
 
 
 def _bernoulli(pi, tags):
@@ -80,7 +74,7 @@ def noisy_or(labels, tags, *, rho=0.1):
       Pearl 1988, the noisy-or gate.
     """
     labels, tags = _checked(labels, tags)
-    _check_share("rho", rho, "use a probability between 0 and 1")
+    check_share("rho", rho, "use a probability between 0 and 1")
     if isinstance(rho, numbers.Real) and rho == 1:
         raise ValueError(f"rho: expected a probability below 1, got {rho}; for a hard or use max_pool")
     log_absent = jnp.sum(jnp.log1p(-rho * labels), axis=0)
@@ -188,11 +182,37 @@ def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3)
     """
     labels, tags = _checked(labels, tags)
     check_number("beta", beta, minimum=0, strict=True, remedy="20 is usual")
-    _check_share("foreground_share", foreground_share, "use a share of the image, say 0.1")
-    _check_share("background_share", background_share, "use a share of the image, say 0.3")
+    check_share("foreground_share", foreground_share, "use a share of the image, say 0.1")
+    check_share("background_share", background_share, "use a share of the image, say 0.3")
     alpha = jnp.where(jnp.arange(labels.shape[1]) == 0, background_share, foreground_share)
     logits = beta * (labels.mean(axis=0) - alpha)
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags, logits, -logits)))
+
+
+def ranked_mean(labels, decays, *, reference_cells=1681):
+    r"""Global weighted rank pooling of each class: its i-th most certain pixel counts d^(i-1).
+
+    .. math:: G_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
+
+    On m cells d^(reference_cells / m) is used, so that the same share of the image is meant at every resolution.
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      decays: [K] d of each class, in (0, 1].
+      reference_cells: number of cells for which the decays are given (41 x 41 in the source).
+    Returns:
+      [K] float32, each between the mean and the maximum of its column.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      Kolesnikov and Lampert 2016, section 3.3.
+    """
+    num_pixels, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
+    check_shape("decays", decays, (num_classes,), "one decay per class, background first")
+    log_decay = jnp.log(decays) * reference_cells / num_pixels
+    weights = jnp.exp(jnp.arange(num_pixels)[:, None] * log_decay[None, :])
+    ranked = -jnp.sort(-promote_float(labels), axis=0)
+    return jnp.sum(weights * ranked, axis=0) / weights.sum(axis=0)
 
 
 def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, reference_cells=1681):
@@ -217,15 +237,11 @@ def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, refere
       Kolesnikov and Lampert 2016, section 3.3.
     """
     labels, tags = _checked(labels, tags)
-    _check_share("foreground_decay", foreground_decay, "use a number just below 1")
-    _check_share("background_decay", background_decay, "use a number just below 1")
+    check_share("foreground_decay", foreground_decay, "use a number just below 1")
+    check_share("background_decay", background_decay, "use a number just below 1")
     check_number("reference_cells", reference_cells, minimum=1, remedy="41 * 41 is usual")
-    num_pixels, num_classes = labels.shape
-    decay = jnp.where(jnp.arange(num_classes) == 0, background_decay, foreground_decay)
-    log_decay = jnp.log(decay) * reference_cells / num_pixels
-    weights = jnp.exp(jnp.arange(num_pixels)[:, None] * log_decay[None, :])
-    ranked = -jnp.sort(-labels, axis=0)
-    return _bernoulli(jnp.sum(weights * ranked, axis=0) / weights.sum(axis=0), tags)
+    decay = jnp.where(jnp.arange(labels.shape[1]) == 0, background_decay, foreground_decay)
+    return _bernoulli(ranked_mean(labels, decay, reference_cells=reference_cells), tags)
 
 
 def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
@@ -283,9 +299,9 @@ def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, 
     num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_IMAGE)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
     check_shape("tags", tags, (num_foreground + 1,), "one tag per class, background first")
-    _check_share("background_level", background_level, "use a share of the peak, say 0.2")
+    check_share("background_level", background_level, "use a share of the peak, say 0.2")
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="1 is usual")
-    _check_share("floor", floor, "use a small positive number, say 1e-3")
+    check_share("floor", floor, "use a small positive number, say 1e-3")
     ratio = promote_float(class_maps) / jnp.maximum(promote_float(peaks), _TINY)
     ratio = jnp.where(jnp.asarray(tags, bool)[1:], jnp.clip(ratio, floor, 1.0), floor)
     background = jnp.full((num_pixels, 1), background_level, ratio.dtype)

@@ -8,14 +8,23 @@ import numpy as np
 
 from lcrf_jax.checkpoints import library_versions, params_digest
 from lcrf_jax.crf import mean_field
+from lcrf_jax.cues import classifier_cues, gradient_saliency, image_saliency, read_cues
 from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.sources import open_source
-from lcrf_jax.features import CachedViews, MappedViews, class_maps, fitted_classifier, guide_image
+from lcrf_jax.features import (
+    CachedViews,
+    MappedViews,
+    class_maps,
+    fitted_classifier,
+    guide_image,
+    test_time_features,
+)
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
+from lcrf_jax.methods import make_objective, method_of
 from lcrf_jax.nets.network import Network, backbone_variables, build_network
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
-from lcrf_jax.objectives import OBJECTIVES, uses_chains
+from lcrf_jax.objectives import uses_chains
 from lcrf_jax.runlog import image_progress, say
 
 
@@ -31,6 +40,8 @@ class Prepared(NamedTuple):
       views: records of the training images: cached features or images.
       classifier: the frozen tag classifier, or None where the method needs none.
       maps: ClassMaps of the training images, or None.
+      cues: [N, g, g] uint8 localisation cues of the training images, or None.
+      saliency: [N, g, g, 1] saliency of the training images, or None.
     """
 
     config: dict
@@ -42,6 +53,8 @@ class Prepared(NamedTuple):
     views: Any
     classifier: TagClassifier | None
     maps: Any
+    cues: Any = None
+    saliency: Any = None
 
     @property
     def grid(self):
@@ -70,12 +83,11 @@ def planned_rounds(config, num_images):
     """The rounds of a configuration, with their steps.
 
     Args:
-      config: dict with "epochs", the length of each round, "method" (only "latent_crf" has more than one round) and
-        "batch_size".
+      config: dict with "epochs", "method", which makes rounds of them (see `lcrf_jax.methods`), and "batch_size".
       num_images: images in the training split.
 
     Returns:
-      List of Round.
+      List of Round; empty for a method that trains nothing.
 
     Raises:
       ValueError: if the images do not fill one batch, or a round has no epochs.
@@ -84,9 +96,15 @@ def planned_rounds(config, num_images):
     if not steps_per_epoch:
         size = config["batch_size"]
         raise ValueError(f"batch_size: {num_images} training images do not fill one batch of {size}; lower it")
-    epochs = config["epochs"] if config["method"] == "latent_crf" else [sum(config["epochs"])]
+    method = method_of(config)
+    if method.objective is None:
+        return []
+    epochs = method.round_epochs(config)
     if not epochs or min(epochs) < 1:
-        raise ValueError(f"epochs: expected one or more rounds of at least one epoch, got {config['epochs']}")
+        raise ValueError(
+            f"epochs: expected one or more rounds of at least one epoch, got {config['epochs']}, which makes rounds of "
+            f"{epochs} for {config['method']}"
+        )
     rounds, step = [], 0
     for number, length in enumerate(epochs):
         end = step + length * steps_per_epoch
@@ -96,7 +114,7 @@ def planned_rounds(config, num_images):
 
 
 def open_data(config):
-    """The training source (tags only, unless the method is fully supervised) and the source of the validation masks.
+    """The training source (tags only, unless the method needs masks) and the source of the validation masks.
 
     Args:
       config: dict with "data" ("kind", "root", "train_split", "val_split", "options") and "method".
@@ -108,11 +126,9 @@ def open_data(config):
       FileNotFoundError: if the training data is missing.
       ValueError: if it is not as expected; the message names the file.
     """
-    if config["method"] not in OBJECTIVES:
-        raise ValueError(f"method: expected one of {sorted(OBJECTIVES)}, got {config['method']!r}")
-    data = config["data"]
+    method, data = method_of(config), config["data"]
     options = {"root": data["root"], **data["options"]}
-    train = open_source(data["kind"], data["train_split"], masks=config["method"] == "full_supervision", **options)
+    train = open_source(data["kind"], data["train_split"], masks="masks" in method.inputs, **options)
     try:
         val = open_source(data["kind"], data["val_split"], masks=True, **options) if data["val_split"] else None
     except FileNotFoundError as error:
@@ -136,13 +152,14 @@ def prepare(config):
     train, val = open_data(config)
     description = {**config["network"], "num_classes": len(train.class_names)}
     network, (variables, digest) = build_network(description), backbone_variables(description)
+    method = method_of(config)
     size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
     if size % 32:
         raise ValueError(f"input_size: expected a multiple of 32, got {size}")
     rounds = planned_rounds(config, len(train))
     # Made only to refuse wrong settings now, and not after the features.
-    OBJECTIVES[config["method"]](
-        config["objective"], stride=network.stride, steps_per_epoch=rounds[0].steps_per_epoch
+    make_objective(
+        config, stride=network.stride, steps_per_epoch=rounds[0].steps_per_epoch if rounds else 1
     )
     if uses_chains(config) and config["views"]["num_views"] < 2:
         # With one view an image can be in a batch twice where two epochs meet.
@@ -150,6 +167,8 @@ def prepare(config):
     several = len(rounds) > 1
     if several and (config["views"]["num_views"] < 2 or not config["cache"]["features"]):
         raise ValueError("rounds on posteriors need cache.features=True and views.num_views of at least 2")
+    for this in rounds:
+        images_of_round(method, this, train.tags)
     views = ViewDataset(train, size=size, **config["views"])
     whole = views if config["cache"]["features"] else ViewDataset(train, 1, size)
     with image_progress("features", len(whole)) as done:
@@ -158,25 +177,82 @@ def prepare(config):
             whole, network, variables, digest, directory=directory, guide_stride=stride, progress=done
         )
     views = cached if config["cache"]["features"] else views
-    base = Prepared(config, train, val, network, variables, digest, views, None, None)
-    if config["method"] == "full_supervision":
-        return base
+    prepared = Prepared(config, train, val, network, variables, digest, views, None, None)
+    if {"class_maps", "cues"} & set(method.inputs):
+        prepared = _with_class_maps(prepared, cached, whole.identity, directory)
+    if "saliency" in method.inputs:
+        with image_progress("saliency", len(train)) as done:
+            saliency = image_saliency(
+                train, **config["baselines"]["saliency"], grid=prepared.grid, directory=directory, progress=done
+            )
+        prepared = prepared._replace(saliency=saliency)
+    return prepared._replace(cues=_cues(prepared, directory)) if "cues" in method.inputs else prepared
+
+
+def _with_class_maps(prepared, cached, views_identity, directory):
+    """With the tag classifier and its maps."""
+    config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
     classifier, scores = fitted_classifier(
         network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"]
     )
     say(precision_line("training", train, scores))
-    identity = {
-        "weights": digest,
-        "network": {key: description[key] for key in ("backbone", "last_stride")},
-        "classifier": params_digest(classifier._asdict()),
-        "views": whole.identity,
-    }
+    identity = {**_classifier_identity(prepared, classifier), "views": views_identity}
     with image_progress("class maps", len(train) * len(config["class_maps"]["extra_sizes"])) as done:
         maps = class_maps(
             train, cached, network, variables, classifier.weights, **config["class_maps"], identity=identity,
             directory=directory, progress=done,
         )
-    return base._replace(classifier=classifier, maps=maps)
+    return prepared._replace(classifier=classifier, maps=maps)
+
+
+def _classifier_identity(prepared, classifier):
+    """What the maps and gradients of a classifier depend on, beside the images."""
+    description = prepared.network.description
+    return {
+        "weights": prepared.digest,
+        "network": {key: description[key] for key in ("backbone", "last_stride")},
+        "classifier": params_digest(classifier._asdict()),
+    }
+
+
+def _cues(prepared, directory):
+    """Localisation cues: from a file, or of the tag classifier's maps and gradients."""
+    config, train, settings = prepared.config, prepared.train, prepared.config["baselines"]["cues"]
+    if settings["file"]:
+        return read_cues(settings["file"], train.names, len(train.class_names), prepared.grid)
+    with image_progress("gradient saliency", len(train)) as done:
+        saliency = gradient_saliency(
+            train, prepared.network, prepared.variables, prepared.classifier, size=config["input_size"],
+            grid=prepared.grid, identity=_classifier_identity(prepared, prepared.classifier), directory=directory,
+            progress=done,
+        )
+    levels = {name: settings[name] for name in ("foreground_level", "background_share")}
+    return classifier_cues(prepared.maps, train.tags, saliency, **levels)
+
+
+def images_of_round(method, this, tags):
+    """The images that take part in a round.
+
+    Args:
+      method: lcrf_jax.methods.Method.
+      this: Round.
+      tags: [N, K] bool.
+
+    Returns:
+      [M] indices in order, or None for all.
+
+    Raises:
+      ValueError: if no image takes part.
+    """
+    if this.number >= method.simple_rounds:
+        return None
+    simple = np.flatnonzero(np.asarray(tags)[:, 1:].sum(axis=1) == 1)
+    if not len(simple):
+        raise ValueError(
+            f"method: {method.title} begins with images of a single tag, and none of the {len(tags)} training images is "
+            "one; add some, or choose another method"
+        )
+    return simple
 
 
 def precision_line(split, source, scores):
@@ -205,15 +281,19 @@ def training_records(prepared, evidence=None):
     Returns:
       Random access to records.
     """
-    if prepared.maps is None:
-        return prepared.views
-    constants = {}
+    inputs, maps, constants = method_of(prepared.config).inputs, {}, {}
     if evidence is not None:
         maps = {"pixel_evidence": evidence}
-    else:
+    elif "class_maps" in inputs:
         bias = np.asarray(prepared.classifier.bias, np.float32)
         maps = {"class_maps": prepared.maps.maps}
         constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
+    elif "cues" in inputs:
+        maps = {"cues": prepared.cues}
+    elif "saliency" in inputs:
+        maps = {"saliency": prepared.saliency}
+    if not maps:
+        return prepared.views
     options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}
     return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.grid, view_options=options)
 
@@ -281,6 +361,31 @@ def posterior_evidence(prepared, params, settings):
     return np.concatenate(rows)
 
 
+def validation_features(prepared, source):
+    """The frozen features of a source at test time, for scoring many networks on it; None where they are not cached.
+
+    Args:
+      prepared: Prepared.
+      source: images.
+
+    Returns:
+      List of dict from tap to array, one for each input size, see `lcrf_jax.features.test_time_features`; or None.
+    """
+    config = prepared.config
+    if not config["cache"]["features"]:
+        return None
+    inference = {**config["inference"], **_output(config, method_of(config))}
+    sizes, directory = inference["input_sizes"], config["cache"]["directory"] or default_directory()
+    with image_progress(f"features of {source.split}", len(source) * len(sizes)) as done:
+        return [
+            test_time_features(
+                source, prepared.network, prepared.variables, prepared.digest, size=size, mirror=inference["mirror"],
+                directory=directory, progress=done,
+            )
+            for size in sizes
+        ]
+
+
 def segmenter_description(config, class_names, digest):
     """What inference has to know beside the parameters; it is stored as config.json.
 
@@ -292,17 +397,29 @@ def segmenter_description(config, class_names, digest):
     Returns:
       dict that JSON can hold.
     """
-    supervision = {"latent_crf": "image tags", "full_supervision": "masks"}[config["method"]]
+    method = method_of(config)
     return {
         "class_names": list(class_names),
         "network": {**config["network"], "num_classes": len(class_names)},
         "preprocessing": "RGB in 0..255, resized to a square (bicubic), (x - 127) / 128",
-        "inference": config["inference"],
+        "inference": {**config["inference"], **_output(config, method)},
         "backbone_sha256": digest,
-        "supervision": supervision,
+        "supervision": method.supervision,
         "training": config,
         "versions": library_versions(),
     }
+
+
+def _output(config, method):
+    """What a method makes of its network's output at test time, and the settings of that; nothing for a softmax."""
+    if method.output == "softmax":
+        return {}
+    settings = {"output": method.output, "output_options": dict(config["baselines"][config["method"]])}
+    if method.objective is None:
+        # Class maps are averaged over input sizes, as they are in training.
+        sizes = (*config["inference"]["input_sizes"], *config["class_maps"]["extra_sizes"])
+        return {**settings, "input_sizes": list(sizes)}
+    return settings
 
 
 def inference_params(prepared, params):

@@ -88,11 +88,29 @@ def picture_grid(rows, path, *, class_names, cell=220):
     Raises:
       ValueError: if there are no rows, or shapes, dtypes or labels are others.
     """
+    titles = ["image", "truth", "prediction", "refined"]
+    shown = [at for at in range(len(titles)) if any(row[at] is not None for row in rows)]
+    rows = [tuple(row[at] for at in shown) for row in rows]
+    return picture_table(rows, path, titles=[titles[at] for at in shown], class_names=class_names, cell=cell)
+
+
+def picture_table(rows, path, *, titles, class_names, cell=220):
+    """Draw images beside any number of masks, one row for each image, with a legend of the classes that occur.
+
+    Args:
+      rows: list of (image, mask, mask, ...): [H, W, 3] uint8 and [H, W] class indices of the same size, or None.
+      path: PNG file to write; its folder is made if it is not there.
+      titles: heading of each column, as many as a row has entries.
+      class_names: name of each class, index 0 the background.
+      cell: longest side of one picture, px.
+    Returns:
+      The path, as pathlib.Path.
+    Raises:
+      ValueError: if there are no rows, or shapes, dtypes or labels are others.
+    """
     if not rows:
         raise ValueError("expected at least one row to draw, got none")
-    titles = [("image", 0), ("truth", 1), ("prediction", 2), ("refined", 3)]
-    titles = [(title, at) for title, at in titles if any(row[at] is not None for row in rows)]
-    drawn = [[_cell_picture(row, at, cell) for _, at in titles] for row in rows]
+    drawn = [[_cell_picture(row, at, cell) for at in range(len(titles))] for row in rows]
     heights = [max(picture.height for picture in line) for line in drawn]
     gap, top = 8, 34
     width = gap + len(titles) * (cell + gap)
@@ -100,7 +118,7 @@ def picture_grid(rows, path, *, class_names, cell=220):
     legend = _legend(shown, class_names, width - 2 * gap)
     canvas = Image.new("RGB", (width, top + sum(heights) + gap * len(heights) + legend.height + gap), PAPER)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
-    for column, (title, _) in enumerate(titles):
+    for column, title in enumerate(titles):
         draw.text((gap + column * (cell + gap) + cell / 2, top / 2), title, fill=INK, font=font, anchor="mm")
     y = top
     for line, height in zip(drawn, heights, strict=True):

@@ -27,7 +27,7 @@ def get_config():
     """The defaults."""
     config = ConfigDict()
     config.seed = 0
-    config.method = "latent_crf"  # or full_supervision, where the training split has masks
+    config.method = "latent_crf"  # a key of lcrf_jax.methods.METHODS; full_supervision needs masks of the training split
 
     config.data = ConfigDict()
     config.data.kind = "folder"  # a key of lcrf_jax.data.sources.SOURCES
@@ -92,6 +92,32 @@ def get_config():
     config.objective.pairwise_stride = 0  # pixels of the input per cell of the pairwise term; 0: as the logits; 1: all
     config.objective.pairwise_form = ""  # exact, anchors or lattice; "" chooses by the number of cells
     config.objective.kernel = kernel(0.3, 80.0, 13.0, 0.1, 24.0)  # in pixels of the network's input
+
+    # Of the compared methods: the numbers of their papers unless a configuration says otherwise. Keyword arguments of the
+    # functions in lcrf_jax.baselines, but for those of stc, which has none, and sec.
+    config.baselines = ConfigDict()
+    config.baselines.mil_ilp = options(sharpness=5.0)
+    config.baselines.em_adapt = options(foreground_share=0.2, background_share=0.4)
+    config.baselines.ccnn = options(
+        foreground_share=0.05, background_least=0.3, background_most=0.7, slack=2.0, num_iterations=30
+    )
+    config.baselines.cam = options(background_level=0.2, sharpness=2.0, floor=0.01)
+    config.baselines.sec = ConfigDict()
+    config.baselines.sec.min_prob = 1e-4
+    config.baselines.sec.foreground_decay = 0.996
+    config.baselines.sec.background_decay = 0.999
+    config.baselines.sec.num_iterations = 10
+    # In pixels of the network's input: 80 / 12 and 3 / 12 cells at stride 8.
+    config.baselines.sec.kernel = kernel(10.0, 53.3, 13.0, 3.0, 2.0)
+    config.baselines.stc = ConfigDict()
+    config.baselines.cues = ConfigDict()  # seeds of sec
+    config.baselines.cues.file = ""  # .npz with "ids" and "cues"; "" makes them of the tag classifier
+    config.baselines.cues.foreground_level = 0.2
+    config.baselines.cues.background_share = 0.1
+    config.baselines.saliency = ConfigDict()  # of stc
+    config.baselines.saliency.image_size = 96
+    config.baselines.saliency.contrast = 10.0
+    config.baselines.superpixels = options(scale=100.0, sigma=0.8, min_size=50)  # in pixels of the photograph
 
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the
     # mean-field posteriors of the training images under the round before, given their tags.

@@ -92,6 +92,32 @@ class ViewDataset:
         return record
 
 
+class ImageSubset:
+    """The records of some of the images, in all of their views.
+
+    Args:
+      records: random access to ``num_views`` runs of N records.
+      images: [M] indices of the images to keep, in order.
+      num_views: number of runs.
+    Raises:
+      ValueError: if no image is kept.
+    References:
+      None.
+    """
+
+    def __init__(self, records: Sequence[Record], images: np.ndarray, num_views: int):
+        if not len(images):
+            raise ValueError("expected at least one image to keep, got none")
+        self._records, self._images, self._num_views = records, np.asarray(images), num_views
+
+    def __len__(self) -> int:
+        return self._num_views * len(self._images)
+
+    def __getitem__(self, position: int) -> Record:
+        view, row = divmod(int(position), len(self._images))
+        return self._records[view * (len(self._records) // self._num_views) + int(self._images[row])]
+
+
 def make_loader(
     items: Sequence[Record],
     *,

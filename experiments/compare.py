@@ -1,0 +1,205 @@
+r"""Train every method with the same features, network and budget, score each on val, and write the tables.
+
+    python -m experiments.compare --config=experiments/configs/textures.py --methods=all --seeds=3 --workdir=DIR
+
+Methods are those of `lcrf_jax.methods.METHODS`, or a list such as --methods=sec,latent_crf. All of them have the network,
+the optimiser and the number of steps of the configuration, and differ in `config.method` alone; what each may set for
+itself stands in `config.baselines`. The parameters after the last step are scored, so nothing is chosen on val here,
+without tags, and both without and with refinement. What is done is not done again: the same command goes on where it was
+interrupted. A method that needs masks is left out where the training split has none.
+
+DIR gets DIR/METHOD/seed_N/ (each a run that `experiments.evaluate` and `experiments.predict` take), comparison.md,
+comparison.csv, comparison.tex, comparison.png and comparison_refined.png.
+"""
+
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import comparison_tables, measuring, reporting
+from lcrf_jax import evaluation, preparation, runs
+from lcrf_jax.baselines import majority_labels
+from lcrf_jax.checkpoints import restore_params
+from lcrf_jax.data.sources import open_source
+from lcrf_jax.inference import make_segmenter, superpixels
+from lcrf_jax.methods import METHODS
+from lcrf_jax.report import picture_table
+from lcrf_jax.runlog import say
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and tables; made if it is not there.")
+_METHODS = flags.DEFINE_list("methods", ["all"], f"Methods, or all: {', '.join(METHODS)}.")
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds, from 0 on.", lower_bound=1)
+
+RESULT_FILE = "comparison.json"
+TIME_FILE = "train_time.json"
+NUM_PICTURES = 6
+
+
+def chosen_methods(names):
+    """Names of methods in the order of the table; refuses unknown ones."""
+    unknown = set(names) - set(METHODS) - {"all"}
+    if unknown or not names:
+        raise ValueError(f"--methods: {sorted(unknown)} not known; expected all or some of {list(METHODS)}")
+    return [name for name in METHODS if name in names or "all" in names]
+
+
+def run_config(config, method, seed):
+    """The configuration of one run, a plain dict: no validation while training, so nothing is chosen on val."""
+    changed = config.copy_and_resolve_references()
+    changed.method, changed.seed, changed.data.val_split = method, seed, ""
+    return changed.to_dict()
+
+
+class Preparations:
+    """What each method starts from, made when it is first asked for."""
+
+    def __init__(self, config):
+        self._config, self._made = config, {}
+
+    def __getitem__(self, key):
+        method, seed = key
+        if method not in self._made:
+            self._made[method] = preparation.prepare(run_config(self._config, method, seed))
+        return self._made[method]._replace(config=run_config(self._config, method, seed))
+
+
+def train(prepared, folder):
+    """Train the run of a folder to its end and add up the time, over interruptions."""
+    reporting.check_same_settings(folder, prepared.config)
+    path = folder / TIME_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"wall": 0.0, "cpu": 0.0}
+    wall, cpu = time.monotonic(), time.process_time()
+    try:
+        runs.train(prepared, folder)
+    finally:
+        spent = {"wall": before["wall"] + time.monotonic() - wall, "cpu": before["cpu"] + time.process_time() - cpu}
+        if folder.is_dir():
+            path.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+
+
+def score(prepared, folder, val):
+    """Score the run of a folder on val and write comparison.json and the labels of the pictures."""
+    method = METHODS[prepared.config["method"]]
+    description = preparation.segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)
+    segmenter = make_segmenter(description, restore_params(folder))
+    smooth = None
+    if method.smoothed_title:
+        options = prepared.config["baselines"]["superpixels"]
+
+        def smooth(image, labels):
+            return majority_labels(labels, superpixels(image, **options))
+
+    features = preparation.validation_features(prepared, val)
+    scores = evaluation.evaluate(
+        segmenter, val, crf=True, num_samples=NUM_PICTURES, features=features, smooth=smooth
+    )
+    rounds = preparation.planned_rounds(prepared.config, len(prepared.train))
+    matrices = {"plain": scores.plain, "refined": scores.refined, "smoothed": scores.smoothed}
+    result = {
+        "method": prepared.config["method"],
+        "seed": prepared.config["seed"],
+        "class_names": list(val.class_names),
+        "split": val.split,
+        "images": len(val),
+        "steps": rounds[-1].last_step if rounds else 0,
+        **{name: None if matrix is None else np.asarray(matrix).tolist() for name, matrix in matrices.items()},
+        "seconds": json.loads((folder / TIME_FILE).read_text(encoding="utf-8")),
+        "step_bytes": runs.step_bytes(prepared),
+    }
+    labels = {f"{kind}_{number}": sample[at] for kind, at in (("plain", 2), ("refined", 3))
+              for number, sample in enumerate(scores.samples)}  # fmt: skip
+    np.savez_compressed(folder / "pictures.npz", **labels)
+    # Written last and in one move: a file that is there is whole.
+    unfinished = folder / f".{RESULT_FILE}.tmp"
+    unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / RESULT_FILE)
+
+
+def stored_results(workdir, names, num_seeds):
+    """dict from method to the results of its seeds, of what is done."""
+    results = {}
+    for name in names:
+        paths = [workdir / name / f"seed_{seed}" / RESULT_FILE for seed in range(num_seeds)]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        if found:
+            results[name] = found
+    return results
+
+
+def draw(workdir, names, val):
+    """One picture without and one with refinement: image, truth and the labels of each method, seed 0."""
+    folders = [workdir / name / "seed_0" for name in names]
+    examples = [val[int(at)] for at in evaluation.sample_positions(len(val), NUM_PICTURES)]
+    for kind, suffix in (("plain", ""), ("refined", "_refined")):
+        columns = [np.load(folder / "pictures.npz", allow_pickle=False) for folder in folders]
+        rows = [
+            (example.image, example.mask, *(column[f"{kind}_{number}"] for column in columns))
+            for number, example in enumerate(examples)
+        ]
+        titles = ["image", "truth", *(METHODS[name].title for name in names)]
+        picture_table(rows, workdir / f"comparison{suffix}.png", titles=titles, class_names=val.class_names, cell=150)
+
+
+def write(workdir, names, val):
+    """Write tables and pictures of all that is done."""
+    results = stored_results(workdir, names, _SEEDS.value)
+    text = comparison_tables.markdown(results, _notes(results, val))
+    (workdir / "comparison.md").write_text(text, encoding="utf-8")
+    comparison_tables.write_csv(results, workdir / "comparison.csv")
+    (workdir / "comparison.tex").write_text(comparison_tables.latex(results), encoding="utf-8")
+    draw(workdir, [name for name in results if results[name][0]["seed"] == 0], val)
+    return text
+
+
+def _notes(results, val):
+    config = _CONFIG.value
+    seeds = max(len(found) for found in results.values())
+    steps = max(found[0]["steps"] for found in results.values())
+    return (
+        f"{len(val)} images of {val.split}, {steps} steps of {config.batch_size} images, "
+        f"{'seed 0' if seeds == 1 else f'seeds 0 to {seeds - 1}: mean ± standard deviation'}; {measuring.machine()}"
+    )
+
+
+def main(argv):
+    """Train and score what is not done yet, seed by seed, and write the tables after each run."""
+    reporting.no_more_arguments(argv)
+    config, workdir, names = _CONFIG.value, pathlib.Path(_WORKDIR.value), chosen_methods(_METHODS.value)
+    if not config.data.val_split:
+        raise ValueError("config.data.val_split: expected a split with masks to compare on, got none")
+    if any(METHODS[name].smoothed_title for name in names):
+        superpixels(np.zeros((8, 8, 3), np.uint8))  # whether scikit-image is there, before hours of training
+    options = {"root": config.data.root, **config.data.options.to_dict()}
+    val = open_source(config.data.kind, config.data.val_split, masks=True, **options)
+    preparations = Preparations(config)
+    for seed in range(_SEEDS.value):
+        for name in list(names):
+            folder = workdir / name / f"seed_{seed}"
+            try:
+                prepared = preparations[name, seed]
+            except FileNotFoundError as error:
+                if "masks" not in METHODS[name].inputs or "all" not in _METHODS.value:
+                    raise
+                say(f"{name} is left out: {error}")
+                names.remove(name)
+                continue
+            reporting.check_same_settings(folder, prepared.config)
+            if (folder / RESULT_FILE).exists():
+                continue
+            say(f"\n{METHODS[name].title}, seed {seed}")
+            train(prepared, folder)
+            score(prepared, folder, val)
+            write(workdir, names, val)
+    say(f"\n{write(workdir, names, val)}\ntables      {workdir / 'comparison.md'}, .csv, .tex")
+    say(f"pictures    {workdir / 'comparison.png'}, {workdir / 'comparison_refined.png'}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    reporting.run(main)

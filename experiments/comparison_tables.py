@@ -1,0 +1,154 @@
+"""The tables of `experiments.compare`: classes down, methods across, the mean last; as Markdown, CSV and LaTeX.
+
+Results are a dict from the name of a method to a list of one dict for each seed, see `experiments.compare.score`.
+"""
+
+import csv
+import statistics
+from typing import NamedTuple
+
+import numpy as np
+
+from lcrf_jax.methods import METHODS
+from lcrf_jax.metrics import iou_per_class, mean_iou
+
+CAPTIONS = {False: "Without refinement", True: "With refinement by the dense CRF"}
+
+
+class Column(NamedTuple):
+    """One column: IoU in per cent, [seeds, K], its means [seeds], and where it stands."""
+
+    method: str
+    title: str
+    localisation: str
+    ious: np.ndarray
+    means: np.ndarray
+
+
+def columns(results, *, refined):
+    """The columns of a table, those of methods that are told nothing of places first and those with masks last."""
+    found = []
+    for name, seeds in results.items():
+        method = METHODS[name]
+        kinds = {"refined": method.title} if refined else {"plain": method.title, "smoothed": method.smoothed_title}
+        for kind, title in kinds.items():
+            matrices = [np.asarray(result[kind]) for result in seeds if result[kind] is not None]
+            if matrices and title:
+                ious = 100 * np.stack([iou_per_class(matrix) for matrix in matrices])
+                means = 100 * np.array([mean_iou(matrix) for matrix in matrices])
+                found.append(Column(name, title, method.localisation, ious, means))
+    return sorted(found, key=lambda column: (column.method == "full_supervision", bool(column.localisation)))
+
+
+def spread(values):
+    """'57.2 ± 0.4', '57.2' where there is one value, '-' where a class occurs nowhere."""
+    values = [float(value) for value in values if not np.isnan(value)]
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def _class_rows(table, class_names):
+    """Rows of names and cells: the classes, then the mean."""
+    rows = [[name, *(spread(column.ious[:, k]) for column in table)] for k, name in enumerate(class_names)]
+    return [*rows, ["mean", *(spread(column.means) for column in table)]]
+
+
+def _costs(results, table):
+    """Rows of training time and of the memory of the compiled step; a second column of one run costs nothing more."""
+
+    def of_method(value):
+        return [value(results[column.method]) for column in table]
+
+    def minutes(kind):
+        return lambda seeds: f"{statistics.mean(result['seconds'][kind] for result in seeds) / 60:.1f}"
+
+    def memory(seeds):
+        return "-" if seeds[0]["step_bytes"] is None else f"{seeds[0]['step_bytes'] / 1e6:.0f}"
+
+    return [
+        ["training, min", *of_method(minutes("wall"))],
+        ["training, CPU min", *of_method(minutes("cpu"))],
+        ["step, MB", *of_method(memory)],
+    ]
+
+
+def markdown(results, notes):
+    """Both tables as Markdown.
+
+    Args:
+      results: see the module.
+      notes: a line of where the numbers come from.
+
+    Returns:
+      str.
+    """
+    parts = []
+    for refined, caption in CAPTIONS.items():
+        table = columns(results, refined=refined)
+        head = ["mIoU, %", *(column.title for column in table)]
+        localisation = ["saliency or cues", *(column.localisation or "no" for column in table)]
+        rows = _class_rows(table, next(iter(results.values()))[0]["class_names"])
+        rows[-1] = [f"**{cell}**" for cell in rows[-1]]
+        body = [localisation, *rows, *([] if refined else _costs(results, table))]
+        lines = [head, ["---", *["---:"] * len(table)], *body]
+        parts.append("\n".join([f"{caption}:", "", *(f"| {' | '.join(line)} |" for line in lines)]))
+    return "\n\n".join([*parts, notes]) + "\n"
+
+
+def latex(results):
+    """Both tables as LaTeX tabulars, with a group of columns for methods without and with saliency or cues.
+
+    Args:
+      results: see the module.
+
+    Returns:
+      str; needs no package.
+    """
+    parts = []
+    for refined, caption in CAPTIONS.items():
+        table = columns(results, refined=refined)
+        groups = [(_group(column), sum(_group(other) == _group(column) for other in table)) for column in table]
+        groups = list(dict.fromkeys(groups))
+        lines = [
+            f"% {caption}",
+            rf"\begin{{tabular}}{{l|{'|'.join('r' * count for _, count in groups)}}}",
+            "saliency or cues & "
+            + " & ".join(rf"\multicolumn{{{count}}}{{c}}{{{group}}}" for group, count in groups) + r" \\",
+            " & ".join(["", *(column.title for column in table)]) + r" \\ \hline",
+        ]  # fmt: skip
+        rows = _class_rows(table, next(iter(results.values()))[0]["class_names"])
+        ends = [*[r" \\"] * (len(rows) - 2), r" \\ \hline", r" \\"]
+        lines += [" & ".join(map(_escaped, row)) + end for row, end in zip(rows, ends, strict=True)]
+        parts.append("\n".join([*lines, r"\end{tabular}"]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _group(column):
+    return "masks" if column.localisation == "masks" else "yes" if column.localisation else "no"
+
+
+def _escaped(cell):
+    return cell.replace("_", r"\_").replace("%", r"\%").replace(" ± ", r" $\pm$ ")
+
+
+def write_csv(results, path):
+    """One row for each method, refinement and class (and their mean), with the value of every seed, in per cent.
+
+    Args:
+      results: see the module.
+      path: file to write.
+    """
+    class_names = next(iter(results.values()))[0]["class_names"]
+    num_seeds = max(len(seeds) for seeds in results.values())
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        head = ["method", "column", "saliency or cues", "refined", "class", *(f"seed {i}" for i in range(num_seeds))]
+        writer.writerow(head)
+        for refined in CAPTIONS:
+            for column in columns(results, refined=refined):
+                values = np.column_stack([column.ious, column.means]).T
+                for name, row in zip([*class_names, "mean"], values, strict=True):
+                    cells = ["" if np.isnan(value) else f"{value:.3f}" for value in row]
+                    writer.writerow([column.method, column.title, column.localisation or "no", int(refined), name, *cells])

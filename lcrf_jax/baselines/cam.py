@@ -1,0 +1,31 @@
+r"""Class activation maps with a threshold (Zhou et al. 2016): no network of its own is trained."""
+
+import jax.numpy as jnp
+
+from lcrf_jax.observation import class_evidence, log_evidence
+
+
+def cam_log_probs(class_maps, image_logits, *, background_level=0.2, sharpness=2.0, floor=0.01):
+    r"""Log-probabilities from the class maps of a tag classifier and the classes that it finds itself.
+
+    A class is present where the classifier gives it at least even odds; each map is divided by its maximum and competes
+    with a background of constant height, see `lcrf_jax.observation.class_evidence`. With a `sharpness` of any size the
+    labels are those of the thresholded maps.
+
+    Args:
+      class_maps: [m, K - 1] maps of the foreground classes, without bias.
+      image_logits: [K - 1] logits of the classifier for the whole image.
+      background_level: share of a map's maximum below which background wins, in (0, 1].
+      sharpness: see `class_evidence`.
+      floor: see `class_evidence`.
+    Returns:
+      [m, K] float32 log-probabilities.
+    Raises:
+      ValueError: if the shapes do not fit or a number is out of range.
+    References:
+      Zhou et al. 2016; the odds against a constant background are ours.
+    """
+    class_maps = jnp.asarray(class_maps)
+    present = jnp.concatenate([jnp.ones(1, bool), jnp.asarray(image_logits) >= 0])
+    settings = {"background_level": background_level, "sharpness": sharpness, "floor": floor}
+    return log_evidence(class_evidence(class_maps, class_maps.max(axis=0), present, **settings))

@@ -1,0 +1,128 @@
+r"""Constrained optimisation of the latent labels (Pathak, Krahenbuhl and Darrell 2015)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.baselines.labels import soft_cross_entropy
+from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float, varying_like
+
+_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
+_ABSENT = -1e9
+
+
+class ConstrainedDistribution(NamedTuple):
+    """The distribution next to q that has the areas that the tags ask for.
+
+    Attributes:
+      log_probs: [m, K] log P.
+      shifts: [K] what is added to the logits of each class; lambda of its lower minus that of its upper bound.
+      residual: scalar >= 0, the largest violation of the optimality conditions, a share of the image; see
+        `ccnn_distribution`.
+    """
+
+    log_probs: jax.Array
+    shifts: jax.Array
+    residual: jax.Array
+
+
+def ccnn_distribution(
+    logits, tags, *, foreground_share=0.05, background_least=0.3, background_most=0.7, slack=2.0, num_iterations=30
+):
+    r"""The latent distribution: the least KL(P || Q) under linear constraints on the mean areas a_k of P.
+
+    .. math:: a_k = 0 \text{ for absent } k, \quad a_k \ge \alpha - \xi_k \text{ for present foreground},
+              \quad \beta_0 \le a_0 \le \beta_1
+
+    with a cost of slack times xi_k. In the dual P = softmax(g + s), one shift for each class, s_k = lambda_k of its lower
+    minus lambda'_k of its upper bound, 0 <= lambda_k <= slack for the foreground, and what is minimised is
+
+    .. math:: \frac{1}{m} \sum_j \log \sum_k \exp(g_{jk} + s_k) - \sum_k \lambda_k b_k + \sum_k \lambda'_k b'_k
+
+    Projected gradient steps, scaled for each class: s_k <- s_k + log(b_k / a_k), projected onto the bounds of lambda. This
+    is the minimum of an upper bound of the dual that touches it at the last s (log x <= x - 1; generalised iterative
+    scaling), so that no step size is needed. The steps are accelerated by Nesterov's momentum, which starts anew when a
+    step turns back. The residual says how far the last s is from the optimum: the largest area that a class lacks, or
+    has too much, where its shift may still move that way.
+
+    An image without tags has no upper bound of its background, which is all that is left.
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of Q.
+      tags: [K] bool, index 0 is background, which counts as present in any case.
+      foreground_share: alpha, least area of a present foreground class, a share of the image.
+      background_least: beta_0, least area of the background.
+      background_most: beta_1, largest area of the background; at least beta_0.
+      slack: largest lambda of the foreground classes: what a missing share costs.
+      num_iterations: static number of steps.
+    Returns:
+      `ConstrainedDistribution`; no gradient flows through it.
+    Raises:
+      ValueError: if the shapes do not fit or a number is out of range.
+    References:
+      Pathak, Krahenbuhl and Darrell 2015, sections 4 and 5; Darroch and Ratcliff 1972, for the step; O'Donoghue and
+      Candes 2015, for the restarts.
+    """
+    _, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
+    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    shares = {"foreground_share": foreground_share, "background_least": background_least}
+    for name, share in {**shares, "background_most": background_most}.items():
+        check_share(name, share, "give a share of the image")
+    check_number("background_most", background_most, minimum=background_least, remedy="it is the upper bound")
+    check_number("slack", slack, minimum=0, remedy="2 is usual")
+    check_number("num_iterations", num_iterations, minimum=0, whole=True, remedy="30 is usual")
+    tags = jnp.asarray(tags, bool)
+    is_background = jnp.arange(num_classes) == 0
+    present = tags | is_background
+    logits = jnp.where(present, jax.lax.stop_gradient(promote_float(logits)), _ABSENT)
+    least = jnp.where(is_background, background_least, foreground_share)
+    most = jnp.where(is_background & jnp.any(tags[1:]), background_most, 1.0)
+    # Background is hard on both sides; foreground has a lower bound with slack.
+    highest = jnp.where(is_background, jnp.inf, jnp.where(present, slack, 0.0))
+    lowest = jnp.where(is_background & jnp.any(tags[1:]), -jnp.inf, 0.0)
+
+    def areas(shifts):
+        return jax.nn.softmax(logits + shifts, axis=-1).mean(axis=0)
+
+    def scaled_step(shifts):
+        log_areas = jnp.log(jnp.maximum(areas(shifts), 1e-30))
+        up, down = shifts + jnp.log(least) - log_areas, shifts + jnp.log(most) - log_areas
+        # The two sides of a class are two multipliers, of which one is 0: the shift goes up to `least`, down to `most`.
+        moved = jnp.where(up > 0, up, jnp.where(down < 0, down, 0.0))
+        return jnp.clip(moved, lowest, highest)
+
+    def accelerated(_, state):
+        last, before, momentum = state
+        next_momentum = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = jnp.clip(last + (momentum - 1) / next_momentum * (last - before), lowest, highest)
+        shifts = scaled_step(ahead)
+        overshot = jnp.sum((ahead - shifts) * (shifts - last)) > 0
+        return shifts, last, jnp.where(overshot, 1.0, next_momentum)
+
+    start = varying_like(jnp.zeros_like(logits[0]), logits)
+    shifts, _, _ = jax.lax.fori_loop(0, num_iterations, accelerated, (start, start, 1 + start[0]))
+    found = areas(shifts)
+    missing = jnp.where(shifts < highest, jnp.maximum(jnp.where(shifts < 0, most, least) - found, 0), 0)
+    excess = jnp.where(shifts > lowest, jnp.maximum(found - jnp.where(shifts > 0, least, most), 0), 0)
+    residual = jnp.max(jnp.where(present, jnp.maximum(missing, excess), 0))
+    return ConstrainedDistribution(jax.nn.log_softmax(logits + shifts, axis=-1), shifts, residual)
+
+
+def ccnn_loss(logits, tags, **options):
+    r"""Cross-entropy with the constrained latent distribution P, which is held fixed.
+
+    .. math:: -\frac{1}{m} \sum_j \sum_k P_{jk} \log \phi_{jk}
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of q.
+      tags: [K] bool.
+      options: keyword arguments of `ccnn_distribution`.
+    Returns:
+      Scalar, float32, nats, the mean over the cells. Its gradient in the logits is (phi - P) / m.
+    Raises:
+      ValueError: as `ccnn_distribution`.
+    References:
+      Pathak, Krahenbuhl and Darrell 2015, section 5.
+    """
+    return soft_cross_entropy(logits, jnp.exp(ccnn_distribution(logits, tags, **options).log_probs))

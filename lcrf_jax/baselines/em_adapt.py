@@ -1,0 +1,56 @@
+r"""EM with biases that adapt to each image (Papandreou et al. 2015): the E-step. The M-step is `label_cross_entropy`."""
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_shape, check_share, promote_float
+
+_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
+
+
+def em_adapt_labels(key, logits, tags, *, foreground_share=0.2, background_share=0.4):
+    r"""Hard labels such that every present class has at least its share of the pixels when its turn comes.
+
+    Class by class, background first and then the present classes in random order, a bias b_l >= 0 is added to the
+    scores f(l): the least one for which a share rho_l of the pixels takes the class,
+
+    .. math:: b_l = \text{the } \lceil \rho_l m \rceil\text{-th smallest of } \max_{l'} f_j(l') - f_j(l)
+
+    with the maximum over the present classes and the biases given so far. Absent classes get no pixel. A later class
+    may take pixels from an earlier one.
+
+    Args:
+      key: PRNG key, for the order of the classes.
+      logits: [m, K] scores f of the pixels.
+      tags: [K] bool, index 0 is background, which counts as present in any case.
+      foreground_share: rho of the foreground classes, in (0, 1].
+      background_share: rho of the background, in (0, 1].
+    Returns:
+      [m] int32 labels.
+    Raises:
+      ValueError: if the shapes do not fit or a share is not in (0, 1].
+    References:
+      Papandreou, Chen, Murphy and Yuille 2015, algorithm 1 and section 3.2 (EM-Adapt).
+    """
+    num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
+    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    for name, share in (("foreground_share", foreground_share), ("background_share", background_share)):
+        check_share(name, share, "give a share of the image, 0.2 or 0.4")
+    scores = jax.lax.stop_gradient(promote_float(logits))
+    present = jnp.asarray(tags, bool).at[0].set(True)
+    shares = jnp.where(jnp.arange(num_classes) == 0, background_share, foreground_share)
+    ranks = jnp.ceil(shares * num_pixels).astype(jnp.int32)
+    order = jnp.concatenate([jnp.zeros(1, jnp.int32), 1 + jax.random.permutation(key, num_classes - 1)])
+    suppressed = jnp.where(present, scores, -jnp.inf)
+
+    def claim(turn, state):
+        top, labels = state
+        label = order[turn]
+        deficit = top - scores[:, label]
+        bias = jnp.sort(deficit)[ranks[label] - 1]
+        # The pixels are told by their deficit: the biased score itself may round to a tie. Without a bias nothing moves.
+        takes = present[label] & (deficit <= bias) & (bias > 0)
+        return jnp.where(takes, scores[:, label] + bias, top), jnp.where(takes, label, labels)
+
+    start = suppressed.max(axis=1), suppressed.argmax(axis=1).astype(jnp.int32)
+    return jax.lax.fori_loop(0, num_classes, claim, start)[1]

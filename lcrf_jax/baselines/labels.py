@@ -1,0 +1,56 @@
+"""Cross-entropies with targets: labels of cells, hard or soft. The M-step of all methods that make such targets."""
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_shape, promote_float
+
+_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
+
+
+def label_cross_entropy(logits, labels):
+    r"""Cross-entropy with the labels of the cells that have one.
+
+    .. math:: -\frac{1}{|U|} \sum_{j \in U} \log \phi_{j z_j}, \qquad U = \{j : 0 \le z_j < K\}
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of q.
+      labels: [m] integers; what is outside 0..K - 1, such as 255, has no label.
+    Returns:
+      Scalar, float32, nats; the mean over the cells with a label, 0 if there is none.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      None.
+    """
+    num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
+    check_shape("labels", labels, (num_pixels,), "one class index per cell")
+    labels = jnp.asarray(labels).astype(jnp.int32)
+    known = (labels >= 0) & (labels < num_classes)
+    log_probs = jax.nn.log_softmax(promote_float(logits), axis=-1)
+    picked = jnp.take_along_axis(log_probs, jnp.where(known, labels, 0)[:, None], axis=1)[:, 0]
+    return -jnp.sum(jnp.where(known, picked, 0)) / jnp.maximum(known.sum(), 1)
+
+
+def soft_cross_entropy(logits, probs):
+    r"""Cross-entropy with a distribution over the labels of every cell, which is held fixed.
+
+    .. math:: -\frac{1}{m} \sum_j \sum_k p_{jk} \log \phi_{jk}
+
+    Its gradient in the logits is (phi - p) / m.
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of q.
+      probs: [m, K] target p; rows sum to one. No gradient flows into it.
+    Returns:
+      Scalar, float32, nats, the mean over the cells.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      None.
+    """
+    num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
+    check_shape("probs", probs, (num_pixels, num_classes), "one distribution per cell")
+    log_probs = jax.nn.log_softmax(promote_float(logits), axis=-1)
+    probs = jax.lax.stop_gradient(promote_float(probs))
+    return -jnp.sum(jnp.where(probs > 0, probs * log_probs, 0)) / num_pixels

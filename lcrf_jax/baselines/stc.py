@@ -1,0 +1,52 @@
+r"""From simple to complex (Wei et al. 2016): the targets of its three networks."""
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_shape, promote_float
+
+_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
+
+
+def saliency_target(saliency, tags):
+    r"""What is salient in an image with a single tag is of that class: the target of the initial network.
+
+    .. math:: p_{jk} = s_j / |y_+| \text{ for the foreground tags } y_+, \qquad p_{j0} = 1 - s_j
+
+    An image without foreground tags is background throughout. The method is meant for images with one.
+
+    Args:
+      saliency: [m] s in 0..1.
+      tags: [K] bool, index 0 is background.
+    Returns:
+      [m, K] float32; rows sum to one.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      Wei et al. 2016, section 3.2.
+    """
+    check_shape("saliency", saliency, ("m",), _ONE_SET)
+    check_shape("tags", tags, ("K",), "one tag per class, background first")
+    foreground = jnp.asarray(tags, bool).at[0].set(False)
+    share = foreground / jnp.maximum(foreground.sum(), 1)
+    salient = jnp.where(foreground.any(), promote_float(saliency), 0)[:, None]
+    return salient * share + (1 - salient) * (jnp.arange(len(foreground)) == 0)
+
+
+def tagged_labels(logits, tags):
+    """The most probable of the tagged classes: masks of the enhanced and of the powerful network.
+
+    Args:
+      logits: [..., K] logits, log-probabilities or probabilities.
+      tags: [K] bool, index 0 is background, which counts as tagged in any case.
+    Returns:
+      [...] int32 labels.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      Wei et al. 2016, sections 3.3 and 3.4.
+    """
+    num_classes = jnp.shape(logits)[-1]
+    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    tagged = jnp.asarray(tags, bool).at[0].set(True)
+    return jnp.where(tagged, jax.lax.stop_gradient(promote_float(logits)), -jnp.inf).argmax(axis=-1).astype(jnp.int32)
