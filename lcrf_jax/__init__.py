@@ -5,14 +5,15 @@ image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
 
     0   numerics                              float promotion, entropies, checks
     1   kernels, anchors, hashing,            Gaussian filters; numbering distinct keys;
-        sampling, metrics                     relaxed samples; IoU
+        sampling, metrics, saliency           relaxed samples; IoU; minimum barrier saliency
     2   lattice, observation                  the permutohedral lattice; log p(y | z, x)
     3   filters                               the pairwise kernel of an image, in three forms
     4   crf, gibbs                            pairwise energy, KL to the prior, mean field; samples of the posterior
-    5   elbo                                  the bound and the estimators of its gradient
+    5   elbo, baselines                       the bound and the estimators of its gradient; the compared methods
     6   nets, data, objectives                Flax networks, sources and batches, what training minimises
-    7   features, checkpoints, report, runlog frozen features of a source; run folders, pictures, metrics
-    8   training, inference                   the train step over a mesh of devices; images in, masks out
+    7   methods, features, checkpoints,       what each method minimises; frozen features of a source;
+        report, runlog                        run folders, pictures, metrics
+    8   training, cues, inference             the train step over a mesh of devices; cues; images in, masks out
     9   preparation, evaluation               what training starts from; scores
     10  runs                                  training with checkpoints, validation and resuming
 
@@ -27,6 +28,18 @@ Symbols, the same in code, docstrings and tests:
     mu     [K, K]             label compatibility; Potts: mu(a, b) = [a != b]
 """
 
+from lcrf_jax.baselines import (
+    ccnn_distribution,
+    ccnn_loss,
+    em_adapt_labels,
+    ilp_log_probs,
+    label_cross_entropy,
+    localisation_cues,
+    mil_lse_loss,
+    saliency_target,
+    sec_loss,
+    soft_cross_entropy,
+)
 from lcrf_jax.crf import kl_to_prior, mean_field, pairwise_energy, refine
 from lcrf_jax.elbo import (
     ElboTerms,
@@ -52,6 +65,7 @@ from lcrf_jax.observation import (
     max_pool,
     noisy_or,
 )
+from lcrf_jax.saliency import barrier_saliency
 from lcrf_jax.sampling import block_groups, categorical, gumbel_softmax, straight_through
 
 __all__ = [
@@ -59,11 +73,15 @@ __all__ = [
     "KernelParams",
     "anchor_image_kernel",
     "area",
+    "barrier_saliency",
     "block_groups",
     "categorical",
+    "ccnn_distribution",
+    "ccnn_loss",
     "class_evidence",
     "confusion_matrix",
     "dense_kernel",
+    "em_adapt_labels",
     "evidence",
     "exact_image_kernel",
     "expected_evidence",
@@ -77,21 +95,28 @@ __all__ = [
     "gumbel_softmax",
     "gumbel_softmax_likelihood",
     "gwrp",
+    "ilp_log_probs",
     "image_kernel",
     "iou_per_class",
     "kl_to_prior",
+    "label_cross_entropy",
     "lattice_image_kernel",
+    "localisation_cues",
     "log_evidence",
     "log_mean_exp",
     "max_pool",
     "mean_field",
     "mean_iou",
     "mean_likelihood",
+    "mil_lse_loss",
     "noisy_or",
     "pairwise_energy",
     "refine",
     "reinforce_likelihood",
+    "saliency_target",
     "scaled",
+    "sec_loss",
+    "soft_cross_entropy",
     "straight_through",
     "straight_through_likelihood",
 ]

@@ -16,13 +16,14 @@ from lcrf_jax.features import in_batches, square_batches
 from lcrf_jax.saliency import barrier_saliency
 
 
-def image_saliency(source, *, image_size, contrast, grid, directory, batch_size=32, progress=lambda count: None):
+def image_saliency(source, *, image_size, contrast, level, grid, directory, batch_size=32, progress=lambda count: None):
     """`barrier_saliency` of every image of a source, kept on disk.
 
     Args:
       source: images; their masks are not used.
       image_size: side in pixels of the square that it is computed on.
       contrast: see `barrier_saliency`.
+      level: see `barrier_saliency`.
       grid: g, cells along a side of the result.
       directory: folder of the caches.
       batch_size: images at once.
@@ -34,15 +35,15 @@ def image_saliency(source, *, image_size, contrast, grid, directory, batch_size=
 
     @jax.jit
     def maps(images):
-        saliency = jax.vmap(functools.partial(barrier_saliency, contrast=contrast))(images)
+        saliency = jax.vmap(functools.partial(barrier_saliency, contrast=contrast, level=level))(images)
         return jax.image.resize(saliency, (len(saliency), grid, grid), "linear")[..., None]
 
     def batches():
         for count, batch in square_batches(source, image_size, batch_size, progress):
             yield {"saliency": np.asarray(maps(batch["image"]), np.float16)[:count]}
 
-    settings = {"image_size": image_size, "contrast": contrast, "grid": grid}
-    identity = {"kind": "barrier saliency", **settings, "source": _fingerprint(source)}
+    settings = {"image_size": image_size, "contrast": contrast, "level": level, "grid": grid}
+    identity = {"kind": "barrier saliency, centred", **settings, "source": _fingerprint(source)}
     return cached_arrays(directory, identity, len(source), batches)["saliency"]
 
 

@@ -127,35 +127,42 @@ def border_contrast(colours, *, thickness=0.1):
     return distances.sum(axis=0) - distances.max(axis=0)
 
 
-def barrier_saliency(image, *, num_passes=3, contrast=10.0):
-    r"""Saliency of an image: what is walled off from the border and differs from it in colour.
+def barrier_saliency(image, *, num_passes=3, contrast=10.0, level=1.5):
+    r"""Saliency of an image: what is walled off from the border, differs from it in colour and lies near the centre.
 
     The barrier distances of the three L*a*b* channels are summed; this and `border_contrast` are each brought to 0..1
-    and added, and the sum is brought to 0..1 as v and sharpened,
+    and added, the sum is multiplied by 1 - r, where r is the distance to the centre as a share of that of the corners,
+    and the product is brought to 0..1 as v and sharpened about a multiple l of its mean,
 
-    .. math:: s = \frac{1}{1 + \exp(-b (v - 1/2))}
+    .. math:: s = \frac{1}{1 + \exp(-b (v - l\,\bar v))}
 
-    A constant image has v = 0 throughout.
+    A constant image has v = 0 throughout, and s = 1/2.
 
     Args:
       image: [H, W, 3] RGB in 0..255; about 100 pixels a side are enough.
       num_passes: see `barrier_distance`.
       contrast: b > 0.
+      level: l > 0.
     Returns:
       [H, W] float32 in 0..1.
     Raises:
       ValueError: if `image` is not [H, W, 3] or a number is out of range.
     References:
-      Zhang et al. 2015 (MB+, without its morphological smoothing).
+      Zhang et al. 2015 (MB+, without its morphological smoothing); the multiple of the mean in place of a fixed
+      midpoint: Achanta et al. 2009.
     """
-    check_shape("image", image, ("H", "W", 3), _ONE_IMAGE)
+    height, width, _ = check_shape("image", image, ("H", "W", 3), _ONE_IMAGE)
     check_number("contrast", contrast, minimum=0, strict=True, remedy="10 is usual")
+    check_number("level", level, minimum=0, strict=True, remedy="1.5 is usual")
     lab = lab_colours(image)
     walled = sum(barrier_distance(lab[..., channel], num_passes=num_passes) for channel in range(3))
     unlike = border_contrast(lab)
+    rows, columns = (jnp.abs(jnp.linspace(-1, 1, size)) if size > 1 else jnp.zeros(1) for size in (height, width))
+    centredness = 1 - jnp.sqrt((rows[:, None] ** 2 + columns[None, :] ** 2) / 2)
 
     def stretched(values):
         values = values - values.min()
         return values / jnp.maximum(values.max(), 1e-6)
 
-    return jax.nn.sigmoid(contrast * (stretched(stretched(walled) + stretched(unlike)) - 0.5))
+    values = stretched((stretched(walled) + stretched(unlike)) * centredness)
+    return jax.nn.sigmoid(contrast * (values - level * values.mean()))

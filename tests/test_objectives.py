@@ -27,6 +27,7 @@ from lcrf_jax import elbo, objectives, observation
 from lcrf_jax.features import guide_image
 from lcrf_jax.gibbs import gibbs
 from lcrf_jax.kernels import KernelParams, scaled
+from lcrf_jax.methods import make_objective
 from lcrf_jax.sampling import block_groups
 
 OPTIONS = {
@@ -462,7 +463,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
 
 
 def full_supervision(mask, logits):
-    objective = objectives.full_supervision_objective({}, stride=STRIDE, steps_per_epoch=1)
+    objective = make_objective({"method": "full_supervision"}, stride=STRIDE, steps_per_epoch=1)
     run = jax.jit(jax.value_and_grad(lambda x: objective(jax.random.key(0), x, {"mask": mask}, 0)[0]))
     return run(jnp.asarray(logits))
 

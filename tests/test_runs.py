@@ -87,7 +87,7 @@ def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "full"}, r"method: expected one of \['full_supervision', 'latent_crf'\], got 'full'"),
+    ({"method": "full"}, r"method: expected one of \['cam', .*'full_supervision', 'latent_crf', .*\], got 'full'"),
     ({"input_size": 100}, "input_size: expected a multiple of 32, got 100"),
     ({"cache__features": False}, "need cache.features=True"),
     ({"views__num_views": 1}, "num_views of at least 2"),
@@ -373,7 +373,7 @@ def grey_level_segmenter():
     def refine(log_probs, image, valid):
         return jnp.roll(log_probs, 1, axis=-1)  # class k becomes k + 1
 
-    return Segmenter(("background", "a", "b"), (4,), network_log_probs, enlarge, refine)
+    return Segmenter(("background", "a", "b"), (4,), lambda images: images, network_log_probs, enlarge, refine)
 
 
 def confusion_by_hand(labels, masks):

@@ -117,6 +117,7 @@ def get_config():
     config.baselines.saliency = ConfigDict()  # of stc
     config.baselines.saliency.image_size = 96
     config.baselines.saliency.contrast = 10.0
+    config.baselines.saliency.level = 1.5
     config.baselines.superpixels = options(scale=100.0, sigma=0.8, min_size=50)  # in pixels of the photograph
 
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the

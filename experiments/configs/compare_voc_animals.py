@@ -1,0 +1,27 @@
+"""All methods on the photographs of voc_animals, with a network and a budget that suit two CPU cores.
+
+    python -m experiments.compare --config=experiments/configs/compare_voc_animals.py --config.data.root=FOLDER \
+        --methods=all --seeds=3 --workdir=DIR
+
+Logits of 20 x 20 cells, a narrower decoder and four epochs in all; otherwise as voc_animals.py. What the compared methods
+set for themselves was chosen on val, three settings each (docs/comparison.md). No mask of a training photograph is
+seen. These are not VOC 2012 figures.
+"""
+
+from experiments.configs import voc_animals
+
+
+def get_config():
+    """Configuration of the comparison on photographs."""
+    config = voc_animals.get_config()
+    config.network.taps = ("head", "s16")
+    config.network.widths = (128, 96)
+    config.class_maps.grid = 20
+    config.epochs = (2, 2)
+    config.optimizer.warmup_steps = 50
+
+    config.baselines.mil_ilp.sharpness = 2.0
+    config.baselines.em_adapt.foreground_share = 0.3
+    config.baselines.ccnn.background_most = 0.5
+    config.baselines.cues.foreground_level = 0.3
+    return config
