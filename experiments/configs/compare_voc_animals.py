@@ -24,4 +24,5 @@ def get_config():
     config.baselines.em_adapt.foreground_share = 0.3
     config.baselines.ccnn.background_most = 0.5
     config.baselines.cues.foreground_level = 0.3
+    config.baselines.saliency.level = 1.0
     return config
