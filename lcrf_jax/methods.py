@@ -55,12 +55,18 @@ def _cells(grid):
     return grid.reshape(-1, *grid.shape[2:])
 
 
+def _check_options(function):
+    """Refuse options that a loss refuses, before there are features to train on; nothing is computed."""
+    jax.eval_shape(function, jnp.zeros((1, 2)), jnp.ones(2, bool))
+
+
 def _by_loss(name, loss):
     """The objective builder of a loss of (key, logits [m, K], record, options): options are config.baselines.NAME."""
 
     def builder(config, *, stride, steps_per_epoch):
         del stride, steps_per_epoch
         options = config["baselines"][name]
+        _check_options(lambda logits, tags: loss(jax.random.key(0), logits, {"tags": tags, "saliency": logits[:, :1, None]}, options))
 
         def objective(key, logits, record, step):
             del step
@@ -85,6 +91,7 @@ def _em_adapt(key, logits, record, options):
 def _ccnn(config, *, stride, steps_per_epoch):
     del stride, steps_per_epoch
     options = config["baselines"]["ccnn"]
+    _check_options(lambda logits, tags: baselines.ccnn_distribution(logits, tags, **options))
 
     def objective(key, logits, record, step):
         del key, step
@@ -101,6 +108,11 @@ def _sec(config, *, stride, steps_per_epoch):
     options = config["baselines"]["sec"]
     kernel_params = scaled(KernelParams(**options["kernel"]), stride)
     decays = {name: options[name] for name in ("foreground_decay", "background_decay")}
+    _check_options(
+        lambda logits, tags: baselines.expand_loss(
+            baselines.floored_probs(logits, min_prob=options["min_prob"]), tags, **decays
+        )
+    )
 
     def objective(key, logits, record, step):
         del key, step

@@ -11,7 +11,7 @@ import reference
 from lcrf_jax import features
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.sources import Example
-from lcrf_jax.data.views import apply_view, sample_view
+from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.nets.network import backbone_variables, build_network
 from lcrf_jax.nets.tag_classifier import average_precision
 
@@ -172,6 +172,18 @@ def test_maps_are_cut_out_by_the_view_of_the_image(tmp_path):
             apply_view(np.float32(np.float16(maps[position % NUM_IMAGES])),
                        sample_view(3, position % NUM_IMAGES, position // NUM_IMAGES,
                                    scale_range=(0.3, 0.6), ratio_range=(0.8, 1.25)), (16, 16)))
+
+
+def test_labels_are_cut_out_by_nearest_neighbour(tmp_path):
+    labels = np.random.default_rng(1).choice(np.uint8([0, 3, 255]), (NUM_IMAGES, 8, 8))
+    records = mapped(ViewDataset(Pictures(), 5, SIZE, **VIEWS), {"cues": labels}, 8)
+    for position in range(len(records)):
+        number, index = divmod(position, NUM_IMAGES)
+        view = sample_view(3, index, number, scale_range=(0.3, 0.6), ratio_range=(0.8, 1.25))
+        found = records[position]["cues"]
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, apply_view_to_mask(labels[index], view, (8, 8)))
+    np.testing.assert_array_equal(records[NUM_IMAGES]["cues"], labels[0][:, ::-1])
 
 
 def test_the_mirrored_view_has_mirrored_maps(tmp_path):

@@ -196,3 +196,68 @@ def test_read_only_and_non_contiguous_images_are_fine():
 def test_the_classifier_comes_back_from_the_parameters():
     classifier = inference.restored_classifier({"classifier": {"weights": np.ones((3, 2)), "bias": np.zeros(2)}})
     assert classifier.weights.shape == (3, 2) and classifier.bias.shape == (2,)
+
+
+def segmenter_with(output, options, params, mirror):
+    settings = {**SETTINGS, "mirror": mirror, "output": output, "output_options": options}
+    description = {"network": NETWORK, "class_names": ["background", "a", "b", "c"], "inference": settings}
+    return inference.make_segmenter(description, params)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_image_level_prior_at_test_time(mirror):
+    """Of each view alone, then averaged over mirroring as any other output."""
+    image = picture(3, 64, 64)
+    found = segmenter_with("ilp", {"sharpness": 3.0}, parameters(), mirror).network_log_probs(image[None])[0]
+    views = []
+    for view in (image, image[:, ::-1])[: 1 + mirror]:
+        network, params = build_network(NETWORK), parameters()
+        logits = np.float64(network.logits(params["decoder"], params["backbone"], network.features(params["backbone"], view[None]))[0])
+        scores = np.log(np.mean(np.exp(3 * logits), axis=(0, 1))) / 3
+        views.append(np.log(reference.softmax(logits + np.log(reference.softmax(scores)))))
+    expected = views[0] if not mirror else np.log(reference.softmax((views[0] + views[1][:, ::-1]) / 2))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_class_maps_as_the_output():
+    """The labels are those of the thresholded maps of the classes that the classifier finds; no decoder is needed."""
+    rng = np.random.default_rng(4)
+    classifier = {"weights": rng.normal(size=(96, 3)).astype(np.float32), "bias": np.float32([0.1, -50, 0.3])}
+    params = {"backbone": parameters()["backbone"], "classifier": classifier}
+    options = {"background_level": 0.3, "sharpness": 2.0, "floor": 0.01}
+    images = np.stack([picture(seed, 64, 64) for seed in (5, 6)])
+    found = np.asarray(segmenter_with("class_maps", options, params, mirror=True).network_log_probs(images))
+    network = build_network(NETWORK)
+
+    def maps_of(views):
+        features = network.features(params["backbone"], views)
+        return np.float64(network.head(params["backbone"], features)) @ classifier["weights"]
+
+    maps = (maps_of(images) + maps_of(images[:, :, ::-1])[:, :, ::-1]) / 2
+    present = maps.mean(axis=(1, 2)) + classifier["bias"] >= 0
+    assert not present[:, 1].any() and present.any()
+    ratio = np.where(present[:, None, None], maps / maps.max(axis=(1, 2), keepdims=True), 0)
+    ratio = np.where(maps.max(axis=(1, 2), keepdims=True) > 0, ratio, 0)
+    expected = np.concatenate([np.full((*maps.shape[:3], 1), 0.3), ratio], axis=-1).argmax(axis=-1)
+    np.testing.assert_array_equal(found.argmax(axis=-1), expected)
+
+
+def test_features_that_are_known_take_the_place_of_the_network():
+    images = [picture(seed, 50, 70) for seed in (1, 2)]
+    known = inference.network_features(segmenter(mirror=True), images, batch_size=3)
+    assert len(known) == 1 and all(len(taps) == 6 for taps in known[0].values())
+    expected = inference.segment_batch(segmenter(mirror=True), images, crf=False, batch_size=3)
+    found = inference.segment_batch(segmenter(mirror=True), images, crf=False, batch_size=3, features=known)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one.log_probs, other.log_probs)
+    swapped = inference.segment_batch(segmenter(mirror=True), images[::-1], crf=False, batch_size=3, features=known)
+    np.testing.assert_array_equal(swapped[0].log_probs, expected[0].log_probs)
+
+
+def test_superpixels_are_regions_of_one_colour():
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:, 25:], image[10:20, 5:15] = 120, 250
+    segments = inference.superpixels(image)
+    assert segments.shape == (40, 60) and segments.min() == 0
+    assert len({segments[0, 0], segments[15, 10], segments[20, 50]}) == 3
+    assert len(np.unique(segments[:, 30:])) == 1

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcrf_jax.data.pipeline import (
+    ImageSubset,
     ViewDataset,
     device_prefetch,
     make_loader,
@@ -182,6 +183,16 @@ def records(length):
 
 def indices(batches):
     return [batch["index"].tolist() for batch in batches]
+
+
+def test_a_subset_has_the_images_in_all_of_their_views():
+    items = ViewDataset(Numbers(4), num_views=3, size=8, seed=1)
+    subset = ImageSubset(items, np.array([1, 3]), 3)
+    assert len(subset) == 6
+    assert [(r["name"], int(r["view"])) for r in (subset[i] for i in range(6))] == [
+        ("n1", 0), ("n3", 0), ("n1", 1), ("n3", 1), ("n1", 2), ("n3", 2)]
+    with pytest.raises(ValueError, match="at least one image to keep"):
+        ImageSubset(items, np.array([], int), 3)
 
 
 @pytest.mark.parametrize("num_threads", [0, 3])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcrf_jax.report import overlay, palette, picture_grid, save_index_png
+from lcrf_jax.report import overlay, palette, picture_grid, picture_table, save_index_png
 
 NAMES = ("background", "cat", "dog")
 
@@ -111,3 +111,14 @@ def test_the_grid_refuses_other_rows(tmp_path):
         picture_grid([(picture(8, 8), None, square(8, 8, 3), None)], tmp_path / "grid.png", class_names=NAMES)
     with pytest.raises(ValueError, match=r"masks of the image's size \(8, 9\), got \(9, 8\)"):
         picture_grid([(picture(8, 9), None, square(9, 8), None)], tmp_path / "grid.png", class_names=NAMES)
+
+
+def test_a_table_has_a_column_for_each_title(tmp_path):
+    rows = [(picture(30, 40), square(30, 40), None, square(30, 40, 2), np.full((30, 40), 255, np.uint8))] * 2
+    titles = ["image", "truth", "one", "two", "three"]
+    path = picture_table(rows, tmp_path / "table.png", titles=titles, class_names=NAMES, cell=60)
+    with Image.open(path) as drawn:
+        assert drawn.width == 8 + 5 * 68
+        cells = [np.asarray(drawn)[34:34 + 45, 8 + 68 * at:68 * at + 68].astype(int) for at in range(5)]
+    colours = [tuple(cell[22, 30]) for cell in cells]
+    assert len(set(colours)) == 5, "image, a cat, nothing, a dog and void look different"

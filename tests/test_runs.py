@@ -17,8 +17,9 @@ from lcrf_jax import evaluation, preparation, runs, training
 from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, restore_params
 from lcrf_jax.data.sources import Example
 from lcrf_jax.data.textures import TexturesSource
-from lcrf_jax.inference import Segmenter
+from lcrf_jax.inference import Segmenter, make_segmenter
 from lcrf_jax.kernels import KernelParams, scaled
+from lcrf_jax.methods import METHODS
 from lcrf_jax.runlog import metrics_history
 
 
@@ -179,6 +180,90 @@ def test_a_run_with_chains_that_was_killed_continues_to_the_same_bits(prepared, 
     assert whole.step == 9 and np.asarray(whole.chains).max() < 7
     assert_same_trees(killed, whole)
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def simple_to_complex(cache):
+    """STC: the first two of three rounds see the images of a single tag, round 2 and 3 the labels of the one before."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return preparation.prepare(small_config(cache, method="stc", data__val_split=""))
+
+
+def test_rounds_on_a_part_of_the_images_continue_to_the_same_bits(simple_to_complex, tmp_path, monkeypatch):
+    config = copy.deepcopy(simple_to_complex.config) | {"eval_every_epochs": 1}
+    given = simple_to_complex._replace(config=config)
+    seen, subset = [], runs.ImageSubset
+
+    def watched(records, images, num_views):
+        seen.append(np.asarray(images).tolist())
+        return subset(records, images, num_views)
+
+    monkeypatch.setattr(runs, "ImageSubset", watched)
+    runs.train(given, tmp_path / "whole")
+    simple = np.flatnonzero(given.train.tags[:, 1:].sum(axis=1) == 1).tolist()
+    assert seen == [simple, simple] and 0 < len(simple) < 24
+    train_and_kill(given, tmp_path / "killed", monkeypatch, 6)
+    runs.train(given, tmp_path / "killed")
+    assert_same_trees(restore_params(tmp_path / "killed"), restore_params(tmp_path / "whole"))
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert lines(tmp_path / "whole")[-1]["step"] == 9
+
+
+def test_targets_between_rounds_of_stc_are_unrefined_and_restricted_to_the_tags(simple_to_complex):
+    given, rng = simple_to_complex, np.random.default_rng(0)
+    state = runs._fresh_state(given, preparation.planned_rounds(given.config, 24)[0], jax.random.key(0), training.data_mesh())
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), state.params)
+    found = preparation.posterior_evidence(given, params, METHODS["stc"].posterior(given.config))
+    assert (np.float32(found)[~np.broadcast_to(given.train.tags[:, None, None], found.shape)] == 0).all()
+    network, log_probs = given.network, []
+    for view in (0, 1):
+        taps = {tap: given.views.tap(tap, view)[:4] for tap in network.taps}
+        log_probs.append(np.log(reference.softmax(network.logits(params, given.variables, taps))))
+    mean = np.where(given.train.tags[:4, None, None], (log_probs[0] + log_probs[1][:, :, ::-1]) / 2, -1e4)
+    np.testing.assert_allclose(np.float32(found[:4]), reference.softmax(mean), atol=2e-3)
+
+
+def test_class_maps_are_a_run_that_trains_nothing(cache, tmp_path):
+    given = preparation.prepare(small_config(cache, method="cam"))
+    runs.train(given, tmp_path)
+    runs.train(given, tmp_path)
+    params, description = restore_params(tmp_path), load_description(tmp_path)
+    assert set(params) == {"backbone", "classifier"}
+    assert description["inference"]["output"] == "class_maps" and description["inference"]["input_sizes"] == [96, 128]
+    scores = evaluation.evaluate(make_segmenter(description, params), given.val, crf=False)
+    features = preparation.validation_features(given, given.val)
+    again = evaluation.evaluate(make_segmenter(description, params), given.val, crf=False, features=features)
+    assert len(features) == 2 and scores.plain.sum() > 0
+    np.testing.assert_array_equal(scores.plain, again.plain)
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_scores_from_cached_features_are_those_of_the_images(prepared, uninterrupted, batch_size):
+    segmenter = make_segmenter(load_description(uninterrupted), restore_params(uninterrupted, "best"))
+    features = preparation.validation_features(prepared, prepared.val)
+    expected = evaluation.evaluate(segmenter, prepared.val, crf=True, batch_size=batch_size)
+    found = evaluation.evaluate(segmenter, prepared.val, crf=True, batch_size=batch_size, features=features)
+    np.testing.assert_array_equal(found.plain, expected.plain)
+    np.testing.assert_array_equal(found.refined, expected.refined)
+
+
+def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
+    with contextlib.redirect_stderr(io.StringIO()):
+        given = preparation.prepare(small_config(cache, method="sec", epochs=(1,)))
+    assert given.cues.shape == (24, 6, 6) and given.cues.dtype == np.uint8
+    record = preparation.training_records(given)[24 + 3]
+    np.testing.assert_array_equal(record["cues"], given.cues[3][:, ::-1])
+    np.savez(tmp_path / "cues.npz", ids=np.array(given.train.names), cues=np.full((24, 41, 41), 255, np.uint8))
+    config = small_config(cache, method="sec", epochs=(1,))
+    config["baselines"]["cues"]["file"] = str(tmp_path / "cues.npz")
+    assert (preparation.prepare(config).cues == 255).all()
+
+
+def test_the_memory_of_a_step_is_at_least_that_of_its_state(prepared):
+    rounds = preparation.planned_rounds(prepared.config, 24)
+    state = runs._fresh_state(prepared, rounds[0], jax.random.key(0), training.data_mesh())
+    least = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    assert least < runs.step_bytes(prepared) < 50 * least + 1e8
 
 
 class StateWithoutChains(NamedTuple):
