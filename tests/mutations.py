@@ -18,6 +18,12 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Tests that are run for a mutation in a file, in this order and until one fails: those that enumerate first.
 TESTS = {
+    "baselines/ccnn.py": ("baselines",),
+    "baselines/em_adapt.py": ("baselines",),
+    "baselines/labels.py": ("baselines",),
+    "baselines/mil.py": ("baselines",),
+    "baselines/sec.py": ("baselines",),
+    "baselines/stc.py": ("baselines",),
     "crf.py": ("elbo", "crf"),
     "elbo.py": ("elbo", "estimators"),
     "filters.py": ("elbo", "filters", "crf"),
@@ -26,6 +32,7 @@ TESTS = {
     "numerics.py": ("elbo", "numerics"),
     "objectives.py": ("objectives",),
     "observation.py": ("observation", "estimators"),
+    "saliency.py": ("saliency",),
     "sampling.py": ("estimators", "sampling"),
 }
 
@@ -120,6 +127,37 @@ MUTATIONS = [
              "target_probs = jax.lax.stop_gradient(promote_float(target_probs))", "target_probs = promote_float(target_probs)"),
     Mutation("pairwise weight applied to the entropy too", "objectives.py", 'entropy=config["entropy_weight"]',
              'entropy=config["entropy_weight"] * config["pairwise_weight"]'),
+    # the compared methods
+    Mutation("method: smooth maximum of MIL without its mean", "baselines/mil.py", "- jnp.log(num_pixels)) / sharpness",
+             ") / sharpness"),
+    Mutation("method: the image-level prior left out", "baselines/mil.py", "promote_float(logits) + prior", "promote_float(logits)"),
+    Mutation("method: shares of EM-Adapt rounded down", "baselines/em_adapt.py", "jnp.ceil(shares", "jnp.floor(shares"),
+    Mutation("method: absent classes left in the E-step", "baselines/em_adapt.py", "takes = present[label] & (deficit",
+             "takes = (deficit"),
+    Mutation("method: absent classes left in the latent distribution", "baselines/ccnn.py",
+             "jnp.where(present, jax.lax.stop_gradient(promote_float(logits)), _ABSENT)",
+             "jax.lax.stop_gradient(promote_float(logits))"),
+    Mutation("method: slack of CCNN without a bound", "baselines/ccnn.py", "jnp.where(present, slack, 0.0)",
+             "jnp.where(present, jnp.inf, 0.0)"),
+    Mutation("method: upper bound of the background left out", "baselines/ccnn.py",
+             "is_background & jnp.any(tags[1:]), background_most, 1.0", "is_background & jnp.any(tags[1:]), 1.0, 1.0"),
+    Mutation("method: half a step of CCNN", "baselines/ccnn.py", "shifts + jnp.log(least) - log_areas,",
+             "shifts + (jnp.log(least) - log_areas) * 1.5,"),
+    Mutation("method: soft targets with a gradient", "baselines/labels.py", "probs = jax.lax.stop_gradient(promote_float(probs))",
+             "probs = promote_float(probs)"),
+    Mutation("method: the larger of two cues wins", "baselines/sec.py", "jnp.argmin(sizes, axis=1)", "jnp.argmax(sizes, axis=1)"),
+    Mutation("method: decays of SEC exchanged", "baselines/sec.py",
+             "jnp.where(is_foreground, foreground_decay, background_decay)",
+             "jnp.where(is_foreground, background_decay, foreground_decay)"),
+    Mutation("method: absent classes of SEC by their mean", "baselines/sec.py", "-jnp.log1p(-peaks)",
+             "-jnp.log1p(-probs.mean(axis=0))"),
+    Mutation("method: divergence of SEC the other way round", "baselines/sec.py",
+             "jnp.exp(log_refined) * (log_refined - log_probs)", "jnp.exp(log_probs) * (log_probs - log_refined)"),
+    Mutation("method: saliency for the background", "baselines/stc.py", "salient * share + (1 - salient)",
+             "(1 - salient) * share + salient"),
+    Mutation("method: labels outside the tags", "baselines/stc.py", "jnp.where(tagged, ", "jnp.where(tagged | True, "),
+    Mutation("method: barrier by the last pixel alone", "saliency.py", "jnp.maximum(high, value), jnp.minimum(low, value)",
+             "value, jnp.minimum(low, value)"),
 ]
 
 
