@@ -293,7 +293,7 @@ def test_scores_of_several_seeds_are_a_mean_and_a_standard_deviation(ablation):
     (["train", TINY, "--workdir=x", "--config.epoch=1"], "error: the flags or the configuration .*epoch"),
     (["train", TINY, "--workdir=x", "--config.batch_size=abc"], "config.batch_size=abc: invalid literal"),
     (["train", "--config=nothing.py", "--workdir=x"], r"error: .*Failed loading config file (.|\n)*nothing\.py"),
-    (["train", TINY, "--workdir=x", "--config.method=sec"], "error: method: expected one of"),
+    (["train", TINY, "--workdir=x", "--config.method=crf"], "error: method: expected one of"),
     (["train", TINY, "--workdir=x", "--config.data.kind=folder"], "error: "),
     (["train", TINY, "--workdir=x", "--config.data.root=nowhere"], "error: textures .*no folder"),
     (["train", TINY, *SMALL, "--workdir=x", "--config.batch_size=32"], "error: batch_size: 24 training images"),
