@@ -11,7 +11,7 @@ import reference
 from records import BATCH, GRID, KERNEL, NUM_CLASSES, STRIDE, config_with, feature_batch
 
 from experiments.configs import base, textures
-from lcrf_jax import baselines, evaluation, methods, preparation, runs
+from lcrf_jax import baselines, evaluation, methods, preparation, runs, training
 from lcrf_jax.checkpoints import load_description, restore_params
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.inference import OUTPUTS, make_segmenter
@@ -147,12 +147,12 @@ def test_only_images_of_one_tag_take_part_in_the_simple_rounds():
 
 @pytest.fixture(scope="module")
 def small_textures(tmp_path_factory):
-    """160 embedded images with the published backbone, twelve epochs; the cache is shared by all methods."""
+    """320 embedded images with the published backbone, sixteen epochs; the cache is shared by all methods."""
     config = textures.get_config()
-    config.data.options = base.options(seed=0, size=96, num_train=160, num_val=40)
+    config.data.options = base.options(seed=0, size=96, num_train=320, num_val=40)
     config.input_size, config.class_maps.grid, config.inference.input_sizes = 128, 16, (128,)
     config.network.widths = (48, 32, 32)
-    config.epochs, config.optimizer.warmup_steps = (6, 6), 20
+    config.epochs, config.optimizer.warmup_steps = (8, 8), 20
     config.baselines.em_adapt.foreground_share = 0.3
     config.cache.directory = str(tmp_path_factory.mktemp("cache"))
     return config
@@ -161,17 +161,26 @@ def small_textures(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_learns_to_segment(small_textures, tmp_path, name):
-    """Better on held-out images than background everywhere, which an untrained network comes to at most."""
+    """Better on held-out images than the network it began with; with maps, seeds or masks also than background everywhere."""
     config = small_textures.copy_and_resolve_references()
     config.method, config.data.val_split = name, ""
     prepared = preparation.prepare(config.to_dict())
     runs.train(prepared, tmp_path)
     val = open_source("textures", "val", masks=True, **config.data.options.to_dict())
-    segmenter = make_segmenter(load_description(tmp_path), restore_params(tmp_path))
-    features = preparation.validation_features(prepared, val)
-    confusion = evaluation.evaluate(segmenter, val, crf=False, features=features).plain
+    features, description = preparation.validation_features(prepared, val), load_description(tmp_path)
+
+    def confusion_of(params):
+        return evaluation.evaluate(make_segmenter(description, params), val, crf=False, features=features).plain
+
+    confusion = confusion_of(restore_params(tmp_path))
     nothing = np.zeros_like(confusion)
     nothing[:, 0] = confusion.sum(axis=1)
-    assert mean_iou(confusion) > mean_iou(nothing) + 0.03
-    terms = [record["train/loss"] for record in metrics_history(tmp_path) if "train/loss" in record]
-    assert not terms or METHODS[name].round_epochs(config) != [12] or terms[-1] < terms[0]
+    if name in ("cam", "sec", "latent_crf", "full_supervision"):
+        assert mean_iou(confusion) > mean_iou(nothing) + 0.03
+    if METHODS[name].objective is None:
+        return
+    rounds = preparation.planned_rounds(prepared.config, len(prepared.train))
+    untrained = runs._fresh_state(prepared, rounds[0], jax.random.key(0), training.data_mesh()).params
+    assert mean_iou(confusion) > mean_iou(confusion_of(preparation.inference_params(prepared, untrained)))
+    losses = [record["train/loss"] for record in metrics_history(tmp_path) if "train/loss" in record]
+    assert len(rounds) > 1 or losses[-1] < losses[0]
