@@ -71,7 +71,6 @@ class Preparations:
 
 def train(prepared, folder):
     """Train the run of a folder to its end and add up the time, over interruptions."""
-    reporting.check_same_settings(folder, prepared.config)
     path = folder / TIME_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"wall": 0.0, "cpu": 0.0}
     wall, cpu = time.monotonic(), time.process_time()

@@ -12,6 +12,7 @@ import numpy as np
 from lcrf_jax.methods import METHODS
 from lcrf_jax.metrics import iou_per_class, mean_iou
 
+GROUPS = ("no", "yes", "masks")  # of "saliency or cues", from left to right
 CAPTIONS = {False: "Without refinement", True: "With refinement by the dense CRF"}
 
 
@@ -37,7 +38,7 @@ def columns(results, *, refined):
                 ious = 100 * np.stack([iou_per_class(matrix) for matrix in matrices])
                 means = 100 * np.array([mean_iou(matrix) for matrix in matrices])
                 found.append(Column(name, title, method.localisation, ious, means))
-    return sorted(found, key=lambda column: (column.method == "full_supervision", bool(column.localisation)))
+    return sorted(found, key=lambda column: GROUPS.index(_group(column)))
 
 
 def spread(values):

@@ -158,7 +158,7 @@ def read_cues(path, names, num_classes, grid):
     path = pathlib.Path(path)
     expected = 'a .npz with "ids" [M] of str and "cues" [M, h, w] of uint8'
     if not path.is_file():
-        raise FileNotFoundError(f"no file of cues {path}: name {expected}, or leave baselines.sec.cues empty")
+        raise FileNotFoundError(f"no file of cues {path}: name {expected}, or leave baselines.cues.file empty")
     try:
         with np.load(path, allow_pickle=False) as stored:
             ids, cues = stored["ids"], stored["cues"]

@@ -66,7 +66,11 @@ def _by_loss(name, loss):
     def builder(config, *, stride, steps_per_epoch):
         del stride, steps_per_epoch
         options = config["baselines"][name]
-        _check_options(lambda logits, tags: loss(jax.random.key(0), logits, {"tags": tags, "saliency": logits[:, :1, None]}, options))
+        _check_options(
+            lambda logits, tags: loss(
+                jax.random.key(0), logits, {"tags": tags, "saliency": logits[:, :1, None]}, options
+            )
+        )
 
         def objective(key, logits, record, step):
             del step
