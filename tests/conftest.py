@@ -38,3 +38,12 @@ def voc_animals(request):
         pytest.fail(f"expected a folder in VOC layout, got {folder} without {', '.join(missing)}; "
                     "correct --voc-animals or LCRF_VOC_ANIMALS")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions_of_one_module():
+    """Every compiled function maps memory until it is dropped; a process may have 65 530 such maps on Linux."""
+    yield
+    import jax
+
+    jax.clear_caches()
