@@ -56,7 +56,31 @@ class _Observed(NamedTuple):
 
 
 def _observed(config, record):
-    name, tags = config["likelihood"], record["tags"]
+    """The likelihood of the configuration: one of them, or a product with powers of further ones."""
+    first = _factor(config["likelihood"], config, record)
+    further = [(weight, _factor(name, config, record)) for name, weight in _further(config)]
+    return _product([(1.0, first), *further]) if further else first
+
+
+def _further(config):
+    """(name, weight) of the further likelihoods that take part."""
+    return [(name, weight) for name, weight in config["further_likelihoods"].items() if weight]
+
+
+def _product(factors):
+    """The product of likelihoods raised to their weights."""
+
+    def summed(functions):
+        return lambda value: sum(weight * function(value) for (weight, _), function in zip(factors, functions))
+
+    log_likelihoods = [factor.log_likelihood for _, factor in factors]
+    expectations = [factor.expectation for _, factor in factors]
+    # What is multiplied on are functions of the whole image, so that nothing factorises over the pixels any more.
+    return _Observed(summed(log_likelihoods), None if None in expectations else summed(expectations), None)
+
+
+def _factor(name, config, record):
+    tags = record["tags"]
     options = config["likelihood_options"].get(name, {})
     if name == "evidence":
         evidence = _pixel_evidence(record, options)
@@ -99,11 +123,20 @@ def _check_objective(config):
     for name, values in known.items():
         if config[name] not in values:
             raise ValueError(f"objective.{name}: expected one of {sorted(values)}, got {config[name]!r}")
+    for name, weight in config["further_likelihoods"].items():
+        at = f"objective.further_likelihoods.{name}"
+        check_number(at, weight, minimum=0, remedy="0 leaves it out")
+        if name not in observation.TAG_LIKELIHOODS:
+            raise ValueError(f"{at}: expected one of {sorted(observation.TAG_LIKELIHOODS)}, got {name!r}")
+        if weight and name == config["likelihood"]:
+            raise ValueError(f"{at}: {name} is the likelihood already; raise objective.likelihood_weight, or choose another")
     estimator = config["estimator"]
-    if estimator == "exact" and config["likelihood"] not in observation.EXPECTATIONS:
+    names = [config["likelihood"], *(name for name, _ in _further(config))]
+    if estimator == "exact" and not observation.EXPECTATIONS.keys() >= set(names):
         raise ValueError(
             f"objective.estimator: 'exact' needs a likelihood whose expectation has a closed form, one of "
-            f"{sorted(observation.EXPECTATIONS)}, got {config['likelihood']!r}; use reinforce for an unbiased estimate"
+            f"{sorted(observation.EXPECTATIONS)}, got {', '.join(map(repr, names))}; use reinforce for an unbiased "
+            "estimate"
         )
     least = 2 if estimator == "reinforce" else 1
     for name, minimum, whole, remedy in (
@@ -144,7 +177,9 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
 
     Args:
       config: Mapping with "likelihood", a name of `lcrf_jax.observation`, and "likelihood_options", a dict from such
-        a name to keyword arguments (those of "evidence" are for `class_evidence`), "estimator" (a key of
+        a name to keyword arguments (those of "evidence" are for `class_evidence`), "further_likelihoods", a dict from names of
+        `observation.TAG_LIKELIHOODS` to the powers in which these are multiplied to the first, 0 for not at all,
+        "estimator" (a key of
         `lcrf_jax.elbo.ESTIMATORS`, "exact" for likelihoods with a closed form, or "mcmc"), "temperature",
         "final_temperature" (reached along a geometric path after "anneal_epochs" of each round; 0 for none),
         "num_samples", "noise_block" (side of the blocks of cells that share their noise), "num_sweeps" (of mcmc, in

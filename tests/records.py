@@ -16,8 +16,9 @@ NETWORK = {"backbone": "small", "last_stride": 16, "taps": ["head", "s16"], "wid
 KERNEL = {"bilateral_weight": 0.7, "bilateral_position_width": 80.0, "bilateral_colour_width": 13.0,
           "gaussian_weight": 0.3, "gaussian_position_width": 24.0}
 EVIDENCE = {"background_level": 0.3, "sharpness": 2.0, "floor": 0.01}
-CONFIG = {"likelihood": "evidence", "likelihood_options": {"evidence": EVIDENCE}, "estimator": "gumbel_softmax",
-          "temperature": 0.8, "final_temperature": 0.0, "anneal_epochs": 4.0, "num_samples": 2, "noise_block": 1,
+CONFIG = {"likelihood": "evidence", "likelihood_options": {"evidence": EVIDENCE}, "further_likelihoods": {},
+          "estimator": "gumbel_softmax", "temperature": 0.8, "final_temperature": 0.0, "anneal_epochs": 4.0,
+          "num_samples": 2, "noise_block": 1,
           "num_sweeps": 2, "likelihood_weight": 1.7, "entropy_weight": 0.9,
           "pairwise_weight": 0.6, "pairwise_warmup_epochs": 2.0,
           "pairwise_stride": 0, "pairwise_form": "", "kernel": KERNEL}

@@ -95,6 +95,52 @@ def test_the_objective_equals_its_definition(name, index):
         np.testing.assert_allclose(terms[term], value / num_cells, rtol=2e-5)
 
 
+FURTHER = {"area": 2.0, "gwrp": 0.5, "noisy_or": 0.0}
+
+
+def product_config(name="evidence", **changes):
+    """The likelihood times an area likelihood squared and the root of a gwrp."""
+    return config_with(likelihood=name, likelihood_options=OPTIONS, further_likelihoods=FURTHER, **changes)
+
+
+@pytest.mark.parametrize("name", ["evidence", "frozen_classifier", "max_pool"])
+@pytest.mark.parametrize("index", [0, 1, 2], ids=["every tag", "no tag", "some tags"])
+def test_further_likelihoods_are_multiplied_in_their_powers(name, index):
+    logits, given = random_logits(index), record(index)
+    loss, terms = objective_of(product_config(name, estimator="mean"))(jax.random.key(0), logits, given, jnp.int32(4))
+    factors = {factor: expected_terms(factor, logits, given)[0] for factor in (name, "area", "gwrp")}
+    log_likelihood = factors[name] + 2 * factors["area"] + 0.5 * factors["gwrp"]
+    np.testing.assert_allclose(terms["log_likelihood"], log_likelihood / GRID**2, rtol=2e-5)
+    rest = -0.9 * terms["entropy"] + 0.6 * 5 / 20 * terms["pairwise_energy"]
+    np.testing.assert_allclose(loss - rest, -1.7 * log_likelihood / GRID**2, rtol=1e-4)
+
+
+def test_further_likelihoods_stay_when_evidence_of_an_earlier_round_takes_over():
+    logits, evidence = random_logits(3), reference.softmax(random_logits(4)).astype(np.float32)
+    given = {**record(2), "pixel_evidence": evidence}
+    area, gwrp = (expected_terms(name, logits, given)[0] for name in ("area", "gwrp"))
+    del given["class_maps"], given["peaks"]
+    _, terms = objective_of(product_config(estimator="mean"))(jax.random.key(0), logits, given, jnp.int32(0))
+    of_pixels = np.log((reference.softmax(logits) * np.float64(evidence)).sum(axis=-1)).sum()
+    np.testing.assert_allclose(terms["log_likelihood"], (of_pixels + 2 * area + 0.5 * gwrp) / GRID**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("further", "message"), [
+    ({"evidence": 1.0}, r"further_likelihoods\.evidence: expected one of .*'gwrp'.*'evidence'"),
+    ({"noisy_and": 0.0}, r"further_likelihoods\.noisy_and: expected one of .*'noisy_or'"),
+    ({"gwrp": -1.0}, r"further_likelihoods\.gwrp: expected a finite number >= 0, got -1.0"),
+    ({"area": 1.0}, r"further_likelihoods\.area: area is the likelihood already"),
+])
+def test_further_likelihoods_that_cannot_be_are_refused(further, message):
+    with pytest.raises(ValueError, match=message):
+        objective_from(with_likelihood("area", further_likelihoods=further))
+
+
+def test_exact_needs_a_closed_form_of_every_factor():
+    with pytest.raises(ValueError, match="'exact' needs a likelihood .*'evidence', 'area', 'gwrp'"):
+        objective_from(product_config(estimator="exact"))
+
+
 def test_the_gradient_is_that_of_the_definition():
     """The slope along a random direction, by a central difference in float64."""
     logits, given, direction = np.float64(random_logits(10)), record(2), np.float64(random_logits(11, 1.0))
@@ -293,6 +339,15 @@ def test_exact_is_the_closed_form_of_the_expectation(name):
     np.testing.assert_allclose(found[0][0], exact_by_hand(name, logits, given), rtol=1e-5)
 
 
+def test_exact_adds_the_closed_forms_of_the_factors():
+    options = {"evidence": EVIDENCE, "max_pool": {"flip_probability": 0.1}}
+    given, logits = record(2), random_logits(13)
+    config = config_with(likelihood_options=options, further_likelihoods={"max_pool": 3.0}, estimator="exact")
+    (found, _), _ = jax.jit(likelihood_term(config, given, jax.random.key(0)))(logits)
+    of_pixels, pooled = (exact_by_hand(name, logits, given) for name in ("evidence", "max_pool"))
+    np.testing.assert_allclose(found, of_pixels + 3 * pooled, rtol=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["gumbel_softmax", "straight_through"])
 def test_the_cells_of_a_noise_block_share_their_noise(estimator):
     """On a grid of four rows and two columns, so that exchanged sides would be noticed."""
@@ -365,22 +420,27 @@ def posterior_marginals(name, given, likelihood_weight, pairwise_weight):
     """[9, 3] of p(y | z, x)^a p(z | x)^b, by enumeration."""
     kernel = reference.dense_kernel(given["guide"], scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
     one_hot = np.eye(3)[reference.labellings(9, 3)]
-    if name == "evidence":
-        log_likelihood = np.einsum("zik,ik->z", one_hot, np.log(evidence_of(given)))
-    else:
+    log_likelihood = 0.0
+    if "evidence" in name:
+        log_likelihood += np.einsum("zik,ik->z", one_hot, np.log(evidence_of(given)))
+    if "area" in name:
         pi = reference.sigmoid(15 * (one_hot.mean(axis=1) - [0.4, 0.2, 0.2]))
-        log_likelihood = np.log(np.where(given["tags"], pi, 1 - pi)).sum(axis=1)
+        log_likelihood += np.log(np.where(given["tags"], pi, 1 - pi)).sum(axis=1)
     energies = reference.labelling_energies(kernel, 3)
     weights = reference.softmax(likelihood_weight * log_likelihood - pairwise_weight * energies)
     return np.einsum("z,zik->ik", weights, one_hot)
 
 
-@pytest.mark.parametrize("name", ["evidence", "area"])
+@pytest.mark.parametrize("name", ["evidence", "area", "evidence and area"])
 def test_chains_that_go_on_reach_the_weighted_posterior(name):
     """600 chains from a q that knows nothing; the marginals of the second call, within 4.5 standard errors."""
     given, num_chains, weights = small_record(), 600, (0.7, 4.0)
     settings = {"num_sweeps": 40, "likelihood_weight": weights[0], "pairwise_weight": weights[1]}
-    gradient = jax.grad(objective_from(with_likelihood(name, **{**CHAIN, **settings})), argnums=1, has_aux=True)
+    first, _, further = name.partition(" and ")
+    options = {"likelihood": first, "likelihood_options": OPTIONS}
+    product = {"further_likelihoods": {further: 1.0} if further else {}}
+    config = config_with(**CHAIN | settings | options | product)
+    gradient = jax.grad(objective_from(config), argnums=1, has_aux=True)
     step = jax.jit(jax.vmap(
         lambda key, chain: gradient(key, jnp.zeros((3, 3, 3)), {**given, "chain": chain}, jnp.int32(100))))
     chains = jnp.full((num_chains, 3, 3), 255, jnp.uint8)

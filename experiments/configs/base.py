@@ -71,6 +71,8 @@ def get_config():
         max_pool=options(),
         log_mean_exp=options(sharpness=5.0),
     )
+    # Multiplied to the likelihood in these powers; 0: not at all. Beside `evidence`, of the order of the number of cells.
+    config.objective.further_likelihoods = options(area=0.0, gwrp=0.0, log_mean_exp=0.0, max_pool=0.0, noisy_or=0.0)
     # Of E_q log p(y|z,x): gumbel_softmax, straight_through, reinforce (num_samples of 2 or more), mean (q itself in
     # the place of samples), exact (evidence and max_pool have a closed form); or mcmc, which fits q to samples of
     # p(z|x,y) by maximum likelihood.
