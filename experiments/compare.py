@@ -27,7 +27,7 @@ from lcrf_jax.baselines import majority_labels
 from lcrf_jax.checkpoints import restore_params
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.inference import make_segmenter, superpixels
-from lcrf_jax.methods import METHODS
+from lcrf_jax.methods import METHODS, localisation
 from lcrf_jax.report import picture_table
 from lcrf_jax.runlog import say
 
@@ -103,6 +103,7 @@ def score(prepared, folder, val):
     result = {
         "method": prepared.config["method"],
         "seed": prepared.config["seed"],
+        "localisation": localisation(prepared.config),
         "class_names": list(val.class_names),
         "split": val.split,
         "images": len(val),

@@ -37,7 +37,7 @@ def columns(results, *, refined):
             if matrices and title:
                 ious = 100 * np.stack([iou_per_class(matrix) for matrix in matrices])
                 means = 100 * np.array([mean_iou(matrix) for matrix in matrices])
-                found.append(Column(name, title, method.localisation, ious, means))
+                found.append(Column(name, title, seeds[0]["localisation"], ious, means))
     return sorted(found, key=lambda column: GROUPS.index(_group(column)))
 
 

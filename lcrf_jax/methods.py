@@ -21,11 +21,10 @@ class Method(NamedTuple):
     Attributes:
       title: heading of its column.
       supervision: what it has seen, for the checkpoint and the tables.
-      localisation: what tells it where in an image a class is, beside the tags; "" for nothing: the column group
-        "saliency or cues".
       objective: function (config, stride=, steps_per_epoch=) -> objective, a function of one image (key, logits
         [h, w, K], record, step) -> (loss, dict of terms); None if nothing is trained.
-      inputs: what its records hold beside features and tags, of INPUTS.
+      inputs: what its records hold beside features and tags, keys of INPUTS.
+      further_inputs: function from the config to what they hold on top of that.
       round_epochs: function from the config to the number of epochs of each round. A round after the first has in its
         records the "pixel_evidence" [h, w, K] that the network of the round before gives, restricted to the tags.
       posterior: function from the config to the settings of `lcrf_jax.preparation.posterior_evidence` between rounds.
@@ -36,9 +35,9 @@ class Method(NamedTuple):
 
     title: str
     supervision: str
-    localisation: str
     objective: Callable | None
     inputs: tuple = ()
+    further_inputs: Callable = lambda config: ()
     round_epochs: Callable = lambda config: [sum(config["epochs"])]
     posterior: Callable = lambda config: config["posterior"]
     simple_rounds: int = 0
@@ -46,8 +45,13 @@ class Method(NamedTuple):
     smoothed_title: str = ""
 
 
-# class_maps: of the tag classifier; cues: labels of single cells; saliency: without training; masks: full supervision.
-INPUTS = ("class_maps", "cues", "saliency", "masks")
+# What tells a method where in an image a class is, beside the tags, and how the tables name it. Cues are made of the maps.
+INPUTS = {
+    "class_maps": "class maps",
+    "cues": "class maps and gradient saliency",
+    "saliency": "image saliency",
+    "masks": "masks",
+}
 
 
 def _cells(grid):
@@ -164,21 +168,22 @@ def _unrefined(config):
 
 
 METHODS = {
-    "mil_ilp": Method("MIL+ILP", "image tags", "", _by_loss("mil_ilp", _mil), output="ilp", smoothed_title="MIL+ILP-sppxl"),
-    "em_adapt": Method("EM-Adapt", "image tags", "", _by_loss("em_adapt", _em_adapt)),
-    "ccnn": Method("CCNN", "image tags", "", _ccnn),
-    "cam": Method("CAM", "image tags", "class maps", None, ("class_maps",), output="class_maps"),
-    "sec": Method("SEC", "image tags", "class maps and gradient saliency", _sec, ("cues",)),
+    "mil_ilp": Method("MIL+ILP", "image tags", _by_loss("mil_ilp", _mil), output="ilp", smoothed_title="MIL+ILP-sppxl"),
+    "em_adapt": Method("EM-Adapt", "image tags", _by_loss("em_adapt", _em_adapt)),
+    "ccnn": Method("CCNN", "image tags", _ccnn),
+    "cam": Method("CAM", "image tags", None, ("class_maps",), output="class_maps"),
+    "sec": Method("SEC", "image tags", _sec, ("cues",)),
     "stc": Method(
-        "STC", "image tags", "image saliency", _by_loss("stc", _stc), ("saliency",),
+        "STC", "image tags", _by_loss("stc", _stc), ("saliency",),
         round_epochs=_thirds, posterior=_unrefined, simple_rounds=2,
     ),
     "latent_crf": Method(
-        "latent CRF", "image tags", "class maps",
+        "latent CRF", "image tags",
         lambda config, **grid: latent_crf_objective(config["objective"], **grid), ("class_maps",),
+        further_inputs=lambda config: ("cues",) if config["objective"]["cue_confidence"] else (),
         round_epochs=lambda config: list(config["epochs"]),
     ),
-    "full_supervision": Method("full supervision", "masks", "masks", _full_supervision, ("masks",)),
+    "full_supervision": Method("full supervision", "masks", _full_supervision, ("masks",)),
 }  # fmt: skip
 
 
@@ -197,6 +202,38 @@ def method_of(config):
     if config["method"] not in METHODS:
         raise ValueError(f"method: expected one of {sorted(METHODS)}, got {config['method']!r}")
     return METHODS[config["method"]]
+
+
+def inputs_of(config):
+    """What the records of a configuration hold beside features and tags.
+
+    Args:
+      config: dict with "method" and what the method's inputs depend on.
+
+    Returns:
+      tuple of keys of INPUTS.
+
+    Raises:
+      ValueError: if the method is unknown.
+    """
+    method = method_of(config)
+    return (*method.inputs, *method.further_inputs(config))
+
+
+def localisation(config):
+    """What tells the method where in an image a class is, beside the tags, in words; "" for nothing.
+
+    Args:
+      config: as of `inputs_of`.
+
+    Returns:
+      str: the row "saliency or cues" of the comparison.
+
+    Raises:
+      ValueError: if the method is unknown.
+    """
+    inputs = inputs_of(config)
+    return INPUTS[inputs[-1]] if inputs else ""
 
 
 def make_objective(config, *, stride, steps_per_epoch):

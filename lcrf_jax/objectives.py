@@ -83,7 +83,7 @@ def _factor(name, config, record):
     tags = record["tags"]
     options = config["likelihood_options"].get(name, {})
     if name == "evidence":
-        evidence = _pixel_evidence(record, options)
+        evidence = _pixel_evidence(record, options, config["cue_confidence"])
         return _Observed(
             lambda labels: observation.evidence(labels, tags, evidence),
             lambda logits: observation.expected_evidence(logits, tags, evidence),
@@ -101,11 +101,16 @@ def _factor(name, config, record):
     )
 
 
-def _pixel_evidence(record, options):
-    """[m, K], that of an earlier round or made of the class maps."""
+def _pixel_evidence(record, options, cue_confidence):
+    """[m, K], that of an earlier round or made of the class maps, and of cues where these are used."""
     if "pixel_evidence" in record:
         return _pixels(record["pixel_evidence"])
-    return observation.class_evidence(_pixels(record["class_maps"]), record["peaks"], record["tags"], **options)
+    tags = record["tags"]
+    evidence = observation.class_evidence(_pixels(record["class_maps"]), record["peaks"], tags, **options)
+    if not cue_confidence:
+        return evidence
+    evidence *= observation.cue_evidence(record["cues"].reshape(-1), tags, confidence=cue_confidence)
+    return evidence / evidence.sum(axis=-1, keepdims=True)
 
 
 def _pixels(grid):
@@ -130,6 +135,16 @@ def _check_objective(config):
             raise ValueError(f"{at}: expected one of {sorted(observation.TAG_LIKELIHOODS)}, got {name!r}")
         if weight and name == config["likelihood"]:
             raise ValueError(f"{at}: {name} is the likelihood already; raise objective.likelihood_weight, or choose another")
+    if config["cue_confidence"] and config["likelihood"] != "evidence":
+        raise ValueError(
+            f"objective.cue_confidence: cues are a part of the likelihood 'evidence', got {config['likelihood']!r}; set it "
+            "to 0, which leaves them out"
+        )
+    check_number("objective.cue_confidence", config["cue_confidence"], minimum=0, remedy="0.97 is usual, 0 is without cues")
+    if config["cue_confidence"] >= 1:
+        raise ValueError(
+            f"objective.cue_confidence: expected a probability below 1, got {config['cue_confidence']}; 0.97 is usual"
+        )
     estimator = config["estimator"]
     names = [config["likelihood"], *(name for name, _ in _further(config))]
     if estimator == "exact" and not observation.EXPECTATIONS.keys() >= set(names):
@@ -179,7 +194,7 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
       config: Mapping with "likelihood", a name of `lcrf_jax.observation`, and "likelihood_options", a dict from such
         a name to keyword arguments (those of "evidence" are for `class_evidence`), "further_likelihoods", a dict from names of
         `observation.TAG_LIKELIHOODS` to the powers in which these are multiplied to the first, 0 for not at all,
-        "estimator" (a key of
+        "cue_confidence" (of `cue_evidence`, multiplied to that of the class maps; 0 for none), "estimator" (a key of
         `lcrf_jax.elbo.ESTIMATORS`, "exact" for likelihoods with a closed form, or "mcmc"), "temperature",
         "final_temperature" (reached along a geometric path after "anneal_epochs" of each round; 0 for none),
         "num_samples", "noise_block" (side of the blocks of cells that share their noise), "num_sweeps" (of mcmc, in

@@ -26,6 +26,7 @@ __all__ = [
     "TAG_LIKELIHOODS",
     "area",
     "class_evidence",
+    "cue_evidence",
     "evidence",
     "expected_evidence",
     "expected_max_pool",
@@ -306,6 +307,38 @@ def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, 
     ratio = jnp.where(jnp.asarray(tags, bool)[1:], jnp.clip(ratio, floor, 1.0), floor)
     background = jnp.full((num_pixels, 1), background_level, ratio.dtype)
     return jax.nn.softmax(sharpness * jnp.log(jnp.concatenate([background, ratio], axis=1)), axis=1)
+
+
+def cue_evidence(cues, tags, *, confidence, absent_level=0.01):
+    r"""Per-pixel evidence from cues, labels of some of the pixels that are right with a certain probability.
+
+    .. math:: e_{jk} = p \text{ for } k = c_j, \quad (1 - p) / (K - 1) \text{ for the others}
+
+    A pixel without a cue leaves the present classes equally likely, and each absent one `absent_level` times as much.
+
+    Args:
+      cues: [m] integers, the class of each pixel, or any number outside 0..K-1, such as 255, for no cue.
+      tags: [K] bool.
+      confidence: p in (0, 1).
+      absent_level: in (0, 1].
+    Returns:
+      [m, K] float32, positive, rows sum to one.
+    Raises:
+      ValueError: if the shapes do not fit or a number is out of range.
+    References:
+      Kolesnikov and Lampert 2016, for cues as training signal; as a likelihood they are ours.
+    """
+    check_shape("cues", cues, ("m",), _ONE_IMAGE)
+    (num_classes,) = check_shape("tags", tags, ("K",), "one tag per class, background first")
+    check_share("confidence", confidence, "0.97 is usual")
+    if isinstance(confidence, numbers.Real) and confidence == 1:
+        raise ValueError("confidence: expected a probability below 1, got 1; 0.97 is usual")
+    check_share("absent_level", absent_level, "0.01 is usual")
+    of_class = jax.nn.one_hot(cues, num_classes, dtype=bool)
+    cued = jnp.where(of_class, confidence, (1 - confidence) / max(1, num_classes - 1))
+    free = jnp.where(jnp.asarray(tags, bool), 1.0, absent_level)
+    found = jnp.where(of_class.any(axis=1, keepdims=True), cued, free)
+    return promote_float(found / found.sum(axis=1, keepdims=True))
 
 
 def evidence(labels, tags, pixel_evidence):

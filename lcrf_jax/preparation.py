@@ -21,7 +21,7 @@ from lcrf_jax.features import (
     test_time_features,
 )
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
-from lcrf_jax.methods import make_objective, method_of
+from lcrf_jax.methods import inputs_of, make_objective, method_of
 from lcrf_jax.nets.network import Network, backbone_variables, build_network
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
 from lcrf_jax.objectives import uses_chains
@@ -126,9 +126,9 @@ def open_data(config):
       FileNotFoundError: if the training data is missing.
       ValueError: if it is not as expected; the message names the file.
     """
-    method, data = method_of(config), config["data"]
+    data = config["data"]
     options = {"root": data["root"], **data["options"]}
-    train = open_source(data["kind"], data["train_split"], masks="masks" in method.inputs, **options)
+    train = open_source(data["kind"], data["train_split"], masks="masks" in inputs_of(config), **options)
     try:
         val = open_source(data["kind"], data["val_split"], masks=True, **options) if data["val_split"] else None
     except FileNotFoundError as error:
@@ -178,15 +178,16 @@ def prepare(config):
         )
     views = cached if config["cache"]["features"] else views
     prepared = Prepared(config, train, val, network, variables, digest, views, None, None)
-    if {"class_maps", "cues"} & set(method.inputs):
+    inputs = inputs_of(config)
+    if {"class_maps", "cues"} & set(inputs):
         prepared = _with_class_maps(prepared, cached, whole.identity, directory)
-    if "saliency" in method.inputs:
+    if "saliency" in inputs:
         with image_progress("saliency", len(train)) as done:
             saliency = image_saliency(
                 train, **config["baselines"]["saliency"], grid=prepared.grid, directory=directory, progress=done
             )
         prepared = prepared._replace(saliency=saliency)
-    return prepared._replace(cues=_cues(prepared, directory)) if "cues" in method.inputs else prepared
+    return prepared._replace(cues=_cues(prepared, directory)) if "cues" in inputs else prepared
 
 
 def _with_class_maps(prepared, cached, views_identity, directory):
@@ -281,17 +282,18 @@ def training_records(prepared, evidence=None):
     Returns:
       Random access to records.
     """
-    inputs, maps, constants = method_of(prepared.config).inputs, {}, {}
+    inputs, maps, constants = inputs_of(prepared.config), {}, {}
     if evidence is not None:
         maps = {"pixel_evidence": evidence}
-    elif "class_maps" in inputs:
-        bias = np.asarray(prepared.classifier.bias, np.float32)
-        maps = {"class_maps": prepared.maps.maps}
-        constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
-    elif "cues" in inputs:
-        maps = {"cues": prepared.cues}
-    elif "saliency" in inputs:
-        maps = {"saliency": prepared.saliency}
+    else:
+        if "class_maps" in inputs:
+            bias = np.asarray(prepared.classifier.bias, np.float32)
+            maps["class_maps"] = prepared.maps.maps
+            constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
+        if "cues" in inputs:
+            maps["cues"] = prepared.cues
+        if "saliency" in inputs:
+            maps["saliency"] = prepared.saliency
     if not maps:
         return prepared.views
     options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}

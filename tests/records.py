@@ -17,6 +17,7 @@ KERNEL = {"bilateral_weight": 0.7, "bilateral_position_width": 80.0, "bilateral_
           "gaussian_weight": 0.3, "gaussian_position_width": 24.0}
 EVIDENCE = {"background_level": 0.3, "sharpness": 2.0, "floor": 0.01}
 CONFIG = {"likelihood": "evidence", "likelihood_options": {"evidence": EVIDENCE}, "further_likelihoods": {},
+          "cue_confidence": 0.0,
           "estimator": "gumbel_softmax", "temperature": 0.8, "final_temperature": 0.0, "anneal_epochs": 4.0,
           "num_samples": 2, "noise_block": 1,
           "num_sweeps": 2, "likelihood_weight": 1.7, "entropy_weight": 0.9,

@@ -245,6 +245,18 @@ def class_evidence(class_maps, peaks, tags, background_level, sharpness, floor):
     return np.array(rows)
 
 
+def cue_evidence(cues, tags, confidence, absent_level):
+    """[m, K] evidence of each pixel for each class, pixel by pixel."""
+    rows = []
+    for cue in cues:
+        if 0 <= cue < len(tags):
+            row = [confidence if k == cue else (1 - confidence) / (len(tags) - 1) for k in range(len(tags))]
+        else:
+            row = [1.0 if tag else absent_level for tag in tags]
+        rows.append(np.array(row) / sum(row))
+    return np.array(rows)
+
+
 def expectation(function, probs):
     """E_q f(z) over every labelling z as one-hot [m, K], under independent pixels."""
     one_hot = np.eye(np.shape(probs)[1])[labellings(*np.shape(probs))]

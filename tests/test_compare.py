@@ -60,6 +60,7 @@ def test_every_method_is_trained_for_the_same_number_of_steps_and_scored(done):
         for kind in ("plain", "refined"):
             matrix = np.array(found[kind])
             assert matrix.shape == (7, 7) and matrix.sum() == np.array(result(done, "cam")["plain"]).sum()
+        assert bool(found["localisation"]) == bool(METHODS[method].inputs)
         assert (found["smoothed"] is not None) == (method == "mil_ilp")
         assert (found["step_bytes"] is None) == (method == "cam") and found["seconds"]["wall"] > 0
         description = load_description(done / method / "seed_0")
@@ -77,11 +78,11 @@ def test_the_table_has_the_numbers_of_the_runs(done):
             assert rows["mean"][column] == f"{100 * mean_iou(matrix):.1f}"
             for name, iou in zip(result(done, method)["class_names"], iou_per_class(matrix), strict=True):
                 assert rows[name][column] == ("-" if np.isnan(iou) else f"{100 * iou:.1f}")
-            assert rows["saliency or cues"][column] == (METHODS[method].localisation or "no")
+            assert rows["saliency or cues"][column] == (result(done, method)["localisation"] or "no")
     titles = table_rows(plain)[0][1:]
     assert set(titles) == {method.title for method in METHODS.values()} | {"MIL+ILP-sppxl"}
     assert titles[-1] == "full supervision"
-    groups = [bool(METHODS[name].localisation) for title in titles for name in METHODS
+    groups = [bool(METHODS[name].inputs) for title in titles for name in METHODS
               if title in (METHODS[name].title, METHODS[name].smoothed_title)]
     assert groups == sorted(groups)
     assert "4 images of val, 9 steps of 8 images, seed 0;" in refined

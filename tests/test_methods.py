@@ -55,8 +55,17 @@ def test_the_table_names_what_exists():
     for name, method in METHODS.items():
         assert set(method.inputs) <= set(methods.INPUTS) and method.output in OUTPUTS and method.title, name
         assert method.supervision == ("masks" if "masks" in method.inputs else "image tags")
-        assert bool(method.localisation) == bool(method.inputs), "what sees maps, cues or masks says so"
+        assert bool(methods.localisation(config_of(name))) == bool(method.inputs), "what sees maps, cues or masks says so"
     assert set(base.get_config().baselines) >= set(METHODS) - {"latent_crf", "full_supervision"}
+
+
+def test_cues_of_the_latent_crf_are_an_input_by_configuration():
+    config = config_of("latent_crf")
+    assert methods.inputs_of(config) == ("class_maps",) and methods.localisation(config) == "class maps"
+    config["objective"]["cue_confidence"] = 0.9
+    assert methods.inputs_of(config) == ("class_maps", "cues")
+    assert methods.localisation(config) == methods.localisation(config_of("sec")) == "class maps and gradient saliency"
+    assert methods.localisation(config_of("mil_ilp")) == ""
 
 
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["every tag", "no tag", "some tags"])

@@ -125,6 +125,33 @@ def test_further_likelihoods_stay_when_evidence_of_an_earlier_round_takes_over()
     np.testing.assert_allclose(terms["log_likelihood"], (of_pixels + 2 * area + 0.5 * gwrp) / GRID**2, rtol=1e-5)
 
 
+def test_cues_are_multiplied_to_the_evidence_of_the_class_maps():
+    logits, given = random_logits(3), record(2)
+    cues = np.random.default_rng(0).choice([0, 1, 2, 255], (GRID, GRID)).astype(np.uint8)
+    given = {**given, "cues": cues}
+    objective = objective_of(config_with(estimator="mean", cue_confidence=0.9))
+    _, terms = objective(jax.random.key(0), logits, given, jnp.int32(0))
+    evidence = evidence_of(given) * reference.cue_evidence(cues.reshape(-1), given["tags"], 0.9, 0.01)
+    evidence /= evidence.sum(axis=1, keepdims=True)
+    expected = np.log((reference.softmax(logits).reshape(evidence.shape) * evidence).sum(axis=1)).mean()
+    np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
+    # An earlier round's evidence knows the cues already.
+    given["pixel_evidence"] = reference.softmax(random_logits(4)).astype(np.float32)
+    _, terms = objective(jax.random.key(0), logits, given, jnp.int32(0))
+    expected = np.log((reference.softmax(logits) * given["pixel_evidence"]).sum(axis=-1)).mean()
+    np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"cue_confidence": 0.9, "likelihood": "gwrp"}, "cues are a part of the likelihood 'evidence', got 'gwrp'"),
+    ({"cue_confidence": -0.1}, r"objective\.cue_confidence: expected a finite number >= 0"),
+    ({"cue_confidence": 1.0}, r"objective\.cue_confidence: expected a probability below 1, got 1.0"),
+])
+def test_cues_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        objective_from(config_with(**changes))
+
+
 @pytest.mark.parametrize(("further", "message"), [
     ({"evidence": 1.0}, r"further_likelihoods\.evidence: expected one of .*'gwrp'.*'evidence'"),
     ({"noisy_and": 0.0}, r"further_likelihoods\.noisy_and: expected one of .*'noisy_or'"),

@@ -13,6 +13,7 @@ from lcrf_jax.observation import (
     TAG_LIKELIHOODS,
     area,
     class_evidence,
+    cue_evidence,
     evidence,
     expected_evidence,
     expected_max_pool,
@@ -113,6 +114,34 @@ def test_class_evidence_equals_its_definition():
     for tags in ([True, True, False, True], [True] * 4, [True, False, False, False]):
         value = jax.jit(lambda t: class_evidence(maps, peaks, t, **options))(np.array(tags))
         np.testing.assert_allclose(value, reference.class_evidence(maps, peaks, tags, **options), rtol=1e-4)
+
+
+def test_cue_evidence_equals_its_definition():
+    cues = np.array([0, 3, 255, 1, 2, 4, 255], np.uint8)  # 4 is no class either
+    for tags in ([True, True, False, True], [True] * 4, [True, False, False, False], [False] * 4):
+        value = jax.jit(lambda t: cue_evidence(cues, t, confidence=0.9, absent_level=0.05))(np.array(tags))
+        np.testing.assert_allclose(value, reference.cue_evidence(cues, tags, 0.9, 0.05), rtol=1e-6)
+
+
+def test_cue_evidence_by_hand():
+    value = cue_evidence(np.array([1, 255]), np.array([True, True, False]), confidence=0.8)
+    np.testing.assert_allclose(value, [[0.1, 0.8, 0.1], [1 / 2.01, 1 / 2.01, 0.01 / 2.01]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"confidence": 0.0}, "confidence"), ({"confidence": 1.0}, "confidence: expected a probability below 1"),
+    ({"confidence": 1.5}, "confidence"), ({"absent_level": 0.0}, "absent_level"), ({"absent_level": 1.2}, "absent_level"),
+])
+def test_numbers_of_cue_evidence_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        cue_evidence(np.array([0, 1]), np.array([True, True]), **{"confidence": 0.9, **options})
+
+
+def test_shapes_of_cue_evidence_are_checked():
+    with pytest.raises(ValueError, match="cues.*flattened to one axis"):
+        cue_evidence(np.zeros((2, 2), int), np.array([True, True]), confidence=0.9)
+    with pytest.raises(ValueError, match="tags"):
+        cue_evidence(np.zeros(4, int), np.ones((1, 2), bool), confidence=0.9)
 
 
 def test_two_pixels_by_hand():

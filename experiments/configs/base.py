@@ -73,6 +73,8 @@ def get_config():
     )
     # Multiplied to the likelihood in these powers; 0: not at all. Beside `evidence`, of the order of the number of cells.
     config.objective.further_likelihoods = options(area=0.0, gwrp=0.0, log_mean_exp=0.0, max_pool=0.0, noisy_or=0.0)
+    # Of `evidence`: how far the cues of config.baselines.cues, multiplied to the class maps, are trusted; 0: no cues.
+    config.objective.cue_confidence = 0.0
     # Of E_q log p(y|z,x): gumbel_softmax, straight_through, reinforce (num_samples of 2 or more), mean (q itself in
     # the place of samples), exact (evidence and max_pool have a closed form); or mcmc, which fits q to samples of
     # p(z|x,y) by maximum likelihood.
@@ -112,7 +114,7 @@ def get_config():
     # In pixels of the network's input: 80 / 12 and 3 / 12 cells at stride 8.
     config.baselines.sec.kernel = kernel(10.0, 53.3, 13.0, 3.0, 2.0)
     config.baselines.stc = ConfigDict()
-    config.baselines.cues = ConfigDict()  # seeds of sec
+    config.baselines.cues = ConfigDict()  # seeds of sec; of latent_crf with objective.cue_confidence
     config.baselines.cues.file = ""  # .npz with "ids" and "cues"; "" makes them of the tag classifier
     config.baselines.cues.foreground_level = 0.2
     config.baselines.cues.background_share = 0.1
