@@ -111,6 +111,27 @@ def median_3x3(maps):
     return jnp.median(jnp.stack(shifted), axis=0)
 
 
+@jax.jit
+def saliency_rank(saliency):
+    """The rank of each cell's saliency in its image: the share of the other cells that are less salient.
+
+    Equal cells share the mean of their ranks, so that an image whose saliency is the same everywhere has 1/2 everywhere.
+
+    Args:
+      saliency: [B, h, w], finite.
+
+    Returns:
+      [B, h, w] float32 in 0..1.
+    """
+
+    def one(values):
+        ordered = jnp.sort(values)
+        before, upto = (jnp.searchsorted(ordered, values, side=side) for side in ("left", "right"))
+        return (before + upto - 1) / (2 * max(1, len(values) - 1))
+
+    return jax.vmap(one)(saliency.reshape(len(saliency), -1)).reshape(saliency.shape)
+
+
 def classifier_cues(maps, tags, saliency, *, foreground_level, background_share):
     """`localisation_cues` of every image.
 

@@ -45,9 +45,10 @@ class Method(NamedTuple):
     smoothed_title: str = ""
 
 
-# What tells a method where in an image a class is, beside the tags, and how the tables name it. Cues are made of the maps.
+# What tells a method where in an image a class is, beside the tags, and how the tables name it.
 INPUTS = {
     "class_maps": "class maps",
+    "gradient_saliency": "class maps and gradient saliency",
     "cues": "class maps and gradient saliency",
     "saliency": "image saliency",
     "masks": "masks",
@@ -167,6 +168,15 @@ def _unrefined(config):
     return {**config["posterior"], "unary_weight": 1.0, "tempering": 1.0, "num_iterations": 0}
 
 
+def _evidence_inputs(config):
+    """What the evidence of the latent CRF needs beside class maps."""
+    objective = config["objective"]
+    if objective["likelihood"] != "evidence":
+        return ()
+    saliency = objective["likelihood_options"]["evidence"].get("saliency_weight")
+    return (*(["gradient_saliency"] if saliency else []), *(["cues"] if objective["cue_confidence"] else []))
+
+
 METHODS = {
     "mil_ilp": Method("MIL+ILP", "image tags", _by_loss("mil_ilp", _mil), output="ilp", smoothed_title="MIL+ILP-sppxl"),
     "em_adapt": Method("EM-Adapt", "image tags", _by_loss("em_adapt", _em_adapt)),
@@ -180,7 +190,7 @@ METHODS = {
     "latent_crf": Method(
         "latent CRF", "image tags",
         lambda config, **grid: latent_crf_objective(config["objective"], **grid), ("class_maps",),
-        further_inputs=lambda config: ("cues",) if config["objective"]["cue_confidence"] else (),
+        further_inputs=_evidence_inputs,
         round_epochs=lambda config: list(config["epochs"]),
     ),
     "full_supervision": Method("full supervision", "masks", _full_supervision, ("masks",)),

@@ -106,6 +106,8 @@ def _pixel_evidence(record, options, cue_confidence):
     if "pixel_evidence" in record:
         return _pixels(record["pixel_evidence"])
     tags = record["tags"]
+    if options.get("saliency_weight"):
+        options = {**options, "saliency": record["gradient_saliency"].reshape(-1)}
     evidence = observation.class_evidence(_pixels(record["class_maps"]), record["peaks"], tags, **options)
     if not cue_confidence:
         return evidence

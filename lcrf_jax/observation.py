@@ -276,11 +276,14 @@ def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags[1:], logits, -logits)))
 
 
-def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, floor=1e-3):
+def class_evidence(
+    class_maps, peaks, tags, *, background_level, sharpness=1.0, floor=1e-3, saliency=None, saliency_weight=0.0
+):
     r"""Per-pixel evidence e_k(x_j) from the class maps of a frozen classifier.
 
     .. math:: e_{jk} \propto \mathrm{clip}(c_{jk} / \max_i c_{ik}, \epsilon, 1)^\beta \text{ for present } k,
-              \quad e_{j0} \propto \ell^\beta, \quad e_{jk} \propto \epsilon^\beta \text{ for absent } k
+              \quad e_{j0} \propto \ell^\beta e^{w (1/2 - s_j)},
+              \quad e_{jk} \propto \epsilon^\beta \text{ for absent } k
 
     Args:
       class_maps: [m, K - 1] maps c of the foreground classes.
@@ -290,12 +293,14 @@ def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, 
         likely.
       sharpness: beta > 0, how fast the odds change with the map.
       floor: epsilon, the least ratio; it bounds the cost of one pixel by beta log(1 / epsilon).
+      saliency: [m] s in 0..1, such as `saliency_rank`, or None for a background that is the same everywhere.
+      saliency_weight: w >= 0; the log-odds of the background fall by it from the least to the most salient pixel.
     Returns:
       [m, K] float32, positive, rows sum to one.
     Raises:
       ValueError: if the shapes do not fit or a number is out of range.
     References:
-      Zhou et al. 2016, for the maps; the odds against a constant background are ours.
+      Zhou et al. 2016, for the maps; the odds against the background are ours.
     """
     num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_IMAGE)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
@@ -306,7 +311,12 @@ def class_evidence(class_maps, peaks, tags, *, background_level, sharpness=1.0, 
     ratio = promote_float(class_maps) / jnp.maximum(promote_float(peaks), _TINY)
     ratio = jnp.where(jnp.asarray(tags, bool)[1:], jnp.clip(ratio, floor, 1.0), floor)
     background = jnp.full((num_pixels, 1), background_level, ratio.dtype)
-    return jax.nn.softmax(sharpness * jnp.log(jnp.concatenate([background, ratio], axis=1)), axis=1)
+    log_odds = sharpness * jnp.log(jnp.concatenate([background, ratio], axis=1))
+    check_number("saliency_weight", saliency_weight, minimum=0, remedy="2 is usual, 0 leaves saliency out")
+    if saliency is not None:
+        check_shape("saliency", saliency, (num_pixels,), "one value per pixel")
+        log_odds = log_odds.at[:, 0].add(saliency_weight * (0.5 - promote_float(saliency)))
+    return jax.nn.softmax(log_odds, axis=1)
 
 
 def cue_evidence(cues, tags, *, confidence, absent_level=0.01):

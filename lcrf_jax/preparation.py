@@ -8,7 +8,7 @@ import numpy as np
 
 from lcrf_jax.checkpoints import library_versions, params_digest
 from lcrf_jax.crf import mean_field
-from lcrf_jax.cues import classifier_cues, gradient_saliency, image_saliency, read_cues
+from lcrf_jax.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.sources import open_source
@@ -42,6 +42,7 @@ class Prepared(NamedTuple):
       maps: ClassMaps of the training images, or None.
       cues: [N, g, g] uint8 localisation cues of the training images, or None.
       saliency: [N, g, g, 1] saliency of the training images, or None.
+      gradient_saliency: [N, g, g, 1] float16, `saliency_rank` of that of the tag classifier's gradient, or None.
     """
 
     config: dict
@@ -55,6 +56,7 @@ class Prepared(NamedTuple):
     maps: Any
     cues: Any = None
     saliency: Any = None
+    gradient_saliency: Any = None
 
     @property
     def grid(self):
@@ -179,7 +181,7 @@ def prepare(config):
     views = cached if config["cache"]["features"] else views
     prepared = Prepared(config, train, val, network, variables, digest, views, None, None)
     inputs = inputs_of(config)
-    if {"class_maps", "cues"} & set(inputs):
+    if {"class_maps", "gradient_saliency", "cues"} & set(inputs):
         prepared = _with_class_maps(prepared, cached, whole.identity, directory)
     if "saliency" in inputs:
         with image_progress("saliency", len(train)) as done:
@@ -187,6 +189,9 @@ def prepare(config):
                 train, **config["baselines"]["saliency"], grid=prepared.grid, directory=directory, progress=done
             )
         prepared = prepared._replace(saliency=saliency)
+    if "gradient_saliency" in inputs:
+        ranks = saliency_rank(_gradient_saliency(prepared, directory))
+        prepared = prepared._replace(gradient_saliency=np.asarray(ranks, np.float16)[..., None])
     return prepared._replace(cues=_cues(prepared, directory)) if "cues" in inputs else prepared
 
 
@@ -218,17 +223,21 @@ def _classifier_identity(prepared, classifier):
 
 def _cues(prepared, directory):
     """Localisation cues: from a file, or of the tag classifier's maps and gradients."""
-    config, train, settings = prepared.config, prepared.train, prepared.config["baselines"]["cues"]
+    train, settings = prepared.train, prepared.config["baselines"]["cues"]
     if settings["file"]:
         return read_cues(settings["file"], train.names, len(train.class_names), prepared.grid)
-    with image_progress("gradient saliency", len(train)) as done:
-        saliency = gradient_saliency(
-            train, prepared.network, prepared.variables, prepared.classifier, size=config["input_size"],
-            grid=prepared.grid, identity=_classifier_identity(prepared, prepared.classifier), directory=directory,
-            progress=done,
-        )
     levels = {name: settings[name] for name in ("foreground_level", "background_share")}
-    return classifier_cues(prepared.maps, train.tags, saliency, **levels)
+    return classifier_cues(prepared.maps, train.tags, _gradient_saliency(prepared, directory), **levels)
+
+
+def _gradient_saliency(prepared, directory):
+    """[N, g, g] of the tag classifier on the training images."""
+    train, size = prepared.train, prepared.config["input_size"]
+    with image_progress("gradient saliency", len(train)) as done:
+        return gradient_saliency(
+            train, prepared.network, prepared.variables, prepared.classifier, size=size, grid=prepared.grid,
+            identity=_classifier_identity(prepared, prepared.classifier), directory=directory, progress=done,
+        )
 
 
 def images_of_round(method, this, tags):
@@ -290,10 +299,7 @@ def training_records(prepared, evidence=None):
             bias = np.asarray(prepared.classifier.bias, np.float32)
             maps["class_maps"] = prepared.maps.maps
             constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
-        if "cues" in inputs:
-            maps["cues"] = prepared.cues
-        if "saliency" in inputs:
-            maps["saliency"] = prepared.saliency
+        maps |= {name: getattr(prepared, name) for name in ("gradient_saliency", "cues", "saliency") if name in inputs}
     if not maps:
         return prepared.views
     options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}

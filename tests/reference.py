@@ -234,11 +234,11 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.float64(x)))
 
 
-def class_evidence(class_maps, peaks, tags, background_level, sharpness, floor):
+def class_evidence(class_maps, peaks, tags, background_level, sharpness, floor, saliency=None, saliency_weight=0.0):
     """[m, K] evidence of each pixel for each class, pixel by pixel."""
-    rows = []
-    for scores in np.asarray(class_maps, np.float64):
-        row = [background_level**sharpness]
+    rows, class_maps = [], np.asarray(class_maps, np.float64)
+    for scores, salient in zip(class_maps, np.full(len(class_maps), 0.5) if saliency is None else saliency):
+        row = [background_level**sharpness * np.exp(saliency_weight * (0.5 - salient))]
         for score, peak, tag in zip(scores, peaks, tags[1:]):
             row.append((min(max(score / peak, floor), 1.0) if tag else floor) ** sharpness)
         rows.append(np.array(row) / sum(row))

@@ -96,6 +96,13 @@ def test_the_median_by_hand():
     np.testing.assert_array_equal(cues.median_3x3(maps)[0], [[1, 2, 2], [3, 5, 5], [6, 7, 8]])
 
 
+def test_saliency_ranks_by_hand():
+    ranks = cues.saliency_rank(jnp.array([[[3.0, 1.0], [2.0, 10.0]], [[5.0, 5.0], [5.0, 5.0]], [[1.0, 1.0], [4.0, 0.0]]]))
+    expected = [[[2 / 3, 0], [1 / 3, 1]], [[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [1, 0]]]
+    np.testing.assert_allclose(ranks, expected, atol=1e-6)
+    np.testing.assert_array_equal(cues.saliency_rank(jnp.ones((1, 1, 1))), [[[0]]])
+
+
 def test_cues_of_all_images_are_those_of_each():
     rng = np.random.default_rng(1)
     maps, saliency = rng.normal(size=(3, GRID, GRID, K - 1)).astype(np.float16), rng.random((3, GRID, GRID))

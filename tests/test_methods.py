@@ -68,6 +68,16 @@ def test_cues_of_the_latent_crf_are_an_input_by_configuration():
     assert methods.localisation(config_of("mil_ilp")) == ""
 
 
+def test_gradient_saliency_is_an_input_where_the_evidence_asks_for_it():
+    config = config_of("latent_crf")
+    evidence = {**config["objective"]["likelihood_options"]["evidence"], "saliency_weight": 2.0}
+    config["objective"]["likelihood_options"] = {"evidence": evidence}
+    assert methods.inputs_of(config) == ("class_maps", "gradient_saliency")
+    assert methods.localisation(config) == "class maps and gradient saliency"
+    config["objective"]["likelihood"] = "gwrp"
+    assert methods.inputs_of(config) == ("class_maps",), "what does not see the evidence"
+
+
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["every tag", "no tag", "some tags"])
 def test_objectives_are_the_losses_of_the_record(index):
     given, logits = record(index), logits_of(index)

@@ -142,6 +142,17 @@ def test_cues_are_multiplied_to_the_evidence_of_the_class_maps():
     np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
 
 
+def test_saliency_of_the_record_moves_the_background_of_the_evidence():
+    logits, saliency = random_logits(3), np.random.default_rng(1).random((GRID, GRID, 1)).astype(np.float32)
+    given, options = {**record(2), "gradient_saliency": saliency}, {**EVIDENCE, "saliency_weight": 2.0}
+    config = config_with(estimator="mean", likelihood_options={"evidence": options})
+    _, terms = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(0))
+    maps = given["class_maps"].reshape(-1, NUM_CLASSES - 1)
+    of_pixels = reference.class_evidence(maps, given["peaks"], given["tags"], saliency=saliency.reshape(-1), **options)
+    expected = np.log((reference.softmax(logits).reshape(of_pixels.shape) * of_pixels).sum(axis=1)).mean()
+    np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"cue_confidence": 0.9, "likelihood": "gwrp"}, "cues are a part of the likelihood 'evidence', got 'gwrp'"),
     ({"cue_confidence": -0.1}, r"objective\.cue_confidence: expected a finite number >= 0"),

@@ -116,6 +116,22 @@ def test_class_evidence_equals_its_definition():
         np.testing.assert_allclose(value, reference.class_evidence(maps, peaks, tags, **options), rtol=1e-4)
 
 
+def test_saliency_moves_the_background_of_class_evidence():
+    _, tags, maps, _ = random_case(5)
+    options = {"background_level": 0.22, "sharpness": 2.5, "floor": 1e-2, "saliency_weight": 1.7}
+    saliency = np.linspace(0, 1, len(maps))
+    value = jax.jit(lambda s: class_evidence(maps, maps.max(axis=0), tags, saliency=s, **options))(saliency)
+    expected = reference.class_evidence(maps, maps.max(axis=0), tags, saliency=saliency, **options)
+    np.testing.assert_allclose(value, expected, rtol=1e-4)
+    odds = np.log(value[:, 0] / value[:, 1])
+    constant = reference.class_evidence(maps, maps.max(axis=0), tags, **options)
+    np.testing.assert_allclose(odds - np.log(constant[:, 0] / constant[:, 1]), 1.7 * (0.5 - saliency), atol=1e-4)
+    with pytest.raises(ValueError, match="saliency_weight"):
+        class_evidence(maps, maps.max(axis=0), tags, background_level=0.2, saliency_weight=-1.0)
+    with pytest.raises(ValueError, match="saliency.*one value per pixel"):
+        class_evidence(maps, maps.max(axis=0), tags, background_level=0.2, saliency=saliency[1:], saliency_weight=1.0)
+
+
 def test_cue_evidence_equals_its_definition():
     cues = np.array([0, 3, 255, 1, 2, 4, 255], np.uint8)  # 4 is no class either
     for tags in ([True, True, False, True], [True] * 4, [True, False, False, False], [False] * 4):

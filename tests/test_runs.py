@@ -247,6 +247,24 @@ def test_scores_from_cached_features_are_those_of_the_images(prepared, uninterru
     np.testing.assert_array_equal(found.refined, expected.refined)
 
 
+def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_to(cache, tmp_path):
+    config = small_config(cache, objective__cue_confidence=0.9)
+    evidence = {**config["objective"]["likelihood_options"]["evidence"], "saliency_weight": 2.0}
+    config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
+    config["objective"]["further_likelihoods"] = {"gwrp": 3.0}
+    given = preparation.prepare(config)
+    assert given.cues.shape == (24, 6, 6) and given.gradient_saliency.shape == (24, 6, 6, 1)
+    assert given.gradient_saliency.min() == 0 and given.gradient_saliency.max() == 1
+    record = preparation.training_records(given)[24 + 3]  # the mirror image of the fourth
+    np.testing.assert_array_equal(record["gradient_saliency"], given.gradient_saliency[3][:, ::-1])
+    np.testing.assert_array_equal(record["cues"], given.cues[3][:, ::-1])
+    assert {"class_maps", "peaks"} <= set(record)
+    later = preparation.training_records(given, np.full((24, 6, 6, 7), 1 / 7, np.float16))[0]
+    assert not {"cues", "gradient_saliency", "class_maps"} & set(later)
+    runs.train(given, tmp_path / "run")
+    assert (tmp_path / "run" / "last").is_dir()
+
+
 def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
     with contextlib.redirect_stderr(io.StringIO()):
         given = preparation.prepare(small_config(cache, method="sec", epochs=(1,)))
