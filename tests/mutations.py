@@ -127,6 +127,13 @@ MUTATIONS = [
              "target_probs = jax.lax.stop_gradient(promote_float(target_probs))", "target_probs = promote_float(target_probs)"),
     Mutation("pairwise weight applied to the entropy too", "objectives.py", 'entropy=config["entropy_weight"]',
              'entropy=config["entropy_weight"] * config["pairwise_weight"]'),
+    Mutation("powers of the further likelihoods left out", "objectives.py", "sum(weight * function(value) for",
+             "sum(function(value) for"),
+    Mutation("salient pixels taken for background", "observation.py", "saliency_weight * (0.5 - promote_float(saliency))",
+             "saliency_weight * (promote_float(saliency) - 0.5)"),
+    Mutation("confidence of a cue for every class", "observation.py",
+             "jnp.where(of_class, confidence, (1 - confidence) / max(1, num_classes - 1))",
+             "jnp.where(of_class, confidence, confidence)"),
     # the compared methods
     Mutation("method: smooth maximum of MIL without its mean", "baselines/mil.py", "- jnp.log(num_pixels)) / sharpness",
              ") / sharpness"),
