@@ -21,6 +21,7 @@ def get_config():
     config.epochs = (2, 2)
     config.optimizer.warmup_steps = 50
 
+    config.objective.estimator = "mean"
     config.objective.likelihood_options.evidence.background_level = 0.13
     config.objective.likelihood_options.evidence.saliency_weight = 2.0
     set_baselines(config.baselines)
