@@ -148,7 +148,9 @@ def random_result(seed, method):
     rng = np.random.default_rng(seed)
     plain, refined, smoothed = rng.integers(1, 100, (3, 3, 3))
     plain[2], plain[:, 2] = 0, 0
-    return {"method": method, "seed": seed, "class_names": CLASSES, "plain": plain.tolist(), "refined": refined.tolist(),
+    localisation = {"latent_crf": "class maps", "full_supervision": "masks"}.get(method, "")
+    return {"method": method, "seed": seed, "localisation": localisation, "class_names": CLASSES,
+            "plain": plain.tolist(), "refined": refined.tolist(),
             "smoothed": smoothed.tolist() if method == "mil_ilp" else None, "steps": 4,
             "seconds": {"wall": 60.0 * seed, "cpu": 120.0 * seed}, "step_bytes": 2_000_000}
 
