@@ -128,9 +128,9 @@ def open_data(config):
       FileNotFoundError: if the training data is missing.
       ValueError: if it is not as expected; the message names the file.
     """
-    data = config["data"]
+    method, data = method_of(config), config["data"]
     options = {"root": data["root"], **data["options"]}
-    train = open_source(data["kind"], data["train_split"], masks="masks" in inputs_of(config), **options)
+    train = open_source(data["kind"], data["train_split"], masks="masks" in method.inputs, **options)
     try:
         val = open_source(data["kind"], data["val_split"], masks=True, **options) if data["val_split"] else None
     except FileNotFoundError as error:
