@@ -137,6 +137,9 @@ def _check_objective(config):
             raise ValueError(f"{at}: expected one of {sorted(observation.TAG_LIKELIHOODS)}, got {name!r}")
         if weight and name == config["likelihood"]:
             raise ValueError(f"{at}: {name} is the likelihood already; raise objective.likelihood_weight, or choose another")
+    saliency_weight = config["likelihood_options"].get("evidence", {}).get("saliency_weight", 0)
+    at = "objective.likelihood_options.evidence.saliency_weight"
+    check_number(at, saliency_weight, minimum=0, remedy="2 is usual, 0 leaves saliency out")
     if config["cue_confidence"] and config["likelihood"] != "evidence":
         raise ValueError(
             f"objective.cue_confidence: cues are a part of the likelihood 'evidence', got {config['likelihood']!r}; set it "

@@ -155,6 +155,7 @@ def test_saliency_of_the_record_moves_the_background_of_the_evidence():
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"cue_confidence": 0.9, "likelihood": "gwrp"}, "cues are a part of the likelihood 'evidence', got 'gwrp'"),
+    ({"likelihood_options": {"evidence": {"saliency_weight": -1.0}}}, r"evidence\.saliency_weight: expected .* >= 0"),
     ({"cue_confidence": -0.1}, r"objective\.cue_confidence: expected a finite number >= 0"),
     ({"cue_confidence": 1.0}, r"objective\.cue_confidence: expected a probability below 1, got 1.0"),
 ])

@@ -128,6 +128,8 @@ def test_saliency_moves_the_background_of_class_evidence():
     np.testing.assert_allclose(odds - np.log(constant[:, 0] / constant[:, 1]), 1.7 * (0.5 - saliency), atol=1e-4)
     with pytest.raises(ValueError, match="saliency_weight"):
         class_evidence(maps, maps.max(axis=0), tags, background_level=0.2, saliency_weight=-1.0)
+    with pytest.raises(ValueError, match="saliency: expected .* got None"):
+        class_evidence(maps, maps.max(axis=0), tags, background_level=0.2, saliency_weight=1.0)
     with pytest.raises(ValueError, match="saliency.*one value per pixel"):
         class_evidence(maps, maps.max(axis=0), tags, background_level=0.2, saliency=saliency[1:], saliency_weight=1.0)
 
