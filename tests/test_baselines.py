@@ -300,6 +300,12 @@ def test_cross_entropies_are_their_definitions():
     np.testing.assert_allclose(baselines.soft_cross_entropy(logits, target), expected, rtol=1e-5)
 
 
+def test_soft_targets_are_held_fixed():
+    """Targets made of the logits themselves: the gradient is (phi - p) / m all the same, here 0."""
+    gradient = jax.grad(lambda x: baselines.soft_cross_entropy(x, jax.nn.softmax(x, axis=-1)))(logits_of(0))
+    np.testing.assert_allclose(gradient, np.zeros_like(gradient), atol=1e-7)
+
+
 def losses_of(tags, cues, saliency):
     """Every loss as a function of the logits alone."""
     key = jax.random.key(0)
