@@ -13,12 +13,14 @@ devices may change.
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import pathlib
+import shutil
 import time
 from importlib import metadata
 from typing import Any, NamedTuple
@@ -27,6 +29,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+
+from lcrf_jax.processes import first_decides
 
 DESCRIPTION_FILE = "config.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
@@ -50,7 +54,8 @@ class RunCheckpoints:
 
     A state is any pytree of arrays (typed keys included) with `params` at its top, as a field or a key.
     Saving copies it to the host first, so that its buffers may be donated to the next step. An interrupted
-    save leaves the ones before it untouched.
+    save leaves the ones before it untouched. Of several processes all make the same calls; what is on the disk is
+    read and judged by the first, and the folder must be on a file system that all of them share.
 
     Args:
       run_dir: folder of the run; made if it is not there.
@@ -58,12 +63,14 @@ class RunCheckpoints:
 
     def __init__(self, run_dir):
         self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
-        keep = {"create": True, "cleanup_tmp_directories": True}
-        self._last = ocp.CheckpointManager(
-            self.run_dir / "last", options=ocp.CheckpointManagerOptions(max_to_keep=2, **keep))
-        self._best = ocp.CheckpointManager(
-            self.run_dir / "best", options=ocp.CheckpointManagerOptions(
-                max_to_keep=1, best_fn=lambda metrics: metrics["miou"], best_mode="max", **keep))
+        self._last = self._manager("last", max_to_keep=2)
+        self._best = self._manager("best", max_to_keep=1, best_fn=lambda metrics: metrics["miou"], best_mode="max")
+
+    def _manager(self, name, **options):
+        # The processes of a run meet at barriers of these names, the two managers each at their own.
+        processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+        return ocp.CheckpointManager(self.run_dir / name, options=ocp.CheckpointManagerOptions(
+            create=True, cleanup_tmp_directories=True, multiprocessing_options=processes, **options))
 
     def save_last(self, step, state, *, data_state=None):
         """Save a training state; the two newest are kept.
@@ -76,10 +83,11 @@ class RunCheckpoints:
           TypeError: if a leaf of the state is no array or an empty one, or data_state is neither bytes nor
             JSON.
           ValueError: if the state has no `params`.
+          CheckpointError: if the disk is full, or the save before this one failed.
         """
         params, rest = _split(_named_leaves(state))
         record = {"data_state": _encode_data_state(data_state)}
-        _save(self._last, int(step), {"params": params, "rest": rest}, record)
+        self._save(self._last, int(step), {"params": params, "rest": rest}, record)
 
     def save_best(self, step, params, miou):
         """Save parameters if they are the best so far.
@@ -92,16 +100,18 @@ class RunCheckpoints:
           True if they were saved, False if an earlier mIoU is at least as good.
         Raises:
           ValueError: if miou is not finite.
+          CheckpointError: if the disk is full, or the save before this one failed.
         """
         step, miou = int(step), float(miou)
         if not math.isfinite(miou):
             raise ValueError(f"expected a finite mIoU at step {step}, got {miou}; check that the validation "
                              "split has masks with pixels that are not void")
-        self._best.wait_until_finished()
-        before = best_miou(self.run_dir)
+        self._finish(self._best)
+        before = first_decides(lambda: best_miou(self.run_dir))
         if before is not None and miou <= before:
             return False
-        _save(self._best, step, {"params": _named_leaves({"params": params})}, {"miou": miou}, {"miou": miou})
+        items = {"params": _named_leaves({"params": params})}
+        self._save(self._best, step, items, {"miou": miou}, {"miou": miou})
         return True
 
     def restore_last(self, like):
@@ -119,18 +129,27 @@ class RunCheckpoints:
           CheckpointError: if states are there and none can be read, or they belong to another model.
         """
         self.wait()
+        step = first_decides(lambda: self._newest_good_step(like))
+        self._last.reload()
+        if step is None:
+            return None
+        folder = self.run_dir / "last" / str(step)
+        arrays, data_state = _read_state(folder)
+        return Restored(step, _placed_like(like, arrays, folder), data_state)
+
+    def _newest_good_step(self, like):
+        """Number of the newest state that can be read, None if there are none; damaged newer ones are moved away."""
         damaged = {}
         for step in sorted(_steps(self.run_dir / "last"), reverse=True):
             folder = self.run_dir / "last" / str(step)
             try:
-                arrays, record = _read(folder, ("params", "rest"))
-                data_state = _decode_data_state(record.get("data_state"), folder)
+                arrays, _ = _read_state(folder)
             except CheckpointError as error:
                 damaged[folder] = error
                 continue
-            state = _placed_like(like, arrays["params"] | arrays["rest"], folder)
+            _check_like(like, arrays, folder)
             self._move_aside(damaged)
-            return Restored(step, state, data_state)
+            return step
         if damaged:
             reasons = "\n  ".join(str(error) for error in damaged.values())
             raise CheckpointError(f"no training state in {self.run_dir / 'last'} can be read; restore the "
@@ -138,30 +157,75 @@ class RunCheckpoints:
         return None
 
     def wait(self):
-        """Return when everything is on the disk."""
-        self._last.wait_until_finished()
-        self._best.wait_until_finished()
+        """Return when everything is on the disk; a CheckpointError says what is not."""
+        self._finish(self._last)
+        self._finish(self._best)
 
     def close(self):
         """Finish saving and free the background threads."""
-        self._last.close()
-        self._best.close()
+        try:
+            self.wait()
+        finally:
+            for manager in (self._last, self._best):
+                with contextlib.suppress(Exception):  # of a save that failed, which was told above
+                    manager.close()
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(CheckpointError):  # what ended the block is told, not what came of it
+            self.close()
+
+    def _finish(self, manager):
+        """Wait for the save that is under way."""
+        try:
+            manager.wait_until_finished()
+        except Exception as error:  # whatever orbax meets on a bad disk, of any type
+            raise self._failed(manager.directory, error) from error
+
+    def _save(self, manager, step, items, record, metrics=None):
+        """Hand arrays and record to orbax; a step of the same number makes way."""
+        record = {"step": step, "sha256": {item: _digests(leaves) for item, leaves in items.items()}, **record}
+        record["sha256_of_record"] = _record_digest(record)
+        self._finish(manager)
+        first_decides(lambda: self._check_space(items))
+        arguments = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items() if leaves}
+        arguments["record"] = ocp.args.JsonSave(record)
+        try:
+            if step in manager.all_steps():
+                manager.delete(step)
+            manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics, force=True)
+        except Exception as error:  # as above
+            raise self._failed(manager.directory, error) from error
+
+    def _check_space(self, items):
+        """Refuse before writing what the disk cannot hold."""
+        needed = sum(leaf.nbytes for leaves in items.values() for leaf in leaves.values())
+        free = shutil.disk_usage(self.run_dir).free
+        if 1.1 * needed > free:
+            raise CheckpointError(f"the disk of {self.run_dir} is full: saving needs {needed / 1e6:.1f} MB, "
+                                  f"{free / 1e6:.1f} MB are left; {self._kept()}")
+
+    def _failed(self, directory, error):
+        text = str(error).strip().splitlines()
+        return CheckpointError(f"saving to {directory} failed ({type(error).__name__}: "
+                               f"{text[0][:200] if text else ''}): is the disk full? {self._kept()}")
+
+    def _kept(self):
+        steps = _steps(self.run_dir / "last")
+        kept = f"the state of step {steps[-1]} is kept" if steps else "no state was saved before"
+        return f"{kept}; make room and run the same command again"
 
     def _move_aside(self, damaged):
         for folder, error in damaged.items():
             target = self.run_dir / "damaged" / f"last-{folder.name}-{int(time.time())}"
             _log.warning("%s; moved to %s, training goes on from the state before it", error, target)
-            if jax.process_index() == 0:
-                target.parent.mkdir(exist_ok=True)
-                os.replace(folder, target)
-        if damaged:
-            self._last.reload()
+            target.parent.mkdir(exist_ok=True)
+            os.replace(folder, target)
 
 
 def restore_params(run_dir, which="best"):
@@ -221,6 +285,10 @@ def save_description(run_dir, description, *, may_differ=("training", "versions"
       CheckpointError: if the folder holds another model's description.
       TypeError: if JSON cannot hold the description.
     """
+    first_decides(lambda: _save_description(run_dir, description, may_differ))
+
+
+def _save_description(run_dir, description, may_differ):
     path = pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
     try:
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"
@@ -303,7 +371,7 @@ def _named_leaves(tree):
             raise TypeError(f"expected arrays with values in the state, got the empty one {name!r} of shape "
                             f"{leaf.shape}, which cannot be saved; leave it out of the state")
         if isinstance(leaf, jax.Array):
-            leaf = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+            leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
             leaf = leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
         if name in leaves:
             raise ValueError(f"expected a name for each leaf, got {name!r} twice; avoid dots in keys")
@@ -339,18 +407,6 @@ def _digests(leaves):
         digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
         digests[name] = digest.hexdigest()
     return digests
-
-
-def _save(manager, step, items, record, metrics=None):
-    """Hand arrays and record to orbax; a step of the same number makes way."""
-    record = {"step": step, "sha256": {item: _digests(leaves) for item, leaves in items.items()}, **record}
-    record["sha256_of_record"] = _record_digest(record)
-    manager.wait_until_finished()
-    if step in manager.all_steps():
-        manager.delete(step)
-    arguments = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items() if leaves}
-    arguments["record"] = ocp.args.JsonSave(record)
-    manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics, force=True)
 
 
 def _record_digest(record):
@@ -418,26 +474,40 @@ def _read_arrays(folder, digests):
     return leaves
 
 
-def _placed_like(like, arrays, folder):
-    """The saved arrays in the structure and on the devices of `like`."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(like)
-    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
+def _read_state(folder):
+    """(name -> array, state of the data iterator) of one training state, checked."""
+    arrays, record = _read(folder, ("params", "rest"))
+    return arrays["params"] | arrays["rest"], _decode_data_state(record.get("data_state"), folder)
+
+
+def _check_like(like, arrays, folder):
+    """Refuse arrays of another structure, shape or dtype than those of `like`; gives the latter by name."""
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf
+              for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
     advice = "resume with the configuration this run was started with, or use a new folder"
     if wanted.keys() != arrays.keys():
         missing, extra = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
         raise CheckpointError(f"{folder} belongs to another model or optimiser: it lacks {missing[:3]} and "
                               f"has {extra[:3]} besides; {advice}")
-    placed = []
     for name, leaf in wanted.items():
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        target = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+        target = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
         array = arrays[name]
         if (array.shape, array.dtype) != (target.shape, target.dtype):
             raise CheckpointError(f"{folder} belongs to another model: expected {name!r} of shape "
                                   f"{target.shape} and dtype {target.dtype}, got {array.shape} "
                                   f"and {array.dtype}; {advice}")
-        placed.append(_on_devices(leaf, array, is_key))
-    return jax.tree_util.tree_unflatten(structure, placed)
+    return wanted
+
+
+def _placed_like(like, arrays, folder):
+    """The saved arrays in the structure and on the devices of `like`."""
+    wanted = _check_like(like, arrays, folder)
+    placed = [_on_devices(leaf, arrays[name], _is_key(leaf)) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _on_devices(leaf, array, is_key):

@@ -12,11 +12,11 @@ from einops import reduce
 
 from lcrf_jax.baselines import NO_CUE, localisation_cues
 from lcrf_jax.data.cache import cached_arrays
-from lcrf_jax.features import in_batches, square_batches
+from lcrf_jax.features import in_batches, no_progress, square_batches
 from lcrf_jax.saliency import barrier_saliency
 
 
-def image_saliency(source, *, image_size, contrast, level, grid, directory, batch_size=32, progress=lambda count: None):
+def image_saliency(source, *, image_size, contrast, level, grid, directory, batch_size=32, progress=no_progress):
     """`barrier_saliency` of every image of a source, kept on disk.
 
     Args:
@@ -38,8 +38,8 @@ def image_saliency(source, *, image_size, contrast, level, grid, directory, batc
         saliency = jax.vmap(functools.partial(barrier_saliency, contrast=contrast, level=level))(images)
         return jax.image.resize(saliency, (len(saliency), grid, grid), "linear")[..., None]
 
-    def batches():
-        for count, batch in square_batches(source, image_size, batch_size, progress):
+    def batches(first):
+        for count, batch in square_batches(source, image_size, batch_size, progress, first):
             yield {"saliency": np.asarray(maps(batch["image"]), np.float16)[:count]}
 
     settings = {"image_size": image_size, "contrast": contrast, "level": level, "grid": grid}
@@ -48,7 +48,7 @@ def image_saliency(source, *, image_size, contrast, level, grid, directory, batc
 
 
 def gradient_saliency(
-    source, network, variables, classifier, *, size, grid, identity, directory, batch_size=8, progress=lambda count: None
+    source, network, variables, classifier, *, size, grid, identity, directory, batch_size=8, progress=no_progress
 ):
     """Saliency of every image from the gradient of the tag classifier, kept on disk.
 
@@ -84,8 +84,8 @@ def gradient_saliency(
         cells = reduce(jnp.abs(gradient).max(axis=-1), "b (h i) (w j) -> b h w", "mean", h=grid, w=grid)
         return median_3x3(cells)
 
-    def batches():
-        for count, batch in square_batches(source, size, batch_size, progress):
+    def batches(first):
+        for count, batch in square_batches(source, size, batch_size, progress, first):
             yield {"saliency": np.asarray(maps(batch["image"], batch["tags"]))[:count]}
 
     key = {"kind": "gradient saliency", "size": size, "grid": grid, "source": _fingerprint(source), **identity}

@@ -7,6 +7,7 @@ import numpy as np
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.inference import segment, segment_batch
 from lcrf_jax.metrics import confusion_matrix
+from lcrf_jax.processes import is_first, share, total
 from lcrf_jax.runlog import image_progress
 
 
@@ -44,6 +45,9 @@ def evaluate(
 ):
     """Confusion matrices over all pixels of a source with masks, at the masks' own size.
 
+    Of several processes each scores its share of the images; the counts are added up exactly, and all have them. The
+    samples are those of the first.
+
     Args:
       segmenter: lcrf_jax.inference.Segmenter.
       source: images with masks.
@@ -58,38 +62,43 @@ def evaluate(
     Returns:
       Scores.
     """
-    num_classes = len(segmenter.class_names)
-    kept = set(sample_positions(len(source), num_samples))
-    matrices = [0, 0 if crf else None, None if smooth is None else 0]
-    samples, batch, index = [], [], 0
-    with image_progress("evaluation", len(source)) as done:
-        for example in prefetched(source):
-            batch.append(example)
-            index += 1
-            if len(batch) < batch_size and index < len(source):
-                continue
-            tags = [example.tags for example in batch] if use_tags else None
-            images = [example.image for example in batch]
-            rows = slice(index - len(batch), index)
+    num_classes, indices = len(segmenter.class_names), share(len(source))
+    names = ("plain", *(("refined",) if crf else ()), *(() if smooth is None else ("smoothed",)))
+    matrices = {name: np.zeros((num_classes, num_classes), np.int64) for name in names}
+    with image_progress("evaluation", len(indices)) as done:
+        for rows, examples in _batches(source, indices, batch_size):
             known = None if features is None else [_batch_of(taps, rows, batch_size) for taps in features]
             results = segment_batch(
-                segmenter, images, crf=crf, tags=tags, batch_size=batch_size, features=known
+                segmenter, [example.image for example in examples], crf=crf, batch_size=batch_size, features=known,
+                tags=[example.tags for example in examples] if use_tags else None,
             )
-            for number, (example, result) in enumerate(zip(batch, results)):
-                labels = result.network_labels
-                found = [labels, result.labels if crf else None]
-                found.append(None if smooth is None else smooth(example.image, labels))
-                for which, labels in enumerate(found):
-                    if labels is not None:
-                        matrices[which] = matrices[which] + confusion_matrix(labels, example.mask, num_classes)
-                if index - len(batch) + number in kept:
-                    if not crf:
-                        tagged = example.tags if use_tags else None
-                        found[1] = segment(segmenter, example.image, crf=True, tags=tagged).labels
-                    samples.append((example.image, example.mask, *found[:2]))
-            done(len(batch))
-            batch = []
-    return Scores(*matrices, samples)
+            for example, result in zip(examples, results, strict=True):
+                for name in names:
+                    labels = result.labels if name == "refined" else result.network_labels
+                    labels = smooth(example.image, labels) if name == "smoothed" else labels
+                    matrices[name] += confusion_matrix(labels, example.mask, num_classes)
+            done(len(examples))
+    counts = {name: total(matrix) for name, matrix in matrices.items()}
+    samples = _samples(segmenter, source, num_samples, use_tags) if is_first() else []
+    return Scores(*(counts.get(name) for name in ("plain", "refined", "smoothed")), samples)
+
+
+def _batches(source, indices, batch_size):
+    """(indices, examples) of each batch, the last one as long as it is."""
+    examples = prefetched(source, indices=indices)
+    for start in range(0, len(indices), batch_size):
+        rows = list(indices[start : start + batch_size])
+        yield rows, [next(examples) for _ in rows]
+
+
+def _samples(segmenter, source, num_samples, use_tags):
+    """(image, truth, labels, refined labels) of a few images."""
+    samples = []
+    for position in sample_positions(len(source), num_samples):
+        example = source[position]
+        result = segment(segmenter, example.image, crf=True, tags=example.tags if use_tags else None)
+        samples.append((example.image, example.mask, result.network_labels, result.labels))
+    return samples
 
 
 def _batch_of(taps, rows, batch_size):

@@ -12,6 +12,7 @@ from PIL import Image
 from lcrf_jax.data.cache import cached_arrays
 from lcrf_jax.data.pipeline import stack_records
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
+from lcrf_jax.nets.network import feature_identity
 from lcrf_jax.nets.tag_classifier import fit_tag_classifier
 
 
@@ -44,9 +45,21 @@ def network_inputs(network, variables, images, guide_stride=None):
     return {**network.features(variables, images), "guide": guide}
 
 
-def _batched(records, batch_size, progress):
-    """Batches of records in order, all of the same size (the last one padded), with the number of true rows."""
-    for start in range(0, len(records), batch_size):
+def no_progress(count, *, earlier=False):
+    """Says nothing of the images that are done.
+
+    Args:
+      count: images.
+      earlier: whether an earlier run had done them.
+    """
+    del count, earlier
+
+
+def _batched(records, batch_size, progress, first=0):
+    """Batches of records from the first on, all of the same size (the last one padded), with the number of true rows."""
+    if first:
+        progress(first, earlier=True)
+    for start in range(first, len(records), batch_size):
         rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
         count = len(rows)
         yield count, stack_records(rows + rows[-1:] * (batch_size - count))
@@ -80,17 +93,17 @@ class CachedViews:
         directory,
         guide_stride=None,
         batch_size=16,
-        progress=lambda count: None,
+        progress=no_progress,
     ):
         self.num_views, self._length = views.num_views, len(views)
-        description = {key: network.description[key] for key in ("backbone", "last_stride", "taps")}
+        description = {**feature_identity(network.description), "taps": network.description["taps"]}
         identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
         if guide_stride not in (None, network.stride):
             identity["guide_stride"] = guide_stride
         run = jax.jit(lambda images: network_inputs(network, variables, images, guide_stride))
 
-        def batches():
-            for count, batch in _batched(views, batch_size, progress):
+        def batches(first):
+            for count, batch in _batched(views, batch_size, progress, first):
                 inputs = {name: np.asarray(array)[:count] for name, array in run(batch["image"]).items()}
                 rows = {"guide": np.round(inputs.pop("guide")).astype(np.uint8)}
                 rows |= {tap: array.astype(np.float16) for tap, array in inputs.items()}
@@ -227,19 +240,20 @@ class _Squares:
         return {"image": square_image(example.image, self._size), "tags": example.tags}
 
 
-def square_batches(source, size, batch_size, progress=lambda count: None):
-    """All images of a source in order, each as a square, in batches of one size.
+def square_batches(source, size, batch_size, progress=no_progress, first=0):
+    """The images of a source in order, each as a square, in batches of one size.
 
     Args:
       source: images; masks are not used.
       size: side of the squares in pixels.
       batch_size: images in a batch; the last one is padded with its last image.
       progress: called with the number of images after each batch was used.
+      first: image to begin with; those before it are told to `progress` at once.
 
     Returns:
       Iterator over (number of true rows, dict with "image" [B, size, size, 3] uint8 and "tags" [B, K] bool).
     """
-    return _batched(_Squares(source, size), batch_size, progress)
+    return _batched(_Squares(source, size), batch_size, progress, first)
 
 
 def class_maps(
@@ -254,7 +268,7 @@ def class_maps(
     identity,
     directory,
     batch_size=8,
-    progress=lambda count: None,
+    progress=no_progress,
 ):
     """Class maps of every image of a source, averaged over input sizes, and over mirroring at the main size.
 
@@ -280,7 +294,8 @@ def class_maps(
         records = square_batches(source, size, batch_size, progress)
         return np.concatenate([np.asarray(from_images(batch["image"]))[:count] for count, batch in records])
 
-    def batches():
+    def batches(first):
+        del first  # all at once
         plain = in_batches(from_tap, views.tap("s32", 0))
         mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
         maps = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes])
@@ -325,7 +340,7 @@ class MappedViews:
 
 
 def test_time_features(source, network, variables, weights_digest, *, size, mirror, directory, batch_size=8,
-                       progress=lambda count: None):
+                       progress=no_progress):
     """Frozen features of every image as `lcrf_jax.inference` needs them at one input size, kept on disk.
 
     Args:
@@ -349,13 +364,13 @@ def test_time_features(source, network, variables, weights_digest, *, size, mirr
         taps = [network.features(variables, view) for view in views]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *taps)
 
-    def batches():
-        for count, batch in square_batches(source, size, batch_size, progress):
+    def batches(first):
+        for count, batch in square_batches(source, size, batch_size, progress, first):
             yield {tap: np.asarray(array)[:count] for tap, array in features(batch["image"]).items()}
 
-    description = {key: network.description[key] for key in ("backbone", "last_stride")}
+    description = {**feature_identity(network.description), "taps": list(network.taps)}
     identity = {
-        "kind": "test time", "weights": weights_digest, "network": {**description, "taps": list(network.taps)},
+        "kind": "test time", "weights": weights_digest, "network": description,
         "size": size, "mirror": mirror, "source": hashlib.sha256(repr(source.fingerprint).encode()).hexdigest(),
     }
     return cached_arrays(directory, identity, len(source), batches)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
 from lcrf_jax.crf import refine as refine_by_mean_field
@@ -260,6 +262,9 @@ def segment(segmenter, image, *, crf, tags=None):
 def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, features=None):
     """Segment images of any sizes; the network sees them together, the rest is done one by one.
 
+    All devices of this process take part: the batch is spread over them if it divides by their number, and they take
+    turns with the images after that.
+
     Args:
       segmenter: a Segmenter.
       images: list of [H, W, 3] uint8 RGB.
@@ -282,11 +287,27 @@ def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, feature
             raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {got}; convert it first")
     if features is None:
         features = network_features(segmenter, images, batch_size or len(images))
-    grids = [segmenter.log_probs_of(taps) for taps in features]
+    grids = [np.asarray(segmenter.log_probs_of(_spread(taps))) for taps in features]
     if tags is not None:
         absent = np.where(np.asarray(tags, bool), 0.0, _EXCLUDED).astype(np.float32)
         grids = [grid[: len(images)] + absent[:, None, None, :] for grid in grids]
-    return [_at_own_size(segmenter, image, [grid[i] for grid in grids], crf) for i, image in enumerate(images)]
+    devices, results = jax.local_devices(), []
+    for start in range(0, len(images), len(devices)):
+        under_way = []
+        for device, i in zip(devices, range(start, len(images))):
+            with jax.default_device(device):
+                under_way.append(_at_own_size(segmenter, images[i], [grid[i] for grid in grids], crf))
+        results += [_on_host(segmenter, *each) for each in under_way]
+    return results
+
+
+def _spread(batch):
+    """A batch of arrays over the devices of this process, where it divides by their number."""
+    devices = jax.local_devices()
+    if len(devices) == 1 or any(len(rows) % len(devices) for rows in jax.tree.leaves(batch)):
+        return batch
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
 def network_features(segmenter, images, batch_size):
@@ -303,11 +324,13 @@ def network_features(segmenter, images, batch_size):
     batches = []
     for size in segmenter.input_sizes:
         squares = [square_image(image, size) for image in images]
-        batches.append(segmenter.network_features(np.stack(squares + squares[-1:] * (batch_size - len(images)))))
+        filled = np.stack(squares + squares[-1:] * (batch_size - len(images)))
+        batches.append(segmenter.network_features(_spread(filled)))
     return batches
 
 
 def _at_own_size(segmenter, image, grids, crf):
+    """(image, log-probabilities, refined ones or None) on the way: padded, on the device."""
     height, width = image.shape[:2]
     padded = (_padded(height), _padded(width))
     enlarged = [
@@ -319,14 +342,25 @@ def _at_own_size(segmenter, image, grids, crf):
         for grid in grids
     ]
     log_probs = enlarged[0] if len(enlarged) == 1 else jax.nn.log_softmax(sum(enlarged) / len(enlarged), axis=-1)
-    refined = None
-    if crf:
-        pad = [(0, padded[0] - height), (0, padded[1] - width)]
-        valid = np.pad(np.ones((height, width), bool), pad)
-        inputs = log_probs, np.pad(image, [*pad, (0, 0)], mode="edge"), valid
-        refined = np.asarray(segmenter.refine(*inputs))
+    return image, log_probs, segmenter.refine(log_probs, *_padded_image(image)) if crf else None
+
+
+def _padded_image(image):
+    """The image at its padded size, and which of its pixels are true ones."""
+    height, width = image.shape[:2]
+    pad = [(0, _padded(height) - height), (0, _padded(width) - width)]
+    return np.pad(image, [*pad, (0, 0)], mode="edge"), np.pad(np.ones((height, width), bool), pad)
+
+
+def _on_host(segmenter, image, log_probs, refined):
+    """The Segmentation, once the device has done it."""
+    height, width = image.shape[:2]
+    if refined is not None:
+        refined = np.asarray(refined)
         if np.isnan(refined).any():  # strong noise: as many vertices as can be needed
-            refined = np.asarray(segmenter.refine(*inputs, capacity=valid.size * _MAX_VERTICES_PER_PIXEL))
+            padded, valid = _padded_image(image)
+            capacity = valid.size * _MAX_VERTICES_PER_PIXEL
+            refined = np.asarray(segmenter.refine(log_probs, padded, valid, capacity=capacity))
         refined = refined[:height, :width]
     log_probs = np.asarray(log_probs)[:height, :width]
     if np.isnan(log_probs).any() or refined is not None and np.isnan(refined).any():

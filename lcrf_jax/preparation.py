@@ -22,10 +22,12 @@ from lcrf_jax.features import (
 )
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
 from lcrf_jax.methods import inputs_of, make_objective, method_of
-from lcrf_jax.nets.network import Network, backbone_variables, build_network
+from lcrf_jax.nets.network import Network, backbone_variables, build_network, feature_identity
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
 from lcrf_jax.objectives import uses_chains
+from lcrf_jax.processes import from_first
 from lcrf_jax.runlog import image_progress, say
+from lcrf_jax.training import check_batch_size
 
 
 class Prepared(NamedTuple):
@@ -159,6 +161,7 @@ def prepare(config):
     if size % 32:
         raise ValueError(f"input_size: expected a multiple of 32, got {size}")
     rounds = planned_rounds(config, len(train))
+    check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
     # Made only to refuse wrong settings now, and not after the features.
     make_objective(
         config, stride=network.stride, steps_per_epoch=rounds[0].steps_per_epoch if rounds else 1
@@ -198,8 +201,9 @@ def prepare(config):
 def _with_class_maps(prepared, cached, views_identity, directory):
     """With the tag classifier and its maps."""
     config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
-    classifier, scores = fitted_classifier(
-        network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"]
+    # Hosts of different kinds would differ in the last bits.
+    classifier, scores = from_first(
+        fitted_classifier(network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"])
     )
     say(precision_line("training", train, scores))
     identity = {**_classifier_identity(prepared, classifier), "views": views_identity}
@@ -213,10 +217,9 @@ def _with_class_maps(prepared, cached, views_identity, directory):
 
 def _classifier_identity(prepared, classifier):
     """What the maps and gradients of a classifier depend on, beside the images."""
-    description = prepared.network.description
     return {
         "weights": prepared.digest,
-        "network": {key: description[key] for key in ("backbone", "last_stride")},
+        "network": feature_identity(prepared.network.description),
         "classifier": params_digest(classifier._asdict()),
     }
 
@@ -359,6 +362,7 @@ def posterior_evidence(prepared, params, settings):
         both = [network.logits(params, prepared.variables, features) for features in (plain, mirrored)]
         return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, ratio), present))
 
+    params = jax.tree.map(np.asarray, params)  # of all devices and processes; the rest is done by this one
     rows = []
     with image_progress("posteriors", len(tags)) as done:
         for start in range(0, len(tags), 32):

@@ -1,6 +1,7 @@
 """What a run says about itself: a progress bar, JSON lines and TensorBoard scalars: floor 5."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -12,16 +13,19 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from lcrf_jax.processes import is_first
+
 METRICS_FILE = "metrics.jsonl"
 
 
 def say(text):
-    """Print a line to the terminal at once.
+    """Print a line to the terminal at once; of several processes the first does.
 
     Args:
       text: the line, without a newline at its end.
     """
-    print(text, flush=True)
+    if is_first():
+        print(text, flush=True)
 
 
 class MetricsWriter:
@@ -30,7 +34,7 @@ class MetricsWriter:
     One line of JSON for each call of `write`: {"step": 7, "time": 1700000000.0, "train/loss": 0.5}; a value
     that is not finite is written as null, since JSON has no NaN. A line cut short by a crash is ended when
     the run is taken up again, and lines of steps that the resumed run will repeat are removed, so that each
-    step stands once.
+    step stands once. Of several processes the first writes.
 
     Args:
       run_dir: folder of the run; made if it is not there.
@@ -39,7 +43,9 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir, *, resume_step=None):
-        self.path = pathlib.Path(run_dir) / METRICS_FILE
+        self.path, self._lines = pathlib.Path(run_dir) / METRICS_FILE, None
+        if not is_first():
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_lines(self.path, resume_step)
         self._lines = self.path.open("a", encoding="utf-8")
@@ -55,19 +61,28 @@ class MetricsWriter:
             slash in a name groups it: "train/loss", "val/miou".
         Raises:
           ValueError: if a value is not a scalar, or a name is "step" or "time".
+          OSError: if the disk is full; the message names the file.
         """
         step, scalars = int(step), {name: _scalar(name, value) for name, value in metrics.items()}
         record = {"step": step, "time": round(time.time(), 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        if self._lines is None:
+            return
+        try:
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; make room and run the same command again", str(self.path)
+                          ) from error
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
     def close(self):
         """Flush and close both files; a second call does nothing."""
-        self._lines.close()
-        self._board.close()
+        if self._lines is not None:
+            with contextlib.suppress(OSError):  # a full disk, which `write` has told of
+                self._lines.close()
+            self._board.close()
 
     def __enter__(self):
         return self
@@ -92,7 +107,7 @@ def metrics_history(run_dir):
 
 
 class Progress:
-    """A progress bar with loss terms and images per second on a terminal, plain lines elsewhere.
+    """A progress bar with loss terms and images per second on a terminal, plain lines elsewhere; of the first process.
 
     In a file or a CI log a bar that redraws itself is unreadable: there one line is printed at most every
     `seconds_between_lines`, and one at the end.
@@ -108,6 +123,8 @@ class Progress:
 
     def __init__(self, num_steps, *, first_step=0, title="train", stream=None, seconds_between_lines=10.0,
                  clock=time.monotonic):
+        if not is_first():
+            stream = io.StringIO()
         self._stream = sys.stderr if stream is None else stream
         self._num_steps, self._step, self._title = num_steps, first_step, title
         self._clock, self._every = clock, seconds_between_lines
@@ -174,14 +191,17 @@ class Progress:
 
 @contextlib.contextmanager
 def image_progress(title, total):
-    """A callback for images done, shown as a progress bar from its first call on: none where a cache had it all."""
+    """A callback for images done, shown as a progress bar from its first call on: none where a cache had it all.
+
+    Images that an earlier run has done (`earlier=True`) count, but not for the speed.
+    """
     with contextlib.ExitStack() as stack:
         bars = []
 
-        def done(count):
+        def done(count, *, earlier=False):
             if not bars:
                 bars.append(stack.enter_context(Progress(total, title=title)))
-            bars[0].update(num_images=count, num_steps=count)
+            bars[0].update(num_images=0 if earlier else count, num_steps=count)
 
         yield done
 

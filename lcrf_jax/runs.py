@@ -1,6 +1,10 @@
 """Training from what was prepared: rounds, checkpoints, validation, resuming."""
 
+import collections
+import contextlib
+import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -8,11 +12,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcrf_jax import training
-from lcrf_jax.checkpoints import RunCheckpoints, save_description
+from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, save_description
 from lcrf_jax.data.cache import cached_arrays
 from lcrf_jax.data.pipeline import ImageSubset, device_prefetch, make_loader, stack_records
 from lcrf_jax.evaluation import evaluate
 from lcrf_jax.inference import make_segmenter
+from lcrf_jax.locks import locked
 from lcrf_jax.methods import make_objective, method_of
 from lcrf_jax.metrics import mean_iou
 from lcrf_jax.objectives import empty_chains, uses_chains
@@ -26,45 +31,101 @@ from lcrf_jax.preparation import (
     training_records,
     validation_features,
 )
+from lcrf_jax.processes import first_decides, largest
 from lcrf_jax.runlog import MetricsWriter, Progress, say
+from lcrf_jax.signals import Interrupted, StopRequest
+
+# What decides which image comes when: with another one the steps done and those to come are of different runs.
+_FIXED_SETTINGS = (
+    "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
+)  # fmt: skip
 
 
 def train(prepared, workdir, *, devices=None):
     """Train the decoder, round after round; a folder that holds a run continues it.
 
-    A method that trains nothing, such as CAM, is saved as it is.
+    A method that trains nothing, such as CAM, is saved as it is. SIGTERM and Ctrl-C save the state after the step that
+    is under way and end the run. Of several processes (see `lcrf_jax.processes`) all call this with the same arguments.
 
     Writes checkpoints (last/ and best/), config.json and the metrics to the folder.
 
     Args:
       prepared: Prepared.
-      workdir: folder of the run.
+      workdir: folder of the run; with several processes on a file system that all share.
       devices: devices to spread the batch over; by default all.
 
     Returns:
       Path of the folder.
+
+    Raises:
+      Interrupted: after the state was saved, if SIGTERM or Ctrl-C asked for it.
+      lcrf_jax.locks.Locked: if another run is at work in the folder.
+      CheckpointError: if the disk is full, or the folder holds another run or none that can be read.
+      ValueError: if too many losses in a row were not finite; the message names the images.
     """
     workdir, config = pathlib.Path(workdir), prepared.config
     rounds = planned_rounds(config, len(prepared.train))
     key, mesh = jax.random.key(config["seed"]), training.data_mesh(devices)
+    training.check_batch_size(config["batch_size"], mesh.size, config["accumulation_steps"])
     description = segmenter_description(config, prepared.train.class_names, prepared.digest)
-    save_description(workdir, description)
-    with RunCheckpoints(workdir) as checkpoints:
+    with contextlib.ExitStack() as stack:
+        first_decides(lambda: stack.enter_context(locked(workdir / "lock")))
+        first_decides(lambda: _check_continuation(workdir, description))
+        save_description(workdir, description)
+        checkpoints = stack.enter_context(RunCheckpoints(workdir))
         if not rounds:
             checkpoints.save_best(0, inference_params(prepared, {}), 0.0)
             return workdir
         state, data_state, done = _newest_state(prepared, checkpoints, rounds, key, mesh)
-        with MetricsWriter(workdir, resume_step=done + 1) as writer:
-            for this in rounds:
-                if done >= this.last_step:
-                    continue
-                evidence = _evidence_of(prepared, workdir, this, state, done)
-                if this.number and done == this.first_step:
-                    state = _fresh_state(prepared, this, key, mesh)._replace(params=state.params)
-                    data_state = None
-                state = _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh)
-                done = this.last_step
+        writer = stack.enter_context(MetricsWriter(workdir, resume_step=done + 1))
+        stop = stack.enter_context(StopRequest())
+        for this in rounds:
+            if done >= this.last_step:
+                continue
+            evidence = _evidence_of(prepared, workdir, this, state, done)
+            if this.number and done == this.first_step:
+                state = _fresh_state(prepared, this, key, mesh)._replace(params=state.params)
+                data_state = None
+            state = _train_round(
+                prepared, this, state, data_state, evidence, _Outputs(checkpoints, writer, stop), key, mesh
+            )
+            done = this.last_step
     return workdir
+
+
+class _Outputs(NamedTuple):
+    """Where a round leaves what it makes, and who may ask it to end."""
+
+    checkpoints: RunCheckpoints
+    writer: MetricsWriter
+    stop: StopRequest
+
+
+def _check_continuation(workdir, description):
+    """Refuse to continue a run with settings that make another one of it, and tell of all others."""
+    if not any((workdir / "last").glob("[0-9]*")) or not (workdir / "config.json").exists():
+        return
+    before, now = load_description(workdir), json.loads(json.dumps(description))
+    old, new = _flat(before["training"]), _flat(now["training"])
+    changed = {name: (old.get(name), new.get(name)) for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+    fixed = sorted(name for name in changed if any(f"{name}.".startswith(f"{part}.") for part in _FIXED_SETTINGS))
+    if fixed:
+        settings = ", ".join(f"config.{name} was {changed[name][0]!r}, is {changed[name][1]!r}" for name in fixed)
+        raise CheckpointError(f"{workdir} holds a run of other settings ({settings}); use them again, or a new folder")
+    for name in sorted(changed):
+        say(f"other setting than before: config.{name} was {changed[name][0]!r}, is {changed[name][1]!r}")
+    for name in sorted(before["versions"].keys() & now["versions"].keys()):
+        if before["versions"][name] != now["versions"][name]:
+            versions = f"{before['versions'][name]}, is {now['versions'][name]}"
+            say(f"other version than before: {name} was {versions}; the run goes on, but not to the same bits")
+
+
+def _flat(settings, prefix=""):
+    """Dotted name -> value of nested dicts."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 def step_bytes(prepared):
@@ -94,7 +155,8 @@ def _step_function(prepared, this, mesh):
     config, network = prepared.config, prepared.network
     objective = make_objective(config, stride=network.stride, steps_per_epoch=this.steps_per_epoch)
     return training.make_train_step(
-        network, prepared.variables, objective, _optimizer(config, this), mesh, guide_stride(config, network)
+        network, prepared.variables, objective, _optimizer(config, this), mesh, guide_stride(config, network),
+        accumulation_steps=config["accumulation_steps"], max_skipped=config["max_skipped_in_a_row"],
     )
 
 
@@ -128,7 +190,8 @@ def _evidence_of(prepared, workdir, this, state, done):
     if this.number == 0:
         return None
 
-    def batches():
+    def batches(first):
+        del first  # all at once
         if done != this.first_step:
             raise ValueError(
                 f"{workdir / 'posteriors'} has no posteriors that round {this.number + 1} was begun with: restore the "
@@ -148,10 +211,46 @@ def _evidence_of(prepared, workdir, this, state, done):
     return cached_arrays(workdir / "posteriors", identity, len(prepared.train), batches)["evidence"]
 
 
-def _train_round(prepared, this, state, data_state, evidence, checkpoints, writer, key, mesh):
+def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh):
     config, round_key = prepared.config, jax.random.fold_in(key, this.number)
     step_function = _step_function(prepared, this, mesh)
-    records, num_views = training_records(prepared, evidence), prepared.views.num_views
+    batches = _round_batches(prepared, this, evidence, mesh)
+    if data_state is not None:
+        batches.set_state(data_state)
+    first = this.first_step + int(state.step)
+    several = len(planned_rounds(config, len(prepared.train))) > 1
+    title = f"round {this.number + 1}" if several else "train"
+    # The names of the images of the last steps, for a message.
+    recent = collections.deque(maxlen=config["log_every_steps"] + config["max_skipped_in_a_row"])
+    with Progress(this.last_step, first_step=first, title=title) as bar:
+        for step in range(first + 1, this.last_step + 1):
+            batch = next(batches)
+            recent.append((step, batch["name"]))
+            state, metrics = step_function(state, training.numeric_arrays(batch), round_key)
+            epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
+            scoring = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
+            saving = scoring or step % config["save_every_steps"] == 0
+            shown = None
+            if saving or step % config["log_every_steps"] == 0:
+                shown = {name: float(value) for name, value in metrics.items()}
+                _check_skipped(state, step, recent, config["max_skipped_in_a_row"])
+                outputs.writer.write(step, {f"train/{name}": value for name, value in shown.items()})
+            bar.update(num_images=config["batch_size"], metrics=shown)
+            if scoring:
+                _validate(prepared, state.params, step, outputs, bar)
+            signum = _asked_to_stop(outputs.stop, shown is not None)
+            if saving or signum:
+                outputs.checkpoints.save_last(step, state, data_state=batches.get_state())
+            if signum:
+                outputs.checkpoints.wait()
+                raise Interrupted(f"saved after step {step}; the same command continues from there", signum)
+    return state
+
+
+def _round_batches(prepared, this, evidence, mesh):
+    """The batches of a round, on the devices ahead of time."""
+    config, num_views = prepared.config, prepared.views.num_views
+    records = training_records(prepared, evidence)
     chosen = images_of_round(method_of(config), this, prepared.train.tags)
     if chosen is not None:
         records = ImageSubset(records, chosen, num_views)
@@ -161,41 +260,33 @@ def _train_round(prepared, this, state, data_state, evidence, checkpoints, write
         records, batch_size=config["batch_size"], seed=config["seed"] + this.number, num_epochs=num_epochs,
         num_threads=config["num_threads"], num_views=num_views,
     )
-    if data_state is not None:
-        loader.set_state(data_state)
-    batches = device_prefetch(loader, NamedSharding(mesh, P("data")))
-    first = this.first_step + int(state.step)
-    several = len(planned_rounds(config, len(prepared.train))) > 1
-    title = f"round {this.number + 1}" if several else "train"
-    with Progress(this.last_step, first_step=first, title=title) as bar:
-        for step in range(first + 1, this.last_step + 1):
-            batch = training.numeric_arrays(next(batches))
-            state, metrics = step_function(state, batch, round_key)
-            epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
-            saving = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
-            reported = saving or step % config["log_every_steps"] == 0
-            shown = {name: float(value) for name, value in metrics.items()} if reported else None
-            if reported:
-                _check_finite(step, shown)
-                writer.write(step, {f"train/{name}": value for name, value in shown.items()})
-            bar.update(num_images=config["batch_size"], metrics=shown)
-            if saving:
-                _validate(prepared, state.params, step, checkpoints, writer, bar)
-                checkpoints.save_last(step, state, data_state=batches.get_state())
-    return state
+    return device_prefetch(loader, NamedSharding(mesh, P("data")))
 
 
-def _check_finite(step, metrics):
-    """End a run that has diverged before it is saved over a good one."""
-    wrong = [name for name, value in metrics.items() if not np.isfinite(value)]
-    if wrong:
-        raise ValueError(
-            f"step {step}: {', '.join(wrong)} not finite, training has diverged; what was saved before is kept. "
-            "Lower optimizer.learning_rate and continue"
-        )
+def _asked_to_stop(stop, synchronised):
+    """Number of the signal that asks for the end, or 0; several processes agree on it where they wait anyway."""
+    if jax.process_count() == 1:
+        return stop.signum
+    return largest(stop.signum) if synchronised else 0
 
 
-def _validate(prepared, params, step, checkpoints, writer, bar):
+def _check_skipped(state, step, recent, most):
+    """End a run that has diverged, before it is saved over a good one."""
+    in_a_row = int(state.skipped[1])
+    if in_a_row < most:
+        return
+    start = step - in_a_row + 1
+    batches = "\n".join(
+        f"  step {number}: {', '.join(map(str, names))}" for number, names in recent if start <= number < start + most
+    )
+    raise ValueError(
+        f"the losses or gradients of {most} steps in a row, from step {start} on, were not finite; these steps changed "
+        f"nothing, and what was saved before is kept. Look at the images, or lower optimizer.learning_rate, and run the "
+        f"same command again. The batches were:\n{batches}"
+    )
+
+
+def _validate(prepared, params, step, outputs, bar):
     """Score the parameters on the validation masks, where there are some, and keep the best so far."""
     stored, miou = inference_params(prepared, params), None
     if prepared.val is not None:
@@ -203,6 +294,6 @@ def _validate(prepared, params, step, checkpoints, writer, bar):
         segmenter = make_segmenter(description, stored)
         features = validation_features(prepared, prepared.val)
         miou = mean_iou(evaluate(segmenter, prepared.val, crf=False, features=features).plain)
-        writer.write(step, {"val/miou": miou})
+        outputs.writer.write(step, {"val/miou": miou})
         bar.message(f"step {step}: mIoU {miou:.3f} on {prepared.val.split}, without refinement")
-    checkpoints.save_best(step, stored, float(step) if miou is None else miou)
+    outputs.checkpoints.save_best(step, stored, float(step) if miou is None else miou)

@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
       step: int32 scalar, number of steps done.
       params: parameters of the decoder.
       opt_state: state of the optimiser.
+      skipped: [2] int32, the steps that changed nothing since their loss or gradient was not finite: all of them, and
+        those in a row up to now.
       chains: [views, images, h, w] uint8, the labels at which the Markov chain of each view stands, see
         `lcrf_jax.objectives.empty_chains`; None for an objective without chains.
     """
@@ -32,6 +34,7 @@ class TrainState(NamedTuple):
     step: jax.Array
     params: Any
     opt_state: Any
+    skipped: jax.Array
     chains: Any = None
 
 
@@ -68,11 +71,36 @@ def make_optimizer(*, learning_rate, num_steps, warmup_steps, final_share, weigh
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
 
 
-def make_train_step(network, variables, objective, optimizer, mesh, guide_stride=None):
+def check_batch_size(batch_size, num_devices, accumulation_steps=1):
+    """Refuse a batch that the devices cannot share.
+
+    Args:
+      batch_size: images in a step.
+      num_devices: devices over all processes.
+      accumulation_steps: parts of each device's share, one after the other.
+
+    Raises:
+      ValueError: if the batch is not a multiple of devices times parts.
+    """
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps: expected 1 or more, got {accumulation_steps}")
+    parts = num_devices * accumulation_steps
+    if batch_size % parts:
+        fitting = max(batch_size // parts, 1) * parts
+        raise ValueError(
+            f"batch_size: {batch_size} images cannot be shared by {num_devices} device(s) in {accumulation_steps} part(s) "
+            f"each; choose a multiple of {parts}, such as {fitting}, or fewer devices"
+        )
+
+
+def make_train_step(
+    network, variables, objective, optimizer, mesh, guide_stride=None, *, accumulation_steps=1, max_skipped=10
+):
     """The jitted step, spread over the mesh with shard_map: the batch is split, the gradients are averaged.
 
-    Every image draws from its own key, so the result does not depend on the number of devices, but for the order of
-    sums.
+    Every image draws from its own key, so the result does not depend on the number of devices or parts, but for the
+    order of sums. A step whose loss or gradient is not finite changes nothing but its number; after `max_skipped` of
+    them in a row no step changes anything any more, until the caller looks at the state.
 
     Args:
       network: lcrf_jax.nets.network.Network.
@@ -81,12 +109,15 @@ def make_train_step(network, variables, objective, optimizer, mesh, guide_stride
         not reported: it is where the Markov chain of the record's view stands, which the state keeps and the record
         of the next step has.
       optimizer: optax.GradientTransformation.
-      mesh: mesh with the axis "data"; the batch must divide by its size.
+      mesh: mesh with the axis "data"; the batch must divide by its size, see `check_batch_size`.
       guide_stride: pixels per cell of the guide made of "image"; None is the grid of the logits.
+      accumulation_steps: parts in which a device works through its share of the batch, for memory.
+      max_skipped: steps in a row that may be skipped.
 
     Returns:
-      Function (state, batch, key) -> (state, metrics), metrics being scalars averaged over the batch. `state` is
-        donated. The key of the step is fold_in(key, state.step), so a resumed run draws the same numbers.
+      Function (state, batch, key) -> (state, metrics), metrics being scalars averaged over the batch, and
+        "skipped_steps". `state` is donated. The key of the step is fold_in(key, state.step), so a resumed run draws
+        the same numbers.
     """
 
     def image_loss(params, key, record, step):
@@ -95,7 +126,7 @@ def make_train_step(network, variables, objective, optimizer, mesh, guide_stride
         logits = network.logits(params, variables, taps, dropout_key)[0]
         return objective(sample_key, logits, record, step)
 
-    def shard_step(params, keys, batch, step):
+    def gradient(params, keys, batch, step):
         records = {name: value for name, value in batch.items() if name != "image"}
         if "image" in batch:
             records.update(network_inputs(network, variables, batch["image"], guide_stride))
@@ -107,7 +138,23 @@ def make_train_step(network, variables, objective, optimizer, mesh, guide_stride
             return losses.mean(), (metrics, chains)
 
         grads, (metrics, chains) = jax.grad(batch_loss, has_aux=True)(params)
-        return jax.lax.pmean((grads, metrics), "data"), chains
+        return (grads, metrics), chains
+
+    def shard_step(params, keys, batch, step):
+        if accumulation_steps == 1:
+            sums, chains = gradient(params, keys, batch, step)
+            return jax.lax.pmean(sums, "data"), chains
+
+        def add(sums, part):
+            new, chains = gradient(params, *part, step)
+            return jax.tree.map(jnp.add, sums, new), chains
+
+        parts = jax.tree.map(lambda rows: rows.reshape(accumulation_steps, -1, *rows.shape[1:]), (keys, batch))
+        shapes, _ = jax.eval_shape(lambda part: gradient(params, *part, step), jax.tree.map(lambda rows: rows[0], parts))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        sums, chains = jax.lax.scan(add, zeros, parts)
+        chains = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), chains)
+        return jax.lax.pmean(jax.tree.map(lambda leaf: leaf / accumulation_steps, sums), "data"), chains
 
     spread = jax.shard_map(
         shard_step,
@@ -130,8 +177,14 @@ def make_train_step(network, variables, objective, optimizer, mesh, guide_stride
             chains = jax.lax.with_sharding_constraint(chains, NamedSharding(mesh, P()))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(grads)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, chains), metrics
+        new = optax.apply_updates(state.params, updates), opt_state, chains
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+        usable = finite & (state.skipped[1] < max_skipped)
+        old = state.params, state.opt_state, state.chains
+        params, opt_state, chains = jax.tree.map(functools.partial(jnp.where, usable), new, old)
+        skipped = jnp.where(usable, state.skipped * jnp.array([1, 0]), state.skipped + 1)
+        metrics["skipped_steps"] = skipped[0]
+        return TrainState(state.step + 1, params, opt_state, skipped, chains), metrics
 
     return step
 
@@ -155,7 +208,8 @@ def initial_state(key, network, variables, optimizer, input_size, mesh, chains=N
     def init(key, chains):
         features = network.features(variables, jnp.zeros((1, input_size, input_size, 3)))
         params = network.init(key, variables, features)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), chains)
+        skipped = jnp.zeros(2, jnp.int32)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), skipped, chains)
 
     return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(key, chains)
 

@@ -22,9 +22,11 @@ FLOORS = {
     "filters": 3,
     "crf": 4, "gibbs": 4,
     "elbo": 5, "baselines": 5,
-    "nets": 6, "data": 6, "objectives": 6,
-    "methods": 7, "features": 7, "cues": 8, "training": 8, "checkpoints": 7, "inference": 8, "report": 7, "runlog": 7,
-    "preparation": 9, "evaluation": 9, "runs": 10,
+    "locks": 6, "processes": 6, "signals": 6,
+    "nets": 7, "data": 7, "objectives": 7,
+    "methods": 8, "features": 8, "checkpoints": 8, "report": 8, "runlog": 8,
+    "cues": 9, "training": 9, "inference": 9,
+    "preparation": 10, "evaluation": 10, "runs": 11,
 }
 LOW_IMPORTS = {"jax", "numpy", "einops"}
 FORBIDDEN = {"tensorflow", "torch", "torchvision", "keras"}

@@ -119,7 +119,7 @@ def test_the_step_is_the_mean_over_images_with_keys_from_the_number_of_the_step(
     loss, terms = image_by_image("gumbel_softmax", state.params, key, step)
     new, metrics = step_function(1)(state, step_batch(), key)
     assert new.step == step + 1
-    assert set(metrics) == {"loss", "log_likelihood", "entropy", "pairwise_energy", "gradient_norm"}
+    assert set(metrics) == {"loss", "log_likelihood", "entropy", "pairwise_energy", "gradient_norm", "skipped_steps"}
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     for name, values in terms.items():
         np.testing.assert_allclose(metrics[name], values.mean(), rtol=1e-5)
@@ -133,7 +133,7 @@ def batch_chains(chains):
 
 def test_a_step_with_chains_sets_those_of_its_batch_and_no_others():
     state, metrics = step_function(4, "mcmc")(fresh_state(4, estimator="mcmc"), step_batch(), jax.random.key(0))
-    assert set(metrics) == {"loss", "log_prob", "entropy", "gradient_norm"}
+    assert set(metrics) == {"loss", "log_prob", "entropy", "gradient_norm", "skipped_steps"}
     assert state.chains.shape == (NUM_VIEWS, NUM_IMAGES, GRID, GRID) and state.chains.dtype == jnp.uint8
     assert state.chains.sharding.is_fully_replicated
     assert batch_chains(state.chains).max() < NUM_CLASSES

@@ -42,6 +42,9 @@ def get_config():
     config.network.taps = ("head", "s16", "s8")
     config.network.widths = (192, 128, 96)
     config.network.dropout = 0.2
+    # Of the products in convolutions; bfloat16 halves their memory and is faster on accelerators. Parameters, features,
+    # logits, the bound and all of the CRF stay float32.
+    config.network.compute_dtype = "float32"
     config.input_size = 320
 
     config.views = ConfigDict()  # of each training image: 0 whole, 1 mirrored, 2 and up random crops
@@ -140,10 +143,13 @@ def get_config():
     config.optimizer.final_share = 0.05
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 1.0
-    config.batch_size = 16
+    config.batch_size = 16  # of all devices together, and a multiple of their number
+    config.accumulation_steps = 1  # parts of a batch, one after the other, where memory is short; the result is the same
+    config.max_skipped_in_a_row = 10  # steps without a finite loss change nothing; after so many the run ends
     config.num_threads = 2
     config.log_every_steps = 20
     config.eval_every_epochs = 3
+    config.save_every_steps = 100  # and whenever the parameters are scored
 
     config.inference = ConfigDict()
     config.inference.input_sizes = (320,)

@@ -23,5 +23,6 @@ def get_config():
     config.batch_size = 8
     config.log_every_steps = 4
     config.eval_every_epochs = 1
+    config.save_every_steps = 2
     config.inference.input_sizes = (96,)
     return config

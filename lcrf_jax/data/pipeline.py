@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -20,6 +20,7 @@ from lcrf_jax.data.sources import Example, Source
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 
 Record = dict[str, Any]
+_FOR_EVER = 1 << 60
 
 
 class ViewDataset:
@@ -128,13 +129,13 @@ def make_loader(
     drop_remainder: bool = True,
     num_threads: int = 2,
     num_views: int = 1,
-) -> grain.DatasetIterator:
+) -> Loader:
     """Batches of records in a seeded order that is another one every epoch, with exact resume.
 
     ``items`` are ``num_views`` runs of n records; epoch e takes every record of run ``e % num_views``
     once. Epochs follow each other without a gap, so a batch may straddle two of them; every record
-    carries its ``epoch`` (int32). With several processes each makes its share of every batch: together
-    the shares are the batch of one process.
+    carries its ``epoch`` (int32). With several processes each makes its share of every batch: one after
+    the other the shares are the batch of one process.
 
     Args:
       items: random access to records (dicts of arrays, numbers and strings), such as a `ViewDataset`;
@@ -148,7 +149,8 @@ def make_loader(
       num_views: number of runs in ``items``, a divisor of its length.
     Returns:
       An iterator over dicts of arrays with a leading batch axis, strings as an array of str. It has
-      `get_state` and `set_state`; a state is a small dict that JSON can hold.
+      `get_state` and `set_state`; a state is a small dict that JSON can hold, and is good for any number of
+      processes.
     Raises:
       ValueError: if a number is out of its range, the items are fewer than a batch, or the runs do not
         divide.
@@ -184,13 +186,56 @@ def make_loader(
     order = order.shuffle() if shuffle else order
     # The position counts on over epochs, so that map_with_index can tell the epoch.
     order = order.repeat(num_epochs).map_with_index(read)
-    if num_processes > 1:
-        order = order[process::num_processes]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * max(num_threads, 1))
-    records = order.to_iter_dataset(options)
-    return iter(
-        records.batch(batch_size // num_processes, drop_remainder=drop_remainder, batch_fn=stack_records)
-    )
+
+    size, num_positions = batch_size // num_processes, _FOR_EVER
+    if num_epochs is not None:
+        num_batches, rest = divmod(num_records * num_epochs, batch_size)
+        num_positions = num_batches * size + min(max(rest - process * size, 0), size)
+
+    def own(position: int) -> Record:
+        batch, row = divmod(position, size)
+        return order[batch * batch_size + process * size + row]
+
+    def batches_from(first: int) -> Iterator[Record]:
+        positions = grain.MapDataset.range(min(first * size, num_positions), num_positions)
+        records = positions.map(own).to_iter_dataset(options)
+        return iter(records.batch(size, drop_remainder=drop_remainder, batch_fn=stack_records))
+
+    return Loader(batches_from)
+
+
+class Loader:
+    """Batches whose state is the number of batches before the next one, of all processes together.
+
+    Args:
+      batches_from: function from that number to an iterator over the batches from there on.
+    References:
+      None.
+    """
+
+    def __init__(self, batches_from: Callable[[int], Iterator[Record]]):
+        self._batches_from, self._batches, self._done = batches_from, None, 0
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Record:
+        if self._batches is None:
+            self._batches = self._batches_from(self._done)
+        batch = next(self._batches)
+        self._done += 1
+        return batch
+
+    def get_state(self) -> Any:
+        """How many batches were handed out."""
+        return {"batches": self._done}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on from a state of `get_state`."""
+        if not isinstance(state, Mapping) or set(state) != {"batches"}:
+            raise ValueError(f"expected the state of a loader, {{'batches': NUMBER}}, got {state!r}")
+        self._batches, self._done = None, int(state["batches"])
 
 
 def stack_records(records: Sequence[Record]) -> Record:
@@ -322,12 +367,15 @@ def to_devices(batch: Mapping[str, Any], sharding: jax.sharding.Sharding) -> Rec
     return placed
 
 
-def prefetched(source: Source, num_threads: int = 2) -> Iterator[Example]:
+def prefetched(
+    source: Source, num_threads: int = 2, indices: Sequence[int] | None = None
+) -> Iterator[Example]:
     """The examples of a source in order, at their own size, read ahead in threads.
 
     Args:
       source: the images.
       num_threads: threads that read, at least 1; at most twice as many examples wait.
+      indices: which examples; None for all.
     Returns:
       A generator of examples.
     Raises:
@@ -337,15 +385,15 @@ def prefetched(source: Source, num_threads: int = 2) -> Iterator[Example]:
     """
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-    return _read_ahead(source, num_threads)
+    return _read_ahead(source, num_threads, range(len(source)) if indices is None else indices)
 
 
-def _read_ahead(source: Source, num_threads: int) -> Iterator[Example]:
+def _read_ahead(source: Source, num_threads: int, indices: Sequence[int]) -> Iterator[Example]:
     """The generator behind `prefetched`."""
     pool = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="lcrf-read")
     waiting: collections.deque = collections.deque()
     try:
-        for index in range(len(source)):
+        for index in indices:
             waiting.append(pool.submit(source.__getitem__, index))
             if len(waiting) > 2 * num_threads:
                 yield waiting.popleft().result()

@@ -1,6 +1,7 @@
 """The trainable part of the inference network: a U-Net-like decoder on frozen features."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -11,10 +12,11 @@ class UpConv(nn.Module):
     """Transposed 2x2 convolution of stride 2, as one matrix product and a rearrangement."""
 
     width: int
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        return rearrange(nn.Dense(4 * self.width)(x), "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
+        return rearrange(nn.Dense(4 * self.width, dtype=self.dtype)(x), "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
 
 
 class Decoder(nn.Module):
@@ -28,6 +30,7 @@ class Decoder(nn.Module):
       taps: names of the taps from coarse to fine.
       widths: channels after each tap, as many as `taps`.
       dropout: share of the coarsest tap's channels that is dropped in training.
+      dtype: type of the products in convolutions; parameters, normalisation and logits are float32 in any case.
 
     Call with a dict from tap to [B, h, w, C] and `train`; returns logits [B, h, w, K] float32 on the grid of
     the finest tap. A PRNG key named "dropout" is needed when `train` is true and `dropout` is positive.
@@ -40,6 +43,7 @@ class Decoder(nn.Module):
     taps: Sequence[str] = ("s32", "s16", "s8", "s4")
     widths: Sequence[int] = (256, 128, 96, 64)
     dropout: float = 0.0
+    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, features: Mapping[str, jnp.ndarray], *, train: bool = False):
@@ -51,14 +55,15 @@ class Decoder(nn.Module):
             skip = nn.LayerNorm(name=f"norm_{tap}")(features[tap].astype(jnp.float32))
             if x is None:
                 skip = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(skip)
-                x = nn.relu(nn.Dense(width, name=f"project_{tap}")(skip))
+                x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"project_{tap}")(skip))
                 continue
             # The layers are numbered, not named after the grid: the same parameters serve every image size.
             doublings = 0
             while x.shape[1] < skip.shape[1] or x.shape[2] < skip.shape[2]:
-                x = UpConv(width, name=f"up_{tap}_{doublings}")(x)
+                x = UpConv(width, self.dtype, name=f"up_{tap}_{doublings}")(x)
                 doublings += 1
             x = x[:, : skip.shape[1], : skip.shape[2]]
-            x = nn.Conv(width, (3, 3), name=f"merge_{tap}")(jnp.concatenate([x, skip], axis=-1))
-            x = nn.relu(nn.LayerNorm(name=f"post_{tap}")(x))
-        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="logits")(x)
+            x = nn.Conv(width, (3, 3), dtype=self.dtype, name=f"merge_{tap}")(jnp.concatenate([x, skip], axis=-1))
+            x = nn.relu(nn.LayerNorm(name=f"post_{tap}")(x.astype(jnp.float32)))
+        logits = nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="logits")
+        return logits(x.astype(jnp.float32))

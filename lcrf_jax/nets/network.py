@@ -71,6 +71,7 @@ def _pointwise_head(activation):
     return head
 
 
+COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TAPS = ("head", "s32", "s16", "s8", "s4")
 BACKBONES = {
     "efficientnet_lite0": Backbone(EfficientNetLite0, load_lite0, _pointwise_head(jax.nn.relu6)),
@@ -110,8 +111,11 @@ def _backbone(description):
 
 def _check_description(description):
     wanted = {"backbone", "last_stride", "taps", "widths", "dropout", "num_classes"}
-    if set(description) != wanted:
+    if set(description) - {"compute_dtype"} != wanted:
         raise ValueError(f"network: expected the entries {sorted(wanted)}, got {sorted(description)}")
+    dtype = description.get("compute_dtype", "float32")
+    if dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"network.compute_dtype: expected one of {sorted(COMPUTE_DTYPES)}, got {dtype!r}")
     taps, widths = tuple(description["taps"]), tuple(description["widths"])
     if not taps or [tap for tap in TAPS if tap in taps] != list(taps):
         raise ValueError(f"network.taps: expected some of {TAPS}, in this order, got {taps}")
@@ -133,7 +137,8 @@ def build_network(description):
     Args:
       description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last
         stage), "taps" from coarse to fine, some of "head", "s32", "s16", "s8", "s4", "widths" (one for each
-        tap), "dropout" and "num_classes".
+        tap), "dropout" and "num_classes"; and "compute_dtype", the type of the products within convolutions, "float32"
+        (if left out) or "bfloat16". Parameters, normalisation, features and logits are float32 in any case.
 
     Returns:
       Network.
@@ -144,13 +149,16 @@ def build_network(description):
     _check_description(description)
     backbone, taps = _backbone(description), tuple(description["taps"])
     module = backbone.module(last_stride=description["last_stride"])
-    decoder = Decoder(description["num_classes"], taps, tuple(description["widths"]), description["dropout"])
+    dtype = COMPUTE_DTYPES[description.get("compute_dtype", "float32")]
+    widths, dropout = tuple(description["widths"]), description["dropout"]
+    decoder = Decoder(description["num_classes"], taps, widths, dropout, dtype)
     # The head has four times the channels of s32 and is cheap to compute from it.
     kept = tuple(tap for tap in TAPS[1:] if tap in taps or tap == "s32")
 
     def features(variables, images):
-        taken = module.apply(variables, preprocess(images))
-        return {tap: taken[tap] for tap in kept}
+        cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+        taken = module.apply(cast, preprocess(images).astype(dtype))
+        return {tap: taken[tap].astype(jnp.float32) for tap in kept}
 
     def inputs(variables, features):
         return {tap: backbone.head(variables, features) if tap == "head" else features[tap] for tap in taps}
@@ -166,6 +174,20 @@ def build_network(description):
     finest = 32 if taps[-1] == "head" else int(taps[-1][1:])
     stride = min(finest, description["last_stride"])
     return Network(dict(description), kept, features, backbone.head, init, logits, stride)
+
+
+def feature_identity(description):
+    """What the backbone's features depend on, beside its weights and the images.
+
+    Args:
+      description: see `build_network`.
+
+    Returns:
+      dict that JSON can hold.
+    """
+    identity = {key: description[key] for key in ("backbone", "last_stride")}
+    dtype = description.get("compute_dtype", "float32")
+    return identity if dtype == "float32" else {**identity, "compute_dtype": dtype}
 
 
 def backbone_variables(description):

@@ -1,0 +1,180 @@
+"""The processes of a run, one or several: who is first, who does what, what all agree on: floor 6.
+
+Several processes, one on each host or more, run the same program and meet in the collectives of JAX. Everything here
+works, and costs nothing, with one process too.
+"""
+
+import json
+import socket
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class ProcessError(RuntimeError):
+    """The processes of a run do not find each other, or one of them has met an error; the message says which."""
+
+
+def join(coordinator=None, num_processes=None, process_id=None, *, timeout=300):
+    """Make this process one of several; before anything else of JAX.
+
+    Without arguments JAX finds the others by itself on SLURM, TPU pods, Open MPI and other clusters that it knows.
+
+    Args:
+      coordinator: host:port of process 0.
+      num_processes: how many there are.
+      process_id: number of this one, from 0 on.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      ValueError: if only some of the three are given, or they do not fit together.
+      ProcessError: if process 0 does not answer, or there is no cluster that JAX knows.
+    """
+    given = (coordinator, num_processes, process_id)
+    if any(value is not None for value in given):
+        _check(*given)
+        if process_id:
+            _wait_for(coordinator, timeout)
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"the processes could not be joined ({error}); outside a cluster that JAX knows give coordinator address, "
+            "number of processes and process id"
+        ) from error
+
+
+def is_first():
+    """Whether this process is the one that writes logs and pictures."""
+    return jax.process_index() == 0
+
+
+def share(length):
+    """The items that this process has to do, of a list that all have.
+
+    Args:
+      length: number of items.
+
+    Returns:
+      range of every n-th index, n processes.
+    """
+    return range(jax.process_index(), length, jax.process_count())
+
+
+def total(counts):
+    """The sum of integer arrays over the processes, exact.
+
+    Args:
+      counts: integer array of one shape in all processes.
+
+    Returns:
+      int64 array of that shape, the same in all processes.
+    """
+    counts = np.ascontiguousarray(counts, np.int64)
+    if jax.process_count() == 1:
+        return counts
+    # JAX would make 32 bits of them.
+    every = np.asarray(multihost_utils.process_allgather(counts.reshape(-1).view(np.uint32)))
+    return every.view(np.int64).reshape(-1, *counts.shape).sum(axis=0)
+
+
+def largest(number):
+    """The largest of an integer over the processes.
+
+    Args:
+      number: an integer of 31 bits.
+
+    Returns:
+      int, the same in all processes.
+    """
+    if jax.process_count() == 1:
+        return int(number)
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def first_decides(function):
+    """What a function gives in the first process, in all of them; its error too.
+
+    Args:
+      function: without arguments, called in the first process alone; returns what JSON can hold.
+
+    Returns:
+      What it returned.
+
+    Raises:
+      Exception: in the first process what the function raised.
+      ProcessError: in the others, if it raised.
+    """
+    if jax.process_count() == 1:
+        return function()
+    error, answer = None, {}
+    if is_first():
+        try:
+            answer = {"value": function()}
+        except Exception as raised:
+            error, answer = raised, {"error": str(raised)}
+    answer = _from_first(answer)
+    if error is not None:
+        raise error
+    if "error" in answer:
+        raise ProcessError(f"stopped with the first process: {answer['error']}")
+    return answer["value"]
+
+
+def from_first(arrays):
+    """Arrays as the first process has them.
+
+    Args:
+      arrays: pytree of arrays, of the same structure, shapes and dtypes in all processes.
+
+    Returns:
+      The pytree with NumPy arrays.
+    """
+    if jax.process_count() == 1:
+        return arrays
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(arrays))
+
+
+def _from_first(answer):
+    """A value that JSON can hold, as the first process has it."""
+    text = np.frombuffer(json.dumps(answer).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(length, np.uint8)
+    if is_first():
+        padded[:] = text
+    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8).tobytes())
+
+
+def _check(coordinator, num_processes, process_id):
+    """Refuse what JAX would end the interpreter for."""
+    if coordinator is None or num_processes is None or process_id is None:
+        raise ValueError(
+            "coordinator address, number of processes and process id go together; got "
+            f"{coordinator!r}, {num_processes!r} and {process_id!r}"
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"coordinator address: expected host:port, got {coordinator!r}")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(
+            f"process id: expected 0 to {num_processes - 1} for {num_processes} processes, got {process_id}"
+        )
+
+
+def _wait_for(coordinator, timeout):
+    """Wait until process 0 listens: JAX ends the interpreter, without a word of ours, if it does not."""
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ProcessError(
+                    f"no answer from process 0 at {coordinator} within {timeout} s ({error}): start it first, and "
+                    "check the address and the firewall"
+                ) from error
+        time.sleep(0.2)
