@@ -4,7 +4,7 @@ r"""Score a run on a split with masks.
 
 The checkpoint alone says what the network is. Without --data the data that the run was trained on is used. The last
 line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
-and the output says so.
+and the output says so. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
 import time
@@ -20,6 +20,7 @@ _SPLIT = flags.DEFINE_string("split", "val", "Name of the split.")
 _CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on each image at its own size.")
 _TAGS_GIVEN = flags.DEFINE_bool("tags_given", False, "Use the image tags at test time.")
 _CAM = flags.DEFINE_bool("cam", False, "Score the class maps of the frozen tag classifier instead; needs --tags_given.")
+reporting.define_process_flags()
 
 
 def main(argv):

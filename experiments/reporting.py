@@ -1,14 +1,17 @@
 """What the experiments share: opening a run for scoring, tables, pictures, and errors without a traceback."""
 
 import json
+import os
 import pathlib
+import signal
 import sys
 import time
 
+import jax
 import numpy as np
-from absl import app, logging
+from absl import app, flags, logging
 
-from lcrf_jax import evaluation, preparation
+from lcrf_jax import evaluation, preparation, processes, signals
 from lcrf_jax.checkpoints import CheckpointError, load_description, restore_params
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.data.sources import open_source
@@ -23,17 +26,39 @@ CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
 NUM_PICTURES = 8
 
 
-def run(main):
+def define_process_flags():
+    """Flags of a program that can run as several processes, see `lcrf_jax.processes`."""
+    flags.DEFINE_bool("distributed", False, "Run as one of several processes; clusters that JAX knows need no more.")
+    flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
+    flags.DEFINE_integer("num_processes", None, "Of several processes: how many.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Of several processes: number of this one, from 0 on.", lower_bound=0)
+
+
+def join_processes():
+    """Become one of several processes if the flags say so."""
+    values = flags.FLAGS.flag_values_dict()
+    given = [values.get(name) for name in ("coordinator", "num_processes", "process_id")]
+    if values.get("distributed"):
+        processes.join(*given)
+    elif any(value is not None for value in given):
+        raise ValueError("--coordinator, --num_processes and --process_id are of use with --distributed alone")
+
+
+def run(main, *, join=join_processes):
     """Run an experiment; what the user can mend ends with one line and exit code 1, not with a traceback."""
 
     def guarded(argv):
+        signals.raise_on_termination()
         try:
+            join()
+            signals.raise_on_termination()  # JAX has its own handler once the processes are joined
             main(argv)
-        except (ValueError, FileNotFoundError, CheckpointError, OSError) as error:
+        except (ValueError, FileNotFoundError, CheckpointError, OSError, processes.ProcessError) as error:
             logging.debug("traceback", exc_info=True)
-            sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command continues from the last checkpoint")
+            _leave(f"error: {error}")
+        except KeyboardInterrupt as request:
+            print(str(request) or "interrupted; what was saved before is kept", file=sys.stderr, flush=True)
+            sys.exit(128 + getattr(request, "signum", signal.SIGINT))
 
     def parsed(argv):
         try:
@@ -43,6 +68,14 @@ def run(main):
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parsed)
+
+
+def _leave(message):
+    """End with a message; one of several processes does not wait for the others, which could wait for it for ever."""
+    if jax.process_count() == 1:
+        sys.exit(message)
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def no_more_arguments(argv):
@@ -90,6 +123,8 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
         return
     segmenter, description, _ = load_segmenter(run_dir)
     scores = evaluation.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
+    if not processes.is_first():
+        return
     suffix = ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
     picture = run_dir / f"pictures_{source.split}{suffix}.png"
     picture_grid(scores.samples, picture, class_names=segmenter.class_names)

@@ -3,7 +3,8 @@ r"""Train the inference network from image tags.
     python -m experiments.train --config=experiments/configs/textures.py --workdir=runs/textures
     python -m experiments.train --config=experiments/configs/voc_animals.py --config.data.root=FOLDER --workdir=RUN
 
-A workdir that holds an unfinished run continues it. The folder gets checkpoints (last/, best/), config.json,
+A workdir that holds an unfinished run continues it, to the same parameters as without the interruption; Ctrl-C and SIGTERM
+save first. docs/scaling.md tells how to use many devices and hosts. The folder gets checkpoints (last/, best/), config.json,
 metrics.jsonl, tensorboard/, results_SPLIT.json and pictures_SPLIT.png; the last line printed is the mIoU of the best parameters
 without refinement.
 """
@@ -19,6 +20,7 @@ from lcrf_jax.runlog import say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+reporting.define_process_flags()
 
 
 def main(argv):

@@ -427,13 +427,21 @@ def _best_step(run_dir, steps):
     return max(records)[1]
 
 
+def _reader(handler):
+    """An orbax checkpointer that reads for this process alone: the others need not read at the same time."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
+    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
 def _read_record(folder):
     """The record of one step, checked."""
     if not (folder / "record").is_dir():
         raise CheckpointError(f"{folder} is incomplete: it has no record; "
                               "restore it from a copy or remove it")
     try:
-        record = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "record")
+        record = _reader(ocp.JsonCheckpointHandler).restore(folder / "record")
         intact = record["sha256_of_record"] == _record_digest(record) and str(record["step"]) == folder.name
     except Exception as error:  # whatever orbax meets in damaged files, of any type
         raise CheckpointError(f"{folder / 'record'} is damaged and cannot be read "
@@ -461,7 +469,7 @@ def _read_arrays(folder, digests):
         raise CheckpointError(f"{folder.parent} is incomplete: it has no {folder.name}; {advice}")
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in digests}
     try:
-        leaves = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
+        leaves = _reader(ocp.PyTreeCheckpointHandler).restore(
             folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
         found = _digests({name: np.asarray(leaf) for name, leaf in leaves.items()})
     except Exception as error:  # whatever orbax meets in damaged files, of any type

@@ -288,13 +288,14 @@ class StateWithoutChains(NamedTuple):
     step: jax.Array
     params: Any
     opt_state: Any
+    skipped: jax.Array
 
 
 def test_a_state_that_was_saved_without_chains_is_one_of_an_ordinary_run(prepared, uninterrupted, tmp_path):
     state = newest_state(prepared, uninterrupted)
     assert state.chains is None and state.step == 3
     with RunCheckpoints(tmp_path) as checkpoints:
-        checkpoints.save_last(9, StateWithoutChains(state.step, state.params, state.opt_state))
+        checkpoints.save_last(9, StateWithoutChains(state.step, state.params, state.opt_state, state.skipped))
     assert_same_trees(newest_state(prepared, tmp_path), state)
     with pytest.raises(CheckpointError, match=r"lacks \['chains'\].*new folder"):
         newest_state(with_chains(prepared), tmp_path)

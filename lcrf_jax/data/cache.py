@@ -133,7 +133,7 @@ def _begun(unfinished, num_records):
         arrays = {name: np.load(unfinished / f"{name}.npy", mmap_mode="r+") for name in progress["arrays"]}
         if arrays and {len(array) for array in arrays.values()} == {num_records}:
             return arrays, int(progress["rows"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: from the start
+    except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, or a damaged one: from the start
         pass
     return {}, 0
 
