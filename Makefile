@@ -8,11 +8,12 @@ READY := $(VENV)/.ready
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-slow lint clean
 
 help:
 	@echo 'make demo    set up .venv, train on the embedded data from tags alone, evaluate, draw'
 	@echo 'make test    set up .venv, run the tests'
+	@echo 'make test-slow  run the tests of killed runs and several processes, which make test leaves out'
 	@echo 'make lint    set up .venv, run the linter'
 	@echo 'make clean   remove .venv, the caches and the run of the demo'
 	@echo 'PYTHON=/path/to/python3.12 chooses the Python (3.11 or newer) that .venv is made with.'
@@ -23,6 +24,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -q -m "not slow"
+
+test-slow: $(READY)
+	$(VENV)/bin/python -m pytest -q -m slow
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -113,7 +113,7 @@ def first_decides(function):
     if is_first():
         try:
             answer = {"value": function()}
-        except Exception as raised:
+        except Exception as raised:  # noqa: BLE001 - told to the others, then raised
             error, answer = raised, {"error": str(raised)}
     answer = _from_first(answer)
     if error is not None:

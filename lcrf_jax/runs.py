@@ -7,7 +7,6 @@ import pathlib
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import runpy
+import subprocess
 import sys
 from typing import NamedTuple
 
@@ -41,3 +43,23 @@ def run(program, *arguments):
                 delattr(flags.FLAGS, name)
             flags.FLAGS.unparse_flags()
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def start(program, *arguments, num_devices=4):
+    """`python -m experiments.PROGRAM ARGUMENTS` as a process of its own."""
+    devices = f"--xla_force_host_platform_device_count={num_devices}"
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(devices.split("=")[0])]
+    return subprocess.Popen(
+        [sys.executable, "-m", f"experiments.{program}", *map(str, arguments)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": " ".join([*others, devices])},
+    )  # fmt: skip
+
+
+def finish(process, timeout=300):
+    """How a process ended."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return Ended(process.returncode, out, err)

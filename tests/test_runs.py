@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import reference
 from PIL import Image
+from small_runs import assert_same_trees, lines, small_config, train_and_kill
 
-from experiments.configs import base, tiny
 from lcrf_jax import evaluation, preparation, runs, training
 from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, restore_params
 from lcrf_jax.data.sources import Example
@@ -20,21 +20,6 @@ from lcrf_jax.data.textures import TexturesSource
 from lcrf_jax.inference import Segmenter, make_segmenter
 from lcrf_jax.kernels import KernelParams, scaled
 from lcrf_jax.methods import METHODS
-from lcrf_jax.runlog import metrics_history
-
-
-def small_config(directory, **changes):
-    config = tiny.get_config()
-    config.data.options = base.options(seed=0, size=96, num_train=24, num_val=4)
-    config.network.taps, config.network.widths = ("head", "s16"), (16, 12)
-    config.class_maps.grid = 6
-    config.epochs, config.log_every_steps = (2, 1), 2  # epochs of three steps
-    config.cache.directory = str(directory)
-    config = config.to_dict()
-    for path, value in changes.items():
-        group, _, name = path.rpartition("__")
-        (config[group] if group else config)[name] = value
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -52,19 +37,6 @@ def prepared(cache):
 def uninterrupted(prepared, tmp_path_factory):
     with contextlib.redirect_stderr(io.StringIO()):
         return runs.train(prepared, tmp_path_factory.mktemp("run"))
-
-
-class Killed(BaseException):
-    pass
-
-
-def assert_same_trees(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-def lines(workdir):
-    records = metrics_history(workdir)
-    return [{name: value for name, value in record.items() if name != "time"} for record in records]
 
 
 def test_planned_rounds():
@@ -126,22 +98,6 @@ def test_the_classifier_of_the_checkpoint_is_the_one_that_was_fitted(prepared, u
     stored = restore_params(uninterrupted)
     assert_same_trees(stored["classifier"], jax.tree.map(np.asarray, prepared.classifier._asdict()))
     assert_same_trees(stored["backbone"], prepared.variables)
-
-
-def train_and_kill(prepared, workdir, monkeypatch, stop, *, before_saving=False):
-    """Train until the step that is saved under the number `stop`."""
-    save_last = RunCheckpoints.save_last
-
-    def killed_around_saving(self, step, state, **kwargs):
-        if step != stop or not before_saving:
-            save_last(self, step, state, **kwargs)
-        if step == stop:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCheckpoints, "save_last", killed_around_saving)
-        with pytest.raises(Killed):
-            runs.train(prepared, workdir)
 
 
 @pytest.mark.parametrize("stop", [3, 6, 9], ids=["within a round", "between rounds", "before the first save"])
