@@ -1,11 +1,16 @@
 r"""Measure the library: speed, memory and accuracy, in one run.
 
     python -m experiments.bench crf [--against=pydensecrf2] [--large] [--out=FILE]
+    python -m experiments.bench train --config=experiments/configs/textures.py [--out=FILE]
 
 crf measures the dense CRF on a photograph of scikit-image, or --image=FILE: every form of the kernel at several sizes,
 against the exact sum; mean field, alone and in turns with another implementation; labels against exact mean field; cost
 against pixels. Each row is measured by a process of its own. The last line is the speed-up of mean field at the largest of
 --sizes. It takes five minutes or more on two cores, and other work on the machine spoils the times.
+
+train measures the train step of a configuration on its data, on all devices of this process: time, memory, images per
+second; and what saving and the checks for losses that are not finite add to it. Features are computed if they are not
+cached yet. The last line is that share.
 """
 
 import pathlib
@@ -14,12 +19,14 @@ import tempfile
 
 import jax
 from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 
-from experiments import crf_measurements, measuring, reporting
+from experiments import crf_measurements, measuring, reporting, train_measurements
 from experiments.measuring import Report, Timing, number, per_cent
 from lcrf_jax.data.images import read_image
 from lcrf_jax.filters import FORMS
+from lcrf_jax.preparation import prepare
 from lcrf_jax.runlog import say
 
 _AGAINST = flags.DEFINE_enum("against", None, sorted(crf_measurements.PEERS), "Another implementation to compare with.")
@@ -36,6 +43,7 @@ _REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Most repetitions of a tim
 _FRESH = flags.DEFINE_bool(
     "fresh_processes", True, "Measure each row in a process of its own, as peak memory needs it."
 )
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Of train: the configuration.", lock_config=True)
 _OUT = flags.DEFINE_string("out", None, "File to write the tables to, as Markdown.")
 
 UNARIES = ("every class", "3 classes")
@@ -90,7 +98,33 @@ def crf(report):
     return f"speed-up against {peer}, mean field {_name(sizes[-1])}x{_NUM_CLASSES.value}: {speedup:.2f}"
 
 
-BENCHMARKS = {"crf": crf}
+def train(report):
+    """The train step; the last line, which says what it costs to lose nothing."""
+    if _CONFIG.value is None:
+        raise ValueError("bench train needs --config=FILE, such as experiments/configs/textures.py")
+    prepared = prepare(_CONFIG.value.to_dict())
+    config, repetitions = prepared.config, _REPETITIONS.value
+    timing, compiling, planned = train_measurements.step(prepared, repetitions)
+    checks = train_measurements.finite_checks(prepared, repetitions)
+    begun, whole, size = train_measurements.saving(prepared, repetitions)
+    table = report.table(
+        f"Train step of {config['method']}: {config['batch_size']} images at {prepared.grid} x {prepared.grid} logits, "
+        f"{jax.device_count()} device(s), {train_measurements.num_weights(prepared):,} trainable weights, products in "
+        f"{config['network']['compute_dtype']}, {config['accumulation_steps']} part(s). Wall time in ms as median (least) "
+        f"of up to {repetitions} calls, then the CPU time of all threads.",
+        {"what": 46, "ms": 24, "": 30},
+    )
+    table.row("step", timing, f"{1e3 * config['batch_size'] / timing.median:.1f} images/s")
+    table.row("compiling it", f"{1e3 * compiling:.0f}", None)
+    table.row("memory of the step on each device", None, "unknown" if planned is None else f"{planned / 1e6:.0f} MB")
+    table.row("choosing between old and new state, by itself", checks, None)
+    table.row("saving, until training goes on", begun, f"{size:.1f} MB of state")
+    table.row("saving, until it is on the disk", whole, f"each {config['save_every_steps']} steps")
+    share = (checks.median + whole.median / config["save_every_steps"]) / timing.median
+    return f"checks and saving, at most: {per_cent(share)} % of the step"
+
+
+BENCHMARKS = {"crf": crf, "train": train}
 
 
 class _Measurer:

@@ -10,6 +10,8 @@ the same command goes on where it was interrupted. Several processes share the p
 other, only how many they are: --num_processes=4 --process_id=0 and so on, or --distributed on a cluster that JAX knows.
 """
 
+import concurrent.futures
+import contextlib
 import glob
 import json
 import os
@@ -79,24 +81,36 @@ def join():
 def remaining(todo, out, settings):
     """The photographs that have no mask yet; refuses to mix masks of different settings."""
     path = out / SETTINGS_FILE
-    there = [mask for _, mask in todo if mask.exists()]
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not _OVERWRITE.value and not path.exists() and any(mask.exists() for _, mask in todo):
+        raise ValueError(f"{out} holds masks of unknown origin; give another --out, or --overwrite to replace them")
+    if not path.exists() or _OVERWRITE.value and _stored(path) != settings:
+        _store(path, settings)
+    before = _stored(path)
     if before != settings:
-        if not _OVERWRITE.value and (before is not None or there):
-            changed = "of unknown origin" if before is None else "made with " + ", ".join(
-                f"{name} {before.get(name)!r} and not {settings[name]!r}"
-                for name in settings if before.get(name) != settings[name]
-            )
-            raise ValueError(f"{out} holds masks {changed}; give another --out, or --overwrite to replace them")
-        out.mkdir(parents=True, exist_ok=True)
-        with own_folder(out, ".unfinished-") as unfinished:
-            (unfinished / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished / SETTINGS_FILE, path)
+        changed = ", ".join(f"{name} {before.get(name)!r} and not {settings[name]!r}"
+                            for name in settings if before.get(name) != settings[name])  # fmt: skip
+        raise ValueError(f"{out} holds masks made with {changed}; give another --out, or --overwrite to replace them")
     if _OVERWRITE.value:
         return todo
     since = path.stat().st_mtime  # older masks are of the settings before
     return [(photo, mask) for photo, mask in todo
             if not mask.exists() or mask.stat().st_mtime < max(since, photo.stat().st_mtime)]  # fmt: skip
+
+
+def _stored(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _store(path, settings):
+    """Write the settings, unless another process was faster; with --overwrite in any case."""
+    with own_folder(path.parent, ".unfinished-") as unfinished:
+        new = unfinished / path.name
+        new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        if _OVERWRITE.value:
+            os.replace(new, path)
+            return
+        with contextlib.suppress(FileExistsError):
+            os.link(new, path)
 
 
 def write_mask(path, labels, unfinished):
@@ -117,6 +131,17 @@ def read_images(paths):
     return images, failures
 
 
+def batches(todo, size):
+    """(photographs with their masks, images, failures) of each batch; the next one is read meanwhile."""
+    parts = [dict(todo[start : start + size]) for start in range(0, len(todo), size)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read_images, parts[0]) if parts else None
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            images, failures = ahead.result()
+            ahead = pool.submit(read_images, following) if following else None
+            yield part, images, failures
+
+
 def main(argv):
     """Segment every photograph of this process' share."""
     reporting.no_more_arguments(argv)
@@ -133,9 +158,7 @@ def main(argv):
         say(f"{len(share) - len(todo)} of these were done before")
     failures, batch_size = {}, BATCH_SIZE * jax.local_device_count()
     with Progress(len(todo), title="predict") as bar, own_folder(out, ".unfinished-") as unfinished:
-        for start in range(0, len(todo), batch_size):
-            masks = dict(todo[start : start + batch_size])
-            images, unreadable = read_images(masks)
+        for masks, images, unreadable in batches(todo, batch_size):
             failures |= unreadable
             if images:
                 results = segment_batch(segmenter, list(images.values()), crf=_CRF.value, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""Run folders: what is saved, where, and how it comes back: floor 5, and the only file that knows orbax.
+"""Run folders: what is saved, where, and how it comes back; the only file that knows orbax.
 
     RUN/config.json     the description: network, class names, input, preprocessing, training configuration
     RUN/last/STEP/      newest training states, two of them: params, rest (optimiser, keys, counters), record

@@ -70,10 +70,10 @@ class CachedViews:
     """The records of a `ViewDataset` with frozen features in place of images, kept on disk.
 
     Records and their order are those of the views; instead of "image" they hold the taps (float16) and "guide"
-    (uint8).
+    (uint8), and "mask" where masks are given.
 
     Args:
-      views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`.
+      views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`; its masks, if it has some, are not used.
       network: lcrf_jax.nets.network.Network.
       variables: of its backbone.
       weights_digest: sha256 of the backbone's weights.
@@ -81,6 +81,8 @@ class CachedViews:
       guide_stride: pixels of the view per cell of the guide; None is the grid of the logits.
       batch_size: images that pass the backbone at once.
       progress: called with the number of images after each batch.
+      masks: the same views of a source with masks, or None. They are kept by themselves, so that methods with and without
+        them share the features.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class CachedViews:
         guide_stride=None,
         batch_size=16,
         progress=no_progress,
+        masks=None,
     ):
         self.num_views, self._length = views.num_views, len(views)
         description = {**feature_identity(network.description), "taps": network.description["taps"]}
@@ -106,10 +109,11 @@ class CachedViews:
             for count, batch in _batched(views, batch_size, progress, first):
                 inputs = {name: np.asarray(array)[:count] for name, array in run(batch["image"]).items()}
                 rows = {"guide": np.round(inputs.pop("guide")).astype(np.uint8)}
-                rows |= {tap: array.astype(np.float16) for tap, array in inputs.items()}
-                yield rows | {"mask": batch["mask"][:count]} if "mask" in batch else rows
+                yield rows | {tap: array.astype(np.float16) for tap, array in inputs.items()}
 
         self._arrays = cached_arrays(directory, identity, len(views), batches)
+        if masks is not None:
+            self._arrays |= _cached_masks(masks, directory, batch_size)
         self._names, self._tags = views.source.names, views.source.tags
 
     def __len__(self):
@@ -125,6 +129,17 @@ class CachedViews:
         """[N, h, w, C] features of one tap of all images in the given view, memory-mapped."""
         count = len(self) // self.num_views
         return self._arrays[name][view * count : (view + 1) * count]
+
+
+def _cached_masks(views, directory, batch_size):
+    """The masks of views, kept on disk."""
+
+    def batches(first):
+        for start in range(first, len(views), batch_size):
+            stop = min(start + batch_size, len(views))
+            yield {"mask": np.stack([views[i]["mask"] for i in range(start, stop)])}
+
+    return cached_arrays(directory, {"kind": "masks", "views": views.identity}, len(views), batches)
 
 
 class ClassMaps(NamedTuple):

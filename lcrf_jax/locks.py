@@ -1,4 +1,4 @@
-"""Files that one process holds while it lives: floor 6.
+"""Files that one process holds while it lives.
 
 A lock is an advisory lock of the operating system on an open file (flock). It goes with the process, however that ends,
 so a killed run leaves nothing behind that has to be cleaned up by hand.

@@ -175,11 +175,14 @@ def prepare(config):
     for this in rounds:
         images_of_round(method, this, train.tags)
     views = ViewDataset(train, size=size, **config["views"])
-    whole = views if config["cache"]["features"] else ViewDataset(train, 1, size)
+    whole = ViewDataset(_without_masks(config, train), size=size, **config["views"])
+    if not config["cache"]["features"]:
+        whole = ViewDataset(whole.source, 1, size)
     with image_progress("features", len(whole)) as done:
         stride = guide_stride(config, network)
         cached = CachedViews(
-            whole, network, variables, digest, directory=directory, guide_stride=stride, progress=done
+            whole, network, variables, digest, directory=directory, guide_stride=stride, progress=done,
+            masks=views if train.masks and config["cache"]["features"] else None,
         )
     views = cached if config["cache"]["features"] else views
     prepared = Prepared(config, train, val, network, variables, digest, views, None, None)
@@ -196,6 +199,14 @@ def prepare(config):
         ranks = saliency_rank(_gradient_saliency(prepared, directory))
         prepared = prepared._replace(gradient_saliency=np.asarray(ranks, np.float16)[..., None])
     return prepared._replace(cues=_cues(prepared, directory)) if "cues" in inputs else prepared
+
+
+def _without_masks(config, train):
+    """The training source as methods that learn from tags have it: features know nothing of masks."""
+    data = config["data"]
+    if not train.masks:
+        return train
+    return open_source(data["kind"], data["train_split"], masks=False, root=data["root"], **data["options"])
 
 
 def _with_class_maps(prepared, cached, views_identity, directory):

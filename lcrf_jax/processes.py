@@ -1,4 +1,4 @@
-"""The processes of a run, one or several: who is first, who does what, what all agree on: floor 6.
+"""The processes of a run, one or several: who is first, who does what, what all agree on.
 
 Several processes, one on each host or more, run the same program and meet in the collectives of JAX. Everything here
 works, and costs nothing, with one process too.

@@ -1,4 +1,4 @@
-"""Pictures of masks: the VOC palette, overlays, palette PNGs and a grid to look at: floor 5."""
+"""Pictures of masks: the VOC palette, overlays, palette PNGs and a grid to look at."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: a progress bar, JSON lines and TensorBoard scalars: floor 5."""
+"""What a run says about itself: a progress bar, JSON lines and TensorBoard scalars."""
 
 import contextlib
 import io
@@ -119,16 +119,18 @@ class Progress:
       stream: where to write; None is standard error.
       seconds_between_lines: least time between two lines where the stream is no terminal.
       clock: function that returns seconds; for tests.
+      started: when the work began, by that clock; None is now.
     """
 
     def __init__(self, num_steps, *, first_step=0, title="train", stream=None, seconds_between_lines=10.0,
-                 clock=time.monotonic):
+                 clock=time.monotonic, started=None):
         if not is_first():
             stream = io.StringIO()
         self._stream = sys.stderr if stream is None else stream
         self._num_steps, self._step, self._title = num_steps, first_step, title
         self._clock, self._every = clock, seconds_between_lines
-        self._started = self._last_line = clock()
+        self._last_line = clock()
+        self._started = self._last_line if started is None else started
         self._num_images, self._terms, self._printed_step = 0, "", None
         self._bar = None
         if self._stream.isatty():
@@ -196,11 +198,11 @@ def image_progress(title, total):
     Images that an earlier run has done (`earlier=True`) count, but not for the speed.
     """
     with contextlib.ExitStack() as stack:
-        bars = []
+        bars, started = [], time.monotonic()
 
         def done(count, *, earlier=False):
             if not bars:
-                bars.append(stack.enter_context(Progress(total, title=title)))
+                bars.append(stack.enter_context(Progress(total, title=title, started=started)))
             bars[0].update(num_images=0 if earlier else count, num_steps=count)
 
         yield done

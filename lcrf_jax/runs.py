@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lcrf_jax import training
 from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, save_description
 from lcrf_jax.data.cache import cached_arrays
-from lcrf_jax.data.pipeline import ImageSubset, device_prefetch, make_loader, stack_records
+from lcrf_jax.data.pipeline import ImageSubset, device_prefetch, make_loader
 from lcrf_jax.evaluation import evaluate
 from lcrf_jax.inference import make_segmenter
 from lcrf_jax.locks import locked
@@ -127,6 +127,21 @@ def _flat(settings, prefix=""):
     return flat
 
 
+def first_step(prepared):
+    """The train step of the first round and what it takes, for measurements.
+
+    Args:
+      prepared: Prepared, of a method that trains.
+
+    Returns:
+      (jitted step, state that begins, batch on the devices, key), see `lcrf_jax.training.make_train_step`.
+    """
+    this = planned_rounds(prepared.config, len(prepared.train))[0]
+    mesh, key = training.data_mesh(), jax.random.key(prepared.config["seed"])
+    batch = training.numeric_arrays(next(_round_batches(prepared, this, None, mesh)))
+    return _step_function(prepared, this, mesh), _fresh_state(prepared, this, key, mesh), batch, key
+
+
 def step_bytes(prepared):
     """Memory that the compiled train step of the first round needs: what XLA plans for arguments, results and between.
 
@@ -136,14 +151,22 @@ def step_bytes(prepared):
     Returns:
       int, bytes on each device; None if the method trains nothing or the platform does not tell.
     """
-    rounds = planned_rounds(prepared.config, len(prepared.train))
-    if not rounds:
+    if not planned_rounds(prepared.config, len(prepared.train)):
         return None
-    mesh, key = training.data_mesh(), jax.random.key(0)
-    records, batch_size = training_records(prepared), prepared.config["batch_size"]
-    batch = training.numeric_arrays(stack_records([records[i % len(records)] for i in range(batch_size)]))
-    state = jax.eval_shape(lambda: _fresh_state(prepared, rounds[0], key, mesh))
-    plan = _step_function(prepared, rounds[0], mesh).lower(state, batch, key).compile().memory_analysis()
+    step, *arguments = first_step(prepared)
+    return planned_bytes(step.lower(*arguments).compile())
+
+
+def planned_bytes(program):
+    """Memory that XLA plans for a compiled program, donated arguments once.
+
+    Args:
+      program: compiled function.
+
+    Returns:
+      int, bytes on each device; None if the platform does not tell.
+    """
+    plan = program.memory_analysis()
     if plan is None:
         return None
     used = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""Ending on request: SIGTERM and Ctrl-C between two steps instead of in the middle of one: floor 6."""
+"""Ending on request: SIGTERM and Ctrl-C between two steps instead of in the middle of one."""
 
 import signal
 import sys

@@ -257,6 +257,17 @@ def test_a_half_written_save_is_passed_over(run):
         assert checkpoints.restore_last(make_state()).step == 2
 
 
+def test_a_state_under_the_wrong_step_is_damaged(run):
+    os.rename(run / "last" / "2", run / "last" / "7")
+    with RunCheckpoints(run) as checkpoints:
+        assert checkpoints.restore_last(make_state()).step == 1
+    [moved] = (run / "damaged").iterdir()
+    assert moved.name.startswith("last-7-")
+    os.rename(run / "best" / "2", run / "best" / "3")
+    with pytest.raises(CheckpointError, match="does not match its checksum or the number of its step"):
+        restore_params(run)
+
+
 def test_missing_and_empty_best(run, tmp_path):
     with pytest.raises(CheckpointError, match="got none; give the --workdir of a run that has saved one"):
         restore_params(tmp_path / "nowhere")

@@ -13,7 +13,7 @@ import reference
 
 from lcrf_jax.nets.decoder import Decoder, UpConv
 from lcrf_jax.nets.efficientnet_lite import EfficientNetLite0, preprocess
-from lcrf_jax.nets.network import BACKBONES, SmallBackbone, backbone_variables, build_network
+from lcrf_jax.nets.network import BACKBONES, SmallBackbone, backbone_variables, build_network, feature_identity
 from lcrf_jax.nets.pretrained import LITE0_SHA256
 
 SMALL = {"backbone": "small", "last_stride": 32, "taps": ["s32", "s16", "s8", "s4"],
@@ -272,6 +272,23 @@ def test_every_parameter_is_trained_and_extremes_are_finite():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params, extreme)))
 
 
+def test_bfloat16_is_for_products_alone():
+    """Parameters, features and logits are float32, and differ from those of float32 products by its rounding."""
+    exact, rough = build_network(SMALL), build_network({**SMALL, "compute_dtype": "bfloat16"})
+    variables, pictures = variables_of("small"), images(0, 64, 64)
+    features = [jax.jit(network.features)(variables, pictures) for network in (exact, rough)]
+    params = randomised(3, jax.eval_shape(rough.init, jax.random.key(0), variables, features[0]))
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, features))} == {jnp.dtype("float32")}
+    outputs = [jax.jit(network.logits)(params, variables, features[0]) for network in (exact, rough)]
+    for expected, found in (*zip(*map(jax.tree.leaves, features), strict=True), outputs):
+        assert found.dtype == jnp.float32
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        assert 1e-4 < error < 2e-2
+    same = build_network({**SMALL, "compute_dtype": "float32"})
+    np.testing.assert_array_equal(jax.jit(same.logits)(params, variables, features[0]), outputs[0])
+    assert feature_identity(exact.description) == feature_identity(same.description) != feature_identity(rough.description)
+
+
 def test_the_description_is_kept_and_fits_into_json():
     network = build_network(json.loads(json.dumps(LITE0)))
     assert network.description == LITE0 and network.description is not LITE0
@@ -295,6 +312,7 @@ def test_weights_are_known_by_their_hash():
     ({"dropout": 1.0}, r"network.dropout: expected a share .* got 1.0"),
     ({"dropout": -0.1}, r"network.dropout: expected a share .* got -0.1"),
     ({"num_classes": 1}, r"network.num_classes: .* got 1"),
+    ({"compute_dtype": "float16"}, r"network.compute_dtype: expected one of \['bfloat16', 'float32'\], got 'float16'"),
     ({"wdiths": [8]}, r"network: expected the entries \['backbone', .*\], got \[.*'wdiths'"),
 ])
 def test_a_wrong_description_is_refused(change, message):

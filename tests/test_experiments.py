@@ -3,12 +3,14 @@
 import csv
 import itertools
 import json
+import os
 import pathlib
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -193,7 +195,7 @@ def test_predict_writes_a_palette_png_for_every_photograph(checkpoint, tmp_path)
     assert ended.code == 0, ended.err
     assert "3 masks in" in ended.out and "0 background, 1 ring" in ended.out
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(
-        str(pathlib.Path(name).with_suffix(".png")) for name in sizes)
+        ["predictions.json", *(str(pathlib.Path(name).with_suffix(".png")) for name in sizes)])
     for name, size in sizes.items():
         path = (out / name).with_suffix(".png")
         with Image.open(path) as mask:
@@ -213,7 +215,40 @@ def test_a_broken_photograph_is_listed_and_the_others_are_done(checkpoint, tmp_p
     assert_refused(ended, "error: 3 of 5 images could not be done:")
     last = ended.err.rstrip().splitlines()[-3:]
     assert [str(tmp_path / name) in line for name, line in zip(("b.jpg", "d.jpg", "e.jpg"), last)] == [True] * 3
-    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png", "predictions.json"]
+
+
+def test_masks_that_are_there_are_not_made_again_and_never_mixed(checkpoint, tmp_path):
+    out = tmp_path / "masks"
+    for name in "abc":
+        Image.new("RGB", (20, 30), "red").save(tmp_path / f"{name}.jpg")
+    command = ("predict", f"--checkpoint={checkpoint}", f"--images={tmp_path}/*.jpg", f"--out={out}")
+    assert "done before" not in run(*command).out
+    (out / "b.png").unlink()
+    Image.new("RGB", (30, 30), "blue").save(tmp_path / "c.jpg")
+    os.utime(tmp_path / "c.jpg", ns=(time.time_ns() + 10**9,) * 2)
+    before = (out / "a.png").stat().st_mtime_ns
+    again = run(*command)
+    assert again.code == 0 and "1 of these were done before" in again.out and "3 masks in" in again.out
+    assert (out / "a.png").stat().st_mtime_ns == before and read_mask(out / "c.png", 7).shape == (30, 30)
+    assert_refused(run(*command, "--crf"), "holds masks made with crf False and not True; give another --out")
+    assert run(*command, "--crf", "--overwrite").code == 0
+    assert (out / "a.png").stat().st_mtime_ns > before and '"crf": true' in (out / "predictions.json").read_text()
+    (out / "predictions.json").unlink()
+    assert_refused(run(*command), "holds masks of unknown origin; give another --out, or --overwrite")
+
+
+def test_processes_share_the_photographs_by_their_numbers(checkpoint, tmp_path):
+    for name in "abcde":
+        Image.new("RGB", (20, 30), "red").save(tmp_path / f"{name}.jpg")
+    command = ("predict", f"--checkpoint={checkpoint}", f"--images={tmp_path}/*.jpg", f"--out={tmp_path / 'masks'}")
+    ended = run(*command, "--num_processes=2", "--process_id=1")
+    assert ended.code == 0 and "5 images" in ended.out and "2 of them are the share of this process" in ended.out
+    assert sorted(path.name for path in (tmp_path / "masks").glob("*.png")) == ["b.png", "d.png"]
+    assert run(*command, "--num_processes=2", "--process_id=0").code == 0
+    assert len(list((tmp_path / "masks").glob("*.png"))) == 5
+    assert_refused(run(*command, "--process_id=0"), "--process_id: expected 0 to --num_processes - 1, got 0 of None")
+    assert_refused(run(*command, "--num_processes=2", "--process_id=2"), "got 2 of 2")
 
 
 def test_photographs_are_not_lost_to_masks(checkpoint, tmp_path):

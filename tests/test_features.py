@@ -28,7 +28,7 @@ class Pictures:
     split = "train"
 
     def __init__(self, *, masks=False, seed=0):
-        self._masks, self._seed = masks, seed
+        self.masks, self._seed = masks, seed
         self.names = tuple(f"picture {i}" for i in range(NUM_IMAGES))
         self.tags = np.random.default_rng(seed).random((NUM_IMAGES, NUM_CLASSES)) < 0.5
         self.tags[:, 0] = True
@@ -43,7 +43,7 @@ class Pictures:
         height, width = 50 + 7 * index, 90 - 5 * index
         image = reference.smooth_image(100 * self._seed + index, height, width).astype(np.uint8)
         mask = np.random.default_rng(index).integers(0, NUM_CLASSES, image.shape[:2]).astype(np.uint8)
-        return Example(self.names[index], image, self.tags[index], mask if self._masks else None)
+        return Example(self.names[index], image, self.tags[index], mask if self.masks else None)
 
 
 @functools.cache
@@ -60,10 +60,12 @@ def cached(
     directory, source, *, num_views=3, digest="weights", network=None, size=SIZE, counted=None, **options
 ):
     views = ViewDataset(source, num_views, size, **{**VIEWS, **options})
-    progress = (lambda count: None) if counted is None else counted.append
+    progress = features.no_progress if counted is None else lambda count, earlier=False: counted.append(count)
     network, variables = (network or network_and_variables()[0]), network_and_variables()[1]
+    plain = ViewDataset(Pictures(), num_views, size, **{**VIEWS, **options}) if source.masks else views
     return views, features.CachedViews(
-        views, network, variables, digest, directory=directory, batch_size=4, progress=progress)
+        plain, network, variables, digest, directory=directory, batch_size=4, progress=progress,
+        masks=views if source.masks else None)
 
 
 def test_guide_image_is_the_mean_colour_of_each_cell():
@@ -209,7 +211,7 @@ def test_mean_map():
 def maps_of(directory, source, *, num_views=2, extra_sizes=(96,), grid=8, weights=None, counted=None):
     _, records = cached(directory, source, num_views=num_views)
     weights = some_weights() if weights is None else weights
-    progress = (lambda count: None) if counted is None else counted.append
+    progress = features.no_progress if counted is None else lambda count, earlier=False: counted.append(count)
     return features.class_maps(
         source, records, *network_and_variables(), weights, extra_sizes=extra_sizes, grid=grid,
         identity={"source": repr(source.fingerprint), "weights": float(weights[0, 0])}, directory=directory,

@@ -11,6 +11,7 @@ import lcrf_jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCALING, FAULTS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("scaling.md", "faults.md"))
 
 
 def test_the_library_example_runs():
@@ -34,19 +35,22 @@ def test_the_example_of_the_dense_crf_runs():
 
 
 def test_every_flag_and_config_of_the_commands_exists():
-    commands = re.findall(r"^ {4}python -m (experiments\.\w+) +(.*)$", README, re.MULTILINE)
+    text = (README + SCALING).replace("\\\n", " ")
+    commands = re.findall(r"^ {4}.*?python -m (experiments\.\w+) +(.*)$", text, re.MULTILINE)
     assert {module for module, _ in commands} >= {"experiments.train", "experiments.evaluate", "experiments.predict"}
     for module, arguments in commands:
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        if "define_process_flags()" in source:
+            source += (ROOT / "experiments" / "reporting.py").read_text(encoding="utf-8")
         for flag in re.findall(r"--(\w+)(?=[=\s]|$)", arguments):
             assert f'"{flag}"' in source, (module, flag)
         for config in re.findall(r"--config=(\S+)", arguments):
-            assert (ROOT / config).is_file()
+            assert config == "CONFIG" or (ROOT / config).is_file()
 
 
 def test_settings_named_in_the_readme_exist():
     config = importlib.import_module("experiments.configs.base").get_config()
-    for dotted in set(re.findall(r"--config\.([a-z_.]+)=", README)):
+    for dotted in set(re.findall(r"--config\.([a-z_.]+)=", README + SCALING)):
         value = config
         for name in dotted.split("."):
             value = value[name]
@@ -55,3 +59,13 @@ def test_settings_named_in_the_readme_exist():
 def test_files_and_pictures_of_the_readme_exist():
     for path in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_every_fault_of_the_page_has_a_test():
+    defined = {name for path in (ROOT / "tests").glob("test_*.py")
+               for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}  # fmt: skip
+    rows = [line for line in FAULTS.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert len(rows) > 20
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named and set(named) <= defined, row

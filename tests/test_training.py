@@ -41,10 +41,12 @@ def objective_of(estimator):
 
 
 @functools.cache
-def step_function(num_devices, estimator="gumbel_softmax"):
+def step_function(num_devices, estimator="gumbel_softmax", accumulation_steps=1):
     mesh = training.data_mesh(jax.devices()[:num_devices])
     optimizer = training.make_optimizer(**OPTIMIZER)
-    return training.make_train_step(*network_and_variables(), objective_of(estimator), optimizer, mesh)
+    return training.make_train_step(
+        *network_and_variables(), objective_of(estimator), optimizer, mesh, accumulation_steps=accumulation_steps,
+        max_skipped=3)
 
 
 @functools.cache
@@ -94,6 +96,74 @@ def test_one_and_four_devices_give_the_same_parameters():
     start = jax.tree.map(np.asarray, fresh_state(1).params)
     moved = [np.abs(a - b).max() for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(one.params))]
     assert min(moved) > 1e-4
+
+
+@pytest.mark.parametrize(("num_devices", "parts"), [(1, 2), (1, 8), (2, 4)])
+@pytest.mark.parametrize("estimator", ["gumbel_softmax", "mcmc"])
+def test_parts_of_a_batch_add_up_to_the_batch(num_devices, parts, estimator):
+    key = jax.random.key(0)
+    whole, metrics = step_function(1, estimator)(fresh_state(1, estimator=estimator), step_batch(), key)
+    state, found = step_function(num_devices, estimator, parts)(
+        fresh_state(num_devices, estimator=estimator), step_batch(), key)
+    assert set(found) == set(metrics)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    if estimator == "mcmc":
+        np.testing.assert_array_equal(state.chains, whole.chains)
+
+
+def test_parts_of_a_batch_of_images():
+    images = {name: value for name, value in image_batch().items() if name not in ("mask", "index")}
+    _, whole = step_function(4)(fresh_state(4), images, jax.random.key(0))
+    _, parts = step_function(2, accumulation_steps=2)(fresh_state(2), images, jax.random.key(0))
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5)
+
+
+def poisoned(batch, row=3):
+    """The batch with a class map of one image that is not a number."""
+    maps = batch["class_maps"].copy()
+    maps[row] = np.nan
+    return {**batch, "class_maps": maps}
+
+
+@pytest.mark.parametrize("estimator", ["gumbel_softmax", "mcmc"])
+def test_a_step_without_a_finite_loss_changes_nothing_but_its_number(estimator):
+    step, key = step_function(4, estimator), jax.random.key(0)
+    state, _ = step(fresh_state(4, estimator=estimator), step_batch(), key)
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, poisoned(step_batch()), key)
+    assert np.isnan(metrics["loss"]) and metrics["skipped_steps"] == 1
+    assert state.step == 2 and state.skipped.tolist() == [1, 1]
+    for name in ("params", "opt_state", "chains"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(before, name))
+    state, metrics = step(state, step_batch(), key)
+    assert np.isfinite(metrics["loss"]) and state.skipped.tolist() == [1, 0]
+    assert not np.array_equal(state.params["logits"]["kernel"], before.params["logits"]["kernel"])
+
+
+def test_too_many_skipped_steps_in_a_row_stay_until_they_are_seen():
+    step, key, state = step_function(4), jax.random.key(0), fresh_state(4)
+    for number in range(3):
+        state, _ = step(state, poisoned(step_batch()), key)
+        assert state.skipped.tolist() == [number + 1] * 2
+    before = jax.tree.map(np.array, state.params)
+    state, metrics = step(state, step_batch(), key)
+    assert np.isfinite(metrics["loss"]) and state.skipped[1] == 4
+    jax.tree.map(np.testing.assert_array_equal, state.params, before)
+
+
+@pytest.mark.parametrize(("batch_size", "num_devices", "parts", "message"), [
+    (10, 4, 1, "10 images cannot be shared by 4 device.*multiple of 4, such as 8"),
+    (8, 4, 3, "in 3 part.*multiple of 12, such as 12"),
+    (8, 4, 0, "accumulation_steps: expected 1 or more, got 0"),
+])
+def test_batches_that_cannot_be_shared(batch_size, num_devices, parts, message):
+    with pytest.raises(ValueError, match=message):
+        training.check_batch_size(batch_size, num_devices, parts)
+    training.check_batch_size(24, 4, 3)
 
 
 def test_the_same_key_gives_the_same_bits():

@@ -40,6 +40,7 @@ class Source(Protocol):
       split: name of the split.
       names: identifiers of the examples, in order.
       tags: [N, K] bool, the tags of all examples.
+      masks: whether examples carry masks.
       fingerprint: anything whose repr changes when an image or a mask does; caches are keyed by it.
     """
 
@@ -47,6 +48,7 @@ class Source(Protocol):
     split: str
     names: tuple[str, ...]
     tags: np.ndarray
+    masks: bool
     fingerprint: tuple
 
     def __len__(self) -> int:

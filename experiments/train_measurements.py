@@ -1,0 +1,77 @@
+"""What `experiments.bench train` measures: the train step, and what it costs to lose nothing."""
+
+import functools
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+
+from experiments import measuring
+from lcrf_jax import runs, training
+from lcrf_jax.checkpoints import RunCheckpoints
+
+
+def step(prepared, repetitions):
+    """(Timing of a step, seconds of compiling, bytes that XLA plans)."""
+    function, state, batch, key = runs.first_step(prepared)
+    started = time.perf_counter()
+    program = function.lower(state, batch, key).compile()
+    seconds, box = time.perf_counter() - started, [state]
+
+    def call():
+        box[0], metrics = program(box[0], batch, key)
+        jax.block_until_ready((box[0], metrics))
+
+    call()
+    [timing] = measuring.timings([call], repetitions, budget=30.0)
+    return timing, seconds, runs.planned_bytes(program)
+
+
+def finite_checks(prepared, repetitions):
+    """Timing of the choice between the old and the new state by itself: within a step XLA fuses it with the update."""
+    _, state, _, _ = runs.first_step(prepared)
+
+    @jax.jit
+    def check(old, new, loss, norm):
+        usable = jnp.isfinite(loss) & jnp.isfinite(norm)
+        return jax.tree.map(functools.partial(jnp.where, usable), new, old)
+
+    new = jax.tree.map(lambda leaf: leaf + 0, state)
+    arguments = state, new, jnp.float32(0), jnp.float32(0)
+    jax.block_until_ready(check(*arguments))
+    [timing] = measuring.timings([lambda: jax.block_until_ready(check(*arguments))], repetitions)
+    return timing
+
+
+def saving(prepared, repetitions):
+    """(Timing of a save until training goes on, Timing of a save until it is on the disk, megabytes of the state)."""
+    _, state, _, _ = runs.first_step(prepared)
+    numbers = iter(range(10**6))
+    with tempfile.TemporaryDirectory() as folder, RunCheckpoints(folder) as checkpoints:
+
+        def save():
+            checkpoints.save_last(next(numbers), state, data_state={"batches": 0})
+
+        def save_and_wait():
+            save()
+            checkpoints.wait()
+
+        save_and_wait()
+        begun, whole = [], []
+        for _ in range(repetitions):
+            begun += measuring.timings([save], 1)
+            checkpoints.wait()
+            whole += measuring.timings([save_and_wait], 1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / measuring.MEGABYTE
+    return _median(begun), _median(whole), size
+
+
+def _median(found):
+    return sorted(found, key=lambda timing: timing.median)[len(found) // 2]
+
+
+def num_weights(prepared):
+    """Trainable scalars."""
+    _, state, _, _ = runs.first_step(prepared)
+    return training.count_parameters(state.params)
