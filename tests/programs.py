@@ -9,6 +9,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import grain  # noqa: F401 - it defines flags, which must outlive the program that needs them first
 import pytest
 from absl import app, flags
 

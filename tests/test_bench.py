@@ -171,8 +171,8 @@ def test_without_against_no_comparison_is_made(canned, photo):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["nothing"], r"error: expected the name of one benchmark, of crf; got \['nothing'\]"),
-    ([], "error: expected the name of one benchmark, of crf; got none"),
+    (["nothing"], r"error: expected the name of one benchmark, of crf, train; got \['nothing'\]"),
+    ([], "error: expected the name of one benchmark, of crf, train; got none"),
     (["crf", "crf"], "error: expected the name of one benchmark"),
     (["crf", "--sizes=41,x3"], "error: size: expected a side such as 321 or WIDTHxHEIGHT .* got 'x3'"),
     (["crf", "--sizes=41", "--parity=1"], "error: size: expected .* at least 2; got '1'"),
@@ -308,3 +308,19 @@ def test_numbers_have_three_digits(value, text):
 
 def test_results_survive_json():
     assert json.loads(json.dumps([measuring.Timing(1.0, 2.0, 3.0)])) == [[1.0, 2.0, 3.0]]
+
+
+def test_the_train_step_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCRF_JAX_CACHE", str(tmp_path / "cache"))
+    code, out, err = run(
+        "train", "--config=experiments/configs/tiny.py", "--config.data.options.num_train=24", "--config.data.val_split=",
+        "--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
+        "--config.class_maps.extra_sizes=()", "--repetitions=3", f"--out={tmp_path / 'train.md'}",
+    )  # fmt: skip
+    assert code == 0, err
+    share = float(re.fullmatch(r"checks and saving, at most: ([\d.]+) % of the step", out.rstrip().splitlines()[-1])[1])
+    assert share > 0
+    text = (tmp_path / "train.md").read_text()
+    assert re.search(r"8 images at 6 x 6 logits, 4 device\(s\), \d+,\d+ trainable weights, products in float32", text)
+    for row in ("step", "saving, until it is on the disk", "memory of the step on each device"):
+        assert re.search(rf"^\| {row} \|.*\d.* \|.*\d", text, re.MULTILINE), row

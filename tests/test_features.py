@@ -128,9 +128,39 @@ def test_the_second_time_neither_images_nor_backbone_are_needed(tmp_path):
     np.testing.assert_array_equal(first[7]["s8"], again[7]["s8"])
 
 
+def test_methods_with_and_without_masks_share_the_features(tmp_path):
+    cached(tmp_path, Pictures())
+    counted = []
+    _, records = cached(tmp_path, Pictures(masks=True), counted=counted)
+    assert not counted and "mask" in records[0]
+    _, plain = cached(tmp_path, Pictures(), counted=counted)
+    assert not counted and "mask" not in plain[0]
+
+
+def test_features_of_an_interrupted_run_are_continued(tmp_path):
+    expected = cached(tmp_path / "whole", Pictures())[1]
+    counted, original = [], Pictures.__getitem__
+
+    def broken(self, index):
+        if self.times_read == 6:
+            raise OSError("the disk is gone")
+        return original(self, index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pictures, "__getitem__", broken)
+        with pytest.raises(OSError, match="gone"):
+            cached(tmp_path / "broken", Pictures(), counted=counted)
+    assert counted == [4]
+    _, found = cached(tmp_path / "broken", Pictures(), counted=counted)
+    assert counted[1] == 4 and sum(counted) == 4 + len(found)  # four were there already
+    for position in range(len(found)):
+        for name in ("guide", "s32", "s16", "s8"):
+            np.testing.assert_array_equal(found[position][name], expected[position][name])
+
+
 @pytest.mark.parametrize("change", [
     {"digest": "other weights"}, {"size": 32}, {"num_views": 2}, {"seed": 4}, {"scale_range": (0.3, 0.7)},
-    {"ratio_range": (1, 1)}, {"source": Pictures(seed=1)}, {"source": Pictures(masks=True)},
+    {"ratio_range": (1, 1)}, {"source": Pictures(seed=1)},
     {"network": build_network({**NETWORK, "last_stride": 32})},
     {"network": build_network({**NETWORK, "taps": ["head", "s8"], "widths": [12, 8]})},
 ], ids=lambda change: next(iter(change)))
