@@ -13,7 +13,6 @@ comparison.csv, comparison.tex, comparison.png and comparison_refined.png.
 """
 
 import json
-import os
 import pathlib
 import time
 
@@ -79,7 +78,7 @@ def train(prepared, folder):
     finally:
         spent = {"wall": before["wall"] + time.monotonic() - wall, "cpu": before["cpu"] + time.process_time() - cpu}
         if folder.is_dir():
-            path.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+            reporting.write_whole(path, json.dumps(spent) + "\n")
 
 
 def score(prepared, folder, val):
@@ -115,10 +114,7 @@ def score(prepared, folder, val):
     labels = {f"{kind}_{number}": sample[at] for kind, at in (("plain", 2), ("refined", 3))
               for number, sample in enumerate(scores.samples)}  # fmt: skip
     np.savez_compressed(folder / "pictures.npz", **labels)
-    # Written last and in one move: a file that is there is whole.
-    unfinished = folder / f".{RESULT_FILE}.tmp"
-    unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / RESULT_FILE)
+    reporting.write_whole(folder / RESULT_FILE, json.dumps(result) + "\n")  # last: what has it is done
 
 
 def stored_results(workdir, names, num_seeds):

@@ -12,7 +12,7 @@ import time
 from absl import flags
 
 from experiments import reporting
-from lcrf_jax.checkpoints import load_description
+from lcrf_jax.descriptions import load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _DATA = flags.DEFINE_string("data", None, "Folder in VOC layout; by default the data of the run.")

@@ -12,9 +12,10 @@ import numpy as np
 from absl import app, flags, logging
 
 from lcrf_jax import evaluation, preparation, processes, signals
-from lcrf_jax.checkpoints import CheckpointError, load_description, restore_params
+from lcrf_jax.checkpoints import restore_params
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.data.sources import open_source
+from lcrf_jax.descriptions import CheckpointError, load_description
 from lcrf_jax.features import map_functions, mean_map, square_image
 from lcrf_jax.inference import make_segmenter, resized_map, restored_classifier
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
@@ -84,6 +85,13 @@ def no_more_arguments(argv):
         raise ValueError(f"unknown arguments {argv[1:]}; see --help")
 
 
+def write_whole(path, text):
+    """Write a text file in one move: a file that is there is whole."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 def check_same_settings(folder, config):
     """Refuse to go on with a run of other settings: it would stand in a table under the wrong name."""
     if not (folder / "config.json").exists():
@@ -136,7 +144,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
             results[name] = {"miou": round(float(mean_iou(matrix)), 4), "iou": dict(zip(segmenter.class_names, ious))}
             results[name]["confusion"] = np.asarray(matrix).tolist()
     path = run_dir / f"results_{source.split}{suffix}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(results, indent=1) + "\n")
     say(f"\nsupervision: {used}")
     say(f"pictures    {picture}\nresults     {path}\ncheckpoint  {run_dir}")
     if started is not None:

@@ -22,7 +22,6 @@ import os
 import pathlib
 import shutil
 import time
-from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -30,15 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lcrf_jax.descriptions import CheckpointError
 from lcrf_jax.processes import first_decides
 
-DESCRIPTION_FILE = "config.json"
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint or description that is missing, damaged or of another model; the message says where."""
 
 
 class Restored(NamedTuple):
@@ -272,66 +266,6 @@ def best_miou(run_dir):
     return max(scores, default=None)
 
 
-def save_description(run_dir, description, *, may_differ=("training", "versions")):
-    """Write RUN/config.json: all that inference has to know beside the parameters.
-
-    Args:
-      run_dir: folder of the run; made if it is not there.
-      description: dict that JSON can hold: network, class names, input size, preprocessing, sha256 of the
-        pretrained weights, library versions, training configuration.
-      may_differ: keys of the dict in which a run that is taken up again may differ from what was written
-        before.
-    Raises:
-      CheckpointError: if the folder holds another model's description.
-      TypeError: if JSON cannot hold the description.
-    """
-    first_decides(lambda: _save_description(run_dir, description, may_differ))
-
-
-def _save_description(run_dir, description, may_differ):
-    path = pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
-    try:
-        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"expected a description of strings, finite numbers, lists and dicts, got one that "
-                        f"JSON cannot hold ({error}); convert configurations with .to_dict() and arrays "
-                        "with .tolist()") from error
-    if path.exists():
-        old, new = load_description(run_dir), json.loads(text)
-        changed = sorted(key for key in old.keys() | new.keys()
-                         if key not in may_differ and old.get(key) != new.get(key))
-        if changed:
-            raise CheckpointError(f"{path} belongs to another model: {', '.join(changed)} differ from this "
-                                  "one; use a new folder, or the settings this run was started with")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def load_description(run_dir):
-    """Read RUN/config.json.
-
-    Args:
-      run_dir: folder of the run.
-    Returns:
-      The dict given to `save_description`; tuples have become lists.
-    Raises:
-      CheckpointError: if the file is missing or is not a JSON object.
-    """
-    path = pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"expected a run folder with {DESCRIPTION_FILE}, got {path.parent} without it; "
-                              "give the --workdir of a training run") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
-    if not isinstance(description, dict):
-        raise CheckpointError(f"expected a JSON object in {path}, got {type(description).__name__}")
-    return description
-
-
 def params_digest(params):
     """sha256 of a pytree of arrays: names, shapes, dtypes and values.
 
@@ -342,21 +276,6 @@ def params_digest(params):
     """
     digests = _digests(_named_leaves(params))
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
-def library_versions():
-    """Versions of the libraries that decide a run's numbers.
-
-    Returns:
-      Dict from distribution name to version; those that are not installed are left out.
-    """
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _named_leaves(tree):

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.checkpoints import library_versions, params_digest
+from lcrf_jax.checkpoints import params_digest
 from lcrf_jax.crf import mean_field
 from lcrf_jax.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.sources import open_source
+from lcrf_jax.descriptions import library_versions
 from lcrf_jax.features import (
     CachedViews,
     MappedViews,

@@ -2,8 +2,8 @@
 
 import collections
 import contextlib
-import json
 import pathlib
+import shutil
 from typing import NamedTuple
 
 import jax
@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcrf_jax import training
-from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, save_description
+from lcrf_jax.checkpoints import RunCheckpoints
 from lcrf_jax.data.cache import cached_arrays
 from lcrf_jax.data.pipeline import ImageSubset, device_prefetch, make_loader
+from lcrf_jax.descriptions import save_description
 from lcrf_jax.evaluation import evaluate
 from lcrf_jax.inference import make_segmenter
 from lcrf_jax.locks import locked
@@ -33,11 +34,6 @@ from lcrf_jax.preparation import (
 from lcrf_jax.processes import first_decides, largest
 from lcrf_jax.runlog import MetricsWriter, Progress, say
 from lcrf_jax.signals import Interrupted, StopRequest
-
-# What decides which image comes when: with another one the steps done and those to come are of different runs.
-_FIXED_SETTINGS = (
-    "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
-)  # fmt: skip
 
 
 def train(prepared, workdir, *, devices=None):
@@ -69,13 +65,15 @@ def train(prepared, workdir, *, devices=None):
     description = segmenter_description(config, prepared.train.class_names, prepared.digest)
     with contextlib.ExitStack() as stack:
         first_decides(lambda: stack.enter_context(locked(workdir / "lock")))
-        first_decides(lambda: _check_continuation(workdir, description))
-        save_description(workdir, description)
+        for line in save_description(workdir, description):
+            say(line)
         checkpoints = stack.enter_context(RunCheckpoints(workdir))
         if not rounds:
             checkpoints.save_best(0, inference_params(prepared, {}), 0.0)
             return workdir
         state, data_state, done = _newest_state(prepared, checkpoints, rounds, key, mesh)
+        if not done:
+            first_decides(lambda: shutil.rmtree(workdir / "posteriors", ignore_errors=True))
         writer = stack.enter_context(MetricsWriter(workdir, resume_step=done + 1))
         stop = stack.enter_context(StopRequest())
         for this in rounds:
@@ -98,33 +96,6 @@ class _Outputs(NamedTuple):
     checkpoints: RunCheckpoints
     writer: MetricsWriter
     stop: StopRequest
-
-
-def _check_continuation(workdir, description):
-    """Refuse to continue a run with settings that make another one of it, and tell of all others."""
-    if not any((workdir / "last").glob("[0-9]*")) or not (workdir / "config.json").exists():
-        return
-    before, now = load_description(workdir), json.loads(json.dumps(description))
-    old, new = _flat(before["training"]), _flat(now["training"])
-    changed = {name: (old.get(name), new.get(name)) for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
-    fixed = sorted(name for name in changed if any(f"{name}.".startswith(f"{part}.") for part in _FIXED_SETTINGS))
-    if fixed:
-        settings = ", ".join(f"config.{name} was {changed[name][0]!r}, is {changed[name][1]!r}" for name in fixed)
-        raise CheckpointError(f"{workdir} holds a run of other settings ({settings}); use them again, or a new folder")
-    for name in sorted(changed):
-        say(f"other setting than before: config.{name} was {changed[name][0]!r}, is {changed[name][1]!r}")
-    for name in sorted(before["versions"].keys() & now["versions"].keys()):
-        if before["versions"][name] != now["versions"][name]:
-            versions = f"{before['versions'][name]}, is {now['versions'][name]}"
-            say(f"other version than before: {name} was {versions}; the run goes on, but not to the same bits")
-
-
-def _flat(settings, prefix=""):
-    """Dotted name -> value of nested dicts."""
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def first_step(prepared):

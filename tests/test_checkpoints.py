@@ -15,16 +15,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lcrf_jax.checkpoints import (
-    CheckpointError,
-    RunCheckpoints,
-    best_miou,
-    library_versions,
-    load_description,
-    params_digest,
-    restore_params,
-    save_description,
-)
+from lcrf_jax.checkpoints import RunCheckpoints, best_miou, params_digest, restore_params
+from lcrf_jax.descriptions import CheckpointError, library_versions, load_description, save_description
 
 # When orbax gives up on a damaged file, its other reads end later and find their event loop closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

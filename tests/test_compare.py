@@ -11,7 +11,8 @@ from PIL import Image
 from programs import run
 
 from experiments import comparison_tables
-from lcrf_jax.checkpoints import load_description, restore_params
+from lcrf_jax.checkpoints import restore_params
+from lcrf_jax.descriptions import load_description
 from lcrf_jax.methods import METHODS
 from lcrf_jax.metrics import iou_per_class, mean_iou
 

@@ -20,9 +20,9 @@ from programs import run
 
 from experiments import reporting
 from experiments.configs import base, textures, tiny, voc_animals
-from lcrf_jax.checkpoints import load_description
 from lcrf_jax.data.images import read_mask
 from lcrf_jax.data.sources import open_source
+from lcrf_jax.descriptions import load_description
 from lcrf_jax.objectives import latent_crf_objective
 from lcrf_jax.report import palette
 from lcrf_jax.runlog import metrics_history

@@ -24,8 +24,9 @@ from programs import ROOT, finish, run, start
 from small_runs import assert_same_trees, lines, small_config
 
 from lcrf_jax import preparation, runs, signals
-from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, restore_params
+from lcrf_jax.checkpoints import RunCheckpoints, restore_params
 from lcrf_jax.data.sources import open_source
+from lcrf_jax.descriptions import CheckpointError
 from lcrf_jax.locks import Locked, locked, own_folder
 from lcrf_jax.runlog import MetricsWriter, metrics_history
 

@@ -12,8 +12,9 @@ from records import BATCH, GRID, KERNEL, NUM_CLASSES, STRIDE, config_with, featu
 
 from experiments.configs import base, textures
 from lcrf_jax import baselines, evaluation, methods, preparation, runs, training
-from lcrf_jax.checkpoints import load_description, restore_params
+from lcrf_jax.checkpoints import restore_params
 from lcrf_jax.data.sources import open_source
+from lcrf_jax.descriptions import load_description
 from lcrf_jax.inference import OUTPUTS, make_segmenter
 from lcrf_jax.kernels import KernelParams, scaled
 from lcrf_jax.methods import METHODS, make_objective

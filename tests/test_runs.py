@@ -14,9 +14,10 @@ from PIL import Image
 from small_runs import assert_same_trees, lines, small_config, train_and_kill
 
 from lcrf_jax import evaluation, preparation, runs, training
-from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints, load_description, restore_params
+from lcrf_jax.checkpoints import RunCheckpoints, restore_params
 from lcrf_jax.data.sources import Example
 from lcrf_jax.data.textures import TexturesSource
+from lcrf_jax.descriptions import CheckpointError, load_description
 from lcrf_jax.inference import Segmenter, make_segmenter
 from lcrf_jax.kernels import KernelParams, scaled
 from lcrf_jax.methods import METHODS
