@@ -5,12 +5,15 @@ works, and costs nothing, with one process too.
 """
 
 import json
+import logging
 import socket
 import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+_log = logging.getLogger(__name__)
 
 
 class ProcessError(RuntimeError):
@@ -37,6 +40,9 @@ def join(coordinator=None, num_processes=None, process_id=None, *, timeout=300):
         _check(*given)
         if process_id:
             _wait_for(coordinator, timeout)
+        elif num_processes > 1:
+            # JAX ends the interpreter, with a message of its own, if they do not come.
+            _log.warning("waiting for %d more processes at %s, at most %d s", num_processes - 1, coordinator, timeout)
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
     except (RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A trial of half a minute on two cores, on the embedded set with a small random backbone: does everything work?
+"""A trial of about a minute on two cores, on the embedded set with a small random backbone: does everything work?
 
     python -m experiments.train --config=experiments/configs/tiny.py --workdir=runs/tiny
 
