@@ -42,13 +42,15 @@ def data_mesh(devices=None):
     """A mesh of one axis, "data", over all devices.
 
     Args:
-      devices: list of devices; by default all of them.
+      devices: list of devices; by default all of them, process after process, so that the processes' shares of a batch
+        lie one after the other.
 
     Returns:
       jax.sharding.Mesh.
     """
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def make_optimizer(*, learning_rate, num_steps, warmup_steps, final_share, weight_decay, clip_norm):

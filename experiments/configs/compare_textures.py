@@ -2,8 +2,8 @@
 
     python -m experiments.compare --config=experiments/configs/compare_textures.py --methods=all --workdir=DIR
 
-As textures.py, with two epochs in each of the two rounds: 500 steps for every method. What the compared methods set for
-themselves is as for the photographs (compare_voc_animals.py): nothing of it was chosen here.
+As textures.py. What the compared methods set for themselves is as for the photographs (compare_voc_animals.py): nothing of
+it was chosen here.
 """
 
 from experiments.configs import compare_voc_animals, textures
@@ -12,6 +12,5 @@ from experiments.configs import compare_voc_animals, textures
 def get_config():
     """Configuration of the comparison on the embedded set."""
     config = textures.get_config()
-    config.epochs = (2, 2)
     compare_voc_animals.set_baselines(config.baselines)
     return config
