@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
@@ -30,6 +31,7 @@ def run(program, *arguments):
     """`python -m experiments.PROGRAM ARGUMENTS` within this process."""
     app.define_help_flags()
     before, out, err, code = set(flags.FLAGS), io.StringIO(), io.StringIO(), 0
+    terminating = signal.getsignal(signal.SIGTERM)
     command = [f"experiments/{program}.py", *map(str, arguments)]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", command)
@@ -43,6 +45,7 @@ def run(program, *arguments):
             for name in set(flags.FLAGS) - before:
                 delattr(flags.FLAGS, name)
             flags.FLAGS.unparse_flags()
+            signal.signal(signal.SIGTERM, terminating)
     return Ended(code, out.getvalue(), err.getvalue())
 
 

@@ -93,6 +93,19 @@ def test_the_second_signal_ends_at_once():
     assert raised.value.signum == signal.SIGTERM
 
 
+@pytest.mark.parametrize(("signum", "message"), [
+    (signal.SIGTERM, "terminated; what was"), (signal.SIGINT, "interrupted; what was"),
+])  # fmt: skip
+def test_a_signal_before_training_ends_the_program_with_a_word(tmp_path, monkeypatch, signum, message):
+    def interrupted(config):
+        os.kill(os.getpid(), signum)
+        time.sleep(5)
+
+    monkeypatch.setattr(preparation, "prepare", interrupted)
+    ended = run("train", TINY, f"--workdir={tmp_path / 'run'}")
+    assert ended.code == 128 + signum and message in ended.err and not (tmp_path / "run").exists()
+
+
 def test_signals_are_left_alone_in_a_thread():
     seen = []
 
