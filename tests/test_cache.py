@@ -185,21 +185,21 @@ def test_an_array_wider_than_the_disk_is_refused_at_the_first_batch(tmp_path):
         cached_arrays(tmp_path, IDENTITY, 10**6, wide)
 
 
-def test_of_many_runs_at_once_one_makes_the_arrays_and_the_others_wait(tmp_path, caplog):
-    calls, others_wait = [], threading.Event()
+def test_of_many_runs_at_once_one_makes_the_arrays_and_the_others_wait(tmp_path):
+    calls, started = [], threading.Barrier(4)
 
     def slow(first):
         calls.append(first)
-        others_wait.wait(timeout=30)
+        time.sleep(0.5)  # the others come to the lock meanwhile, or find all done
         yield from batches(first)
 
+    def at_once():
+        started.wait(timeout=30)
+        return cached_arrays(tmp_path, IDENTITY, 10, slow)
+
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        runs = [pool.submit(cached_arrays, tmp_path, IDENTITY, 10, slow) for _ in range(4)]
-        while caplog.text.count("waiting for process") < 3:
-            time.sleep(0.01)
-        others_wait.set()
-        for run in runs:
-            check(run.result())
+        for run in [pool.submit(at_once) for _ in range(4)]:
+            check(run.result(timeout=60))
     assert calls == [0]
     assert len(list(tmp_path.iterdir())) == 1
 
