@@ -136,9 +136,9 @@ def batches(todo, size):
     parts = [dict(todo[start : start + size]) for start in range(0, len(todo), size)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read_images, parts[0]) if parts else None
-        for part, following in zip(parts, [*parts[1:], None], strict=True):
+        for number, part in enumerate(parts):
             images, failures = ahead.result()
-            ahead = pool.submit(read_images, following) if following else None
+            ahead = pool.submit(read_images, parts[number + 1]) if number + 1 < len(parts) else None
             yield part, images, failures
 
 

@@ -231,6 +231,9 @@ def test_masks_that_are_there_are_not_made_again_and_never_mixed(checkpoint, tmp
     again = run(*command)
     assert again.code == 0 and "1 of these were done before" in again.out and "3 masks in" in again.out
     assert (out / "a.png").stat().st_mtime_ns == before and read_mask(out / "c.png", 7).shape == (30, 30)
+    os.utime(tmp_path / "c.jpg", ns=(before,) * 2)
+    nothing = run(*command)
+    assert nothing.code == 0 and "3 of these were done before" in nothing.out, nothing.err
     assert_refused(run(*command, "--crf"), "holds masks made with crf False and not True; give another --out")
     assert run(*command, "--crf", "--overwrite").code == 0
     assert (out / "a.png").stat().st_mtime_ns > before and '"crf": true' in (out / "predictions.json").read_text()
