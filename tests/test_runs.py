@@ -279,17 +279,6 @@ def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
         runs._evidence_of(prepared, tmp_path, second, None, done=second.first_step + 1)
 
 
-def test_a_diverged_run_stops_and_keeps_what_it_has(prepared, uninterrupted, tmp_path, monkeypatch):
-    def diverged(*_):
-        metrics = {"loss": jnp.nan, "entropy": 1.0}
-        return lambda state, batch, key: (state._replace(step=state.step + 1), metrics)
-
-    monkeypatch.setattr(training, "make_train_step", diverged)
-    with pytest.raises(ValueError, match=r"step 2: loss not finite.*learning_rate"):
-        runs.train(prepared, tmp_path)
-    assert not list((tmp_path / "best").iterdir()) and not list((tmp_path / "last").iterdir())
-
-
 def test_masks_of_the_training_images_are_never_made(cache, monkeypatch):
     original = TexturesSource.__getitem__
 
