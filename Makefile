@@ -23,7 +23,7 @@ demo: $(READY)
 	$(VENV)/bin/python -m experiments.evaluate --checkpoint=$(RUN) --split=val --crf
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q -m "not slow"
+	$(VENV)/bin/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist loadfile
 
 test-slow: $(READY)
 	$(VENV)/bin/python -m pytest -q -m slow
