@@ -20,7 +20,7 @@ from programs import run
 
 from experiments import reporting
 from experiments.configs import base, textures, tiny, voc_animals
-from lcrf_jax.data.images import read_mask
+from lcrf_jax.data.masks import read_mask
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.descriptions import load_description
 from lcrf_jax.objectives import latent_crf_objective

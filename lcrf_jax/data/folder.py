@@ -1,359 +1,120 @@
-"""Photographs in the folder layout of PASCAL VOC, with a tag file.
+"""A folder of photographs and a file of tags, or a folder for each class.
 
 ::
 
-    JPEGImages/<id>.jpg                      the photographs
-    ImageSets/Segmentation/<split>.txt       one id a line
-    classes.txt                              one class a line in the order of the indices, background first
-    tags.csv                                 header ``image,tags``; tags separated by ;
-    SegmentationClass/<id>.png               where masks exist: class indices (grey or palette), 255 = void
+    FOLDER/**/*.jpg                    photographs: any names, any depth, .jpg .png .webp .bmp .tif .gif
+    FOLDER/tags.csv                    or tags.json or tags.jsonl, see `lcrf_jax.data.tags`; or none, and then
+    FOLDER/horse/**/*.jpg              the first folder of a photograph is its only tag, "background" is none
+    FOLDER/classes.txt                 optional: background, then a class a line; else the classes are those of the tags
+    FOLDER/train.txt, FOLDER/val.txt   optional: photographs of the splits, one a line
+    FOLDER/masks/**/*.png              optional: the mask of a photograph has its name and folder
+    FOLDER/colours.csv                 optional: the colours of the masks, see `lcrf_jax.data.masks.read_colours`
 
-Everything that can be checked without opening a photograph is checked when the source is made, and every
-message names the file, the line where there is one, and the remedy. Masks are touched only with
-``masks=True``.
+In tag files and lists a photograph is named by its path within the folder; the extension, and where there is no doubt
+the folders, may be left out. Without lists a part of the photographs that have masks, chosen by a seed, is the split val,
+and all others are the split train. All that is wrong with names, tags and lists is found when the folder is looked
+through, and told together.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from pathlib import Path
 
 import numpy as np
 
-from lcrf_jax.data.images import read_mask, read_turned_image
-from lcrf_jax.data.sources import BACKGROUND, VOID, Example, tag_vector
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+from lcrf_jax.data.images import read_turned_image
+from lcrf_jax.data.listing import SPLITS, Listing, scan_folder
+from lcrf_jax.data.masks import fit_mask, read_mask, refuse_black_and_white
+from lcrf_jax.data.sources import Example
+from lcrf_jax.data.tags import some
 
 
 class FolderSource:
-    """One split of a folder in VOC layout.
+    """One split of a folder of photographs with tags, see the head of this file.
 
     Args:
       root: the folder.
-      split: name of the list in ``ImageSets/Segmentation`` without ``.txt``.
-      masks: whether examples carry masks; only then is ``SegmentationClass`` looked at.
+      split: ``train``, ``val``, or the name of another list in the folder without ``.txt``.
+      masks: whether examples carry masks; only then is a mask opened.
+      missing_images: ``error`` refuses rows without a photograph, ``skip`` leaves them out.
+      **options: of `scan_folder`.
     Raises:
-      FileNotFoundError: if the folder, a list, a photograph or (with ``masks``) a mask is missing.
-      ValueError: if a file cannot be read or the files do not fit together.
+      FileNotFoundError: if the folder, a photograph or (with ``masks``) a mask is missing.
+      ValueError: if tags, classes or lists are wrong; the message lists all problems.
     References:
-      Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
+      None.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, *, masks: bool = False):
-        self._root = check_folder(root, split)
-        self.split = split
-        self.masks = masks
-        self.class_names = read_classes(self._root / "classes.txt")
-        self.names = read_split(self._root / "ImageSets" / "Segmentation" / f"{split}.txt")
-        tags = read_tags(self._root / "tags.csv", self.class_names)
-        _check_tagged(self.names, tags, self._root / "tags.csv", split)
-        self._tags = np.stack([tags[name] for name in self.names])
-        self._images = _find_images(self._root / "JPEGImages", self.names, split)
-        if masks:
-            _check_masks_exist(self._root / "SegmentationClass", self.names, split)
+    def __init__(
+        self, root: str | os.PathLike, split: str, *, masks: bool = False, missing_images: str = "error", **options
+    ):
+        found = scan_folder(root, lists=(*SPLITS, split), **options)
+        _refuse(found, missing_images)
+        if split not in found.splits or not len(found.splits[split]):
+            raise FileNotFoundError(_no_split(found, split))
+        self._found, self._rows = found, found.splits[split]
+        self.split, self.masks, self.class_names = split, masks, found.class_names
+        self.names = tuple(found.images[row] for row in self._rows)
+        self.left_out = len(found.missing)
+        without = [name for name in self.names if name not in found.masks] if masks else []
+        if without:
+            raise FileNotFoundError(
+                f"{found.root} has no mask for {some(without)} of the split {split!r}; add FOLDER/masks/NAME.png, or take "
+                "them off the list of the split"
+            )
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self.names):
-            raise IndexError(
-                f"index {index} is outside the {len(self.names)} images of {self._root}/{self.split}"
-            )
-        name = self.names[index]
-        image, turn = read_turned_image(self._images[index])
-        mask = None
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} images of {self._found.root}/{self.split}")
+        name, tags = self.names[index], self._found.tags[self._rows[index]]
+        path, mask = self._found.root / name, None
+        image, turn = read_turned_image(path)
         if self.masks:
-            path = self._mask_path(name)
-            mask = read_mask(path, len(self.class_names))
-            _check_not_binary(mask, self._tags[index], path)
-            mask = _fit_mask(mask, image.shape[:2], turn, path, self._images[index])
-        return Example(name, image, self._tags[index].copy(), mask)
+            mask = read_mask(self._found.masks[name], len(self.class_names), colours=self._found.colours)
+            refuse_black_and_white(mask, tags, self._found.masks[name])
+            mask = fit_mask(mask, image.shape[:2], turn, self._found.masks[name], path)
+        return Example(name, image, tags.copy(), mask)
 
     @property
     def tags(self) -> np.ndarray:
         """[N, K] bool, the tags of all images in order, without opening a photograph."""
-        return self._tags.copy()
+        return self._found.tags[self._rows]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of the photographs in order."""
+        return tuple(self._found.root / name for name in self.names)
 
     @property
     def fingerprint(self) -> tuple:
         """Tells whether photographs or masks changed: their names, sizes and times, without reading them."""
-        files = [*self._images, *(self._mask_path(name) for name in self.names if self.masks)]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return ("folder", str(self._root.resolve()), tuple(stats))
-
-    def _mask_path(self, name: str) -> Path:
-        return self._root / "SegmentationClass" / f"{name}.png"
+        files = [*self.paths, *(self._found.masks[name] for name in self.names if self.masks)]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return ("photographs", str(self._found.root.resolve()), tuple(stats))
 
 
-def check_folder(root: str | os.PathLike, split: str) -> Path:
-    """The folder as a path, after checking that it has what the layout needs.
-
-    Args:
-      root: the folder.
-      split: name of the list in ``ImageSets/Segmentation`` without ``.txt``.
-    Returns:
-      The path of the folder.
-    Raises:
-      FileNotFoundError: if the folder or a part of it is missing; the message says which and what stands
-        there.
-    References:
-      None.
-    """
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"the data folder {folder} {what}: give the folder that holds JPEGImages/, "
-            "ImageSets/Segmentation/, classes.txt and tags.csv"
-        )
-    for part in ("JPEGImages", "ImageSets/Segmentation", "classes.txt", "tags.csv"):
-        if not (folder / part).exists():
-            found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:12]) or "nothing"
-            raise FileNotFoundError(
-                f"{folder} has no {part}: the folder layout is JPEGImages/<id>.jpg, "
-                "ImageSets/Segmentation/<split>.txt, classes.txt, tags.csv "
-                f"(found there: {found})"
-            )
-    if not (folder / "ImageSets" / "Segmentation" / f"{split}.txt").is_file():
-        found = sorted(path.stem for path in (folder / "ImageSets" / "Segmentation").glob("*.txt"))
-        raise FileNotFoundError(
-            f"{folder}/ImageSets/Segmentation has no {split}.txt: "
-            f"the splits there are {', '.join(found) or 'none'}"
-        )
-    return folder
+def _refuse(found: Listing, missing_images: str) -> None:
+    """Raise one error for all that is wrong."""
+    if missing_images not in ("error", "skip"):
+        raise ValueError(f"missing_images: expected 'error' or 'skip', got {missing_images!r}")
+    wrong = [*found.problems, *(found.missing if missing_images == "error" else ())]
+    if len(wrong) == 1:
+        raise ValueError(wrong[0])
+    if wrong:
+        lines = [f"  {line}" for line in wrong[:20]] + ([f"  and {len(wrong) - 20} more"] if len(wrong) > 20 else [])
+        raise ValueError("\n".join([f"{found.root}: {len(wrong)} problems:", *lines]))
 
 
-def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
-    """The class names of ``classes.txt``, background first.
-
-    Args:
-      path: the file, one class a line.
-    Returns:
-      The K names; index 0 is ``background``.
-    Raises:
-      ValueError: if background is not the first, a name occurs twice or is empty, or there are not 2 to
-        255 names.
-    References:
-      None.
-    """
-    names = [line.strip() for line in _read_text(path).splitlines()]
-    while names and not names[-1]:
-        names.pop()
-    for line, name in enumerate(names, 1):
-        if not name:
-            raise ValueError(
-                f"{path}, line {line}: empty; the line number is the index in the masks, so remove it "
-                "or name the class"
-            )
-        if ";" in name or "," in name:
-            raise ValueError(
-                f"{path}, line {line}: {name!r} has a comma or semicolon; write one class a line"
-            )
-        if name in names[: line - 1]:
-            raise ValueError(f"{path}, line {line}: the class {name!r} occurs twice")
-    if not names or names[0] != BACKGROUND:
-        raise ValueError(
-            f"{path}, line 1: expected {BACKGROUND!r}, got {names[0] if names else 'an empty file'!r}; "
-            "index 0 of the masks is the background"
-        )
-    if not 2 <= len(names) <= VOID:
-        raise ValueError(
-            f"{path}: expected 2 to {VOID} classes with background, got {len(names)}; "
-            f"the index {VOID} means void"
-        )
-    return tuple(names)
-
-
-def read_split(path: str | os.PathLike) -> tuple[str, ...]:
-    """The image ids of a list in ``ImageSets/Segmentation``.
-
-    Args:
-      path: the file, one id a line.
-    Returns:
-      The ids in order.
-    Raises:
-      ValueError: if there is no id, or one occurs twice, or one is a path or has an extension.
-    References:
-      None.
-    """
-    first_line: dict[str, int] = {}
-    for line, name in enumerate(_read_text(path).splitlines(), 1):
-        name = name.strip()
-        if not name:
-            continue
-        if name in first_line:
-            raise ValueError(
-                f"{path}, line {line}: {name!r} stands on line {first_line[name]} already; remove one"
-            )
-        if "/" in name or "\\" in name or name.endswith(EXTENSIONS):
-            raise ValueError(
-                f"{path}, line {line}: expected an id such as 2007_000032, got {name!r}; "
-                "write the file name without folder and extension"
-            )
-        first_line[name] = line
-    if not first_line:
-        raise ValueError(f"{path} lists no image; write one id a line")
-    return tuple(first_line)
-
-
-def read_tags(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The tags of every image of a ``tags.csv``.
-
-    ``background`` as a tag is accepted and changes nothing; no tags means background only. A row that
-    repeats an earlier one is accepted, one that contradicts it is not.
-
-    Args:
-      path: the file; header ``image,tags``, tags separated by ``;``.
-      class_names: names of all K classes, index 0 is background.
-    Returns:
-      [K] bool by image id; index 0 is always True.
-    Raises:
-      ValueError: if the header, a delimiter, a class name or a repeated row is wrong; the message names
-        the line.
-    References:
-      None.
-    """
-    rows = csv.reader(io.StringIO(_read_text(path)), strict=True)
-    tags: dict[str, np.ndarray] = {}
-    first_line: dict[str, int] = {}
-    header = None
-    try:
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            row = [cell.strip() for cell in row]
-            if not any(row):
-                continue
-            if header is None:
-                header = row
-                if row != ["image", "tags"]:
-                    raise ValueError(f"{where}: expected the header 'image,tags', got {','.join(row)!r}")
-                continue
-            name, vector = _tag_row(row, class_names, where)
-            if name in tags and not np.array_equal(tags[name], vector):
-                raise ValueError(
-                    f"{where}: {name!r} has other tags than on line {first_line[name]}; keep one row"
-                )
-            first_line.setdefault(name, rows.line_num)
-            tags[name] = vector
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: not comma-separated text ({error})") from error
-    if header is None:
-        raise ValueError(f"{path} is empty; expected the header 'image,tags' and one row an image")
-    return tags
-
-
-def _tag_row(row: list[str], class_names: tuple[str, ...], where: str) -> tuple[str, np.ndarray]:
-    """The id and tag vector of one row."""
-    if len(row) != 2:
-        raise ValueError(
-            f"{where}: expected 'image,tag;tag', got {len(row)} column(s): {','.join(row)!r}; "
-            "separate the image by a comma and the tags by semicolons"
-        )
-    name, cell = row
-    if not name:
-        raise ValueError(f"{where}: no image name before the comma")
-    if name.endswith(EXTENSIONS):
-        name = name.rsplit(".", 1)[0]
-    present = [tag.strip() for tag in cell.split(";") if tag.strip()]
-    try:
-        return name, tag_vector(present, class_names)
-    except ValueError as error:
-        raise ValueError(
-            f"{where}: {error}; correct the tag, or add the class to classes.txt; tags are separated by ;"
-        ) from None
-
-
-def _check_tagged(names: tuple[str, ...], tags: dict[str, np.ndarray], path: Path, split: str) -> None:
-    """Every image of the split has a row."""
-    missing = [name for name in names if name not in tags]
-    if missing:
-        raise ValueError(
-            f"{path} has no row for {_some(missing)} of the split {split!r}; add 'ID,tag;tag' for each "
-            "('ID,' where an image shows background only)"
-        )
-
-
-def _find_images(folder: Path, names: tuple[str, ...], split: str) -> tuple[Path, ...]:
-    """The photograph of every id."""
-    found: dict[str, list[str]] = {}
-    for entry in os.listdir(folder):
-        stem, extension = os.path.splitext(entry)
-        if extension in EXTENSIONS:
-            found.setdefault(stem, []).append(entry)
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} has no photograph for {_some(missing)} of the split {split!r}; add "
-            f"<id>.jpg or take the id off ImageSets/Segmentation/{split}.txt"
-        )
-    for name in names:
-        if len(found[name]) > 1:
-            raise ValueError(
-                f"{folder} has more than one file for the id {name!r}: "
-                f"{', '.join(sorted(found[name]))}; keep one"
-            )
-    return tuple(folder / found[name][0] for name in names)
-
-
-def _check_masks_exist(folder: Path, names: tuple[str, ...], split: str) -> None:
-    """Every id has a mask."""
-    present = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = [name for name in names if f"{name}.png" not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} has no mask for {_some(missing)} of the split {split!r}; open the split "
-            "with masks=False, or add <id>.png with class indices"
-        )
-
-
-def _some(names: list[str]) -> str:
-    """A few names and how many more there are."""
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _read_text(path: str | os.PathLike) -> str:
-    """Text in UTF-8, with or without a byte-order mark, with any line ends."""
-    data = Path(path).read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _check_not_binary(mask: np.ndarray, tags: np.ndarray, path: Path) -> None:
-    """A mask of 0 and 255 alone under a foreground tag is a black and white picture, not indices."""
-    is_void = mask == VOID
-    if tags[1:].any() and is_void.mean() > 0.1 and not mask[~is_void].any():
-        raise ValueError(
-            f"{path}: holds only 0 and {VOID} although the image has tags; {VOID} means void, write an "
-            "object as its class index (its line in classes.txt, counted from 0)"
-        )
-
-
-def _fit_mask(
-    mask: np.ndarray, shape: tuple[int, int], turn: int, path: Path, image_path: Path
-) -> np.ndarray:
-    """The mask in the frame of the photograph as shown."""
-    if 5 <= turn <= 8 and mask.shape != shape and mask.shape == shape[::-1]:
-        # The photograph was labelled as stored: it turns with it.
-        mask = np.ascontiguousarray(
-            {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}[turn]
-        )
-    if mask.shape != shape:
-        raise ValueError(
-            f"{path} is {mask.shape[1]}x{mask.shape[0]} pixels and its photograph {image_path} "
-            f"{shape[1]}x{shape[0]} (width x height); save the mask at the size of the photograph"
-        )
-    if turn in (2, 3, 4) or turn > 4 and shape[0] == shape[1]:
-        raise ValueError(
-            f"{image_path} carries the EXIF orientation {turn}, and the size of {path} does not tell "
-            "whether the mask is turned with it; save the photograph upright, without the tag"
-        )
-    return mask
+def _no_split(found: Listing, split: str) -> str:
+    """Why there is no such split."""
+    there = [f"{name} ({len(rows)})" for name, rows in found.splits.items() if len(rows)]
+    if split == "val" and not found.masks:
+        return f"{found.root} has no masks and no list val.txt, so there is no split 'val'"
+    return (
+        f"{found.root} has no photographs of the split {split!r}: the splits there are {', '.join(there) or 'none'}; "
+        f"write {split}.txt with a photograph a line"
+    )

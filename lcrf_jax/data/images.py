@@ -1,20 +1,27 @@
-"""Image files of any kind as arrays: photographs as RGB, masks as class indices.
+"""Photographs of any kind of file as RGB arrays.
 
 Every failure is a FileNotFoundError or ValueError that names the file and the remedy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from lcrf_jax.data.sources import VOID
-
-MAX_PIXELS = 64_000_000
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MAX_PIXELS = 160_000_000
 _ORIENTATION = 0x0112
+
+
+def is_photograph(name: str) -> bool:
+    """Whether the extension of a file name is one of `EXTENSIONS`, in capitals or not."""
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -29,7 +36,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
       [H, W, 3] uint8, RGB.
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is not an image, is cut short, or has more than 64 million pixels.
+      ValueError: if the file is not an image, is cut short, or has more than 160 million pixels.
     References:
       None.
     """
@@ -45,13 +52,15 @@ def read_turned_image(path: str | os.PathLike) -> tuple[np.ndarray, int]:
       [H, W, 3] uint8, RGB, and the EXIF orientation (1 to 8) that was undone.
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is not an image, is cut short, or has more than 64 million pixels.
+      ValueError: if the file is not an image, is cut short, or has more than 160 million pixels.
     References:
       None.
     """
-    with _open(path) as image:
-        turn = image.getexif().get(_ORIENTATION, 1)
-        image = ImageOps.exif_transpose(image)
+    with opened(path) as image:
+        image.load()
+        turn = _orientation(image)
+        if turn != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):
             return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, 2), turn
         if image.mode in ("I", "F"):
@@ -64,56 +73,78 @@ def read_turned_image(path: str | os.PathLike) -> tuple[np.ndarray, int]:
         return np.array(image.convert("RGB")), turn
 
 
-def read_mask(path: str | os.PathLike, num_classes: int) -> np.ndarray:
-    """A mask of class indices, from a grey or palette file; colours are never looked up.
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Height and width of a photograph as it is shown, from the head of the file: what follows may be damaged.
 
     Args:
       path: the file.
-      num_classes: K, background included.
     Returns:
-      [H, W] uint8 with values below K, or 255 for void.
+      (height, width) in pixels.
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is not an image, holds colours instead of indices, or an index is out of range.
+      ValueError: if the file is not an image, or has more than 160 million pixels.
     References:
       None.
     """
-    with _open(path) as image:
-        if image.mode not in ("L", "P", "1", "I;16", "I"):
-            raise ValueError(
-                f"{path}: expected class indices (a grey or palette PNG), got mode {image.mode!r}; "
-                "colours cannot be told from classes, save the indices"
-            )
-        mask = np.array(image).astype(np.int64)
-    wrong = (mask >= num_classes) & (mask != VOID) | (mask < 0)
-    if wrong.any():
-        row, column = (int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"{path}: label {mask[row, column]} at row {row}, column {column}; expected 0 to "
-            f"{num_classes - 1} (classes.txt has {num_classes} classes) or {VOID} for void"
-        )
-    return mask.astype(np.uint8)
+    with opened(path) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
-def _open(path: str | os.PathLike) -> Image.Image:
-    """An opened, fully decoded image; every failure names the file."""
+@contextlib.contextmanager
+def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file for a `with` block, its pixels not decoded yet; whatever fails in the block names the file.
+
+    Args:
+      path: the file.
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not an image, is damaged, or has more than 160 million pixels.
+    References:
+      None.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} has zero bytes; copy it again")
     try:
-        image = Image.open(path)
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(
-                f"{path} has {image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} "
-                "million; scale it down or cut it into tiles"
-            )
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
+            image = Image.open(path)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _Refused(
+                    f"{path} has {image.width}x{image.height} pixels, more than {MAX_PIXELS // 10**6} "
+                    "million; scale it down or cut it into pieces"
+                )
+            yield image
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{path}: {error}; scale it down or cut it into tiles") from error
+        raise ValueError(f"{path}: {error}; scale it down or cut it into pieces") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}); copy it again") from error
-    return image
+    except _Refused:
+        raise
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(_damaged(path, error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise errors of every kind
+        raise ValueError(_damaged(path, error)) from error
+
+
+class _Refused(ValueError):
+    pass
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return f"{path} is damaged or cut short ({error or type(error).__name__}); copy it again"
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation from 1 to 8; 1 where there is none or it cannot be read, as viewers have it."""
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - damaged EXIF data raise errors of every kind, and say nothing of the picture
+        return 1
+    return turn if turn in range(1, 9) else 1

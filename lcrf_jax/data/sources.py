@@ -7,6 +7,7 @@ Everything after this point (views, batches, networks, evaluation) knows sources
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -87,13 +88,42 @@ def open_textures(
     return TexturesSource(split, masks=masks, **options)
 
 
-def open_folder(
+def open_voc(
     split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
 ) -> Source:
-    """A folder in VOC layout, see `lcrf_jax.data.folder.FolderSource`.
+    """A folder in the layout of PASCAL VOC, see `lcrf_jax.data.voc.VocSource`.
 
     Args:
       split: name of a file in ``ImageSets/Segmentation`` without ``.txt``.
+      root: the folder.
+      masks: whether examples carry masks.
+      **options: further keyword arguments of `VocSource`.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if no folder is given, or what it holds does not fit together.
+      FileNotFoundError: if the folder or one of its files is missing.
+    References:
+      Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
+    """
+    from lcrf_jax.data.voc import VocSource
+
+    if not root:
+        raise ValueError(
+            "the source 'voc' needs root=FOLDER, the folder that holds JPEGImages/ and ImageSets/"
+        )
+    return VocSource(root, split, masks=masks, **options)
+
+
+def open_folder(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """A folder of photographs with a tag file or folders of classes, see `lcrf_jax.data.folder.FolderSource`.
+
+    A folder in the layout of PASCAL VOC is opened as one, unless options name other files.
+
+    Args:
+      split: ``train``, ``val``, or the name of a list in the folder without ``.txt``.
       root: the folder.
       masks: whether examples carry masks.
       **options: further keyword arguments of `FolderSource`.
@@ -103,18 +133,23 @@ def open_folder(
       ValueError: if no folder is given, or what it holds does not fit together.
       FileNotFoundError: if the folder or one of its files is missing.
     References:
-      Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
+      None.
     """
     from lcrf_jax.data.folder import FolderSource
 
     if not root:
         raise ValueError(
-            "the source 'folder' needs root=FOLDER, the folder that holds JPEGImages/ and ImageSets/"
+            "the source 'folder' needs root=FOLDER, the folder that holds the photographs and tags.csv; "
+            "with a configuration: --config.data.root=FOLDER"
         )
+    if (Path(root).expanduser() / "ImageSets" / "Segmentation").is_dir() and not any(
+        options.get(name) for name in ("tags", "classes", "colours")
+    ):
+        return open_voc(split, root=root, masks=masks)
     return FolderSource(root, split, masks=masks, **options)
 
 
-SOURCES = {"textures": open_textures, "folder": open_folder}
+SOURCES = {"folder": open_folder, "textures": open_textures, "voc": open_voc}
 
 
 def open_source(
@@ -123,8 +158,8 @@ def open_source(
     """The source of that kind, by name.
 
     Args:
-      kind: a key of `SOURCES`: ``textures`` or ``folder``.
-      split: name of the split, ``train`` or ``val`` for textures, any list in the folder for ``folder``.
+      kind: a key of `SOURCES`.
+      split: name of the split, ``train`` or ``val`` for textures, any list in a folder.
       root: the folder, for kinds that read one.
       masks: whether examples carry masks. Without it no mask is read or made.
       **options: passed on to the kind's constructor.
