@@ -1,72 +1,65 @@
 r"""Write masks of photographs.
 
-    python -m experiments.predict --checkpoint=RUN --images='photos/*.jpg' --out=masks/ [--crf]
+    python -m experiments.predict --checkpoint=RUN --images=photos/ --out=masks/ [--crf]
 
-Every mask is a palette PNG of class indices, of the size and the name of its photograph. Files that cannot be read are
-listed at the end; the others are done, and the exit code is then 1.
+--images takes files, folders with all photographs in them, and patterns in quotes ('photos/**/*.jpg'), and may be given
+several times. Any size and colour mode will do; photographs are turned as their EXIF data say. In --out are then
+
+    NAME.png                   the mask: a palette PNG of class indices, of the size and the name of its photograph
+    overlays/NAME.jpg          the photograph with the mask laid over it (--nooverlays leaves it out)
+    probabilities/NAME.npz     with --probabilities: of every class, at the size that the photograph was worked on
+    predictions.jsonl          a line for each photograph: classes with their share of the area, and the confidence
+
+Files that cannot be read are listed at the end; the others are done, and the exit code is then 1.
+
+The network sees the whole photograph, and one with a side above --max_side (640 pixels unless the run says otherwise) is
+refined at that size and its mask enlarged. --tile=SIDE is for pictures with objects that are small in them: larger ones are
+cut into overlapping tiles, each of them segmented as a photograph of its own. --tags=FILE restricts each photograph to the
+classes that a tag file names, and what is written then says that tags were used.
 
 A mask that is there, is newer than its photograph and was written with the same checkpoint and settings, is not made again:
 the same command goes on where it was interrupted. Several processes share the photographs; they need not know of each
 other, only how many they are: --num_processes=4 --process_id=0 and so on, or --distributed on a cluster that JAX knows.
 """
 
-import concurrent.futures
-import contextlib
-import glob
-import json
-import os
+import hashlib
 import pathlib
 import sys
+import time
 
 import jax
+import numpy as np
 from absl import flags
 
-from experiments import reporting
+from experiments import predictions, reporting
 from lcrf_jax import processes
 from lcrf_jax.checkpoints import params_digest
-from lcrf_jax.data.images import read_image
-from lcrf_jax.inference import segment_batch
+from lcrf_jax.inference import labels_and_confidence, segment_batch
 from lcrf_jax.locks import own_folder
-from lcrf_jax.report import save_index_png
 from lcrf_jax.runlog import Progress, say
+from lcrf_jax.tiling import segment_in_tiles
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
-_IMAGES = flags.DEFINE_string("images", None, "Pattern of file names, in quotes: 'photos/*.jpg'; ** goes into folders.")
+_IMAGES = flags.DEFINE_multi_string("images", None, "File, folder, or pattern in quotes; may be given several times.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the masks; made if it is not there.")
-_CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on each image at its own size.")
+_CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on each image.")
+_OVERLAYS = flags.DEFINE_bool("overlays", True, "Write the photographs with their masks in colour.")
+_PROBABILITIES = flags.DEFINE_bool("probabilities", False, "Write the probabilities of all classes.")
+_TAGS = flags.DEFINE_string("tags", None, "Tag file: only these classes may occur in each photograph.")
+_FLIPS = flags.DEFINE_bool("flips", None, "Average over the photograph and its mirror image; by default as in training.")
+_SCALES = flags.DEFINE_list("scales", None, "Average over input sizes: factors of the run's own, such as 0.75,1,1.25.")
+_MAX_SIDE = flags.DEFINE_integer("max_side", None, "Larger photographs are refined at this longer side.", lower_bound=32)
+_TILE = flags.DEFINE_integer("tile", None, "Segment larger pictures in tiles of this side.", lower_bound=64)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Make all masks anew, whatever is in --out.")
 reporting.define_process_flags()
 
-SETTINGS_FILE = "predictions.json"
 BATCH_SIZE = 8
 
 
-def planned_outputs(pattern, out):
-    """Pairs of photograph and mask, refusing two photographs with one mask, and masks in place of photographs."""
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    paths = sorted(pathlib.Path(name) for name in found if os.path.isfile(name))
-    if not paths:
-        raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}")
-    root = pathlib.Path(os.path.commonpath([path.resolve().parent for path in paths]))
-    outputs, photographs = {}, {path.resolve() for path in paths}
-    for path in paths:
-        mask = pathlib.Path(out) / path.resolve().relative_to(root).with_suffix(".png")
-        if mask.resolve() in photographs:
-            raise ValueError(f"the mask of {path} would be written over the photograph {mask}: give another --out")
-        if mask in outputs:
-            raise ValueError(
-                f"{outputs[mask]} and {path} would both be written to {mask}: predict them one pattern at a time"
-            )
-        outputs[mask] = path
-    return [(path, mask) for mask, path in outputs.items()]
-
-
-def own_share(items):
-    """The items that this process does."""
+def own_process():
+    """(number, count) of this process among those that share the photographs."""
     number, count = flags.FLAGS.process_id, flags.FLAGS.num_processes
-    if number is None and count is None:
-        return [items[i] for i in processes.share(len(items))]
-    return items[number::count]
+    return (jax.process_index(), jax.process_count()) if number is None and count is None else (number, count)
 
 
 def join():
@@ -78,97 +71,110 @@ def join():
         raise ValueError(f"--process_id: expected 0 to --num_processes - 1, got {number} of {count}")
 
 
-def remaining(todo, out, settings):
-    """The photographs that have no mask yet; refuses to mix masks of different settings."""
-    path = out / SETTINGS_FILE
-    if not _OVERWRITE.value and not path.exists() and any(mask.exists() for _, mask in todo):
-        raise ValueError(f"{out} holds masks of unknown origin; give another --out, or --overwrite to replace them")
-    if not path.exists() or _OVERWRITE.value and _stored(path) != settings:
-        _store(path, settings)
-    before = _stored(path)
-    if before != settings:
-        changed = ", ".join(f"{name} {before.get(name)!r} and not {settings[name]!r}"
-                            for name in settings if before.get(name) != settings[name])  # fmt: skip
-        raise ValueError(f"{out} holds masks made with {changed}; give another --out, or --overwrite to replace them")
-    if _OVERWRITE.value:
-        return todo
-    since = path.stat().st_mtime  # older masks are of the settings before
-    return [(photo, mask) for photo, mask in todo
-            if not mask.exists() or mask.stat().st_mtime < max(since, photo.stat().st_mtime)]  # fmt: skip
+def own_share(items):
+    """The items that this process does."""
+    number, count = flags.FLAGS.process_id, flags.FLAGS.num_processes
+    if number is None and count is None:
+        return [items[i] for i in processes.share(len(items))]
+    return items[number::count]
 
 
-def _stored(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _store(path, settings):
-    """Write the settings, unless another process was faster; with --overwrite in any case."""
-    with own_folder(path.parent, ".unfinished-") as unfinished:
-        new = unfinished / path.name
-        new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        if _OVERWRITE.value:
-            os.replace(new, path)
-            return
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)
-
-
-def write_mask(path, labels, unfinished):
-    """Write the PNG elsewhere and rename it, so that a killed run leaves no half-written mask."""
-    save_index_png(unfinished / path.name, labels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(unfinished / path.name, path)
-
-
-def read_images(paths):
-    """(images that can be read, {path: error} of the others)."""
-    images, failures = {}, {}
-    for path in paths:
+def changed_inference(inference):
+    """The inference settings of a run, changed by the flags."""
+    changed = dict(inference)
+    if _FLIPS.value is not None:
+        changed["mirror"] = _FLIPS.value
+    if _MAX_SIDE.value is not None:
+        changed["max_side"] = _MAX_SIDE.value
+    if _SCALES.value is not None:
         try:
-            images[path] = read_image(path)
-        except (ValueError, OSError) as error:
-            failures[path] = str(error)
-    return images, failures
+            factors = [float(factor) for factor in _SCALES.value]
+        except ValueError:
+            factors = []
+        if not factors or not all(0.1 <= factor <= 10 for factor in factors):
+            raise ValueError(f"--scales: expected factors from 0.1 to 10, got {','.join(_SCALES.value)!r}")
+        sizes = [max(round(factor * size / 32), 1) * 32 for factor in factors for size in inference["input_sizes"]]
+        changed["input_sizes"] = list(dict.fromkeys(sizes))
+    return changed
 
 
-def batches(todo, size):
-    """(photographs with their masks, images, failures) of each batch; the next one is read meanwhile."""
-    parts = [dict(todo[start : start + size]) for start in range(0, len(todo), size)]
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(read_images, parts[0]) if parts else None
-        for number, part in enumerate(parts):
-            images, failures = ahead.result()
-            ahead = pool.submit(read_images, parts[number + 1]) if number + 1 < len(parts) else None
-            yield part, images, failures
+def labelled(segmenter, images, tags, batch_size):
+    """(labels, confidence, log-probabilities or None) of each image."""
+    in_tiles = [_TILE.value is not None and max(image.shape[:2]) > _TILE.value for image in images]
+    whole = [at for at, tiled in enumerate(in_tiles) if not tiled]
+    results = {}
+    if whole:
+        given = None if tags is None else [tags[at] for at in whole]
+        found = segment_batch(segmenter, [images[at] for at in whole], crf=_CRF.value, batch_size=batch_size, tags=given)
+        results = dict(zip(whole, found, strict=True))
+    for at, image in enumerate(images):
+        if in_tiles[at]:
+            given = None if tags is None else tags[at]
+            yield *segment_in_tiles(
+                segmenter, image, tile=_TILE.value, crf=_CRF.value, tags=given, batch_size=batch_size
+            ), None  # fmt: skip
+        else:
+            log_probs = results.pop(at)
+            yield *labels_and_confidence(log_probs.best_log_probs, log_probs.size), log_probs.best_log_probs
 
 
 def main(argv):
     """Segment every photograph of this process' share."""
     reporting.no_more_arguments(argv)
-    out = pathlib.Path(_OUT.value)
-    planned = planned_outputs(_IMAGES.value, out)
+    if _TILE.value is not None and _PROBABILITIES.value:
+        raise ValueError("--probabilities and --tile do not go together: those of tiles are not kept")
+    started, out = time.monotonic(), pathlib.Path(_OUT.value)
+    planned = predictions.planned_outputs(
+        _IMAGES.value, out, overlays=_OVERLAYS.value, probabilities=_PROBABILITIES.value
+    )
     share = own_share(planned)
-    segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value)
-    settings = {"params_sha256": params_digest(params), "class_names": description["class_names"], "crf": _CRF.value}
-    todo = remaining(share, out, settings)
-    say(f"{len(planned)} images; classes: " + ", ".join(f"{i} {n}" for i, n in enumerate(description["class_names"])))
+    segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value, change_inference=changed_inference)
+    names = description["class_names"]
+    settings = {"params_sha256": params_digest(params), "class_names": names, "crf": _CRF.value,
+                "inference": changed_inference(description["inference"]), "tile": _TILE.value,
+                "tags_sha256": _digest(_TAGS.value)}  # fmt: skip
+    tags = None if _TAGS.value is None else predictions.known_tags(_TAGS.value, [photo for photo, _ in planned], names)
+    todo = predictions.remaining(share, out, settings, _OVERWRITE.value)
+    say(f"{len(planned)} images; classes: " + ", ".join(f"{i} {n}" for i, n in enumerate(names)))
+    if tags is not None:
+        say(f"the tags of {_TAGS.value} are used: no other class can occur in a photograph")
     if len(share) < len(planned):
         say(f"{len(share)} of them are the share of this process")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of these were done before")
-    failures, batch_size = {}, BATCH_SIZE * jax.local_device_count()
-    with Progress(len(todo), title="predict") as bar, own_folder(out, ".unfinished-") as unfinished:
-        for masks, images, unreadable in batches(todo, batch_size):
-            failures |= unreadable
-            if images:
-                results = segment_batch(segmenter, list(images.values()), crf=_CRF.value, batch_size=batch_size)
-                for path, result in zip(images, results, strict=True):
-                    write_mask(masks[path], result.labels, unfinished)
-            bar.update(num_images=len(masks), num_steps=len(masks))
+    failures = _predict(todo, out, segmenter, names, tags)
+    seconds = time.monotonic() - started
     say(f"{len(share) - len(failures)} masks in {out}")
+    if len(todo) > len(failures):
+        done = len(todo) - len(failures)
+        say(f"{done} of them made in {seconds:.1f} s, start and compilation included: {done / seconds:.2f} images/s")
     if failures:
         listed = [f"{path}: {error}" for path, error in failures.items()]
         sys.exit("\n".join([f"error: {len(failures)} of {len(share)} images could not be done:", *listed]))
+
+
+def _digest(path):
+    return None if path is None else hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def _predict(todo, out, segmenter, names, tags):
+    """Make the outputs of all photographs that can be read; {path: error} of the others."""
+    failures, batch_size = {}, BATCH_SIZE * jax.local_device_count()
+    facts = {"refined": _CRF.value, "tags_used": tags is not None}
+    if tags is not None:
+        failures |= {photo: f"has no row in {_TAGS.value}; add one" for photo, _ in todo if photo not in tags}
+        todo = [(photo, outputs) for photo, outputs in todo if photo in tags]
+    with (Progress(len(todo), title="predict") as bar, own_folder(out, ".unfinished-") as unfinished,
+          predictions.Records(out, own_process(), todo) as records):  # fmt: skip
+        for part, images, unreadable in predictions.batches(todo, batch_size):
+            failures |= unreadable
+            given = None if tags is None else [tags[photo] for photo in images]
+            results = labelled(segmenter, list(images.values()), given, batch_size)
+            for (photo, image), (labels, confidence, log_probs) in zip(images.items(), results):
+                records.write(photo, part[photo], labels, confidence, names, **facts)
+                predictions.write_outputs(part[photo], unfinished, image, labels, log_probs, np.array(names))
+            bar.update(num_images=len(part), num_steps=len(part))
+    return failures
 
 
 if __name__ == "__main__":

@@ -102,10 +102,11 @@ def check_same_settings(folder, config):
         raise ValueError(f"{folder} holds a run with another setting of {different}; choose another --workdir")
 
 
-def load_segmenter(run_dir, which="best"):
-    """(Segmenter, description, parameters) of a run folder."""
+def load_segmenter(run_dir, which="best", *, change_inference=dict):
+    """(Segmenter, description, parameters) of a run folder; its settings of inference may be changed."""
     description, params = load_description(run_dir), restore_params(run_dir, which)
-    return make_segmenter(description, params), description, params
+    changed = {**description, "inference": change_inference(description["inference"])}
+    return make_segmenter(changed, params), description, params
 
 
 def open_for_scoring(description, root, split):

@@ -10,12 +10,14 @@ image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
     3   filters                               the pairwise kernel of an image, in three forms
     4   crf, gibbs                            pairwise energy, KL to the prior, mean field; samples of the posterior
     5   elbo, baselines                       the bound and the estimators of its gradient; the compared methods
-    6   nets, data, objectives                Flax networks, sources and batches, what training minimises
-    7   methods, features, checkpoints,       what each method minimises; frozen features of a source;
+    6   locks, processes, signals             what runs have to do with the machine
+    7   nets, data, objectives, descriptions  Flax networks, sources and batches, what training minimises
+    8   methods, features, checkpoints,       what each method minimises; frozen features of a source;
         report, runlog                        run folders, pictures, metrics
-    8   training, cues, inference             the train step over a mesh of devices; cues; images in, masks out
-    9   preparation, evaluation               what training starts from; scores
-    10  runs                                  training with checkpoints, validation and resuming
+    9   training, cues, inference             the train step over a mesh of devices; cues; images in, masks out
+    10  preparation, evaluation,              what training starts from; scores; large pictures in tiles;
+        tiling, trained                       a trained run as one object, `load`
+    11  runs                                  training with checkpoints, validation and resuming
 
 Symbols, the same in code, docstrings and tests:
 
@@ -69,6 +71,25 @@ from lcrf_jax.observation import (
 from lcrf_jax.saliency import barrier_saliency
 from lcrf_jax.sampling import block_groups, categorical, gumbel_softmax, straight_through
 
+
+def load(checkpoint, *, which="best"):
+    """A trained model from the folder of a run: ``load(RUN).segment("photo.jpg").labels``.
+
+    Args:
+      checkpoint: the --workdir of a training run.
+      which: ``best`` by the validation score, or ``last``.
+
+    Returns:
+      `lcrf_jax.trained.Model`.
+
+    Raises:
+      lcrf_jax.descriptions.CheckpointError: if the folder holds no run, or its files are damaged.
+    """
+    from lcrf_jax.trained import load as load_model  # it needs orbax and Flax, the pure functions do not
+
+    return load_model(checkpoint, which=which)
+
+
 __all__ = [
     "ElboTerms",
     "KernelParams",
@@ -103,6 +124,7 @@ __all__ = [
     "kl_to_prior",
     "label_cross_entropy",
     "lattice_image_kernel",
+    "load",
     "localisation_cues",
     "log_evidence",
     "log_mean_exp",

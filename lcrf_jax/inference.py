@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from PIL import Image
 
 from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
 from lcrf_jax.crf import refine as refine_by_mean_field
@@ -19,6 +20,8 @@ from lcrf_jax.nets.tag_classifier import TagClassifier
 
 _SIZE_STEP = 64
 _EXCLUDED = -1e4
+MAX_SIDE = 640
+_STRIP_PIXELS = 1 << 20
 _MAX_VERTICES_PER_PIXEL = 6  # of a lattice over two positions and three colours
 
 
@@ -34,6 +37,7 @@ class Segmenter(NamedTuple):
       enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
       refine: function (log-probabilities, image, valid, capacity=None) -> log-probabilities after mean field; all
         are NaN if the kernel's lattice needs more vertices than the capacity.
+      max_side: larger images are worked on at this longer side, in pixels, and their result is enlarged.
     """
 
     class_names: tuple
@@ -42,6 +46,7 @@ class Segmenter(NamedTuple):
     log_probs_of: object
     enlarge: object
     refine: object
+    max_side: int = MAX_SIDE
 
     def network_log_probs(self, images):
         """Log q(z | x) on the network's grid, [B, h, w, K], of images [B, S, S, 3] RGB 0..255."""
@@ -49,26 +54,87 @@ class Segmenter(NamedTuple):
 
 
 class Segmentation(NamedTuple):
-    """What is known of one image.
+    """What is known of one image of H x W pixels; h x w is the size it was worked on at, H x W but for large images.
 
     Attributes:
-      log_probs: [H, W, K] float32, log q(z | x) of the network at the image's own size.
+      size: (H, W) in pixels.
+      log_probs: [h, w, K] float32, log q(z | x) of the network.
       refined_log_probs: the same after mean field on the image, or None.
     """
 
+    size: tuple
     log_probs: np.ndarray
     refined_log_probs: np.ndarray | None
 
     @property
+    def best_log_probs(self):
+        """[h, w, K] float32, after refinement where there was one."""
+        return self.log_probs if self.refined_log_probs is None else self.refined_log_probs
+
+    @property
     def labels(self):
         """[H, W] uint8, the most probable class of every pixel, after refinement where there was one."""
-        best = self.log_probs if self.refined_log_probs is None else self.refined_log_probs
-        return best.argmax(axis=-1).astype(np.uint8)
+        return labels_and_confidence(self.best_log_probs, self.size)[0]
 
     @property
     def network_labels(self):
         """[H, W] uint8, the most probable class of every pixel before refinement."""
-        return self.log_probs.argmax(axis=-1).astype(np.uint8)
+        return labels_and_confidence(self.log_probs, self.size)[0]
+
+
+def labels_and_confidence(log_probs, size):
+    """The most probable class of every pixel and its probability, in little memory for large images.
+
+    Args:
+      log_probs: [h, w, K] log-probabilities.
+      size: (H, W) in pixels; where it differs from (h, w) the log-probabilities are interpolated, bilinearly.
+
+    Returns:
+      ([H, W] uint8, [H, W] float16 in 0..1).
+    """
+    labels, confidence = np.empty(size, np.uint8), np.empty(size, np.float16)
+    columns = None if log_probs.shape[1] == size[1] else _neighbours(log_probs.shape[1], size[1])
+    rows = None if log_probs.shape[0] == size[0] else _neighbours(log_probs.shape[0], size[0])
+    step = max(1, _STRIP_PIXELS // size[1])
+    for start in range(0, size[0], step):
+        strip = slice(start, min(start + step, size[0]))
+        values = log_probs[strip] if rows is None else _interpolated(log_probs, [part[strip] for part in rows], 0)
+        values = values if columns is None else _interpolated(values, columns, 1)
+        best = values.argmax(axis=-1)
+        labels[strip] = best
+        top = np.take_along_axis(values, best[..., None], axis=-1)
+        confidence[strip] = 1 / np.exp(values - top).sum(axis=-1)
+    return labels, confidence
+
+
+def interpolated_probs(log_probs, size):
+    """Probabilities at another size, from log-probabilities interpolated bilinearly.
+
+    Args:
+      log_probs: [h, w, K] log-probabilities.
+      size: (H, W) in pixels.
+
+    Returns:
+      [H, W, K] float32, summing to one over the classes.
+    """
+    for axis in (0, 1):
+        if log_probs.shape[axis] != size[axis]:
+            log_probs = _interpolated(log_probs, _neighbours(log_probs.shape[axis], size[axis]), axis)
+    probs = np.exp(log_probs - log_probs.max(axis=-1, keepdims=True))
+    return probs / probs.sum(axis=-1, keepdims=True)
+
+
+def _neighbours(cells, pixels):
+    """For each pixel the cell before it, the cell after it and the share of the latter."""
+    centres = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)
+    before = np.minimum(centres.astype(np.int64), max(cells - 2, 0))
+    return before, np.minimum(before + 1, cells - 1), (centres - before).astype(np.float32)
+
+
+def _interpolated(values, neighbours, axis):
+    before, after, share = neighbours
+    share = share.reshape(-1, *[1] * (values.ndim - axis - 1))
+    return values.take(before, axis) * (1 - share) + values.take(after, axis) * share
 
 
 def make_segmenter(description, params):
@@ -78,7 +144,7 @@ def make_segmenter(description, params):
       description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
         "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
         "num_iterations", "unary_weight", and where the network's softmax is not the output "output", a key of
-        `OUTPUTS`, and "output_options".
+        `OUTPUTS`, and "output_options"; "max_side" is MAX_SIDE where it is not there.
       params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
 
     Returns:
@@ -106,7 +172,7 @@ def make_segmenter(description, params):
     )
     return Segmenter(
         tuple(description["class_names"]), tuple(settings["input_sizes"]), network_features, jax.jit(log_probs_of),
-        _enlarged, refine,
+        _enlarged, refine, settings.get("max_side", MAX_SIDE),
     )
 
 
@@ -241,7 +307,7 @@ def resized_map(values, size):
 
 
 def segment(segmenter, image, *, crf, tags=None):
-    """Segment one image at its own size.
+    """Segment one image; one with a side above `segmenter.max_side` is worked on at a smaller size.
 
     Args:
       segmenter: a Segmenter.
@@ -330,7 +396,8 @@ def network_features(segmenter, images, batch_size):
 
 
 def _at_own_size(segmenter, image, grids, crf):
-    """(image, log-probabilities, refined ones or None) on the way: padded, on the device."""
+    """(size, image, log-probabilities, refined ones or None) on the way: padded, on the device."""
+    size, image = image.shape[:2], _working_image(image, segmenter.max_side)
     height, width = image.shape[:2]
     padded = (_padded(height), _padded(width))
     enlarged = [
@@ -342,7 +409,17 @@ def _at_own_size(segmenter, image, grids, crf):
         for grid in grids
     ]
     log_probs = enlarged[0] if len(enlarged) == 1 else jax.nn.log_softmax(sum(enlarged) / len(enlarged), axis=-1)
-    return image, log_probs, segmenter.refine(log_probs, *_padded_image(image)) if crf else None
+    return size, image, log_probs, segmenter.refine(log_probs, *_padded_image(image)) if crf else None
+
+
+def _working_image(image, max_side):
+    """The image at the size that it is worked on."""
+    height, width = image.shape[:2]
+    scale = max_side / max(height, width)
+    if scale >= 1:
+        return image
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
 def _padded_image(image):
@@ -352,7 +429,7 @@ def _padded_image(image):
     return np.pad(image, [*pad, (0, 0)], mode="edge"), np.pad(np.ones((height, width), bool), pad)
 
 
-def _on_host(segmenter, image, log_probs, refined):
+def _on_host(segmenter, size, image, log_probs, refined):
     """The Segmentation, once the device has done it."""
     height, width = image.shape[:2]
     if refined is not None:
@@ -365,7 +442,7 @@ def _on_host(segmenter, image, log_probs, refined):
     log_probs = np.asarray(log_probs)[:height, :width]
     if np.isnan(log_probs).any() or refined is not None and np.isnan(refined).any():
         raise ValueError("the network's output is not a number: its training has diverged; use another checkpoint")
-    return Segmentation(log_probs, refined)
+    return Segmentation(size, log_probs, refined)
 
 
 def restored_classifier(params):

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 VOID = 255
+_STRIP_PIXELS = 1 << 20
 INK, PAPER, FAINT = (30, 34, 40), (255, 255, 255), (236, 238, 241)
 
 
@@ -50,10 +51,14 @@ def overlay(image, labels, alpha=0.55):
                          "the mask with nearest neighbours")
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha in 0..1, got {alpha}")
-    colours = palette(256)[labels].astype(np.float32)
-    share = np.where(labels == 0, 0.0, alpha)
-    share = np.where(_edges(labels) & (labels != 0), 1.0, share)[..., None]
-    return np.round(image * (1 - share) + colours * share).astype(np.uint8)
+    edges, result = _edges(labels), np.empty_like(image)
+    colours, shares = np.float32(palette(256)), np.where(np.arange(256) == 0, 0, np.float32(alpha))
+    step = max(1, _STRIP_PIXELS // labels.shape[1])
+    for start in range(0, len(labels), step):  # in little memory for large images
+        rows = slice(start, start + step)
+        share = np.where(edges[rows] & (labels[rows] != 0), np.float32(1), shares[labels[rows]])[..., None]
+        result[rows] = np.round(image[rows] * (1 - share) + colours[labels[rows]] * share)
+    return result
 
 
 def save_index_png(path, labels):

@@ -261,3 +261,30 @@ def test_superpixels_are_regions_of_one_colour():
     assert segments.shape == (40, 60) and segments.min() == 0
     assert len({segments[0, 0], segments[15, 10], segments[20, 50]}) == 3
     assert len(np.unique(segments[:, 30:])) == 1
+
+
+def test_large_images_are_worked_on_at_a_smaller_size():
+    image = picture(9, 90, 200)
+    small = segmenter()._replace(max_side=100)
+    result = inference.segment(small, image, crf=True)
+    assert result.size == (90, 200) and result.log_probs.shape == (45, 100, NUM_CLASSES)
+    shrunk = np.asarray(Image.fromarray(image).resize((100, 45), Image.Resampling.BICUBIC, reducing_gap=3.0))
+    assert result.refined_log_probs.shape == result.log_probs.shape
+    padded, valid = np.pad(shrunk, ((0, 19), (0, 28), (0, 0)), mode="edge"), np.pad(np.ones((45, 100), bool), ((0, 19), (0, 28)))
+    unary = np.pad(result.log_probs, ((0, 19), (0, 28), (0, 0)), mode="edge")
+    expected = small.refine(unary, padded, valid)[:45, :100]
+    np.testing.assert_allclose(np.exp(result.refined_log_probs), np.exp(expected), atol=2e-3)
+    assert result.labels.shape == result.network_labels.shape == (90, 200)
+    np.testing.assert_array_equal(result.labels, resized(result.refined_log_probs, 90, 200).argmax(axis=-1))
+
+
+@pytest.mark.parametrize("size", [(5, 7), (11, 3), (40, 60)])
+def test_labels_and_confidence_at_another_size(size, monkeypatch):
+    monkeypatch.setattr(inference, "_STRIP_PIXELS", 200)  # several strips
+    log_probs = np.log(reference.softmax(np.random.default_rng(0).normal(size=(5, 7, 3)) * 2)).astype(np.float32)
+    labels, confidence = inference.labels_and_confidence(log_probs, size)
+    probs = reference.softmax(resized(log_probs, *size))
+    np.testing.assert_array_equal(labels, probs.argmax(axis=-1))
+    np.testing.assert_allclose(confidence, probs.max(axis=-1), atol=1e-3)
+    assert labels.dtype == np.uint8 and confidence.dtype == np.float16
+    np.testing.assert_allclose(inference.interpolated_probs(log_probs, size), probs, atol=1e-5)

@@ -154,7 +154,8 @@ def get_config():
     config.inference = ConfigDict()
     config.inference.input_sizes = (320,)
     config.inference.mirror = True
+    config.inference.max_side = 640  # photographs with a longer side are worked on at this one
     config.inference.unary_weight = 1.0
     config.inference.num_iterations = 10
-    config.inference.kernel = kernel(8.0, 80.0, 13.0, 2.0, 3.0)  # in pixels of the photograph
+    config.inference.kernel = kernel(8.0, 80.0, 13.0, 2.0, 3.0)  # in pixels of the photograph as it is worked on
     return config

@@ -10,8 +10,8 @@
     FOLDER/masks/**/*.png              optional: the mask of a photograph has its name and folder
     FOLDER/colours.csv                 optional: the colours of the masks, see `lcrf_jax.data.masks.read_colours`
 
-In tag files and lists a photograph is named by its path within the folder; the extension, and where there is no doubt
-the folders, may be left out. Without lists a part of the photographs that have masks, chosen by a seed, is the split val,
+In tag files and lists a photograph is named by its path within the folder; where there is no doubt,
+the extension and the first folders may be left out. Without lists a part of the photographs that have masks, chosen by a seed, is the split val,
 and all others are the split train. All that is wrong with names, tags and lists is found when the folder is looked
 through, and told together.
 """

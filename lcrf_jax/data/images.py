@@ -57,20 +57,34 @@ def read_turned_image(path: str | os.PathLike) -> tuple[np.ndarray, int]:
       None.
     """
     with opened(path) as image:
-        image.load()
-        turn = _orientation(image)
-        if turn != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, 2), turn
-        if image.mode in ("I", "F"):
-            raise ValueError(
-                f"{path}: the range of mode {image.mode!r} is not known; save it with 8 bits a channel"
-            )
-        if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        return np.array(image.convert("RGB")), turn
+        return opened_as_rgb(image, path)
+
+
+def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarray, int]:
+    """A Pillow image as `read_image` has it, and how it was turned.
+
+    Args:
+      image: the image.
+      name: what it is called in messages.
+    Returns:
+      [H, W, 3] uint8, RGB, and the EXIF orientation (1 to 8) that was undone.
+    Raises:
+      ValueError: if the range of its values is not known.
+    References:
+      None.
+    """
+    image.load()
+    turn = _orientation(image)
+    if turn != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, 2), turn
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name}: the range of mode {image.mode!r} is not known; save it with 8 bits a channel")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB")), turn
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:

@@ -101,7 +101,7 @@ def scan_folder(
     several = [path for path in (root / name for name in TAG_FILES) if path.is_file()]
     if len(several) > 1 and not tags:
         problems.append(f"{root} holds {', '.join(path.name for path in several)}; keep one, or name one")
-    finder, missing = _Finder(photographs), []
+    finder, missing = PhotographFinder(photographs), []
     rows = _tagged(read_tag_file(tag_file), finder, missing, problems) if tag_file else {}
     rows = rows or ({} if tag_file else _tags_by_folder(photographs, problems))
     class_names, rows = _classes(class_file, rows, problems)
@@ -160,24 +160,34 @@ def _photographs(root: Path, mask_folder: Path) -> tuple[list[str], list[str]]:
     return sorted(found), problems
 
 
-class _Finder:
-    """Photographs by what tag files and lists call them."""
+class PhotographFinder:
+    """Photographs by what tag files and lists call them: by path, or by a part of it where that is in no doubt.
+
+    Args:
+      photographs: paths with ``/`` between folders.
+    """
 
     def __init__(self, photographs):
-        self.exact = {unicodedata.normalize("NFC", path): path for path in photographs}
+        self._exact = {unicodedata.normalize("NFC", path): path for path in photographs}
         self._shorter: dict[str, list[str]] = {}
         for path in photographs:
-            file = path.rsplit("/", 1)[-1]
-            for name in {os.path.splitext(path)[0], file, os.path.splitext(file)[0]} - {path}:
+            parts = os.path.splitext(path)[0].split("/"), path.split("/")
+            for name in {"/".join(part[start:]) for part in parts for start in range(len(part))} - {path}:
                 self._shorter.setdefault(unicodedata.normalize("NFC", name), []).append(path)
 
-    def candidates(self, name):
-        """The photographs that a name may mean: one if it is clear, none if there is none."""
+    def candidates(self, name: str) -> list[str]:
+        """The photographs that a name may mean.
+
+        Args:
+          name: a path, or the end of a path, with or without its extension.
+        Returns:
+          Their paths: one if it is clear, none if there is none.
+        """
         name = unicodedata.normalize("NFC", name)
-        return [self.exact[name]] if name in self.exact else self._shorter.get(name, [])
+        return [self._exact[name]] if name in self._exact else self._shorter.get(name, [])
 
 
-def _tagged(rows: dict[str, TagRow], finder: _Finder, missing: list, problems: list) -> dict[str, TagRow]:
+def _tagged(rows: dict[str, TagRow], finder: PhotographFinder, missing: list, problems: list) -> dict[str, TagRow]:
     """The rows of a tag file by photograph."""
     found: dict[str, TagRow] = {}
     for name, row in rows.items():

@@ -1,0 +1,287 @@
+"""What `experiments.predict` reads and writes: photographs and their outputs, what is done, and the records of it."""
+
+import concurrent.futures
+import contextlib
+import glob
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lcrf_jax.data.images import MAX_PIXELS, image_size, is_photograph, read_image
+from lcrf_jax.data.listing import PhotographFinder
+from lcrf_jax.data.sources import tag_vector
+from lcrf_jax.data.tags import read_tag_file
+from lcrf_jax.locks import own_folder
+from lcrf_jax.report import overlay, save_index_png
+
+SETTINGS_FILE = "predictions.json"
+RECORDS = "predictions"
+BATCH_PIXELS = 32_000_000
+
+
+class Outputs(NamedTuple):
+    """The files that are written for one photograph; None for what is not wanted.
+
+    Attributes:
+      mask: PNG of class indices.
+      overlay: JPEG of the photograph with its mask in colour.
+      probabilities: NPZ of the probabilities of all classes.
+    """
+
+    mask: pathlib.Path
+    overlay: pathlib.Path | None
+    probabilities: pathlib.Path | None
+
+
+def planned_outputs(patterns, out, *, overlays, probabilities):
+    """Pairs of photograph and Outputs, refusing two photographs with one mask, and masks in place of photographs.
+
+    Args:
+      patterns: files, folders (with all photographs at any depth) and patterns of file names.
+      out: folder of the masks.
+      overlays, probabilities: whether these are wanted.
+
+    Returns:
+      List in the order of the photographs' paths. The path of a mask within `out` is that of its photograph within the
+      folder that was given, the fixed part of the pattern, or what these have in common.
+    """
+    roots, found, out = [], set(), pathlib.Path(out)
+    for pattern in patterns:
+        root, paths = _photographs(os.path.expanduser(pattern), out)
+        if not paths:
+            raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}")
+        roots.append(root)
+        found.update(paths)
+    root, photographs = pathlib.Path(os.path.commonpath(roots)), {path.resolve() for path in found}
+    outputs, taken = [], {}
+    for path in sorted(found):
+        name = path.absolute().relative_to(root)
+        mask = out / name.with_suffix(".png")
+        if mask.resolve() in photographs:
+            raise ValueError(f"the mask of {path} would be written over the photograph {mask}: give another --out")
+        if mask in taken:
+            raise ValueError(
+                f"{taken[mask]} and {path} would both be written to {mask}: predict them one pattern at a time"
+            )
+        taken[mask] = path
+        outputs.append((path, Outputs(
+            mask,
+            out / "overlays" / name.with_suffix(".jpg") if overlays else None,
+            out / "probabilities" / name.with_suffix(".npz") if probabilities else None,
+        )))  # fmt: skip
+    return outputs
+
+
+def _photographs(pattern, out):
+    """(the folder that paths are told from, photographs) of a file, a folder or a pattern."""
+    if os.path.isfile(pattern):  # a file may be named photo[1].jpg
+        path = pathlib.Path(pattern)
+        return path.absolute().parent, [path]
+    if os.path.isdir(pattern):
+        folder, avoided = pathlib.Path(pattern).absolute(), out.resolve()
+        paths = [path for path in folder.rglob("*") if is_photograph(path.name) and path.is_file()]
+        paths = [path for path in paths if avoided not in path.resolve().parents and not _hidden(path, folder)]
+        return folder, [pathlib.Path(pattern) / path.relative_to(folder) for path in paths]
+    parts = pathlib.Path(pattern).absolute().parts
+    fixed = next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    found = glob.glob(pattern, recursive=True)
+    return pathlib.Path(*parts[:fixed]), [pathlib.Path(name) for name in found if os.path.isfile(name)]
+
+
+def _hidden(path, folder):
+    return any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+
+
+def remaining(share, out, settings, overwrite):
+    """The photographs whose outputs are not all there; refuses to mix masks of different settings."""
+    path = out / SETTINGS_FILE
+    if not overwrite and not path.exists() and any(outputs.mask.exists() for _, outputs in share):
+        raise ValueError(f"{out} holds masks of unknown origin; give another --out, or --overwrite to replace them")
+    if not path.exists() or overwrite and _stored(path) != settings:
+        _store(path, settings, overwrite)
+    before = _stored(path)
+    if before != settings:
+        changed = ", ".join(f"{name} {before.get(name)!r} and not {settings[name]!r}"
+                            for name in settings if before.get(name) != settings[name])  # fmt: skip
+        raise ValueError(f"{out} holds masks made with {changed}; give another --out, or --overwrite to replace them")
+    if overwrite:
+        return share
+    since = path.stat().st_mtime  # older masks are of the settings before
+    return [(photo, outputs) for photo, outputs in share if not _is_done(photo, outputs, since)]
+
+
+def _is_done(photo, outputs, since):
+    mask = outputs.mask
+    if not mask.exists() or mask.stat().st_mtime < max(since, photo.stat().st_mtime):
+        return False
+    return all(path is None or path.exists() for path in outputs)
+
+
+def _stored(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and use --overwrite") from error
+
+
+def _store(path, settings, overwrite):
+    """Write the settings, unless another process was faster; with overwrite in any case."""
+    with own_folder(path.parent, ".unfinished-") as unfinished:
+        new = unfinished / path.name
+        new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        if overwrite:
+            os.replace(new, path)
+            return
+        with contextlib.suppress(FileExistsError):
+            os.link(new, path)
+
+
+class Records:
+    """A JSON line for each photograph that is done, in predictions.jsonl, or in a file for each of several processes.
+
+    The line is written before the mask, so that a mask that is there has its line. Lines of masks that are about to be
+    made again are removed.
+
+    Args:
+      out: folder of the masks.
+      process: (number, count) of the process.
+      todo: pairs of photograph and Outputs that are about to be made.
+    """
+
+    def __init__(self, out, process, todo):
+        number, count = process
+        self.path = out / (f"{RECORDS}.jsonl" if count == 1 else f"{RECORDS}.{number}-of-{count}.jsonl")
+        self._out, again = out, {str(outputs.mask.relative_to(out)) for _, outputs in todo}
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _mask_of(line) not in again | {None}]
+            unfinished = self.path.with_name(f".{self.path.name}.tmp")
+            unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(unfinished, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, photo, outputs, labels, confidence, class_names, **facts):
+        """Add the line of a photograph: size, and area and confidence of each class that is there."""
+        counts = np.bincount(labels.ravel(), minlength=len(class_names))
+        sums = np.bincount(labels.ravel(), confidence.ravel().astype(np.float32), minlength=len(class_names))
+        classes = {
+            name: {"area": round(int(count) / labels.size, 6), "confidence": round(float(total) / int(count), 4)}
+            for name, count, total in zip(class_names, counts, sums) if count
+        }  # fmt: skip
+        record = {
+            "image": str(photo), "mask": str(outputs.mask.relative_to(self._out)), "width": labels.shape[1],
+            "height": labels.shape[0], "classes": classes, "confidence": round(float(sums.sum()) / labels.size, 4), **facts,
+        }  # fmt: skip
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+
+def _mask_of(line):
+    """The mask that a line is about, None if the line was cut short."""
+    try:
+        return json.loads(line)["mask"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
+    """Write the files of one photograph elsewhere and rename them, the mask last: a killed run leaves none half-written."""
+
+    def moved(path, write):
+        temporary = unfinished / path.name
+        write(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, path)
+
+    if outputs.overlay is not None:
+        picture = Image.fromarray(overlay(image, labels))
+        moved(outputs.overlay, lambda path: picture.save(path, format="JPEG", quality=90))
+    if outputs.probabilities is not None:
+        probs = np.exp(log_probs).astype(np.float16)
+        moved(outputs.probabilities, lambda path: np.savez_compressed(path, probabilities=probs, class_names=class_names))
+    moved(outputs.mask, lambda path: save_index_png(path, labels))
+
+
+def batches(todo, size):
+    """(pairs of photograph and Outputs, images, failures) of each batch; the next one is read meanwhile.
+
+    A batch has at most `size` photographs, and fewer where these are large.
+    """
+    with concurrent.futures.ThreadPoolExecutor(2) as pool, concurrent.futures.ThreadPoolExecutor(1) as ahead:
+        parts = _parts(todo, size)
+        part = next(parts, None)
+        reading = part and ahead.submit(_read, pool, part)
+        while part:
+            images, failures = reading.result()
+            following = next(parts, None)
+            reading = following and ahead.submit(_read, pool, following)
+            yield dict(part), images, failures
+            part = following
+
+
+def _parts(todo, size):
+    part, pixels = [], 0
+    for photo, outputs in todo:
+        try:
+            height, width = image_size(photo)
+        except (ValueError, OSError):
+            height, width = 0, 0  # `_read` tells what is wrong
+        if part and (len(part) == size or pixels + height * width > BATCH_PIXELS):
+            yield part
+            part, pixels = [], 0
+        part.append((photo, outputs))
+        pixels += min(height * width, MAX_PIXELS)
+    if part:
+        yield part
+
+
+def _read(pool, part):
+    """(images that can be read, {path: error} of the others)."""
+
+    def one(photo):
+        try:
+            return read_image(photo)
+        except (ValueError, OSError) as error:
+            return str(error)
+        except MemoryError:
+            return "there is not enough memory for it; scale it down or cut it into pieces"
+
+    results = {photo: result for (photo, _), result in zip(part, pool.map(one, [photo for photo, _ in part]))}
+    failures = {photo: result for photo, result in results.items() if isinstance(result, str)}
+    return {photo: result for photo, result in results.items() if photo not in failures}, failures
+
+
+def known_tags(path, photographs, class_names):
+    """The tags of photographs, as a tag file has them.
+
+    Args:
+      path: tag file, see `lcrf_jax.data.tags`; photographs are named by their paths, or by the ends of these where there
+        is no doubt.
+      photographs: their paths.
+      class_names: names of the K classes.
+
+    Returns:
+      dict from path to [K] bool; photographs without a row are not in it.
+    """
+    names = {path.as_posix(): path for path in photographs}
+    finder, found = PhotographFinder(names), {}
+    for image, row in read_tag_file(path).items():
+        try:
+            vector = tag_vector(row.tags, class_names)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}; correct the tag") from None
+        candidates = finder.candidates(image)
+        if len(candidates) > 1:
+            raise ValueError(f"{row.where}: {image!r} may be {', '.join(candidates[:3])}; write the whole path")
+        if candidates:
+            found[names[candidates[0]]] = vector
+    return found
