@@ -24,11 +24,11 @@ from experiments import comparison_tables, measuring, reporting
 from lcrf_jax import evaluation, preparation, runs
 from lcrf_jax.baselines import majority_labels
 from lcrf_jax.checkpoints import restore_params
-from lcrf_jax.data.sources import open_source
 from lcrf_jax.inference import make_segmenter, superpixels
 from lcrf_jax.methods import METHODS, localisation
 from lcrf_jax.report import picture_table
 from lcrf_jax.runlog import say
+from lcrf_jax.splits import checked_split
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and tables; made if it is not there.")
@@ -171,8 +171,7 @@ def main(argv):
         raise ValueError("config.data.val_split: expected a split with masks to compare on, got none")
     if any(METHODS[name].smoothed_title for name in names):
         superpixels(np.zeros((8, 8, 3), np.uint8))  # whether scikit-image is there, before hours of training
-    options = {"root": config.data.root, **config.data.options.to_dict()}
-    val = open_source(config.data.kind, config.data.val_split, masks=True, **options)
+    val = checked_split(config.to_dict(), config.data.val_split, masks=True)
     preparations = Preparations(config)
     for seed in range(_SEEDS.value):
         for name in list(names):

@@ -14,7 +14,6 @@ from absl import app, flags, logging
 from lcrf_jax import evaluation, preparation, processes, signals
 from lcrf_jax.checkpoints import restore_params
 from lcrf_jax.data.pipeline import prefetched
-from lcrf_jax.data.sources import open_source
 from lcrf_jax.descriptions import CheckpointError, load_description
 from lcrf_jax.features import map_functions, mean_map, square_image
 from lcrf_jax.inference import make_segmenter, resized_map, restored_classifier
@@ -22,6 +21,7 @@ from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, 
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.report import picture_grid
 from lcrf_jax.runlog import say
+from lcrf_jax.splits import checked_split
 
 CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
 NUM_PICTURES = 8
@@ -111,11 +111,11 @@ def load_segmenter(run_dir, which="best", *, change_inference=dict):
 
 def open_for_scoring(description, root, split):
     """The named split with its masks: of the folder `root`, or of the data that the run was trained on."""
-    data = description["training"]["data"]
+    data = dict(description["training"]["data"])
     if root:
-        source = open_source("folder", split, root=root, masks=True)
-    else:
-        source = open_source(data["kind"], split, root=data["root"], masks=True, **data["options"])
+        options = data["options"] if data["kind"] == "folder" else {}
+        data |= {"kind": "folder", "root": root, "options": options}
+    source = checked_split({"data": data}, split, masks=True)
     if list(source.class_names) != description["class_names"]:
         raise ValueError(
             f"the run knows the classes {description['class_names']}, the data has {list(source.class_names)}; "

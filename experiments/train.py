@@ -16,10 +16,14 @@ from ml_collections import config_flags
 
 from experiments import reporting
 from lcrf_jax import preparation, runs
+from lcrf_jax.data.check import MODES
 from lcrf_jax.runlog import say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
+_ON_BAD_IMAGE = flags.DEFINE_enum(
+    "on_bad_image", None, MODES, "What to do with photographs that cannot be read; sets config.data.on_bad_image."
+)
 reporting.define_process_flags()
 
 
@@ -28,12 +32,17 @@ def main(argv):
     reporting.no_more_arguments(argv)
     started = time.monotonic()
     config = _CONFIG.value.to_dict()
+    if _ON_BAD_IMAGE.value is not None:
+        config["data"]["on_bad_image"] = _ON_BAD_IMAGE.value
     prepared = preparation.prepare(config)
     say(
         f"{len(prepared.train)} training images with tags of {len(prepared.train.class_names) - 1} classes; "
         f"logits {prepared.grid} x {prepared.grid}"
     )
     runs.train(prepared, _WORKDIR.value)
+    for source in (prepared.train, prepared.val):
+        if getattr(source, "left_out", 0):
+            say(f"{source.left_out} photographs of {source.split} were left out, as told at the beginning")
     reporting.evaluate_run(_WORKDIR.value, prepared.val, crf=False, started=started)
 
 

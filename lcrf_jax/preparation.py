@@ -1,5 +1,6 @@
 """From a configuration to what training starts from: data, frozen features, classifier, evidence."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,6 @@ from lcrf_jax.crf import mean_field
 from lcrf_jax.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.pipeline import ViewDataset
-from lcrf_jax.data.sources import open_source
 from lcrf_jax.descriptions import library_versions
 from lcrf_jax.features import (
     CachedViews,
@@ -28,6 +28,7 @@ from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
 from lcrf_jax.objectives import uses_chains
 from lcrf_jax.processes import from_first
 from lcrf_jax.runlog import image_progress, say
+from lcrf_jax.splits import open_data, without_masks
 from lcrf_jax.training import check_batch_size
 
 
@@ -75,6 +76,7 @@ class Round(NamedTuple):
       first_step, last_step: steps done before and after it.
       steps_per_epoch: whole batches in an epoch.
       epochs: length.
+      passes: over the images in an epoch; more than one if there are few.
     """
 
     number: int
@@ -82,13 +84,15 @@ class Round(NamedTuple):
     last_step: int
     steps_per_epoch: int
     epochs: int
+    passes: int = 1
 
 
 def planned_rounds(config, num_images):
     """The rounds of a configuration, with their steps.
 
     Args:
-      config: dict with "epochs", "method", which makes rounds of them (see `lcrf_jax.methods`), and "batch_size".
+      config: dict with "epochs", "method", which makes rounds of them (see `lcrf_jax.methods`), "batch_size" and, if it is
+        not 0, "least_steps" of a round: where the images do not make so many, an epoch is several passes over them.
       num_images: images in the training split.
 
     Returns:
@@ -97,8 +101,8 @@ def planned_rounds(config, num_images):
     Raises:
       ValueError: if the images do not fill one batch, or a round has no epochs.
     """
-    steps_per_epoch = num_images // config["batch_size"]
-    if not steps_per_epoch:
+    steps_per_pass = num_images // config["batch_size"]
+    if not steps_per_pass:
         size = config["batch_size"]
         raise ValueError(f"batch_size: {num_images} training images do not fill one batch of {size}; lower it")
     method = method_of(config)
@@ -112,34 +116,11 @@ def planned_rounds(config, num_images):
         )
     rounds, step = [], 0
     for number, length in enumerate(epochs):
-        end = step + length * steps_per_epoch
-        rounds.append(Round(number, step, end, steps_per_epoch, length))
+        passes = max(1, math.ceil(config.get("least_steps", 0) / (length * steps_per_pass)))
+        end = step + length * passes * steps_per_pass
+        rounds.append(Round(number, step, end, passes * steps_per_pass, length, passes))
         step = end
     return rounds
-
-
-def open_data(config):
-    """The training source (tags only, unless the method needs masks) and the source of the validation masks.
-
-    Args:
-      config: dict with "data" ("kind", "root", "train_split", "val_split", "options") and "method".
-
-    Returns:
-      (train, val); val is None if the folder has no such split or no masks for it.
-
-    Raises:
-      FileNotFoundError: if the training data is missing.
-      ValueError: if it is not as expected; the message names the file.
-    """
-    method, data = method_of(config), config["data"]
-    options = {"root": data["root"], **data["options"]}
-    train = open_source(data["kind"], data["train_split"], masks="masks" in method.inputs, **options)
-    try:
-        val = open_source(data["kind"], data["val_split"], masks=True, **options) if data["val_split"] else None
-    except FileNotFoundError as error:
-        say(f"no validation: {error}")
-        val = None
-    return train, val
 
 
 def prepare(config):
@@ -176,7 +157,7 @@ def prepare(config):
     for this in rounds:
         images_of_round(method, this, train.tags)
     views = ViewDataset(train, size=size, **config["views"])
-    whole = ViewDataset(_without_masks(config, train), size=size, **config["views"])
+    whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
     if not config["cache"]["features"]:
         whole = ViewDataset(whole.source, 1, size)
     with image_progress("features", len(whole)) as done:
@@ -200,14 +181,6 @@ def prepare(config):
         ranks = saliency_rank(_gradient_saliency(prepared, directory))
         prepared = prepared._replace(gradient_saliency=np.asarray(ranks, np.float16)[..., None])
     return prepared._replace(cues=_cues(prepared, directory)) if "cues" in inputs else prepared
-
-
-def _without_masks(config, train):
-    """The training source as methods that learn from tags have it: features know nothing of masks."""
-    data = config["data"]
-    if not train.masks:
-        return train
-    return open_source(data["kind"], data["train_split"], masks=False, root=data["root"], **data["options"])
 
 
 def _with_class_maps(prepared, cached, views_identity, directory):

@@ -248,7 +248,7 @@ def _round_batches(prepared, this, evidence, mesh):
     if chosen is not None:
         records = ImageSubset(records, chosen, num_views)
     # Fewer images come more often: a round is as many steps as with all of them.
-    num_epochs = -(-this.epochs * len(prepared.train) * num_views // len(records))
+    num_epochs = -(-this.epochs * this.passes * len(prepared.train) * num_views // len(records))
     loader = make_loader(
         records, batch_size=config["batch_size"], seed=config["seed"] + this.number, num_epochs=num_epochs,
         num_threads=config["num_threads"], num_views=num_views,

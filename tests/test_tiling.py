@@ -1,5 +1,7 @@
 """Large pictures in tiles: which tiles there are, that they blend, and that little memory is needed."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_where_tiles_begin(length, tile, overlap, expected):
     assert starts == expected
     covered = {pixel for start in starts for pixel in range(start, start + tile)}
     assert covered >= set(range(length)) and starts[-1] + tile == max(length, tile)
-    assert all(b - a <= tile * (1 - overlap) for a, b in zip(starts, starts[1:]))
+    assert all(b - a <= tile * (1 - overlap) for a, b in itertools.pairwise(starts))
 
 
 def quarters(height, width):

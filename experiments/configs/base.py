@@ -34,7 +34,8 @@ def get_config():
     config.data.root = ""
     config.data.train_split = "train"
     config.data.val_split = "val"  # masks are used for the score and for choosing best/; "" for none
-    config.data.options = ConfigDict()
+    config.data.options = ConfigDict()  # of the kind
+    config.data.on_bad_image = "error"  # or "skip": photographs that cannot be read are named and left out
 
     config.network = ConfigDict()
     config.network.backbone = "efficientnet_lite0"  # or small
@@ -131,6 +132,7 @@ def get_config():
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the
     # mean-field posteriors of the training images under the round before, given their tags.
     config.epochs = (4, 4)
+    config.least_steps = 0  # of each round: with few images an epoch is several passes over them
     config.posterior = ConfigDict()
     config.posterior.unary_weight = 1.0
     config.posterior.tempering = 1.0  # the log-posterior is multiplied by it

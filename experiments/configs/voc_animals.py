@@ -14,7 +14,7 @@ from experiments.configs import base
 def get_config():
     """Configuration for photographs."""
     config = base.get_config()
-    config.data.kind = "folder"
+    config.data.kind = "voc"
     config.class_maps.extra_sizes = (448,)
     config.objective.likelihood_options.evidence.background_level = 0.12
     config.objective.likelihood_weight = 1.5

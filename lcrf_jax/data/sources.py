@@ -61,6 +61,41 @@ class Source(Protocol):
         ...
 
 
+class PartOfSource:
+    """Some of the examples of a source.
+
+    Args:
+      source: the source.
+      rows: indices of the examples to keep, in order.
+    References:
+      None.
+    """
+
+    def __init__(self, source: Source, rows: np.ndarray):
+        self._source, self._rows = source, np.asarray(rows, np.int64)
+        self.class_names, self.split, self.masks = source.class_names, source.split, source.masks
+        self.names = tuple(source.names[row] for row in self._rows)
+        self.left_out = getattr(source, "left_out", 0) + len(source) - len(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} examples of {self.split}")
+        return self._source[int(self._rows[index])]
+
+    @property
+    def tags(self) -> np.ndarray:
+        """[N, K] bool, the tags of all examples in order."""
+        return self._source.tags[self._rows]
+
+    @property
+    def fingerprint(self) -> tuple:
+        """That of the source, and which examples are kept."""
+        return ("part", self._source.fingerprint, tuple(self._rows.tolist()))
+
+
 def open_textures(
     split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
 ) -> Source:

@@ -1,0 +1,200 @@
+"""Whether the photographs and masks of a source can be read, and what there is to say about them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from lcrf_jax.data.images import image_size
+from lcrf_jax.data.sources import VOID, PartOfSource, Source
+
+MODES = ("error", "skip")
+_SHOWN = 20
+
+
+class Reading(NamedTuple):
+    """What was found when an example was read.
+
+    Attributes:
+      size: (height, width) in pixels, or None if it cannot be read.
+      digest: of the pixels; equal for equal pictures.
+      labels: class indices in the mask without void, empty without a mask.
+      problem: why it cannot be read, or None.
+    """
+
+    size: tuple[int, int] | None
+    digest: bytes
+    labels: tuple[int, ...]
+    problem: str | None
+
+
+def read_all(
+    source: Source, *, num_threads: int = 4, progress: Callable[[int], None] | None = None
+) -> list[Reading]:
+    """Read every example of a source once, in parallel.
+
+    Args:
+      source: the source.
+      num_threads: threads that read.
+      progress: called with 1 after each example.
+    Returns:
+      A Reading of each example, in order.
+    Raises:
+      OSError: if the disk fails; what is wrong with a single file is in its Reading.
+    References:
+      None.
+    """
+
+    def one(index):
+        try:
+            example = source[index]
+        except (ValueError, FileNotFoundError, PermissionError) as error:
+            return Reading(None, b"", (), str(error))
+        labels = () if example.mask is None else tuple(int(k) for k in np.unique(example.mask) if k != VOID)
+        digest = hashlib.blake2b(np.ascontiguousarray(example.image), digest_size=16).digest()
+        return Reading(example.image.shape[:2], digest, labels, None)
+
+    return _in_parallel(one, len(source), num_threads, progress)
+
+
+def head_problems(source: Source, *, num_threads: int = 4) -> list[str]:
+    """What is wrong with the heads of the photographs' files, without decoding them.
+
+    Args:
+      source: the source; one that has no ``paths`` has no problems.
+      num_threads: threads that read.
+    Returns:
+      One line for each file that is missing, empty, no image or too large.
+    References:
+      None.
+    """
+    paths = getattr(source, "paths", ())
+
+    def one(index):
+        try:
+            image_size(paths[index])
+        except (ValueError, FileNotFoundError, PermissionError) as error:
+            return str(error)
+        return None
+
+    return [problem for problem in _in_parallel(one, len(paths), num_threads, None) if problem]
+
+
+def usable(
+    source: Source, on_bad_image: str, *, decode: bool, progress: Callable[[int], None] | None = None
+) -> tuple[Source, list[str]]:
+    """The source, or what can be read of it, before hours are spent on it.
+
+    Args:
+      source: the source; one without ``paths`` is taken as it is.
+      on_bad_image: ``error`` refuses it if a file is bad, ``skip`` leaves these out and decodes every file to find them.
+      decode: whether every file is decoded with ``error`` too; otherwise only its head is looked at.
+      progress: called with 1 after each example that is decoded.
+    Returns:
+      (source, one line for each example that was left out).
+    Raises:
+      ValueError: if on_bad_image is not one of these, or files are bad and it is ``error``, or none is good.
+    References:
+      None.
+    """
+    if on_bad_image not in MODES:
+        raise ValueError(f"on_bad_image: expected one of {', '.join(MODES)}, got {on_bad_image!r}")
+    if not hasattr(source, "paths"):
+        return source, []
+    if on_bad_image == "error" and not decode:
+        problems = head_problems(source)
+        rows = np.arange(len(source))
+    else:
+        readings = read_all(source, progress=progress)
+        problems = [reading.problem for reading in readings if reading.problem]
+        rows = np.flatnonzero([reading.problem is None for reading in readings])
+    if problems and on_bad_image == "error":
+        raise ValueError(
+            f"{len(problems)} of {len(source)} examples of {source.split} cannot be used:\n{listed(problems)}\n"
+            "mend or remove them, or leave them out with on_bad_image=skip"
+        )
+    if not len(rows):
+        raise ValueError(f"none of the {len(source)} examples of {source.split} can be used:\n{listed(problems)}")
+    return (PartOfSource(source, rows) if problems else source), problems
+
+
+def listed(lines: list[str]) -> str:
+    """The first lines, indented, and how many more there are."""
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    return "\n".join(f"  {line}" for line in [*lines[:_SHOWN], *more])
+
+
+def notes(source: Source, readings: list[Reading], batch_size: int) -> list[str]:
+    """What is worth a look in the examples of a split, though training would not fail.
+
+    Args:
+      source: the source.
+      readings: of all its examples, see `read_all`.
+      batch_size: of training; fewer photographs of a class than that are told.
+    Returns:
+      One line for each.
+    References:
+      None.
+    """
+    lines, tags, names = [], source.tags[:, 1:], source.class_names[1:]
+    counts = tags.sum(axis=0)
+    for name, count in zip(names, counts, strict=True):
+        if count == 0:
+            lines.append(f"{source.split}: no photograph has the tag {name!r}: the class cannot be learnt from this split")
+        elif count == len(tags):
+            lines.append(f"{source.split}: every photograph has the tag {name!r}: add some without it, nothing tells it apart")
+        elif count < batch_size:
+            lines.append(f"{source.split}: {count} photographs have the tag {name!r}: that is few")
+    for one, name in enumerate(names):
+        for other in range(one + 1, len(names)):
+            if counts[one] > 1 and np.array_equal(tags[:, one], tags[:, other]):
+                lines.append(f"{source.split}: the tags {name!r} and {names[other]!r} always come together: nothing tells them apart")
+    disagreeing = [
+        f"{name} ({_labels(source, set(reading.labels) - {0} - present)} in the mask alone, "
+        f"{_labels(source, present - set(reading.labels))} in the tags alone)"
+        for name, reading, present in zip(source.names, readings, _present(source), strict=True)
+        if source.masks and reading.problem is None and set(reading.labels) - {0} != present
+    ]
+    if disagreeing:
+        lines.append(f"{source.split}: masks and tags differ in {len(disagreeing)} photographs:\n{listed(disagreeing)}")
+    return lines
+
+
+def equal_pictures(splits: list[tuple[Source, list[Reading]]]) -> list[str]:
+    """Photographs that show the same picture, pixel by pixel.
+
+    Args:
+      splits: pairs of source and readings.
+    Returns:
+      One line for each group of them.
+    References:
+      None.
+    """
+    groups: dict[bytes, list[str]] = {}
+    for source, readings in splits:
+        for name, reading in zip(source.names, readings, strict=True):
+            if reading.digest:
+                groups.setdefault(reading.digest, []).append(f"{name} ({source.split})")
+    return [f"the same picture: {', '.join(group)}" for group in groups.values() if len(group) > 1]
+
+
+def _present(source):
+    return [set(np.flatnonzero(row[1:]) + 1) for row in source.tags]
+
+
+def _labels(source, labels):
+    return ", ".join(source.class_names[label] for label in sorted(labels)) or "nothing"
+
+
+def _in_parallel(function, count, num_threads, progress):
+    results = []
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        for result in pool.map(function, range(count)):
+            results.append(result)
+            if progress is not None:
+                progress(1)
+    return results
