@@ -26,6 +26,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 
 MOST_TOGETHER = 12
+FEW = 10
 
 
 def opened_splits(config):
@@ -130,7 +131,8 @@ def main(argv):
             problems.append(str(error))
     remarks = left_out(config) if splits else []
     for source, found in splits:
-        remarks += notes(source, found, config["batch_size"])
+        trained_on = source.split == config["data"]["train_split"]
+        remarks += notes(source, found, few=FEW if trained_on else 0)
     remarks += equal_pictures(splits)
     if remarks:
         say("\nnotes\n" + "\n".join(f"  {line}" for remark in remarks for line in remark.splitlines()))

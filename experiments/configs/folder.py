@@ -3,7 +3,7 @@
     python -m experiments.check_data --data=FOLDER
     python -m experiments.train --config=experiments/configs/folder.py --config.data.root=FOLDER --workdir=RUN
 
-The settings are those of voc_animals.py, which were chosen on photographs of animals and people, with at least 300 steps in
+The settings are those of voc_animals.py, which were chosen on photographs of animals and people, with at least 150 steps in
 each of the two rounds for a folder of few photographs. docs/photographs.md has the whole way.
 """
 
@@ -14,6 +14,6 @@ def get_config():
     """Configuration for a plain folder of photographs."""
     config = voc_animals.get_config()
     config.data.kind = "folder"
-    config.data.options = base.options(tags="", classes="", masks="masks", colours="", val_share=0.2, split_seed=0)
-    config.least_steps = 300
+    config.data.options = base.options(tags="", classes="", mask_folder="masks", colours="", val_share=0.2, split_seed=0)
+    config.least_steps = 150
     return config

@@ -128,13 +128,13 @@ def listed(lines: list[str]) -> str:
     return "\n".join(f"  {line}" for line in [*lines[:_SHOWN], *more])
 
 
-def notes(source: Source, readings: list[Reading], batch_size: int) -> list[str]:
+def notes(source: Source, readings: list[Reading], *, few: int) -> list[str]:
     """What is worth a look in the examples of a split, though training would not fail.
 
     Args:
       source: the source.
       readings: of all its examples, see `read_all`.
-      batch_size: of training; fewer photographs of a class than that are told.
+      few: fewer photographs of a class than that are told; 0 for a split that is not trained on.
     Returns:
       One line for each.
     References:
@@ -144,15 +144,17 @@ def notes(source: Source, readings: list[Reading], batch_size: int) -> list[str]
     counts = tags.sum(axis=0)
     for name, count in zip(names, counts, strict=True):
         if count == 0:
-            lines.append(f"{source.split}: no photograph has the tag {name!r}: the class cannot be learnt from this split")
-        elif count == len(tags):
+            lines.append(f"{source.split}: no photograph has the tag {name!r}: the class cannot be {'learnt' if few else 'scored'}")
+        elif few and count == len(tags):
             lines.append(f"{source.split}: every photograph has the tag {name!r}: add some without it, nothing tells it apart")
-        elif count < batch_size:
+        elif count < few:
             lines.append(f"{source.split}: {count} photographs have the tag {name!r}: that is few")
-    for one, name in enumerate(names):
+    for one, name in enumerate(names) if few else ():
         for other in range(one + 1, len(names)):
             if counts[one] > 1 and np.array_equal(tags[:, one], tags[:, other]):
-                lines.append(f"{source.split}: the tags {name!r} and {names[other]!r} always come together: nothing tells them apart")
+                lines.append(
+                    f"{source.split}: the tags {name!r} and {names[other]!r} always come together: nothing tells them apart"
+                )
     disagreeing = [
         f"{name} ({_labels(source, set(reading.labels) - {0} - present)} in the mask alone, "
         f"{_labels(source, present - set(reading.labels))} in the tags alone)"

@@ -58,7 +58,7 @@ def scan_folder(
     *,
     tags: str = "",
     classes: str = "",
-    masks: str = "masks",
+    mask_folder: str = "masks",
     colours: str = "",
     lists: tuple[str, ...] = SPLITS,
     val_share: float = 0.2,
@@ -72,7 +72,7 @@ def scan_folder(
         none, the first folder of each photograph is its tag.
       classes: file of the class names, absolute or within the folder; by default classes.txt, and where there is none,
         the names in the tags in alphabetical order.
-      masks: folder of the masks, absolute or within the folder.
+      mask_folder: folder of the masks, absolute or within the folder.
       colours: file of the colours of the masks, absolute or within the folder; by default colours.csv where it is there.
       lists: names of the splits that may have a list.
       val_share: where there are no lists, the share of all photographs that is the split val, if so many have masks.
@@ -94,8 +94,8 @@ def scan_folder(
     tag_file = _named(root, tags, "tags") or next((root / n for n in TAG_FILES if (root / n).is_file()), None)
     class_file = _named(root, classes, "classes") or _if_there(root / "classes.txt")
     colour_file = _named(root, colours, "colours") or _if_there(root / "colours.csv")
-    mask_folder = root / Path(masks).expanduser()
-    photographs, problems = _photographs(root, mask_folder)
+    mask_root = root / Path(mask_folder).expanduser()
+    photographs, problems = _photographs(root, mask_root)
     if not photographs:
         raise FileNotFoundError(f"{root} holds no photographs (.jpg, .png, .webp, .bmp, .tif, .gif), at any depth")
     several = [path for path in (root / name for name in TAG_FILES) if path.is_file()]
@@ -109,7 +109,7 @@ def scan_folder(
     known = [[name for name in rows[image].tags if name in class_names] for image in images]
     vectors = [tag_vector(names, class_names) for names in known] if class_names else []
     listed = {name: path for name in dict.fromkeys(lists) if (path := root / f"{name}.txt").is_file()}
-    mask_of = _masks(mask_folder, images, problems)
+    mask_of = _masks(mask_root, images, problems)
     return Listing(
         root,
         class_names,

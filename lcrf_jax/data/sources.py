@@ -184,7 +184,35 @@ def open_folder(
     return FolderSource(root, split, masks=masks, **options)
 
 
-SOURCES = {"folder": open_folder, "textures": open_textures, "voc": open_voc}
+def open_tfds(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """A data set of TensorFlow Datasets, see `lcrf_jax.data.tfds_source.TfdsSource`.
+
+    Args:
+      split: name of a split or part of one, as ``train[:80%]``.
+      root: folder of the prepared data sets, by default that of TensorFlow Datasets.
+      masks: whether examples carry masks.
+      **options: further keyword arguments of `TfdsSource`; ``name`` is needed.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if tensorflow-datasets is not installed, or a feature is missing or of another kind.
+      FileNotFoundError: if the data set is not prepared in this folder, or has no such split.
+    References:
+      None.
+    """
+    try:
+        from lcrf_jax.data.tfds_source import TfdsSource
+
+        return TfdsSource(split, root=root, masks=masks, **{"name": "", **options})
+    except ImportError as error:
+        raise ValueError(
+            f"the source 'tfds' needs tensorflow-datasets ({error}): pip install 'lcrf_jax[tfds] @ .'"
+        ) from error
+
+
+SOURCES = {"folder": open_folder, "textures": open_textures, "tfds": open_tfds, "voc": open_voc}
 
 
 def open_source(
