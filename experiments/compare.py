@@ -9,7 +9,7 @@ without tags, and both without and with refinement. What is done is not done aga
 interrupted. A method that needs masks is left out where the training split has none.
 
 DIR gets DIR/METHOD/seed_N/ (each a run that `experiments.evaluate` and `experiments.predict` take), comparison.md,
-comparison.csv, comparison.tex, comparison.png and comparison_refined.png.
+comparison.csv, comparison.tex, comparison.png, comparison_refined.png and report.html.
 """
 
 import json
@@ -21,9 +21,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import comparison_tables, measuring, reporting
+from experiments.run_report import write_comparison_report
 from lcrf_jax import evaluation, preparation, runs
 from lcrf_jax.baselines import majority_labels
 from lcrf_jax.checkpoints import restore_params
+from lcrf_jax.html_report import Sample
 from lcrf_jax.inference import make_segmenter, superpixels
 from lcrf_jax.methods import METHODS, localisation
 from lcrf_jax.report import picture_table
@@ -128,28 +130,39 @@ def stored_results(workdir, names, num_seeds):
     return results
 
 
-def draw(workdir, names, val):
-    """One picture without and one with refinement: image, truth and the labels of each method, seed 0."""
-    folders = [workdir / name / "seed_0" for name in names]
-    examples = [val[int(at)] for at in evaluation.sample_positions(len(val), NUM_PICTURES)]
+def draw(workdir, results, val, note):
+    """Image, truth and the labels of each method, seed 0, as two pictures and as the gallery of the report."""
+    names = [name for name in results if results[name][0]["seed"] == 0]
+    positions = evaluation.sample_positions(len(val), NUM_PICTURES)
+    examples = [val[int(at)] for at in positions]
+    stored = {name: np.load(workdir / name / "seed_0" / "pictures.npz", allow_pickle=False) for name in names}
     for kind, suffix in (("plain", ""), ("refined", "_refined")):
-        columns = [np.load(folder / "pictures.npz", allow_pickle=False) for folder in folders]
         rows = [
-            (example.image, example.mask, *(column[f"{kind}_{number}"] for column in columns))
+            (example.image, example.mask, *(stored[name][f"{kind}_{number}"] for name in names))
             for number, example in enumerate(examples)
         ]
         titles = ["image", "truth", *(METHODS[name].title for name in names)]
         picture_table(rows, workdir / f"comparison{suffix}.png", titles=titles, class_names=val.class_names, cell=150)
+    samples = [
+        Sample(example.name, example.image, {"truth": example.mask} | {
+            METHODS[name].title: stored[name][f"refined_{number}"] for name in names})
+        for number, example in enumerate(examples)
+    ]  # fmt: skip
+    note = f"{note}. The photographs show the refined labels of seed 0."
+    header, rows, columns = comparison_tables.overview(results)
+    path = workdir / "report.html"
+    write_comparison_report(path, "Comparison of methods", header, rows, columns, samples, val.class_names, note)
 
 
 def write(workdir, names, val):
-    """Write tables and pictures of all that is done."""
+    """Write tables, pictures and report of all that is done."""
     results = stored_results(workdir, names, _SEEDS.value)
-    text = comparison_tables.markdown(results, _notes(results, val))
+    note = _notes(results, val)
+    text = comparison_tables.markdown(results, note)
     (workdir / "comparison.md").write_text(text, encoding="utf-8")
     comparison_tables.write_csv(results, workdir / "comparison.csv")
     (workdir / "comparison.tex").write_text(comparison_tables.latex(results), encoding="utf-8")
-    draw(workdir, [name for name in results if results[name][0]["seed"] == 0], val)
+    draw(workdir, results, val, note)
     return text
 
 
@@ -192,7 +205,7 @@ def main(argv):
             score(prepared, folder, val)
             write(workdir, names, val)
     say(f"\n{write(workdir, names, val)}\ntables      {workdir / 'comparison.md'}, .csv, .tex")
-    say(f"pictures    {workdir / 'comparison.png'}, {workdir / 'comparison_refined.png'}")
+    say(f"pictures    {workdir / 'comparison.png'}, {workdir / 'comparison_refined.png'}, {workdir / 'report.html'}")
 
 
 if __name__ == "__main__":

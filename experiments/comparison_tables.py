@@ -98,6 +98,27 @@ def markdown(results, notes):
     return "\n\n".join([*parts, notes]) + "\n"
 
 
+def overview(results):
+    """What a page shows of both tables.
+
+    Args:
+      results: see the module.
+
+    Returns:
+      (headings, rows of cells, dict from the title of a method to a dict from "network" or "refined" to [K] mean IoU).
+    """
+    plain, refined = (columns(results, refined=kind) for kind in (False, True))
+    of_method, rows, values = {column.title: column for column in refined}, [], {}
+    for column in plain:
+        other = of_method.get(column.title)
+        cells = [spread(column.means), "-" if other is None else spread(other.means)]
+        rows.append([column.title, column.localisation or "no", *cells])
+        values[column.title] = {"network": column.ious.mean(axis=0) / 100}
+        if other is not None:
+            values[column.title]["refined"] = other.ious.mean(axis=0) / 100
+    return ["method", "saliency or cues", "mIoU, %", "refined"], rows, values
+
+
 def latex(results):
     """Both tables as LaTeX tabulars, with a group of columns for methods without and with saliency or cues.
 

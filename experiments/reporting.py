@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
+from experiments.run_report import write_run_report
 from lcrf_jax import evaluation, preparation, processes, signals
 from lcrf_jax.checkpoints import restore_params
 from lcrf_jax.data.pipeline import prefetched
@@ -20,7 +21,7 @@ from lcrf_jax.inference import make_segmenter, resized_map, restored_classifier
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.report import picture_grid
-from lcrf_jax.runlog import say
+from lcrf_jax.runlog import say, write_whole
 from lcrf_jax.splits import checked_split
 
 CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
@@ -85,13 +86,6 @@ def no_more_arguments(argv):
         raise ValueError(f"unknown arguments {argv[1:]}; see --help")
 
 
-def write_whole(path, text):
-    """Write a text file in one move: a file that is there is whole."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def check_same_settings(folder, config):
     """Refuse to go on with a run of other settings: it would stand in a table under the wrong name."""
     if not (folder / "config.json").exists():
@@ -124,20 +118,26 @@ def open_for_scoring(description, root, split):
     return source
 
 
-def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
-    """Score a run, print the table and the paths, and write results.json and the picture grid."""
+def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscored=None):
+    """Score a run, print the table and the paths, and write results.json, the picture grid and the report.
+
+    Without a source that has masks there is no score, and the report shows images of `unscored`.
+    """
     run_dir = pathlib.Path(run_dir)
-    if source is None:
-        say(f"checkpoint {run_dir}; no masks to score it on")
-        return
     segmenter, description, _ = load_segmenter(run_dir)
+    used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
+    report = {"run_dir": run_dir, "description": description, "segmenter": segmenter, "used": used, "tags_given": tags_given}
+    if source is None:
+        if processes.is_first():
+            write_run_report(run_dir / "report.html", source=unscored, matrices={}, image_scores=None, **report)
+            say(f"report      {run_dir / 'report.html'}\ncheckpoint  {run_dir}; no masks to score it on")
+        return
     scores = evaluation.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     if not processes.is_first():
         return
     suffix = ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
     picture = run_dir / f"pictures_{source.split}{suffix}.png"
     picture_grid(scores.samples, picture, class_names=segmenter.class_names)
-    used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
     results = {"split": source.split, "images": len(source), "crf": crf, "supervision": used}
     for name, matrix in (("plain", scores.plain), ("refined", scores.refined)):
         if matrix is not None:
@@ -146,12 +146,28 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None):
             results[name]["confusion"] = np.asarray(matrix).tolist()
     path = run_dir / f"results_{source.split}{suffix}.json"
     write_whole(path, json.dumps(results, indent=1) + "\n")
+    same = source.split == description["training"]["data"]["val_split"] and not tags_given
+    page = run_dir / ("report.html" if same else f"report_{source.split}{suffix}.html")
+    refined = scores.refined if crf else _refined_before(run_dir, source.split, tags_given, scores.plain)
+    matrices = {"network": scores.plain} | ({} if refined is None else {"refined": refined})
+    write_run_report(page, source=source, matrices=matrices, image_scores=scores.image_scores, **report)
     say(f"\nsupervision: {used}")
-    say(f"pictures    {picture}\nresults     {path}\ncheckpoint  {run_dir}")
+    say(f"pictures    {picture}\nreport      {page}\nresults     {path}\ncheckpoint  {run_dir}")
     if started is not None:
         say(f"time        {time.monotonic() - started:.0f} s")
     say(f"\n{len(source)} images of {source.split}")
     say(format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined))
+
+
+def _refined_before(run_dir, split, tags_given, plain):
+    """The refined counts of an earlier evaluation of the same parameters on the same images, or None."""
+    path = run_dir / f"results_{split}_crf{'_tags_given' if tags_given else ''}.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = np.array_equal(before["plain"]["confusion"], plain)
+        return np.array(before["refined"]["confusion"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def evaluate_cam(run_dir, source, *, tags_given):

@@ -5,7 +5,7 @@ r"""Train the inference network from image tags.
 
 A workdir that holds an unfinished run continues it, to the same parameters as without the interruption; Ctrl-C and SIGTERM
 save first. docs/scaling.md tells how to use many devices and hosts. The folder gets checkpoints (last/, best/), config.json,
-metrics.jsonl, tensorboard/, results_SPLIT.json and pictures_SPLIT.png; the last line printed is the mIoU of the best parameters
+metrics.jsonl, tensorboard/, report.html, results_SPLIT.json and pictures_SPLIT.png; the last line printed is the mIoU of the best parameters
 without refinement.
 """
 
@@ -43,7 +43,7 @@ def main(argv):
     for source in (prepared.train, prepared.val):
         if getattr(source, "left_out", 0):
             say(f"{source.left_out} photographs of {source.split} were left out, as told at the beginning")
-    reporting.evaluate_run(_WORKDIR.value, prepared.val, crf=False, started=started)
+    reporting.evaluate_run(_WORKDIR.value, prepared.val, crf=False, started=started, unscored=prepared.train)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def library_versions():
 
 def _changes(run_dir, old, new):
     """In which settings and versions two descriptions of a run differ; refuses those that make another run of it."""
-    before, now = _flat(old.get("training", {})), _flat(new.get("training", {}))
+    before, now = flat_settings(old.get("training", {})), flat_settings(new.get("training", {}))
     changed = {name: f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
                for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)}  # fmt: skip
     fixed = [text for name, text in changed.items() if any(f"{name}.".startswith(f"{part}.") for part in FIXED_SETTINGS)]
@@ -119,9 +119,17 @@ def _changes(run_dir, old, new):
     return lines
 
 
-def _flat(settings, prefix=""):
-    """Dotted name -> value of nested dicts."""
+def flat_settings(settings, prefix=""):
+    """Settings by their dotted names, as they are written on the command line.
+
+    Args:
+      settings: nested dicts.
+      prefix: of the names, ending with a dot.
+
+    Returns:
+      dict.
+    """
     flat = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

@@ -6,9 +6,11 @@ import numpy as np
 
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.inference import segment, segment_batch
-from lcrf_jax.metrics import confusion_matrix
+from lcrf_jax.metrics import confusion_matrix, mean_iou
 from lcrf_jax.processes import is_first, share, total
 from lcrf_jax.runlog import image_progress
+
+_PARTS = 1_000_000_000
 
 
 class Scores(NamedTuple):
@@ -19,12 +21,15 @@ class Scores(NamedTuple):
       refined: [K, K] counts after mean field on the image, or None.
       smoothed: [K, K] counts after smoothing, or None.
       samples: list of (image, truth, labels, refined labels); samples are refined in any case.
+      image_scores: [N] mean IoU of each image by itself, over the classes in its mask or its labels, after refinement
+        where there was one; NaN where its mask is void throughout.
     """
 
     plain: np.ndarray
     refined: np.ndarray | None
     smoothed: np.ndarray | None
     samples: list
+    image_scores: np.ndarray
 
 
 def sample_positions(length, num_samples):
@@ -65,6 +70,7 @@ def evaluate(
     num_classes, indices = len(segmenter.class_names), share(len(source))
     names = ("plain", *(("refined",) if crf else ()), *(() if smooth is None else ("smoothed",)))
     matrices = {name: np.zeros((num_classes, num_classes), np.int64) for name in names}
+    image_scores = np.zeros(len(source), np.int64)
     with image_progress("evaluation", len(indices)) as done:
         for rows, examples in _batches(source, indices, batch_size):
             known = None if features is None else [_batch_of(taps, rows, batch_size) for taps in features]
@@ -72,15 +78,27 @@ def evaluate(
                 segmenter, [example.image for example in examples], crf=crf, batch_size=batch_size, features=known,
                 tags=[example.tags for example in examples] if use_tags else None,
             )
-            for example, result in zip(examples, results, strict=True):
+            for row, example, result in zip(rows, examples, results, strict=True):
+                counts = {}
                 for name in names:
                     labels = result.labels if name == "refined" else result.network_labels
                     labels = smooth(example.image, labels) if name == "smoothed" else labels
-                    matrices[name] += confusion_matrix(labels, example.mask, num_classes)
+                    counts[name] = confusion_matrix(labels, example.mask, num_classes)
+                    matrices[name] += counts[name]
+                image_scores[row] = _as_integer(mean_iou(counts["refined" if crf else "plain"]))
             done(len(examples))
-    counts = {name: total(matrix) for name, matrix in matrices.items()}
-    samples = _samples(segmenter, source, num_samples, use_tags) if is_first() else []
-    return Scores(*(counts.get(name) for name in ("plain", "refined", "smoothed")), samples)
+    totals = {name: total(matrix) for name, matrix in matrices.items()}
+    image_scores = total(image_scores) / _PARTS
+    positions = sample_positions(len(source), num_samples)
+    samples = labelled_samples(segmenter, source, positions, use_tags=use_tags) if is_first() else []
+    return Scores(
+        *(totals.get(name) for name in ("plain", "refined", "smoothed")), samples, np.where(image_scores < 0, np.nan, image_scores)
+    )
+
+
+def _as_integer(score):
+    """A score as a whole number of parts, which processes can add up exactly; negative for none."""
+    return -1 if np.isnan(score) else round(float(score) * _PARTS)
 
 
 def _batches(source, indices, batch_size):
@@ -91,10 +109,20 @@ def _batches(source, indices, batch_size):
         yield rows, [next(examples) for _ in rows]
 
 
-def _samples(segmenter, source, num_samples, use_tags):
-    """(image, truth, labels, refined labels) of a few images."""
+def labelled_samples(segmenter, source, positions, *, use_tags=False):
+    """Images of a source with their masks and labels.
+
+    Args:
+      segmenter: lcrf_jax.inference.Segmenter.
+      source: images, with or without masks.
+      positions: indices of the images.
+      use_tags: whether classes that are not tagged are excluded.
+
+    Returns:
+      List of (image, truth or None, labels of the network, refined labels).
+    """
     samples = []
-    for position in sample_positions(len(source), num_samples):
+    for position in positions:
         example = source[position]
         result = segment(segmenter, example.image, crf=True, tags=example.tags if use_tags else None)
         samples.append((example.image, example.mask, result.network_labels, result.labels))

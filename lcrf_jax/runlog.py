@@ -28,6 +28,18 @@ def say(text):
         print(text, flush=True)
 
 
+def write_whole(path, text):
+    """Write a text file in one move: a file that is there is whole.
+
+    Args:
+      path: pathlib.Path of the file.
+      text: its content.
+    """
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 class MetricsWriter:
     """Appends scalars to RUN/metrics.jsonl and to TensorBoard files in RUN/tensorboard/.
 

@@ -1,0 +1,98 @@
+"""The report of a run, and that of a comparison, as HTML files that open from disk."""
+
+import numpy as np
+
+from lcrf_jax import html_report
+from lcrf_jax.descriptions import flat_settings
+from lcrf_jax.evaluation import labelled_samples, sample_positions
+from lcrf_jax.metrics import iou_per_class, mean_iou
+from lcrf_jax.runlog import metrics_history, write_whole
+
+NUM_EXTREMES = 4
+NUM_SPREAD = 8
+CURVES = {
+    "val/miou": "mIoU on the validation split", "train/loss": "loss", "train/log_likelihood": "log p(y | z, x) of the bound",
+    "train/entropy": "entropy of q", "train/pairwise_energy": "pairwise energy", "train/gradient_norm": "norm of the gradient",
+    "train/skipped_steps": "steps without a finite loss",
+}  # fmt: skip
+
+
+def write_run_report(path, run_dir, description, segmenter, source, *, matrices, image_scores, used, tags_given):
+    """Write the report of a run.
+
+    Args:
+      path: HTML file.
+      run_dir: folder of the run.
+      description: of the run.
+      segmenter: of the run.
+      source: images for the gallery; with masks where there are scores.
+      matrices: dict from a title to a confusion matrix, empty without masks.
+      image_scores: [N] score of each image, or None.
+      used: what supervision was used.
+      tags_given: whether tags were used at test time.
+    """
+    names = segmenter.class_names
+    scores = [(f"mIoU, {title}", f"{100 * mean_iou(matrix):.1f} %") for title, matrix in matrices.items()]
+    data = description["training"]["data"]
+    summary = html_report.figures(
+        [*scores, ("images", f"{len(source)} of {source.split}"), ("method", description["training"]["method"])]
+    ) + html_report.paragraph(f"Supervision: {used}. Data: {data['kind']} {data['root']}".rstrip() + ".")
+    ious = {title: np.asarray(iou_per_class(matrix), np.float64) for title, matrix in matrices.items()}
+    sections = [
+        ("Photographs", html_report.gallery(_samples(segmenter, source, image_scores, tags_given), names)),
+        ("Intersection over union", html_report.bars(names, ious) if ious else ""),
+        ("Confusion", html_report.confusion(names, list(matrices.values())[-1]) if matrices else ""),
+        ("Training", html_report.curves(_series(metrics_history(run_dir)))),
+        ("Settings", html_report.settings({**flat_settings(description["training"]), **{
+            f"version of {name}": version for name, version in description["versions"].items()}})),
+    ]  # fmt: skip
+    write_whole(path, html_report.page(f"Run {run_dir.resolve().name}", sections, summary=summary))
+
+
+def _samples(segmenter, source, image_scores, tags_given):
+    """The worst and the best images, and some between; without scores images from all over the split."""
+    if image_scores is None or not np.isfinite(image_scores).any():
+        groups = {"": sample_positions(len(source), NUM_SPREAD)}
+    else:
+        order = [int(at) for at in np.argsort(image_scores) if np.isfinite(image_scores[at])]
+        worst, best = order[:NUM_EXTREMES], order[NUM_EXTREMES:][-NUM_EXTREMES:][::-1]
+        spread = [at for at in sample_positions(len(source), NUM_SPREAD) if at not in {*worst, *best}]
+        groups = {"Worst": worst, "Best": best, "From all over the split": spread}
+    samples = []
+    for group, positions in groups.items():
+        rows = labelled_samples(segmenter, source, positions, use_tags=tags_given)
+        for at, (image, truth, labels, refined) in zip(positions, rows, strict=True):
+            layers = {"truth": truth, "prediction": labels, "refined prediction": refined}
+            score = "" if image_scores is None or np.isnan(image_scores[at]) else f"mIoU of its classes {100 * image_scores[at]:.0f} %"
+            present = ", ".join(name for name, tag in zip(source.class_names[1:], source.tags[at][1:], strict=True) if tag)
+            caption = "; ".join(part for part in (f"tags: {present or 'none'}", score) if part)
+            known = {title: layer for title, layer in layers.items() if layer is not None}
+            samples.append(html_report.Sample(source.names[at], image, known, caption, group))
+    return samples
+
+
+def _series(history):
+    """The curves of what a run has written, in the order of CURVES."""
+    series = {title: [(line["step"], line[name]) for line in history if name in line] for name, title in CURVES.items()}
+    return {title: points for title, points in series.items() if len(points) > 1 or points and title.startswith("mIoU")}
+
+
+def write_comparison_report(path, title, header, rows, columns, samples, class_names, note):
+    """Write the report of a comparison.
+
+    Args:
+      path: HTML file.
+      title: heading.
+      header, rows: the table.
+      columns: dict from a method to [K] intersection over union.
+      samples: list of lcrf_jax.html_report.Sample.
+      class_names: names of the K classes.
+      note: what was compared on what.
+    """
+    sections = [
+        ("Methods", html_report.table(header, rows)),
+        ("Photographs", html_report.gallery(samples, class_names)),
+        ("Intersection over union", "".join(
+            f"<h3>{html_report.escaped(name)}</h3>{html_report.bars(class_names, values)}" for name, values in columns.items())),
+    ]  # fmt: skip
+    write_whole(path, html_report.page(title, sections, summary=html_report.paragraph(note)))
