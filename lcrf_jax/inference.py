@@ -15,6 +15,7 @@ from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
 from lcrf_jax.crf import refine as refine_by_mean_field
 from lcrf_jax.features import square_image
 from lcrf_jax.kernels import KernelParams
+from lcrf_jax.lattice import default_capacity
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.nets.tag_classifier import TagClassifier
 
@@ -189,6 +190,45 @@ def _enlarged(log_probs, rows, columns):
 def _refined(log_probs, image, valid, *, kernel_params, num_iterations, unary_weight, capacity=None):
     return refine_by_mean_field(
         image, unary_weight * log_probs, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
+    )
+
+
+def adjustable_refinement(inference, changed, shape):
+    """A refinement with other settings than those of the run, compiled once for many values of them.
+
+    Args:
+      inference: settings of the run, see `make_segmenter`.
+      changed: dict with new values of "unary_weight", "num_iterations" and fields of the kernel. Only another number of
+        iterations or `gaussian_position_width` compiles anew, or a kernel so narrow that its lattice has to be larger.
+      shape: (h, w) in pixels of the image as it is worked on.
+
+    Returns:
+      Function (log-probabilities, image, valid, capacity=None), as `Segmenter.refine`.
+    """
+    kernel = {**inference["kernel"], **{name: value for name, value in changed.items() if name in KernelParams._fields}}
+    width = kernel.pop("gaussian_position_width")
+    narrow = kernel["bilateral_position_width"] * kernel["bilateral_colour_width"]
+    share = min(1.0, 2.0 ** math.ceil(math.log2(320 / narrow)))
+    own_capacity = default_capacity(_padded(shape[0]) * _padded(shape[1]), 5, share=share)
+    numbers = {**kernel, "unary_weight": changed.get("unary_weight", inference["unary_weight"])}
+    numbers = {name: np.float32(value) for name, value in numbers.items()}
+    num_iterations = changed.get("num_iterations", inference["num_iterations"])
+
+    def refine(log_probs, image, valid, capacity=None):
+        return _refined_by(
+            log_probs, image, valid, numbers, width=width, num_iterations=num_iterations, capacity=capacity or own_capacity
+        )
+
+    return refine
+
+
+@functools.partial(jax.jit, static_argnames=("width", "num_iterations", "capacity"))
+def _refined_by(log_probs, image, valid, numbers, *, width, num_iterations, capacity):
+    kernel = {name: value for name, value in numbers.items() if name != "unary_weight"}
+    kernel_params = KernelParams(**kernel, gaussian_position_width=width)
+    unary = numbers["unary_weight"] * log_probs
+    return refine_by_mean_field(
+        image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
     )
 
 
@@ -414,12 +454,24 @@ def _at_own_size(segmenter, image, grids, crf):
 
 def _working_image(image, max_side):
     """The image at the size that it is worked on."""
-    height, width = image.shape[:2]
-    scale = max_side / max(height, width)
-    if scale >= 1:
+    size = working_size(image.shape[:2], max_side)
+    if size == image.shape[:2]:
         return image
-    size = (max(round(width * scale), 1), max(round(height * scale), 1))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0))
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
+
+
+def working_size(size, max_side):
+    """The size at which an image is worked on.
+
+    Args:
+      size: (H, W) in pixels.
+      max_side: largest side in pixels.
+
+    Returns:
+      (h, w) in pixels, of the same aspect; (H, W) if no side is larger than `max_side`.
+    """
+    scale = min(max_side / max(size), 1)
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
 def _padded_image(image):
