@@ -11,7 +11,9 @@ import lcrf_jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCALING, FAULTS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("scaling.md", "faults.md"))
+SCALING, FAULTS, PHOTOGRAPHS = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("scaling.md", "faults.md", "photographs.md")
+)
 
 
 def test_the_library_example_runs():
@@ -35,7 +37,7 @@ def test_the_example_of_the_dense_crf_runs():
 
 
 def test_every_flag_and_config_of_the_commands_exists():
-    text = (README + SCALING).replace("\\\n", " ")
+    text = (README + SCALING + PHOTOGRAPHS).replace("\\\n", " ")
     commands = re.findall(r"^ {4}.*?python -m (experiments\.\w+) +(.*)$", text, re.MULTILINE)
     assert {module for module, _ in commands} >= {"experiments.train", "experiments.evaluate", "experiments.predict"}
     for module, arguments in commands:
@@ -49,16 +51,17 @@ def test_every_flag_and_config_of_the_commands_exists():
 
 
 def test_settings_named_in_the_readme_exist():
-    config = importlib.import_module("experiments.configs.base").get_config()
-    for dotted in set(re.findall(r"--config\.([a-z_.]+)=", README + SCALING)):
+    config = importlib.import_module("experiments.configs.folder").get_config()
+    for dotted in set(re.findall(r"--config\.([a-z_.]+)=", README + SCALING + PHOTOGRAPHS)):
         value = config
         for name in dotted.split("."):
             value = value[name]
 
 
 def test_files_and_pictures_of_the_readme_exist():
-    for path in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
-        assert (ROOT / path).is_file(), path
+    for folder, text in ((ROOT, README), (ROOT / "docs", PHOTOGRAPHS + SCALING + FAULTS)):
+        for path in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+            assert (folder / path).is_file(), path
 
 
 def test_every_fault_of_the_page_has_a_test():
