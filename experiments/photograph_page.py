@@ -74,6 +74,7 @@ class Labeller:
         self.description, self._max_pixels = description, max_pixels
         self.class_names = tuple(description["class_names"])
         self._segmenter, self._lock = make_segmenter(description, params), threading.Lock()
+        self.label(np.zeros((64, 64, 3), np.uint8), {}, crf=False, tags=None)  # compiles what is the same for all sizes
 
     def photograph(self, content):
         """[H, W, 3] uint8 of an uploaded file.

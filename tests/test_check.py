@@ -161,3 +161,18 @@ def test_masks_are_looked_at_before_training(folder):
     train, _ = splits.open_data(config)
     assert isinstance(train, PartOfSource) and train.names == ("00.jpg", "02.jpg") == splits.without_masks(config, train).names
     assert splits.without_masks(config, train)[1].mask is None
+
+
+def test_photographs_with_no_tag_every_tag_and_the_same_tag_are_trained_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LCRF_JAX_CACHE", str(tmp_path / "cache"))
+    (folder / "classes.txt").write_text("background\ncat\ndog\nbird\n")  # never seen: a bird
+    rows = {f"{i:02}": ["cat", "dog", "bird"] if i == 5 else [] if i == 7 else ["dog"] for i in range(20)}
+    for name, given in (("various", rows), ("all the same", {name: ["dog"] for name in rows})):
+        (folder / "tags.json").write_text(json.dumps(given))
+        for number in range(4):
+            Image.fromarray(np.full((40, 50 + number), 2, np.uint8)).save(folder / "masks" / f"{number:02}.png")
+        ended = run("train", *SETTINGS, f"--config.data.root={folder}", f"--workdir={tmp_path / name}")
+        assert ended.code == 0 and re.fullmatch(r"mIoU [01]\.\d{3}", ended.last_line), ended.err
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        assert lines and all(np.isfinite(json.loads(line).get("train/loss", 0)) for line in lines)
+        assert all(json.loads(line).get("train/skipped_steps", 0) == 0 for line in lines)

@@ -106,6 +106,14 @@ def test_the_files_of_the_comparison(done):
             assert picture.width > 150 * (len(METHODS) + 2)
 
 
+def test_the_report_of_the_comparison(done):
+    text = (done / "report.html").read_text(encoding="utf-8")
+    for title in ("truth", *(method.title for method in METHODS.values())):
+        assert text.count(f'data-layer="{title}"') == 4, title  # one for each image of val
+    for kind in ("plain", "refined"):
+        assert f"<td>{100 * mean_iou(np.array(result(done, 'latent_crf')[kind])):.1f}</td>" in text
+
+
 def test_what_is_done_is_not_done_again(done):
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file() and path.parent != done}
     again = compare(done, "sec,ccnn")

@@ -21,6 +21,7 @@ from lcrf_jax.descriptions import CheckpointError, load_description
 from lcrf_jax.inference import Segmenter, make_segmenter
 from lcrf_jax.kernels import KernelParams, scaled
 from lcrf_jax.methods import METHODS
+from lcrf_jax.metrics import mean_iou
 
 
 @pytest.fixture(scope="module")
@@ -444,9 +445,13 @@ def test_evaluate_counts_every_pixel_that_is_not_void(batch_size):
     scores = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size)
     np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
     assert scores.refined is None and scores.samples == []
+    each = [mean_iou(confusion_by_hand([label], [mask])) for label, mask in zip(labels, masks, strict=True)]
+    np.testing.assert_allclose(scores.image_scores, each, atol=1e-8)
     scores = evaluation.evaluate(grey_level_segmenter(), source, crf=True, num_samples=3, batch_size=batch_size)
     np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
     np.testing.assert_array_equal(scores.refined, confusion_by_hand([(k + 1) % 3 for k in labels], masks))
+    each = [mean_iou(confusion_by_hand([(k + 1) % 3], [mask])) for k, mask in zip(labels, masks, strict=True)]
+    np.testing.assert_allclose(scores.image_scores, each, atol=1e-8)
     assert [image[0, 0, 0] // 10 for image, *_ in scores.samples] == [labels[0], labels[2], labels[4]]
     for (_, truth, plain, refined), i in zip(scores.samples, (0, 2, 4), strict=True):
         np.testing.assert_array_equal(truth, masks[i])

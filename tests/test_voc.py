@@ -1,12 +1,14 @@
 """The VOC folder: what is read, and that everything wrong is refused with file, line and remedy."""
 
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lcrf_jax.data.images import read_image
+from lcrf_jax.data.images import image_size, read_image
 from lcrf_jax.data.masks import read_mask
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.data.tags import read_classes
@@ -297,6 +299,21 @@ def test_files_that_are_not_images(tmp_path):
     Image.new("1", (16_000, 11_000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match="huge.png.*16000x11000 pixels"):
         read_image(tmp_path / "huge.png")
+
+
+def test_pictures_that_would_fill_the_memory_are_refused_by_their_heads(tmp_path):
+    """A PNG that claims 40,000 x 26,000 pixels and has next to none."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    for width, height in ((40_000, 26_000), (13_000, 13_000)):
+        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
+        (tmp_path / "bomb.png").write_bytes(content)
+        for read in (read_image, image_size):
+            with pytest.raises(ValueError, match=r"bomb.png.*(pixels).*scale it down or cut it into pieces"):
+                read(tmp_path / "bomb.png")
 
 
 def test_index_out_of_range_names_the_split(folder):
