@@ -102,7 +102,9 @@ def test_a_signal_before_training_ends_the_program_with_a_word(tmp_path, monkeyp
         time.sleep(5)
 
     monkeypatch.setattr(preparation, "prepare", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
     ended = run("train", TINY, f"--workdir={tmp_path / 'run'}")
+    signal.signal(signal.SIGINT, before)
     assert ended.code == 128 + signum and message in ended.err and not (tmp_path / "run").exists()
 
 
