@@ -3,7 +3,8 @@ r"""Write masks of photographs.
     python -m experiments.predict --checkpoint=RUN --images=photos/ --out=masks/ [--crf]
 
 --images takes files, folders with all photographs in them, and patterns in quotes ('photos/**/*.jpg'), and may be given
-several times. Any size and colour mode will do; photographs are turned as their EXIF data say. In --out are then
+several times; of a folder, masks that it holds beside its tag file and what this program has written are left out. Any size and
+colour mode will do; photographs are turned as their EXIF data say. In --out are then
 
     NAME.png                   the mask: a palette PNG of class indices, of the size and the name of its photograph
     overlays/NAME.jpg          the photograph with the mask laid over it (--nooverlays leaves it out)

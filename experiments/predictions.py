@@ -14,13 +14,14 @@ from PIL import Image
 from lcrf_jax.data.images import MAX_PIXELS, image_size, is_photograph, read_image
 from lcrf_jax.data.listing import PhotographFinder
 from lcrf_jax.data.sources import tag_vector
-from lcrf_jax.data.tags import read_tag_file
+from lcrf_jax.data.tags import TAG_FILES, read_tag_file
 from lcrf_jax.locks import own_folder
 from lcrf_jax.report import overlay, save_index_png
 
 SETTINGS_FILE = "predictions.json"
 RECORDS = "predictions"
 BATCH_PIXELS = 32_000_000
+_JPEG_SIDE = 65_000  # the format has no larger pictures
 
 
 class Outputs(NamedTuple):
@@ -82,18 +83,24 @@ def _photographs(pattern, out):
         path = pathlib.Path(pattern)
         return path.absolute().parent, [path]
     if os.path.isdir(pattern):
-        folder, avoided = pathlib.Path(pattern).absolute(), out.resolve()
-        paths = [path for path in folder.rglob("*") if is_photograph(path.name) and path.is_file()]
-        paths = [path for path in paths if avoided not in path.resolve().parents and not _hidden(path, folder)]
-        return folder, [pathlib.Path(pattern) / path.relative_to(folder) for path in paths]
+        folder = pathlib.Path(pattern).absolute()
+        return folder, [pathlib.Path(pattern) / path.relative_to(folder) for path in _below(folder, out)]
     parts = pathlib.Path(pattern).absolute().parts
     fixed = next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     found = glob.glob(pattern, recursive=True)
     return pathlib.Path(*parts[:fixed]), [pathlib.Path(name) for name in found if os.path.isfile(name)]
 
 
-def _hidden(path, folder):
-    return any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+def _below(folder, out):
+    """Photographs at any depth; none that are hidden, masks of a training folder, or what was written by this program."""
+    masks = folder / "masks" if any((folder / name).exists() for name in TAG_FILES) else None
+    for place, below, files in os.walk(folder, followlinks=False):
+        place = pathlib.Path(place)
+        if place == masks or place.resolve() == out.resolve() or SETTINGS_FILE in files and place != folder:
+            below.clear()
+            continue
+        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
+        yield from (place / name for name in files if is_photograph(name) and not name.startswith("."))
 
 
 def remaining(share, out, settings, overwrite):
@@ -175,7 +182,10 @@ class Records:
             "image": str(photo), "mask": str(outputs.mask.relative_to(self._out)), "width": labels.shape[1],
             "height": labels.shape[0], "classes": classes, "confidence": round(float(sums.sum()) / labels.size, 4), **facts,
         }  # fmt: skip
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = json.dumps(record, ensure_ascii=False)
+        if any("\ud800" <= letter <= "\udfff" for letter in line):  # a file name that is no UTF-8
+            line = json.dumps(record)
+        self._file.write(line + "\n")
         self._file.flush()
 
     def __enter__(self):
@@ -204,6 +214,7 @@ def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
 
     if outputs.overlay is not None:
         picture = Image.fromarray(overlay(image, labels))
+        picture.thumbnail((_JPEG_SIDE, _JPEG_SIDE))
         moved(outputs.overlay, lambda path: picture.save(path, format="JPEG", quality=90))
     if outputs.probabilities is not None:
         probs = np.exp(log_probs).astype(np.float16)

@@ -269,10 +269,13 @@ def test_processes_share_the_photographs_by_their_numbers(checkpoint, tmp_path):
 
 def test_predict_takes_files_folders_and_patterns(checkpoint, tmp_path):
     photos = tmp_path / "photos"
-    for name in ("a.jpg", "sub/b[1].png", "sub/notes.txt", ".hidden/c.jpg", "other/d.webp"):
+    (photos / "old").mkdir(parents=True)
+    (photos / "old" / "predictions.json").touch()
+    (photos / "tags.csv").touch()
+    for name in ("a.jpg", "sub/b[1].png", "sub/notes.txt", ".hidden/c.jpg", "other/d.webp", "old/e.png", "masks/f.png"):
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 30), "red").save(photos / name) if is_photograph(name) else (photos / name).touch()
-    out = photos / "masks"  # within the folder: masks are not taken for photographs
+    out = photos / "new"  # within the folder: masks, these and others, are not taken for photographs
     command = ("predict", f"--checkpoint={checkpoint}", f"--out={out}", "--nooverlays")
     for repeated in range(2):
         ended = run(*command, f"--images={photos}")
@@ -280,7 +283,7 @@ def test_predict_takes_files_folders_and_patterns(checkpoint, tmp_path):
         assert ("3 of these were done before" in ended.out) == bool(repeated)
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == [
         "a.png", "other/d.png", "predictions.json", "predictions.jsonl", "sub/b[1].png"]
-    other = run(*command[:2], f"--out={tmp_path / 'few'}", f"--images={photos}/sub/b[1].png", f"--images={photos}/o*/*")
+    other = run(*command[:2], f"--out={tmp_path / 'few'}", f"--images={photos}/sub/b[1].png", f"--images={photos}/oth*/*")
     assert other.code == 0 and "2 masks in" in other.out
     assert sorted(str(path.relative_to(tmp_path / "few")) for path in (tmp_path / "few").rglob("*.png")) == [
         "other/d.png", "sub/b[1].png"]
@@ -300,12 +303,14 @@ def test_predict_takes_photographs_of_every_kind(checkpoint, tmp_path):
     image.save(photos / "moving.gif", save_all=True, append_images=[image.rotate(180)])
     image.convert("RGB").save(photos / "really a png.jpg", format="PNG")
     Image.new("RGB", (1, 1)).save(photos / "pixel.bmp")
+    Image.new("RGB", (66_000, 1)).save(photos / "line.png")
     ended = run("predict", f"--checkpoint={checkpoint}", f"--images={photos}", f"--out={tmp_path / 'masks'}")
-    assert ended.code == 0 and "10 masks in" in ended.out, ended.err
+    assert ended.code == 0 and "11 masks in" in ended.out, ended.err
     for path in photos.iterdir():
-        size = {"turned": (20, 30), "pixel": (1, 1)}.get(path.stem, (30, 20))
+        size = {"turned": (20, 30), "pixel": (1, 1), "line": (66_000, 1)}.get(path.stem, (30, 20))
         assert Image.open(tmp_path / "masks" / f"{path.stem}.png").size == size
-        assert Image.open(tmp_path / "masks" / "overlays" / f"{path.stem}.jpg").size == size
+        overlaid = Image.open(tmp_path / "masks" / "overlays" / f"{path.stem}.jpg").size
+        assert overlaid == (size if path.stem != "line" else (65_000, 1))
 
 
 def test_predict_with_tags_says_so_and_keeps_to_them(checkpoint, tmp_path):

@@ -341,5 +341,7 @@ def test_a_folder_in_voc_layout_is_known_as_one(tmp_path):
     for kind in ("voc", "folder"):
         assert open_source(kind, "train", root=tmp_path).names == ("a",)
     assert open_source("folder", "train", root=tmp_path, tags="tags.csv").names == ("JPEGImages/a.png",)
+    with pytest.raises(ValueError, match=r"data.options: the source 'voc' does not know one of \['val_share'\]"):
+        open_source("voc", "train", root=tmp_path, val_share=0.1)
     with pytest.raises(ValueError, match="'voc' needs root=FOLDER"):
         open_source("voc", "train")

@@ -145,7 +145,7 @@ def _photographs(root: Path, mask_folder: Path) -> tuple[list[str], list[str]]:
     found, problems, seen = [], [], set()
     for folder, below, files in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
-        if place in seen or Path(folder) == mask_folder:
+        if place in seen or place == os.path.realpath(mask_folder):
             below.clear()
             continue
         seen.add(place)

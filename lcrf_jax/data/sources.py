@@ -236,7 +236,12 @@ def open_source(
     """
     if kind not in SOURCES:
         raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}")
-    return SOURCES[kind](split, root=root, masks=masks, **options)
+    try:
+        return SOURCES[kind](split, root=root, masks=masks, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"data.options: the source {kind!r} does not know one of {sorted(options)} ({error})") from error
 
 
 def tag_vector(names: tuple[str, ...] | list[str] | set[str], class_names: tuple[str, ...]) -> np.ndarray:
