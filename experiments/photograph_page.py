@@ -12,7 +12,14 @@ from PIL import Image
 
 from lcrf_jax.data.images import opened_as_rgb
 from lcrf_jax.data.sources import tag_vector
-from lcrf_jax.inference import adjustable_refinement, labels_and_confidence, make_segmenter, segment, working_size
+from lcrf_jax.inference import (
+    adjustable_refinement,
+    class_statistics,
+    labels_and_confidence,
+    make_segmenter,
+    segment,
+    working_size,
+)
 from lcrf_jax.report import overlay, palette
 
 PAGE = pathlib.Path(__file__).with_suffix(".html")
@@ -130,8 +137,7 @@ class Labeller:
 def answer(labeller, image, labels, confidence):
     """What the page shows: pictures as data URLs, and the classes with area and confidence."""
     names, colours = labeller.class_names, palette(len(labeller.class_names))
-    counts = np.bincount(labels.ravel(), minlength=len(names))
-    sums = np.bincount(labels.ravel(), confidence.ravel().astype(np.float32), minlength=len(names))
+    counts, sums = class_statistics(labels, confidence, len(names))
     mask = Image.fromarray(labels)
     mask.putpalette(palette(256).tobytes())
     grey = Image.fromarray(np.uint8(np.round(255 * confidence.astype(np.float32))))

@@ -15,6 +15,7 @@ from lcrf_jax.data.images import MAX_PIXELS, image_size, is_photograph, read_ima
 from lcrf_jax.data.listing import PhotographFinder
 from lcrf_jax.data.sources import tag_vector
 from lcrf_jax.data.tags import TAG_FILES, read_tag_file
+from lcrf_jax.inference import class_statistics
 from lcrf_jax.locks import own_folder
 from lcrf_jax.report import overlay, save_index_png
 
@@ -172,8 +173,7 @@ class Records:
 
     def write(self, photo, outputs, labels, confidence, class_names, **facts):
         """Add the line of a photograph: size, and area and confidence of each class that is there."""
-        counts = np.bincount(labels.ravel(), minlength=len(class_names))
-        sums = np.bincount(labels.ravel(), confidence.ravel().astype(np.float32), minlength=len(class_names))
+        counts, sums = class_statistics(labels, confidence, len(class_names))
         classes = {
             name: {"area": round(int(count) / labels.size, 6), "confidence": round(float(total) / int(count), 4)}
             for name, count, total in zip(class_names, counts, sums) if count

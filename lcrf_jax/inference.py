@@ -108,6 +108,26 @@ def labels_and_confidence(log_probs, size):
     return labels, confidence
 
 
+def class_statistics(labels, confidence, num_classes):
+    """Area and confidence of each class of an image, in little memory for large ones.
+
+    Args:
+      labels: [H, W] class indices.
+      confidence: [H, W] probability of each pixel's label.
+      num_classes: K.
+
+    Returns:
+      ([K] int64 number of pixels, [K] float64 sum of their confidence).
+    """
+    counts, sums = np.zeros(num_classes, np.int64), np.zeros(num_classes)
+    step = max(1, _STRIP_PIXELS // labels.shape[1])
+    for start in range(0, len(labels), step):
+        strip = labels[start : start + step].ravel()
+        counts += np.bincount(strip, minlength=num_classes)
+        sums += np.bincount(strip, np.float64(confidence[start : start + step].ravel()), minlength=num_classes)
+    return counts, sums
+
+
 def interpolated_probs(log_probs, size):
     """Probabilities at another size, from log-probabilities interpolated bilinearly.
 

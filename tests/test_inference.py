@@ -288,3 +288,12 @@ def test_labels_and_confidence_at_another_size(size, monkeypatch):
     np.testing.assert_allclose(confidence, probs.max(axis=-1), atol=1e-3)
     assert labels.dtype == np.uint8 and confidence.dtype == np.float16
     np.testing.assert_allclose(inference.interpolated_probs(log_probs, size), probs, atol=1e-5)
+
+
+def test_area_and_confidence_of_each_class(monkeypatch):
+    monkeypatch.setattr(inference, "_STRIP_PIXELS", 30)  # several strips
+    rng = np.random.default_rng(0)
+    labels, confidence = rng.integers(0, 3, (17, 11), np.uint8), rng.random((17, 11)).astype(np.float16)
+    counts, sums = inference.class_statistics(labels, confidence, 5)
+    assert counts.tolist() == [int((labels == k).sum()) for k in range(5)]
+    np.testing.assert_allclose(sums, [np.float64(confidence)[labels == k].sum() for k in range(5)])

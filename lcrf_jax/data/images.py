@@ -84,7 +84,7 @@ def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarr
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB")), turn
+    return np.array(image if image.mode == "RGB" else image.convert("RGB")), turn
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
