@@ -67,7 +67,7 @@ def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
     ({"cache__features": False}, "need cache.features=True"),
     ({"views__num_views": 1}, "num_views of at least 2"),
     ({"network__backbone": "vgg"}, r"network\.backbone: expected one of .*'vgg'"),
-    ({"data__kind": "voc"}, "unknown source 'voc'"),
+    ({"data__kind": "coco"}, "unknown source 'coco'"),
     ({"batch_size": 32}, "24 training images do not fill one batch of 32"),
     ({"objective__likelihood": "noisy_and"}, r"objective\.likelihood: expected one of .*'noisy_or'.*'noisy_and'"),
     ({"objective__estimator": "nuts"}, r"objective\.estimator: expected one of .*'mcmc'.*'nuts'"),
