@@ -46,6 +46,9 @@ def test_planned_rounds():
     first, second = preparation.planned_rounds(config, 30)
     assert (first.number, first.first_step, first.last_step, first.steps_per_epoch) == (0, 0, 6, 3)
     assert (second.number, second.first_step, second.last_step, second.epochs) == (1, 6, 15, 3)
+    first, second = preparation.planned_rounds({**config, "least_steps": 8}, 30)
+    assert (first.last_step, first.steps_per_epoch, first.epochs, first.passes) == (12, 6, 2, 2)
+    assert (second.first_step, second.last_step, second.passes) == (12, 21, 1)
     [only] = preparation.planned_rounds({**config, "method": "full_supervision"}, 30)
     assert (only.first_step, only.last_step, only.epochs) == (0, 15, 5)
 
