@@ -356,17 +356,28 @@ def test_twenty_kills_at_random_moments_change_no_bit(cache, tmp_path):
     whole = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
     assert whole.code == 0, whole.err
     begun = time.monotonic()
-    finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))  # starts, finds all done, and scores it
-    length, rng, reached = time.monotonic() - begun, random.Random(0), []
-    while len(reached) < 20:
+    again = start(*arguments, f"--workdir={tmp_path / 'whole'}")
+    next(line for line in again.stdout if "continuing after step" in line)
+    again.kill()
+    length, rng, reached = time.monotonic() - begun, random.Random(0), [0]
+
+    def newest():
+        states = (tmp_path / "killed" / "last").glob("*")
+        return max((int(path.name) for path in states if path.name.isdigit()), default=0)
+
+    for number in range(20):
         process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=rng.uniform(0.2, 1.3) * length)
-        assert process.poll() is None, f"the run ended by itself after {len(reached)} kills: {finish(process)}"
+        if number % 3 == 0:  # while it starts
+            time.sleep(rng.uniform(0.1, 1.1) * length)
+        else:  # one to three steps later, perhaps in a save
+            goal = reached[-1] + rng.randint(1, 3)
+            while newest() < goal and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+        assert process.poll() is None, f"the run ended by itself after {number} kills: {finish(process)}"
         process.kill()
         process.wait()
-        states = (tmp_path / "killed" / "last").glob("*")
-        reached.append(max((int(path.name) for path in states if path.name.isdigit()), default=0))
+        reached.append(newest())
     print("newest state after each kill:", reached)
     assert len(set(reached)) >= 5 and reached == sorted(reached)
     last = finish(start(*arguments, f"--workdir={tmp_path / 'killed'}"))

@@ -272,7 +272,7 @@ def test_colour_modes(tmp_path):
     clear = Image.fromarray(np.dstack([rgb, np.zeros((6, 8), np.uint8)]))
     assert (through(clear) == 255).all()
     assert (through(grey.convert("LA"))[..., 0] == rgb[..., 0]).all()
-    deep = Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)
+    deep = Image.fromarray(rgb[..., 0].astype(np.uint16) * 256 + (255 - rgb[..., 0]))
     np.testing.assert_array_equal(through(deep)[..., 2], rgb[..., 0])
     through(Image.fromarray(rgb).convert("P"))
     through(Image.fromarray(rgb).convert("CMYK"), "x.jpg")
