@@ -16,7 +16,6 @@ from ml_collections import config_flags
 from experiments import reporting
 from lcrf_jax import preparation
 from lcrf_jax.data.check import equal_pictures, listed, notes, read_all
-from lcrf_jax.data.listing import scan_folder
 from lcrf_jax.runlog import image_progress, say
 from lcrf_jax.splits import open_split
 
@@ -98,17 +97,10 @@ def _sizes(found):
             f"height {heights.min()} to {heights.max()}, median {np.median(heights):.0f} pixels")  # fmt: skip
 
 
-def left_out(config):
+def left_out(source):
     """Notes on what a plain folder holds beside the photographs with tags."""
-    data = config["data"]
-    if data["kind"] != "folder" or not data["root"]:
-        return []
-    try:
-        found = scan_folder(data["root"], **data["options"])
-    except (ValueError, OSError, TypeError):  # told already; or a folder in another layout
-        return []
-    untagged = [f"{name}" for name in found.untagged]
-    return [f"{len(untagged)} photographs have no row in {found.tag_source} and are left out:\n{listed(untagged)}"] if untagged else []
+    untagged = getattr(source, "untagged", ())
+    return [f"{len(untagged)} photographs have no row in {source.tag_source} and are left out:\n{listed(untagged)}"] if untagged else []
 
 
 def main(argv):
@@ -129,7 +121,7 @@ def main(argv):
             preparation.planned_rounds(config, sum(reading.problem is None for reading in splits[0][1]))
         except ValueError as error:
             problems.append(str(error))
-    remarks = left_out(config) if splits else []
+    remarks = left_out(sources[0]) if sources else []
     for source, found in splits:
         trained_on = source.split == config["data"]["train_split"]
         remarks += notes(source, found, few=FEW if trained_on else 0)

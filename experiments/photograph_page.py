@@ -1,6 +1,5 @@
 """A page where one drops a photograph and sees its mask: the network behind it, the requests, and the server."""
 
-import base64
 import html
 import io
 import json
@@ -12,6 +11,7 @@ from PIL import Image
 
 from lcrf_jax.data.images import opened_as_rgb
 from lcrf_jax.data.sources import tag_vector
+from lcrf_jax.html_report import data_url
 from lcrf_jax.inference import (
     adjustable_refinement,
     class_statistics,
@@ -20,7 +20,7 @@ from lcrf_jax.inference import (
     segment,
     working_size,
 )
-from lcrf_jax.report import overlay, palette
+from lcrf_jax.report import index_picture, overlay, palette
 
 PAGE = pathlib.Path(__file__).with_suffix(".html")
 # Of the refinement: (name, title, least, greatest, step).
@@ -138,8 +138,6 @@ def answer(labeller, image, labels, confidence):
     """What the page shows: pictures as data URLs, and the classes with area and confidence."""
     names, colours = labeller.class_names, palette(len(labeller.class_names))
     counts, sums = class_statistics(labels, confidence, len(names))
-    mask = Image.fromarray(labels)
-    mask.putpalette(palette(256).tobytes())
     grey = Image.fromarray(np.uint8(np.round(255 * confidence.astype(np.float32))))
     return {
         "classes": [
@@ -147,17 +145,11 @@ def answer(labeller, image, labels, confidence):
              "confidence": float(sums[k] / counts[k])}
             for k in np.argsort(-counts) if counts[k]
         ],
-        "photograph": _data_url(Image.fromarray(image), "JPEG"),
-        "overlay": _data_url(Image.fromarray(overlay(image, labels)), "JPEG"),
-        "mask": _data_url(mask, "PNG"),
-        "confidence": _data_url(grey, "JPEG"),
+        "photograph": data_url(Image.fromarray(image), "JPEG"),
+        "overlay": data_url(Image.fromarray(overlay(image, labels)), "JPEG"),
+        "mask": data_url(index_picture(labels), "PNG"),
+        "confidence": data_url(grey, "JPEG"),
     }  # fmt: skip
-
-
-def _data_url(picture, kind):
-    content = io.BytesIO()
-    picture.save(content, format=kind)
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def page(labeller):

@@ -165,7 +165,7 @@ class Records:
         self.path = out / (f"{RECORDS}.jsonl" if count == 1 else f"{RECORDS}.{number}-of-{count}.jsonl")
         self._out, again = out, {str(outputs.mask.relative_to(out)) for _, outputs in todo}
         if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _mask_of(line) not in again | {None}]
+            kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if _mask_of(line) not in again | {None}]
             unfinished = self.path.with_name(f".{self.path.name}.tmp")
             unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(unfinished, self.path)

@@ -150,7 +150,10 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     page = run_dir / ("report.html" if same else f"report_{source.split}{suffix}.html")
     refined = scores.refined if crf else _refined_before(run_dir, source.split, tags_given, scores.plain)
     matrices = {"network": scores.plain} | ({} if refined is None else {"refined": refined})
-    write_run_report(page, source=source, matrices=matrices, image_scores=scores.image_scores, **report)
+    known = dict(zip(evaluation.sample_positions(len(source), NUM_PICTURES), scores.samples, strict=True))
+    write_run_report(
+        page, source=source, matrices=matrices, image_scores=scores.image_scores, known_samples=known, **report
+    )
     say(f"\nsupervision: {used}")
     say(f"pictures    {picture}\nreport      {page}\nresults     {path}\ncheckpoint  {run_dir}")
     if started is not None:

@@ -17,7 +17,9 @@ CURVES = {
 }  # fmt: skip
 
 
-def write_run_report(path, run_dir, description, segmenter, source, *, matrices, image_scores, used, tags_given):
+def write_run_report(
+    path, run_dir, description, segmenter, source, *, matrices, image_scores, used, tags_given, known_samples=None
+):
     """Write the report of a run.
 
     Args:
@@ -30,6 +32,7 @@ def write_run_report(path, run_dir, description, segmenter, source, *, matrices,
       image_scores: [N] score of each image, or None.
       used: what supervision was used.
       tags_given: whether tags were used at test time.
+      known_samples: dict from the positions of images to what `labelled_samples` says of them, where that is known.
     """
     names = segmenter.class_names
     scores = [(f"mIoU, {title}", f"{100 * mean_iou(matrix):.1f} %") for title, matrix in matrices.items()]
@@ -39,7 +42,7 @@ def write_run_report(path, run_dir, description, segmenter, source, *, matrices,
     ) + html_report.paragraph(f"Supervision: {used}. Data: {data['kind']} {data['root']}".rstrip() + ".")
     ious = {title: np.asarray(iou_per_class(matrix), np.float64) for title, matrix in matrices.items()}
     sections = [
-        ("Photographs", html_report.gallery(_samples(segmenter, source, image_scores, tags_given), names)),
+        ("Photographs", html_report.gallery(_samples(segmenter, source, image_scores, tags_given, known_samples or {}), names)),
         ("Intersection over union", html_report.bars(names, ious) if ious else ""),
         ("Confusion", html_report.confusion(names, list(matrices.values())[-1]) if matrices else ""),
         ("Training", html_report.curves(_series(metrics_history(run_dir)))),
@@ -49,7 +52,7 @@ def write_run_report(path, run_dir, description, segmenter, source, *, matrices,
     write_whole(path, html_report.page(f"Run {run_dir.resolve().name}", sections, summary=summary))
 
 
-def _samples(segmenter, source, image_scores, tags_given):
+def _samples(segmenter, source, image_scores, tags_given, known_samples):
     """The worst and the best images, and some between; without scores images from all over the split."""
     if image_scores is None or not np.isfinite(image_scores).any():
         groups = {"": sample_positions(len(source), NUM_SPREAD)}
@@ -58,13 +61,14 @@ def _samples(segmenter, source, image_scores, tags_given):
         worst, best = order[:NUM_EXTREMES], order[NUM_EXTREMES:][-NUM_EXTREMES:][::-1]
         spread = [at for at in sample_positions(len(source), NUM_SPREAD) if at not in {*worst, *best}]
         groups = {"Worst": worst, "Best": best, "From all over the split": spread}
-    samples = []
+    samples, tags = [], source.tags
     for group, positions in groups.items():
-        rows = labelled_samples(segmenter, source, positions, use_tags=tags_given)
-        for at, (image, truth, labels, refined) in zip(positions, rows, strict=True):
+        for at in positions:
+            sample = known_samples.get(at) or labelled_samples(segmenter, source, [at], use_tags=tags_given)[0]
+            image, truth, labels, refined = sample
             layers = {"truth": truth, "prediction": labels, "refined prediction": refined}
             score = "" if image_scores is None or np.isnan(image_scores[at]) else f"mIoU of its classes {100 * image_scores[at]:.0f} %"
-            present = ", ".join(name for name, tag in zip(source.class_names[1:], source.tags[at][1:], strict=True) if tag)
+            present = ", ".join(name for name, tag in zip(source.class_names[1:], tags[at][1:], strict=True) if tag)
             caption = "; ".join(part for part in (f"tags: {present or 'none'}", score) if part)
             known = {title: layer for title, layer in layers.items() if layer is not None}
             samples.append(html_report.Sample(source.names[at], image, known, caption, group))

@@ -59,6 +59,22 @@ def escaped(value):
     return html.escape(str(value), quote=True)
 
 
+def data_url(picture, kind, **options):
+    """A Pillow image as an address that holds it.
+
+    Args:
+      picture: the image.
+      kind: format, "JPEG" or "PNG".
+      **options: of Pillow for this format.
+
+    Returns:
+      str.
+    """
+    content = io.BytesIO()
+    picture.save(content, format=kind, **options)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(content.getvalue()).decode("ascii")
+
+
 def figures(values):
     """Numbers to be seen first.
 
@@ -223,21 +239,15 @@ def _card(sample, default):
     for title, labels in sample.layers.items():
         labels = np.asarray(Image.fromarray(np.asarray(labels, np.uint8)).resize(small, Image.Resampling.NEAREST))
         shown = "" if title == default else " hidden"
-        picture = _data_url(Image.fromarray(overlay(np.asarray(photo), labels, alpha=0.6)))
+        picture = data_url(Image.fromarray(overlay(np.asarray(photo), labels, alpha=0.6)), "JPEG", quality=85)
         layers.append(f'<img class="layer" data-layer="{escaped(title)}" src="{picture}" alt="{escaped(title)} of {escaped(sample.name)}"{shown}>')
     return (
         f'<figure class="card"><div class="compare" style="aspect-ratio:{small[0]}/{small[1]}">'
-        f'<img class="photo" src="{_data_url(photo)}" alt="{escaped(sample.name)}">{"".join(layers)}'
+        f'<img class="photo" src="{data_url(photo, "JPEG", quality=85)}" alt="{escaped(sample.name)}">{"".join(layers)}'
         f'<i class="edge"></i><input type="range" min="0" max="100" value="50" step="0.5" '
         f'aria-label="how much of {escaped(sample.name)} is shown without mask"></div>'
         f"<figcaption><b>{escaped(sample.name)}</b> {escaped(sample.caption)}</figcaption></figure>"
     )
-
-
-def _data_url(picture):
-    content = io.BytesIO()
-    picture.save(content, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def _chart(name, points):

@@ -138,9 +138,7 @@ def interpolated_probs(log_probs, size):
     Returns:
       [H, W, K] float32, summing to one over the classes.
     """
-    for axis in (0, 1):
-        if log_probs.shape[axis] != size[axis]:
-            log_probs = _interpolated(log_probs, _neighbours(log_probs.shape[axis], size[axis]), axis)
+    log_probs = resized_map(log_probs, size)
     probs = np.exp(log_probs - log_probs.max(axis=-1, keepdims=True))
     return probs / probs.sum(axis=-1, keepdims=True)
 
@@ -362,8 +360,11 @@ def resized_map(values, size):
     Returns:
       [height, width, C] float32 NumPy array.
     """
-    rows, columns = (interpolation_weights(cells, pixels, pixels) for cells, pixels in zip(values.shape, size))
-    return np.einsum("Hh,hwk,Ww->HWk", rows, np.asarray(values, np.float32), columns, optimize=True)
+    values = np.asarray(values, np.float32)
+    for axis in (0, 1):
+        if values.shape[axis] != size[axis]:
+            values = _interpolated(values, _neighbours(values.shape[axis], size[axis]), axis)
+    return values
 
 
 def segment(segmenter, image, *, crf, tags=None):

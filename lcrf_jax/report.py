@@ -72,9 +72,22 @@ def save_index_png(path, labels):
     Raises:
       ValueError: if labels has another shape, dtype or range.
     """
+    index_picture(labels).save(path, format="PNG")
+
+
+def index_picture(labels):
+    """A mask as a Pillow image of class indices with the VOC palette.
+
+    Args:
+      labels: [H, W] class indices in 0..255, 255 is void.
+    Returns:
+      PIL.Image.Image of mode P.
+    Raises:
+      ValueError: if labels has another shape, dtype or range.
+    """
     picture = Image.fromarray(_checked_labels(labels))
     picture.putpalette(palette(256).tobytes())
-    picture.save(path, format="PNG")
+    return picture
 
 
 def picture_grid(rows, path, *, class_names, cell=220):

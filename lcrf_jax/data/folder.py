@@ -56,7 +56,7 @@ class FolderSource:
         self._found, self._rows = found, found.splits[split]
         self.split, self.masks, self.class_names = split, masks, found.class_names
         self.names = tuple(found.images[row] for row in self._rows)
-        self.left_out = len(found.missing)
+        self.left_out, self.untagged, self.tag_source = len(found.missing), found.untagged, found.tag_source
         without = [name for name in self.names if name not in found.masks] if masks else []
         if without:
             raise FileNotFoundError(

@@ -185,7 +185,7 @@ def _json_rows(path):
 
 
 def _json_line_rows(path):
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # names may hold other line separators
         if line.strip():
             where = f"{path}, line {number}"
             yield *_record(_parsed(line, where), where), where
