@@ -185,7 +185,7 @@ def _feature(features, name: str, where: str):
     for part in name.split("/"):
         features = getattr(features, "feature", features)
         if not hasattr(features, "keys") or part not in features:
-            there = ", ".join(features.keys()) if hasattr(features, "keys") else features
+            there = ", ".join(sorted(features.keys())) if hasattr(features, "keys") else features
             raise ValueError(f"{where} has no feature {name!r}: there are {there}; choose with image=, labels= and mask=")
         features = features[part]
     return getattr(features, "feature", features)
