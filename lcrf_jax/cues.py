@@ -8,11 +8,10 @@ import zipfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import reduce
 
 from lcrf_jax.baselines import NO_CUE, localisation_cues
 from lcrf_jax.data.cache import cached_arrays
-from lcrf_jax.features import in_batches, no_progress, square_batches
+from lcrf_jax.features import cell_means, in_batches, no_progress, square_batches
 from lcrf_jax.saliency import barrier_saliency
 
 
@@ -60,7 +59,7 @@ def gradient_saliency(
       network: lcrf_jax.nets.network.Network.
       variables: of its backbone.
       classifier: TagClassifier.
-      size: side in pixels of the square that it is computed on, a multiple of `grid`.
+      size: side in pixels of the square that it is computed on.
       grid: g, cells along a side of the result.
       identity: dict that JSON can hold: what identifies the backbone's weights and the classifier.
       directory: folder of the caches.
@@ -81,8 +80,8 @@ def gradient_saliency(
     @jax.jit
     def maps(images, tags):
         gradient = jax.grad(summed_logits)(jnp.asarray(images, jnp.float32), tags)
-        cells = reduce(jnp.abs(gradient).max(axis=-1), "b (h i) (w j) -> b h w", "mean", h=grid, w=grid)
-        return median_3x3(cells)
+        cells = cell_means(jnp.abs(gradient).max(axis=-1, keepdims=True), (grid, grid))
+        return median_3x3(cells[..., 0])
 
     def batches(first):
         for count, batch in square_batches(source, size, batch_size, progress, first):

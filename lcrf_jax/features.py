@@ -16,17 +16,34 @@ from lcrf_jax.nets.network import feature_identity
 from lcrf_jax.nets.tag_classifier import fit_tag_classifier
 
 
+def cell_means(values, shape):
+    """The mean over every cell of a grid that covers an image.
+
+    Args:
+      values: [B, H, W, C].
+      shape: (h, w) of the grid. Cells that do not hold a whole number of pixels share those on their borders.
+
+    Returns:
+      [B, h, w, C], dtype of `values`.
+    """
+    batch, height, width, channels = values.shape
+    if height % shape[0] or width % shape[1]:
+        return jax.image.resize(values, (batch, *shape, channels), "linear", antialias=True)
+    return reduce(values, "b (h i) (w j) c -> b h w c", "mean", h=shape[0], w=shape[1])
+
+
 def guide_image(images, stride):
     """The colours that the pairwise kernel sees: every cell's mean.
 
     Args:
-      images: [B, H, W, 3] RGB 0..255, H and W multiples of `stride`.
-      stride: pixels per cell.
+      images: [B, H, W, 3] RGB 0..255.
+      stride: pixels per cell; where it does not divide H or W, cells are a little smaller.
 
     Returns:
-      [B, H / stride, W / stride, 3] float32, 0..255.
+      [B, ceil(H / stride), ceil(W / stride), 3] float32, 0..255.
     """
-    return reduce(jnp.asarray(images, jnp.float32), "b (h i) (w j) c -> b h w c", "mean", i=stride, j=stride)
+    shape = [-(-side // stride) for side in images.shape[1:3]]
+    return cell_means(jnp.asarray(images, jnp.float32), shape)
 
 
 def network_inputs(network, variables, images, guide_stride=None):
@@ -39,7 +56,7 @@ def network_inputs(network, variables, images, guide_stride=None):
       guide_stride: pixels per cell of the guide; None is the grid of the logits.
 
     Returns:
-      dict from tap to [B, h, w, C] float32, and "guide" [B, S / guide_stride, S / guide_stride, 3].
+      dict from tap to [B, h, w, C] float32, and "guide" [B, S / guide_stride, S / guide_stride, 3], see `guide_image`.
     """
     guide = guide_image(images, guide_stride or network.stride)
     return {**network.features(variables, images), "guide": guide}
@@ -83,6 +100,7 @@ class CachedViews:
       progress: called with the number of images after each batch.
       masks: the same views of a source with masks, or None. They are kept by themselves, so that methods with and without
         them share the features.
+      taps: names of the taps to keep; None for all that the network takes.
     """
 
     def __init__(
@@ -97,19 +115,26 @@ class CachedViews:
         batch_size=16,
         progress=no_progress,
         masks=None,
+        taps=None,
     ):
         self.num_views, self._length = views.num_views, len(views)
-        description = {**feature_identity(network.description), "taps": network.description["taps"]}
+        kept = network.taps if taps is None else tuple(taps)
+        named = network.description["taps"] if taps is None else list(taps)
+        description = {**feature_identity(network.description), "taps": named}
         identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
         if guide_stride not in (None, network.stride):
             identity["guide_stride"] = guide_stride
-        run = jax.jit(lambda images: network_inputs(network, variables, images, guide_stride))
+
+        @jax.jit
+        def run(images):
+            inputs = network_inputs(network, variables, images, guide_stride)
+            return {name: inputs[name] for name in (*kept, "guide")}
 
         def batches(first):
             for count, batch in _batched(views, batch_size, progress, first):
                 inputs = {name: np.asarray(array)[:count] for name, array in run(batch["image"]).items()}
                 rows = {"guide": np.round(inputs.pop("guide")).astype(np.uint8)}
-                yield rows | {tap: array.astype(np.float16) for tap, array in inputs.items()}
+                yield rows | {tap: inputs[tap].astype(np.float16) for tap in kept}
 
         self._arrays = cached_arrays(directory, identity, len(views), batches)
         if masks is not None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcrf_jax import baselines
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
@@ -147,15 +148,21 @@ def _stc(key, logits, record, options):
 
 
 def _full_supervision(config, *, stride, steps_per_epoch):
-    del config, steps_per_epoch
+    del config, stride, steps_per_epoch
 
     def objective(key, logits, record, step):
         del key, step
-        labels = record["mask"][stride // 2 :: stride, stride // 2 :: stride]
+        rows, columns = (_centres(*sides) for sides in zip(logits.shape[:2], record["mask"].shape))
+        labels = record["mask"][rows][:, columns]
         loss = baselines.label_cross_entropy(_cells(logits), labels.reshape(-1))
         return loss, {"cross_entropy": loss}
 
     return objective
+
+
+def _centres(cells, pixels):
+    """The pixel in the middle of each cell."""
+    return ((np.arange(cells) + 0.5) * pixels / cells).astype(int)
 
 
 def _thirds(config):

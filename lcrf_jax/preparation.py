@@ -23,7 +23,7 @@ from lcrf_jax.features import (
 )
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
 from lcrf_jax.methods import inputs_of, make_objective, method_of
-from lcrf_jax.nets.network import Network, backbone_variables, build_network, feature_identity
+from lcrf_jax.nets.network import Network, backbone_variables, build_network, feature_identity, preprocessing
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
 from lcrf_jax.objectives import uses_chains
 from lcrf_jax.processes import from_first
@@ -65,7 +65,7 @@ class Prepared(NamedTuple):
     @property
     def grid(self):
         """Cells along a side of the logits."""
-        return self.config["input_size"] // self.network.stride
+        return self.network.grid(self.config["input_size"])
 
 
 class Round(NamedTuple):
@@ -137,11 +137,14 @@ def prepare(config):
     """
     train, val = open_data(config)
     description = {**config["network"], "num_classes": len(train.class_names)}
-    network, (variables, digest) = build_network(description), backbone_variables(description)
+    network = build_network(description)
     method = method_of(config)
     size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
-    if size % 32:
-        raise ValueError(f"input_size: expected a multiple of 32, got {size}")
+    if size < 32 or size % network.size_step:
+        multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
+        raise ValueError(f"input_size: expected {multiple}, got {size}")
+    variables, digest = backbone_variables(description, config.get("weights", ""))
+    say(f"backbone {description['backbone']}, weights sha256 {digest}")
     rounds = planned_rounds(config, len(train))
     check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
     # Made only to refuse wrong settings now, and not after the features.
@@ -165,6 +168,7 @@ def prepare(config):
         cached = CachedViews(
             whole, network, variables, digest, directory=directory, guide_stride=stride, progress=done,
             masks=views if train.masks and config["cache"]["features"] else None,
+            taps=None if config["cache"]["features"] else ("s32",),
         )
     views = cached if config["cache"]["features"] else views
     prepared = Prepared(config, train, val, network, variables, digest, views, None, None)
@@ -398,7 +402,7 @@ def segmenter_description(config, class_names, digest):
     return {
         "class_names": list(class_names),
         "network": {**config["network"], "num_classes": len(class_names)},
-        "preprocessing": "RGB in 0..255, resized to a square (bicubic), (x - 127) / 128",
+        "preprocessing": preprocessing(config["network"]),
         "inference": {**config["inference"], **_output(config, method)},
         "backbone_sha256": digest,
         "supervision": method.supervision,

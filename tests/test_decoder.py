@@ -13,8 +13,8 @@ import reference
 
 from lcrf_jax.nets.decoder import Decoder, UpConv
 from lcrf_jax.nets.efficientnet_lite import EfficientNetLite0, preprocess
-from lcrf_jax.nets.network import BACKBONES, SmallBackbone, backbone_variables, build_network, feature_identity
-from lcrf_jax.nets.pretrained import LITE0_SHA256
+from lcrf_jax.nets.network import SmallBackbone, backbone_variables, build_network, feature_identity
+from lcrf_jax.nets.weights import LITE0_SHA256
 
 SMALL = {"backbone": "small", "last_stride": 32, "taps": ["s32", "s16", "s8", "s4"],
          "widths": [20, 16, 12, 8], "dropout": 0.0, "num_classes": 5}
@@ -25,7 +25,7 @@ every_backbone = pytest.mark.parametrize("description", [SMALL, LITE0], ids=["sm
 
 @functools.cache
 def variables_of(backbone):
-    return BACKBONES[backbone].variables()[0]
+    return backbone_variables({**SMALL, "backbone": backbone})[0]
 
 
 @functools.cache
@@ -302,13 +302,18 @@ def test_weights_are_known_by_their_hash():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"backbone": "vgg"}, r"network.backbone: expected one of \['efficientnet_lite0', 'small'\], got 'vgg'"),
+    ({"backbone": "vgg"}, r"network.backbone: expected one of \['efficientnet_lite0', 'small', 'vgg16'\], got 'vgg'"),
     ({"taps": ["s4", "s8"]}, r"network.taps: expected some of \('head', 's32', .*\), in this order, got"),
     ({"taps": ["s64"]}, r"network.taps: .* got \('s64',\)"),
     ({"taps": ["s32", "s32"]}, r"network.taps: .* got \('s32', 's32'\)"),
     ({"taps": []}, r"network.taps: .* got \(\)"),
     ({"widths": [8]}, r"network.widths: expected one for each of the taps .* got \(8,\)"),
     ({"last_stride": 8}, r"network.last_stride: expected 16 or 32, got 8"),
+    ({"last_stride": 4, "backbone": "vgg16"}, r"network.last_stride: expected 8, 16 or 32, got 4"),
+    ({"decoder": "unet"}, r"network.decoder: expected one of \['large_field', 'original', 'skip'\], got 'unet'"),
+    ({"decoder": "original", "taps": ["s8"]}, r"network.taps: expected two taps or more for the decoder 'original'"),
+    ({"decoder": "large_field"}, r"network.taps: expected one tap for the decoder 'large_field', got"),
+    ({"decoder": "original"}, r"network.widths: expected 6 for the decoder 'original' and the taps .* got \(20, 16, 12, 8\)"),
     ({"dropout": 1.0}, r"network.dropout: expected a share .* got 1.0"),
     ({"dropout": -0.1}, r"network.dropout: expected a share .* got -0.1"),
     ({"num_classes": 1}, r"network.num_classes: .* got 1"),

@@ -14,14 +14,15 @@ from lcrf_jax.nets.efficientnet_lite import (
     preprocess,
     same_padding,
 )
-from lcrf_jax.nets.pretrained import lite0_weights_path, load_lite0, read_torch_file
+from lcrf_jax.nets.pretrained import read_torch_file
+from lcrf_jax.nets.weights import lite0_weights_path, load_weights
 
 every_last_stride = pytest.mark.parametrize("last_stride", [32, 16])
 
 
 @pytest.fixture(scope="module")
 def variables():
-    return load_lite0()[0]
+    return load_weights("efficientnet_lite0", EfficientNetLite0())[0]
 
 
 @functools.cache

@@ -38,14 +38,17 @@ def get_config():
     config.data.on_bad_image = "error"  # or "skip": photographs that cannot be read are named and left out
 
     config.network = ConfigDict()
-    config.network.backbone = "efficientnet_lite0"  # or small
+    config.network.backbone = "efficientnet_lite0"  # or vgg16, small
     config.network.last_stride = 16
     config.network.taps = ("head", "s16", "s8")
     config.network.widths = (192, 128, 96)
     config.network.dropout = 0.2
+    config.network.decoder = "skip"  # or original, large_field; see lcrf_jax.nets.original
     # Of the products in convolutions; bfloat16 halves their memory and is faster on accelerators. Parameters, features,
     # logits, the bound and all of the CRF stay float32.
     config.network.compute_dtype = "float32"
+    # Of the backbone: "" for those that are installed, a file .safetensors or .pth, hf:REPOSITORY, or random.
+    config.weights = ""
     config.input_size = 320
 
     config.views = ConfigDict()  # of each training image: 0 whole, 1 mirrored, 2 and up random crops

