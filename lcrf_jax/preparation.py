@@ -19,6 +19,7 @@ from lcrf_jax.features import (
     class_maps,
     fitted_classifier,
     guide_image,
+    network_inputs,
     test_time_features,
 )
 from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
@@ -155,8 +156,8 @@ def prepare(config):
         # With one view an image can be in a batch twice where two epochs meet.
         raise ValueError("objective.estimator: 'mcmc' needs views.num_views of at least 2, one chain for each view")
     several = len(rounds) > 1
-    if several and (config["views"]["num_views"] < 2 or not config["cache"]["features"]):
-        raise ValueError("rounds on posteriors need cache.features=True and views.num_views of at least 2")
+    if several and config["views"]["num_views"] < 2 and config["cache"]["features"]:
+        raise ValueError("rounds on posteriors need views.num_views of at least 2, or cache.features=False")
     for this in rounds:
         images_of_round(method, this, train.tags)
     views = ViewDataset(train, size=size, **config["views"])
@@ -327,7 +328,7 @@ def posterior_evidence(prepared, params, settings):
     are excluded, and mean field runs on the grid of the logits.
 
     Args:
-      prepared: Prepared, with cached features and at least the views 0 and 1.
+      prepared: Prepared; with cached features of at least the views 0 and 1, or with images.
       params: decoder parameters.
       settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations",
         "unary_weight" and "tempering": the log-posterior is multiplied by it.
@@ -351,13 +352,25 @@ def posterior_evidence(prepared, params, settings):
         both = [network.logits(params, prepared.variables, features) for features in (plain, mirrored)]
         return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, ratio), present))
 
+    @jax.jit
+    def inputs_of_images(images):
+        plain = network_inputs(network, prepared.variables, images, network.stride // ratio)
+        guide = plain.pop("guide")
+        return plain, network.features(prepared.variables, images[:, :, ::-1]), guide
+
+    def inputs(part):
+        if prepared.config["cache"]["features"]:
+            taps = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
+            return *taps, views.tap("guide")[part]
+        records = [views[row] for row in range(part.start, min(part.stop, len(tags)))]  # view 0 comes first
+        return inputs_of_images(np.stack([record["image"] for record in records]))
+
     params = jax.tree.map(np.asarray, params)  # of all devices and processes; the rest is done by this one
     rows = []
     with image_progress("posteriors", len(tags)) as done:
         for start in range(0, len(tags), 32):
             part = slice(start, start + 32)
-            inputs = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
-            rows.append(np.asarray(batch(*inputs, views.tap("guide")[part], tags[part]), np.float16))
+            rows.append(np.asarray(batch(*inputs(part), tags[part]), np.float16))
             done(len(rows[-1]))
     return np.concatenate(rows)
 

@@ -355,6 +355,27 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
         np.testing.assert_allclose(result[index].reshape(-1, 7), expected, atol=2e-3)
 
 
+def test_posteriors_without_cached_features_are_the_same(prepared, cache):
+    plain = preparation.prepare(small_config(cache, cache__features=False, views__num_views=1))
+    rng = np.random.default_rng(0)
+    shapes = {tap: jnp.zeros((1, *prepared.views.tap(tap).shape[1:])) for tap in prepared.network.taps}
+    shapes = jax.eval_shape(prepared.network.init, jax.random.key(0), prepared.variables, shapes)
+    params = jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) * 0.5).astype(np.float32), shapes)
+    cached, computed = (
+        np.float32(preparation.posterior_evidence(each, params, each.config["posterior"])) for each in (prepared, plain)
+    )
+    # Cached features have 16 bits and the cached guide eight, and the random weights make much of both.
+    assert np.abs(cached - computed).mean() < 1e-3 and (np.abs(cached - computed) > 2e-2).mean() < 1e-2
+    assert np.abs(computed - computed[::-1]).mean() > 0.05
+
+
+def test_two_rounds_without_cached_features(cache, tmp_path):
+    given = preparation.prepare(small_config(cache, cache__features=False, views__num_views=3, epochs=(1, 1)))
+    runs.train(given._replace(val=None), tmp_path)
+    steps = [record["step"] for record in lines(tmp_path)]
+    assert steps[-1] == 6 and (tmp_path / "posteriors").is_dir()
+
+
 def test_a_run_with_a_pairwise_term_finer_than_the_logits(prepared, cache, tmp_path):
     fine = preparation.prepare(small_config(cache, objective__pairwise_stride=4))
     assert fine.views.tap("guide").shape == (24, 24, 24, 3) and prepared.views.tap("guide").shape == (24, 6, 6, 3)
