@@ -76,15 +76,19 @@ def load(checkpoint, *, which="best"):
 
     Args:
       checkpoint: the --workdir of a training run.
-      which: ``best`` by the validation score, or ``last``.
+      which: ``best`` by the validation score, or ``last``, the newest state of the training.
 
     Returns:
       Model.
 
     Raises:
       lcrf_jax.descriptions.CheckpointError: if the folder holds no run, or its files are damaged.
+      ValueError: if `which` is another word.
     """
-    return Model(load_description(checkpoint), restore_params(checkpoint, which))
+    params = restore_params(checkpoint)
+    if which != "best":  # the newest state has what is trained alone
+        params = {**params, "decoder": restore_params(checkpoint, which)}
+    return Model(load_description(checkpoint), params)
 
 
 def as_rgb(image):

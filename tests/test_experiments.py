@@ -21,10 +21,12 @@ from programs import run
 import lcrf_jax
 from experiments import reporting
 from experiments.configs import base, textures, tiny, voc_animals
+from lcrf_jax.checkpoints import restore_params
 from lcrf_jax.data.images import is_photograph
 from lcrf_jax.data.masks import read_mask
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.descriptions import CheckpointError, load_description
+from lcrf_jax.inference import make_segmenter
 from lcrf_jax.objectives import latent_crf_objective
 from lcrf_jax.report import palette
 from lcrf_jax.runlog import metrics_history
@@ -370,6 +372,10 @@ def test_a_model_is_loaded_as_a_library(checkpoint, tmp_path):
     assert set(np.unique(model.segment(rgb, tags=["ring"]).labels)) <= {0, 1}
     assert model.segment(rgb[..., 0]).labels.shape == (30, 50)
     assert model.segment(Image.fromarray(rgb).convert("CMYK"), crf=False).labels.shape == (30, 50)
+    decoder = restore_params(checkpoint, "last")
+    newest = make_segmenter(model.description, {**restore_params(checkpoint), "decoder": decoder})
+    expected = segment(newest, rgb, crf=False).labels
+    np.testing.assert_array_equal(lcrf_jax.load(checkpoint, which="last").segment(rgb, crf=False).labels, expected)
     for wrong, message in (
         (rgb / 255, r"expected an image of uint8 in 0..255, got float64 in 0..1; scale it"),
         (rgb.transpose(2, 0, 1), r"got \[3, 30, 50\]; it looks like \[3, H, W\]: use .transpose"),
