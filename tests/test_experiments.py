@@ -26,7 +26,7 @@ from lcrf_jax.data.images import is_photograph
 from lcrf_jax.data.masks import read_mask
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.descriptions import CheckpointError, load_description
-from lcrf_jax.inference import make_segmenter
+from lcrf_jax.inference import make_segmenter, segment
 from lcrf_jax.objectives import latent_crf_objective
 from lcrf_jax.report import palette
 from lcrf_jax.runlog import metrics_history
