@@ -104,7 +104,8 @@ def train(report):
         raise ValueError("bench train needs --config=FILE, such as experiments/configs/textures.py")
     prepared = prepare(_CONFIG.value.to_dict())
     config, repetitions = prepared.config, _REPETITIONS.value
-    timing, compiling, planned = train_measurements.step(prepared, repetitions)
+    step = train_measurements.step(prepared, repetitions)
+    timing = step.timing
     checks = train_measurements.finite_checks(prepared, repetitions)
     begun, whole, size = train_measurements.saving(prepared, repetitions)
     table = report.table(
@@ -115,13 +116,20 @@ def train(report):
         {"what": 46, "ms": 24, "": 30},
     )
     table.row("step", timing, f"{1e3 * config['batch_size'] / timing.median:.1f} images/s")
-    table.row("compiling it", f"{1e3 * compiling:.0f}", None)
-    table.row("memory of the step on each device", None, "unknown" if planned is None else f"{planned / 1e6:.0f} MB")
+    table.row("compiling it", f"{1e3 * step.compiling:.0f}", None)
+    table.row("memory of the step on each device", None, _known(step.planned, 1e6, "MB"))
+    table.row("operations of the step on each device", None, _known(step.operations, 1e9, "GFLOP"))
+    table.row("memory read and written in the step", None, _known(step.traffic, 1e9, "GB"))
     table.row("choosing between old and new state, by itself", checks, None)
     table.row("saving, until training goes on", begun, f"{size:.1f} MB of state")
     table.row("saving, until it is on the disk", whole, f"each {config['save_every_steps']} steps")
     share = (checks.median + whole.median / config["save_every_steps"]) / timing.median
     return f"checks and saving, at most: {per_cent(share)} % of the step"
+
+
+def _known(value, unit, name):
+    """A number in a unit, or that nobody knows it."""
+    return "unknown" if value is None else f"{number(value / unit)} {name}"
 
 
 BENCHMARKS = {"crf": crf, "train": train}

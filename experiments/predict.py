@@ -3,8 +3,9 @@ r"""Write masks of photographs.
     python -m experiments.predict --checkpoint=RUN --images=photos/ --out=masks/ [--crf]
 
 --images takes files, folders with all photographs in them, and patterns in quotes ('photos/**/*.jpg'), and may be given
-several times; of a folder, masks that it holds beside its tag file and what this program has written are left out. Any size and
-colour mode will do; photographs are turned as their EXIF data say. In --out are then
+several times; of a folder, masks that it holds beside its tag file and what this program has written are left out.
+--list=FILE chooses among them, one a line. Any size and colour mode will do; photographs are turned as their EXIF data say. In
+--out are then
 
     NAME.png                   the mask: a palette PNG of class indices, of the size and the name of its photograph
     overlays/NAME.jpg          the photograph with the mask laid over it (--nooverlays leaves it out)
@@ -42,6 +43,7 @@ from lcrf_jax.tiling import segment_in_tiles
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _IMAGES = flags.DEFINE_multi_string("images", None, "File, folder, or pattern in quotes; may be given several times.")
+_LIST = flags.DEFINE_string("list", None, "Text file: only these of --images, one a line.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the masks; made if it is not there.")
 _CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on each image.")
 _OVERLAYS = flags.DEFINE_bool("overlays", True, "Write the photographs with their masks in colour.")
@@ -128,6 +130,8 @@ def main(argv):
     planned = predictions.planned_outputs(
         _IMAGES.value, out, overlays=_OVERLAYS.value, probabilities=_PROBABILITIES.value
     )
+    if _LIST.value is not None:
+        planned = predictions.chosen(planned, _LIST.value)
     share = own_share(planned)
     segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value, change_inference=changed_inference)
     names = description["class_names"]

@@ -14,7 +14,7 @@ from PIL import Image
 from lcrf_jax.data.images import MAX_PIXELS, image_size, is_photograph, read_image
 from lcrf_jax.data.listing import PhotographFinder
 from lcrf_jax.data.sources import tag_vector
-from lcrf_jax.data.tags import TAG_FILES, read_tag_file
+from lcrf_jax.data.tags import TAG_FILES, read_tag_file, read_text
 from lcrf_jax.inference import class_statistics
 from lcrf_jax.locks import own_folder
 from lcrf_jax.report import overlay, save_index_png
@@ -76,6 +76,32 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
             out / "probabilities" / name.with_suffix(".npz") if probabilities else None,
         )))  # fmt: skip
     return outputs
+
+
+def chosen(planned, path):
+    """Those of the planned photographs that a list names.
+
+    Args:
+      planned: pairs of photograph and Outputs.
+      path: text file, one photograph a line: its path, or the end of it, with or without the extension.
+
+    Returns:
+      List of pairs, in the order of `planned`.
+    """
+    names = {photo.as_posix(): photo for photo, _ in planned}
+    finder, wanted = PhotographFinder(names), set()
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        name = line.strip().split(" /")[0].lstrip("/")  # "/JPEGImages/ID.jpg /MASKS/ID.png", as some projects have it
+        if not name:
+            continue
+        candidates = finder.candidates(name)
+        if len(candidates) != 1:
+            found = f"may be {', '.join(candidates[:3])}" if candidates else "is not among --images"
+            raise ValueError(f"{path}, line {number}: {name!r} {found}; correct the list")
+        wanted.add(names[candidates[0]])
+    if not wanted:
+        raise ValueError(f"{path} names no photograph; write one a line")
+    return [(photo, outputs) for photo, outputs in planned if photo in wanted]
 
 
 def _photographs(pattern, out):

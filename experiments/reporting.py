@@ -106,7 +106,9 @@ def load_segmenter(run_dir, which="best", *, change_inference=dict):
 def open_for_scoring(description, root, split):
     """The named split with its masks: of the folder `root`, or of the data that the run was trained on."""
     data = dict(description["training"]["data"])
-    if root:
+    if root and data["kind"] == "tfds":
+        data["root"] = root
+    elif root:
         options = data["options"] if data["kind"] == "folder" else {}
         data |= {"kind": "folder", "root": root, "options": options}
     source = checked_split({"data": data}, split, masks=True)

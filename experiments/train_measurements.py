@@ -3,6 +3,7 @@
 import functools
 import tempfile
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,30 @@ from lcrf_jax import runs, training
 from lcrf_jax.checkpoints import RunCheckpoints
 
 
+class Step(NamedTuple):
+    """What a train step costs.
+
+    Attributes:
+      timing: of a step.
+      compiling: seconds.
+      planned: bytes that XLA plans on each device, or None.
+      operations: floating-point operations of one device as XLA counts them before it optimises, or None.
+      traffic: bytes that the compiled program reads and writes on each device, as XLA counts them, or None.
+    """
+
+    timing: measuring.Timing
+    compiling: float
+    planned: int | None
+    operations: float | None
+    traffic: float | None
+
+
 def step(prepared, repetitions):
-    """(Timing of a step, seconds of compiling, bytes that XLA plans)."""
+    """The Step of the first round."""
     function, state, batch, key = runs.first_step(prepared)
     started = time.perf_counter()
-    program = function.lower(state, batch, key).compile()
+    lowered = function.lower(state, batch, key)
+    program = lowered.compile()
     seconds, box = time.perf_counter() - started, [state]
 
     def call():
@@ -25,7 +45,15 @@ def step(prepared, repetitions):
 
     call()
     [timing] = measuring.timings([call], repetitions, budget=30.0)
-    return timing, seconds, runs.planned_bytes(program)
+    operations = _entry(lowered.cost_analysis(), "flops")
+    traffic = _entry(program.cost_analysis(), "bytes accessed")
+    return Step(timing, seconds, runs.planned_bytes(program), operations, traffic)
+
+
+def _entry(costs, name):
+    """One number of XLA's analysis, which some platforms give as a list, or not at all."""
+    costs = costs[0] if isinstance(costs, list) and costs else costs
+    return costs.get(name) if isinstance(costs, dict) else None
 
 
 def finite_checks(prepared, repetitions):

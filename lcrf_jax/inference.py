@@ -23,7 +23,7 @@ _SIZE_STEP = 64
 _EXCLUDED = -1e4
 MAX_SIDE = 640
 _STRIP_PIXELS = 1 << 20
-_MAX_VERTICES_PER_PIXEL = 6  # of a lattice over two positions and three colours
+MAX_VERTICES_PER_PIXEL = 6  # of a lattice over two positions and three colours
 
 
 class Segmenter(NamedTuple):
@@ -509,7 +509,7 @@ def _on_host(segmenter, size, image, log_probs, refined):
         refined = np.asarray(refined)
         if np.isnan(refined).any():  # strong noise: as many vertices as can be needed
             padded, valid = _padded_image(image)
-            capacity = valid.size * _MAX_VERTICES_PER_PIXEL
+            capacity = valid.size * MAX_VERTICES_PER_PIXEL
             refined = np.asarray(segmenter.refine(log_probs, padded, valid, capacity=capacity))
         refined = refined[:height, :width]
     log_probs = np.asarray(log_probs)[:height, :width]

@@ -322,5 +322,6 @@ def test_the_train_step_is_measured(tmp_path, monkeypatch):
     assert share > 0
     text = (tmp_path / "train.md").read_text()
     assert re.search(r"8 images at 6 x 6 logits, 4 device\(s\), \d+,\d+ trainable weights, products in float32", text)
-    for row in ("step", "saving, until it is on the disk", "memory of the step on each device"):
+    for row in ("step", "saving, until it is on the disk", "memory of the step on each device",
+                "operations of the step on each device", "memory read and written in the step"):  # fmt: skip
         assert re.search(rf"^\| {row} \|.*\d", text, re.MULTILINE), row

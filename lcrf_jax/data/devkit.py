@@ -120,10 +120,10 @@ class Devkit:
         for name in LISTS[split].files:
             path = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
             if path.is_file():
-                return _listed(path)
+                return listed(path)
         masks, val = self.root / "SegmentationClassAug", self.root / "ImageSets" / "Segmentation" / "val.txt"
         if split == "train_aug" and masks.is_dir() and val.is_file():
-            held_out = set(_listed(val))
+            held_out = set(listed(val))
             return tuple(sorted(path.stem for path in masks.glob("*.png") if path.stem not in held_out))
         return None
 
@@ -154,8 +154,21 @@ class Devkit:
         return Labelled(name, photograph, mask, tuple(CLASSES[label] for label in sorted(present)))
 
 
-def _listed(path: Path) -> tuple[str, ...]:
-    """The ids of a list: one a line, or the paths of a photograph and its mask, as some projects have it."""
+def listed(path: Path) -> tuple[str, ...]:
+    """The ids of a list: one a line, or the paths of a photograph and its mask, as some projects have it.
+
+    Args:
+      path: the file.
+    Returns:
+      The ids in order.
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if a line is no id, or an image stands twice.
+    References:
+      None.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"the list {path} does not exist")
     ids: dict[str, int] = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():

@@ -1,0 +1,90 @@
+r"""Write a trained run as one file that needs JAX alone.
+
+    python -m experiments.export --checkpoint=RUN --out=model.stablehlo
+    python -m experiments.export --checkpoint=RUN --out=refined.stablehlo --crf --size=375x500
+
+The file is a function from photographs, [batch, height, width, 3] uint8 RGB, to probabilities [batch, height, width, classes]
+float32: bicubic squares, network, enlargement and, with --crf, mean field of the dense CRF. Batch, height and width are open; with
+--crf height and width are those of --size, since the lattice has a static shape. One file serves CPU, GPU and TPU. To use it:
+
+    import jax, numpy as np
+    model = jax.export.deserialize(open("model.stablehlo", "rb").read())
+    labels = np.asarray(model.call(images)).argmax(-1)
+
+Beside it, model.stablehlo.json says what the classes and colours are, what the network has learnt from, and which versions wrote it. The
+program reads the file back, runs it and compares; the last line is the largest difference of a probability. The photographs are
+not made smaller first, as predict does with those above --max_side. experiments/onnx.py writes ONNX.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+from experiments import reporting
+from lcrf_jax.checkpoints import params_digest
+from lcrf_jax.descriptions import library_versions
+from lcrf_jax.export import PLATFORMS, exported, image_function
+from lcrf_jax.locks import own_folder
+from lcrf_jax.report import palette
+from lcrf_jax.runlog import say
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
+_OUT = flags.DEFINE_string("out", None, "File to write; its description is written beside it, as OUT.json.")
+_CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF; needs --size.")
+_SIZE = flags.DEFINE_string("size", None, "HEIGHTxWIDTH of the photographs in pixels; by default any.")
+_PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "Where the file can run.")
+
+
+def main(argv):
+    """Export, write, read back, compare."""
+    reporting.no_more_arguments(argv)
+    size, out = parsed_size(_SIZE.value), pathlib.Path(_OUT.value)
+    if _CRF.value and size is None:
+        raise ValueError("--crf needs --size=HEIGHTxWIDTH: the lattice of the dense CRF has a static shape")
+    segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value)
+    function = image_function(description, params, crf=_CRF.value)
+    content = exported(function, size=size, platforms=_PLATFORMS.value).serialize()
+    facts = {
+        "input": f"uint8 [batch, {'height, width' if size is None else f'{size[0]}, {size[1]}'}, 3], RGB",
+        "output": f"float32 [batch, height, width, {len(segmenter.class_names)}], probabilities",
+        "class_names": description["class_names"], "palette": palette(len(segmenter.class_names)).tolist(),
+        "refined": _CRF.value, "platforms": _PLATFORMS.value, "supervision": description.get("supervision"),
+        "network": description["network"], "inference": description["inference"],
+        "params_sha256": params_digest(params), "sha256": hashlib.sha256(content).hexdigest(), "versions": library_versions(),
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with own_folder(out.parent, ".unfinished-") as unfinished:
+        for path, data in ((out, content), (out.with_name(f"{out.name}.json"), (json.dumps(facts, indent=2) + "\n").encode())):
+            (unfinished / path.name).write_bytes(data)
+            os.replace(unfinished / path.name, path)
+    say(f"{out}: {len(content) / 1e6:.1f} MB, {facts['input']} -> {facts['output']}; for {', '.join(_PLATFORMS.value)}")
+    if not _runs_here():
+        say("not compared: the file is not for the platform of this machine")
+        return
+    images = np.random.default_rng(0).integers(0, 256, (2, *(size or (120, 160)), 3), np.uint8)
+    again = jax.export.deserialize(bytearray(out.read_bytes())).call(images)
+    say(f"largest difference of a probability after reading it back: {np.abs(np.asarray(again) - jax.jit(function)(images)).max():.1e}")
+
+
+def _runs_here():
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend()) in _PLATFORMS.value
+
+
+def parsed_size(text):
+    """(height, width) of "375x500"; None for None."""
+    if text is None:
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--size: expected HEIGHTxWIDTH in pixels such as 375x500, got {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "out"])
+    reporting.run(main)
