@@ -15,8 +15,8 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def image_function(description, params, *, crf):
     """Segmentation of a batch of images of one size as a pure function.
 
-    What `lcrf_jax.inference.segment` does, in JAX from end to end: images become squares (bicubic, as Pillow has it but for
-    its rounding between rows and columns), the network's log-probabilities are averaged over sizes and mirroring, enlarged
+    What `lcrf_jax.inference.segment` does, in JAX from end to end: images become squares (bicubic, as Pillow has it but
+    without its rounding to whole numbers), the network's log-probabilities are averaged over sizes and mirroring, enlarged
     and, where wanted, refined by mean field at the size of the images. Images are not made smaller, whatever their size.
 
     Args:
@@ -53,12 +53,12 @@ def squares(images, size):
       size: side in pixels.
 
     Returns:
-      [B, size, size, 3] float32, whole numbers in 0..255; bicubic and antialiased.
+      [B, size, size, 3] float32 in 0..255; bicubic and antialiased.
     """
     resized = jax.image.resize(
         images.astype(jnp.float32), (images.shape[0], size, size, 3), "cubic", precision=jax.lax.Precision.HIGHEST
     )
-    return jnp.clip(jnp.round(resized), 0, 255)
+    return jnp.clip(resized, 0, 255)
 
 
 def _weights(cells, pixels):

@@ -2,11 +2,13 @@
 
 import importlib
 import pathlib
+import tarfile
 
 import jax
 import numpy as np
 import pytest
 from devkits import write_devkit
+from PIL import Image
 from programs import run
 from safetensors.numpy import save_file
 from small_runs import lines
@@ -100,6 +102,26 @@ def test_the_run_is_scored_and_restored_without_its_weight_file(trained, tfds, w
     model = lcrf_jax.load(trained[1])
     result = model.segment(np.full((50, 70, 3), 90, np.uint8), crf=False)
     assert result.labels.shape == (50, 70) and result.probabilities.shape == (50, 70, 21)
+
+
+def test_masks_of_the_test_split_are_packed_for_the_server(trained, tfds, tmp_path):
+    kit = tfds.parent / "VOCdevkit" / "VOC2012"
+    listed = f"--list={kit / 'ImageSets' / 'Segmentation' / 'test.txt'}"
+    ended = run("predict", f"--checkpoint={trained[1]}", f"--images={kit / 'JPEGImages'}", listed, f"--out={tmp_path / 'masks'}")
+    assert ended.code == 0, ended.err
+    assert "2 masks in" in ended.out
+    for number in range(2):  # the same bytes each time
+        ended = run("voc_results", f"--masks={tmp_path / 'masks'}", listed, f"--out={tmp_path / f'{number}.tar.gz'}")
+        assert ended.code == 0, ended.err
+    assert (tmp_path / "0.tar.gz").read_bytes() == (tmp_path / "1.tar.gz").read_bytes()
+    names = (kit / "ImageSets" / "Segmentation" / "test.txt").read_text().split()
+    with tarfile.open(tmp_path / "0.tar.gz") as archive:
+        assert archive.getnames() == [f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png" for name in names]
+        for name, member in zip(names, archive.getmembers()):
+            picture = Image.open(archive.extractfile(member))
+            assert picture.mode == "P" and picture.size == Image.open(kit / "JPEGImages" / f"{name}.jpg").size
+            assert picture.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
+            np.testing.assert_array_equal(np.asarray(picture), np.asarray(Image.open(tmp_path / "masks" / f"{name}.png")))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

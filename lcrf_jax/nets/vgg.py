@@ -58,10 +58,10 @@ class VGG16(nn.Module):
             if block < 3 or block == 3 and self.last_stride > 8:
                 x = _halved(x)
             elif block == 3:  # the grid stays; three cells wide, as in the large-field network
-                x = nn.max_pool(x, (3, 3), strides=(1, 1), padding="SAME")
+                x = nn.max_pool(x, window_shape=(3, 3), strides=(1, 1), padding="SAME")
         taps["s32"] = taps["head"] = _halved(x) if self.last_stride == 32 else x
         return taps
 
 
 def _halved(x):
-    return nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
+    return nn.max_pool(x, window_shape=(2, 2), strides=(2, 2), padding="SAME")
