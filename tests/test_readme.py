@@ -11,8 +11,9 @@ import lcrf_jax
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCALING, FAULTS, PHOTOGRAPHS = (
-    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("scaling.md", "faults.md", "photographs.md")
+SCALING, FAULTS, PHOTOGRAPHS, ORIGINAL, EXPORT, CARD = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("scaling", "faults", "photographs", "original", "export", "model_card")
 )
 
 
@@ -37,7 +38,7 @@ def test_the_example_of_the_dense_crf_runs():
 
 
 def test_every_flag_and_config_of_the_commands_exists():
-    text = (README + SCALING + PHOTOGRAPHS).replace("\\\n", " ")
+    text = (README + SCALING + PHOTOGRAPHS + ORIGINAL + EXPORT).replace("\\\n", " ")
     commands = re.findall(r"^ {4}.*?python -m (experiments\.\w+) +(.*)$", text, re.MULTILINE)
     assert {module for module, _ in commands} >= {"experiments.train", "experiments.evaluate", "experiments.predict"}
     for module, arguments in commands:
@@ -51,15 +52,16 @@ def test_every_flag_and_config_of_the_commands_exists():
 
 
 def test_settings_named_in_the_readme_exist():
-    config = importlib.import_module("experiments.configs.folder").get_config()
-    for dotted in set(re.findall(r"--config\.([a-z_.]+)=", README + SCALING + PHOTOGRAPHS)):
-        value = config
-        for name in dotted.split("."):
-            value = value[name]
+    for name, text in (("folder", README + SCALING + PHOTOGRAPHS), ("voc2012", ORIGINAL + EXPORT)):
+        config = importlib.import_module(f"experiments.configs.{name}").get_config()
+        for dotted in set(re.findall(r"--config\.([a-z_.]+)=", text)):
+            value = config
+            for part in dotted.split("."):
+                value = value[part]
 
 
 def test_files_and_pictures_of_the_readme_exist():
-    for folder, text in ((ROOT, README), (ROOT / "docs", PHOTOGRAPHS + SCALING + FAULTS)):
+    for folder, text in ((ROOT, README), (ROOT / "docs", PHOTOGRAPHS + SCALING + FAULTS + ORIGINAL + EXPORT + CARD)):
         for path in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
             assert (folder / path).is_file(), path
 
