@@ -26,7 +26,7 @@ from experiments import crf_measurements, measuring, reporting, train_measuremen
 from experiments.measuring import Report, Timing, number, per_cent
 from lcrf_jax.data.images import read_image
 from lcrf_jax.filters import FORMS
-from lcrf_jax.preparation import prepare
+from lcrf_jax.preparation import num_trainable, prepare
 from lcrf_jax.runlog import say
 
 _AGAINST = flags.DEFINE_enum("against", None, sorted(crf_measurements.PEERS), "Another implementation to compare with.")
@@ -110,7 +110,7 @@ def train(report):
     begun, whole, size = train_measurements.saving(prepared, repetitions)
     table = report.table(
         f"Train step of {config['method']}: {config['batch_size']} images at {prepared.grid} x {prepared.grid} logits, "
-        f"{jax.device_count()} device(s), {train_measurements.num_weights(prepared):,} trainable weights, products in "
+        f"{jax.device_count()} device(s), {num_trainable(prepared):,} trainable weights, products in "
         f"{config['network']['compute_dtype']}, {config['accumulation_steps']} part(s). Wall time in ms as median (least) "
         f"of up to {repetitions} calls, then the CPU time of all threads.",
         {"what": 46, "ms": 24, "": 30},

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measuring
-from lcrf_jax import runs, training
+from lcrf_jax import runs
 from lcrf_jax.checkpoints import RunCheckpoints
 
 
@@ -97,9 +97,3 @@ def saving(prepared, repetitions):
 
 def _median(found):
     return sorted(found, key=lambda timing: timing.median)[len(found) // 2]
-
-
-def num_weights(prepared):
-    """Trainable scalars."""
-    _, state, _, _ = runs.first_step(prepared)
-    return training.count_parameters(state.params)

@@ -30,7 +30,7 @@ from lcrf_jax.objectives import uses_chains
 from lcrf_jax.processes import from_first
 from lcrf_jax.runlog import image_progress, say
 from lcrf_jax.splits import open_data, without_masks
-from lcrf_jax.training import check_batch_size
+from lcrf_jax.training import check_batch_size, count_parameters
 
 
 class Prepared(NamedTuple):
@@ -256,6 +256,25 @@ def images_of_round(method, this, tags):
             "one; add some, or choose another method"
         )
     return simple
+
+
+def num_trainable(prepared):
+    """Number of weights that training changes.
+
+    Args:
+      prepared: Prepared.
+
+    Returns:
+      int; 0 for a method that trains nothing.
+    """
+    if method_of(prepared.config).objective is None:
+        return 0
+    network, size = prepared.network, prepared.config["input_size"]
+
+    def params(images):
+        return network.init(jax.random.key(0), prepared.variables, network.features(prepared.variables, images))
+
+    return count_parameters(jax.eval_shape(params, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)))
 
 
 def precision_line(split, source, scores):

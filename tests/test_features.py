@@ -76,6 +76,19 @@ def test_guide_image_is_the_mean_colour_of_each_cell():
     np.testing.assert_array_equal(features.guide_image(image[None], 1)[0], image)
 
 
+@pytest.mark.parametrize(("size", "stride", "cells"), [(65, 8, 9), (321, 8, 41), (30, 7, 5)])
+def test_cells_that_do_not_hold_whole_pixels_cover_the_image_evenly(size, stride, cells):
+    """A ramp stays the ramp at the middle of each cell, but for the borders, where there is nothing beyond."""
+    ramp = np.broadcast_to(np.arange(size, dtype=np.float32)[:, None, None] + 0.5, (size, size, 3))
+    guide = np.asarray(features.guide_image(ramp[None], stride))
+    assert guide.shape == (1, cells, cells, 3)
+    middles = (np.arange(cells) + 0.5) * size / cells
+    np.testing.assert_allclose(guide[0, 1:-1, 3, 0], middles[1:-1], rtol=1e-3)
+    np.testing.assert_allclose(guide[0, [0, -1], 3, 0], middles[[0, -1]], atol=size / cells / 2)
+    np.testing.assert_allclose(guide[0, :, 1], guide[0, :, -2], rtol=1e-5)
+    np.testing.assert_allclose(features.guide_image(np.full((1, size, size, 3), 77, np.uint8), stride), 77, rtol=1e-5)
+
+
 @pytest.mark.parametrize("masks", [False, True], ids=["tags only", "masks"])
 def test_cached_records_are_those_of_the_network(tmp_path, masks):
     views, records = cached(tmp_path, Pictures(masks=masks))

@@ -207,3 +207,17 @@ def test_every_method_learns_to_segment(small_textures, tmp_path, name):
     assert mean_iou(confusion) > mean_iou(confusion_of(preparation.inference_params(prepared, untrained)))
     losses = [record["train/loss"] for record in metrics_history(tmp_path) if "train/loss" in record]
     assert len(rounds) > 1 or losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("cells", "pixels", "expected"), [
+    (4, 64, [8, 24, 40, 56]), (2, 2, [0, 1]), (3, 9, [1, 4, 7]), (9, 65, [3, 10, 18, 25, 32, 39, 46, 54, 61]),
+])  # fmt: skip
+def test_full_supervision_looks_at_the_middle_of_each_cell(cells, pixels, expected):
+    assert methods._centres(cells, pixels).tolist() == expected
+    mask = np.arange(pixels * pixels).reshape(pixels, pixels) % 3
+    logits = jnp.zeros((cells, cells, 3))
+    objective = methods.make_objective(config_of("full_supervision"), stride=1, steps_per_epoch=1)
+    labels = mask[np.ix_(expected, expected)]
+    loss = objective(jax.random.key(0), logits.at[..., 1].set(2.0), {"mask": jnp.asarray(mask, jnp.uint8)}, 0)[0]
+    log_probs = np.log(reference.softmax(np.array([0.0, 2.0, 0.0])))
+    np.testing.assert_allclose(loss, -log_probs[labels].mean(), rtol=1e-5)
