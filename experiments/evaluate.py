@@ -15,7 +15,7 @@ from experiments import reporting
 from lcrf_jax.descriptions import load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
-_DATA = flags.DEFINE_string("data", None, "Folder in VOC layout; by default the data of the run.")
+_DATA = flags.DEFINE_string("data", None, "Folder of other data, of prepared data sets for tfds; by default that of the run.")
 _SPLIT = flags.DEFINE_string("split", "val", "Name of the split.")
 _CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on each image at its own size.")
 _TAGS_GIVEN = flags.DEFINE_bool("tags_given", False, "Use the image tags at test time.")

@@ -48,7 +48,10 @@ def main(argv):
         raise ValueError("--crf needs --size=HEIGHTxWIDTH: the lattice of the dense CRF has a static shape")
     segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value)
     function = image_function(description, params, crf=_CRF.value)
-    content = exported(function, size=size, platforms=_PLATFORMS.value).serialize()
+    try:
+        content = exported(function, size=size, platforms=_PLATFORMS.value).serialize()
+    except ImportError as error:
+        raise ValueError(f"export needs flatbuffers ({error}): pip install 'lcrf_jax[export] @ .'") from error
     facts = {
         "input": f"uint8 [batch, {'height, width' if size is None else f'{size[0]}, {size[1]}'}, 3], RGB",
         "output": f"float32 [batch, height, width, {len(segmenter.class_names)}], probabilities",

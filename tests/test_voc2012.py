@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import shutil
 import tarfile
 
 import jax
@@ -93,7 +94,8 @@ def test_twenty_steps_on_one_device_and_on_four(prepared, trained, weights):
 
 
 def test_the_run_is_scored_and_restored_without_its_weight_file(trained, tfds, weights, tmp_path):
-    ended = run("evaluate", f"--checkpoint={trained[1]}", "--split=val")
+    moved = shutil.copytree(tfds / "voc_weak", tmp_path / "elsewhere" / "voc_weak").parent
+    ended = run("evaluate", f"--checkpoint={trained[1]}", f"--data={moved}", "--split=val")
     assert ended.code == 0, ended.err
     assert "aeroplane" in ended.out and ended.last_line.startswith("mIoU")
     description = load_description(trained[1])
