@@ -105,7 +105,7 @@ def test_every_import_of_the_library_is_a_declared_dependency():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
-    lines = (config["options"]["install_requires"] + extras["tfds"] + extras["superpixels"] + extras["hub"]).split()
+    lines = (config["options"]["install_requires"] + extras["tfds"] + extras["superpixels"] + extras["hub"] + extras["sbd"]).split()
     declared = {re.match(r"[\w-]+", line).group().lower().replace("_", "-") for line in lines}
     owners = metadata.packages_distributions()
     for path in MODULES:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from devkits import SIZES, annotation, write_devkit
 from PIL import Image
 from programs import run
+from scipy.io import savemat
 
 from lcrf_jax.data import devkit as devkit_module
-from lcrf_jax.data.devkit import CLASSES, LISTS, Devkit, KnownList, archive_problem, box_tags, list_problem
+from lcrf_jax.data.devkit import CLASSES, LISTS, Devkit, KnownList, archive_problem, box_tags, list_problem, sbd_mask
 from lcrf_jax.data.sources import open_source
 from lcrf_jax.data.voc_weak import prepared
 
@@ -100,6 +102,47 @@ def test_without_its_list_train_aug_is_all_masks_but_those_of_val(tmp_path):
     devkit = Devkit(write_devkit(tmp_path, lists=False))
     expected = set(devkit.ids("train")) | {path.stem for path in (devkit.root / "Annotations").glob("*_001*.xml")}
     assert set(devkit.ids("train_aug")) == expected and len(expected) == SIZES["train"] + SIZES["aug"]
+
+
+def sbd_of(kit, folder):
+    """The masks of train_aug as SBD has them: MATLAB files, without void; of images that VOC has masks of, other ones."""
+    cls = folder / "benchmark_RELEASE" / "dataset" / "cls"
+    cls.mkdir(parents=True)
+    for path in sorted((kit / "VOC2012" / "SegmentationClassAug").glob("*.png")):
+        mask = np.asarray(Image.open(path))
+        of_voc = (kit / "VOC2012" / "SegmentationClass" / path.name).is_file()
+        labels = np.full_like(mask, 20) if of_voc else np.where(mask == 255, 0, mask)
+        segmentation = np.array([(labels, np.zeros((20, 1), object), 1)],
+                                dtype=[("Segmentation", "O"), ("Boundaries", "O"), ("CategoriesPresent", "O")])  # fmt: skip
+        savemat(cls / f"{path.stem}.mat", {"GTcls": segmentation}, do_compression=True)
+    return folder / "benchmark_RELEASE"
+
+
+def test_the_masks_of_sbd_itself(tmp_path):
+    kit = write_devkit(tmp_path, lists=False)
+    sbd, expected = sbd_of(kit, tmp_path), set(Devkit(kit).ids("train_aug"))
+    shutil.rmtree(kit / "VOC2012" / "SegmentationClassAug")
+    flags = f"--devkit={kit}", f"--data_dir={tmp_path / 'tfds'}", f"--sbd={sbd}", "--tags=masks", "--any_lists"
+    ended = run("build_voc", *flags)
+    assert ended.code == 0, ended.err
+    source = opened(tmp_path / "tfds", "train_aug", "masks")
+    assert set(source.names) == expected
+    for index, name in enumerate(source.names):
+        mask, own = source[index].mask, kit / "VOC2012" / "SegmentationClass" / f"{name}.png"
+        assert (255 in mask) == own.is_file() and 20 not in mask and mask.max() > 0
+    broken = sbd / "dataset" / "cls" / f"{next(name for name in expected if '_001' in name)}.mat"
+    for spoil, message in (
+        (lambda: broken.write_bytes(broken.read_bytes()[:200]), "is no mask of SBD or damaged"),
+        (lambda: savemat(broken, {"GTcls": np.array([(np.full((4, 4), 21, np.uint8),)], dtype=[("Segmentation", "O")])}),
+         r"expected \[H, W\] labels from 0 to 20, got \[4, 4\] uint8 up to 21"),
+        (lambda: savemat(broken, {"other": 1}), "KeyError"),
+        (broken.unlink, "does not exist; unpack SBD"),
+    ):  # fmt: skip
+        spoil()
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            sbd_mask(broken)
+    with pytest.raises(FileNotFoundError, match="has no dataset/cls: give the folder benchmark_RELEASE"):
+        Devkit(kit, tmp_path)
 
 
 def test_a_part_that_is_missing_is_left_out_and_said(own_kit, tmp_path):

@@ -5,6 +5,7 @@
     VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val,test}.txt, and train_aug.txt or trainaug.txt
     VOCdevkit/VOC2012/SegmentationClass/<id>.png                 palette masks of train and val
     VOCdevkit/VOC2012/SegmentationClassAug/<id>.png              masks of train_aug, grey; in most copies those of val too
+    benchmark_RELEASE/dataset/cls/<id>.mat                       or those masks as SBD itself has them
 
 The lists that the field uses are known here by their length and their sha256.
 """
@@ -29,8 +30,11 @@ CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-# md5 of files that are fetched, as their publishers and the libraries that fetch them give it.
-ARCHIVES = {"VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd"}
+# md5 of files that are fetched, as the libraries that fetch them have it.
+ARCHIVES = {
+    "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
+    "benchmark.tgz": "82b4d87ceb2ed10f6038a1cba92111cb",
+}
 
 
 class KnownList(NamedTuple):
@@ -85,13 +89,17 @@ class Devkit:
 
     Args:
       root: the folder ``VOCdevkit``, its ``VOC2012``, or the folder that holds ``VOCdevkit``.
+      sbd: the folder ``benchmark_RELEASE`` of SBD, for the masks of train_aug; None for ``SegmentationClassAug``.
     Raises:
       FileNotFoundError: if there is no such folder in it.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit; Hariharan et al. 2011 (SBD).
     """
 
-    def __init__(self, root: str | os.PathLike):
+    def __init__(self, root: str | os.PathLike, sbd: str | os.PathLike | None = None):
+        self._sbd = None if sbd is None else Path(sbd).expanduser() / "dataset" / "cls"
+        if self._sbd is not None and not self._sbd.is_dir():
+            raise FileNotFoundError(f"{sbd} has no dataset/cls: give the folder benchmark_RELEASE of SBD's benchmark.tgz")
         given = Path(root).expanduser()
         for folder in (given, given / "VOC2012", given / "VOCdevkit" / "VOC2012"):
             if (folder / "JPEGImages").is_dir() and (folder / "ImageSets" / "Segmentation").is_dir():
@@ -106,7 +114,8 @@ class Devkit:
     def ids(self, split: str) -> tuple[str, ...] | None:
         """The images of a list, in its order.
 
-        ``train_aug`` is, where no list names it, all that has a mask in ``SegmentationClassAug`` and is not in ``val``.
+        ``train_aug`` is, where no list names it, all that has a mask of SBD or in ``SegmentationClassAug``, and train, but
+        not val.
 
         Args:
           split: a key of LISTS.
@@ -121,11 +130,24 @@ class Devkit:
             path = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
             if path.is_file():
                 return listed(path)
-        masks, val = self.root / "SegmentationClassAug", self.root / "ImageSets" / "Segmentation" / "val.txt"
-        if split == "train_aug" and masks.is_dir() and val.is_file():
-            held_out = set(listed(val))
-            return tuple(sorted(path.stem for path in masks.glob("*.png") if path.stem not in held_out))
+        masks = self._sbd or self.root / "SegmentationClassAug"
+        if split == "train_aug" and masks.is_dir():
+            found = {path.stem for path in masks.iterdir() if path.suffix == self._aug_suffix}
+            return tuple(sorted((found | set(self.ids("train") or ())) - set(self.ids("val") or ())))
         return None
+
+    @property
+    def _aug_suffix(self) -> str:
+        return ".png" if self._sbd is None else ".mat"
+
+    def _mask(self, name: str, split: str) -> tuple[Path, np.ndarray]:
+        """The file of a mask, and its labels. Of SBD those count that VOC has no mask of."""
+        own = self.root / "SegmentationClass" / f"{name}.png"
+        if split != "train_aug" or self._sbd is None:
+            path = self.root / LISTS[split].masks / f"{name}.png"
+        else:
+            path = own if own.is_file() else self._sbd / f"{name}.mat"
+        return path, sbd_mask(path) if path.suffix == ".mat" else read_mask(path, len(CLASSES))
 
     def labelled(self, name: str, split: str, tags_from: str) -> Labelled:
         """An image with what the kit knows of it.
@@ -146,8 +168,8 @@ class Devkit:
         image, turn = read_turned_image(photograph)
         if folder is None:
             return Labelled(name, photograph, np.full(image.shape[:2], VOID, np.uint8), ())
-        path = self.root / folder / f"{name}.png"
-        mask = fit_mask(read_mask(path, len(CLASSES)), image.shape[:2], turn, path, photograph)
+        path, mask = self._mask(name, split)
+        mask = fit_mask(mask, image.shape[:2], turn, path, photograph)
         if tags_from == "boxes":
             return Labelled(name, photograph, mask, box_tags(self.root / "Annotations" / f"{name}.xml"))
         present = set(np.unique(mask)) - {0, VOID}
@@ -229,6 +251,35 @@ def box_tags(path: str | os.PathLike) -> tuple[str, ...]:
         what = f"an object {unknown[0]!r}" if unknown else f"the element {root.tag!r}"
         raise ValueError(f"{path}: expected an annotation with objects of the 20 classes, got {what}; copy it again")
     return tuple(name for name in CLASSES if name in found)
+
+
+def sbd_mask(path: str | os.PathLike) -> np.ndarray:
+    """A mask as SBD has it, in a file of MATLAB.
+
+    Args:
+      path: ``dataset/cls/<id>.mat``, with the field Segmentation of GTcls.
+    Returns:
+      [H, W] uint8 class indices; SBD has no void.
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if scipy is not installed, or the file is no such mask.
+    References:
+      Hariharan et al. 2011.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; unpack SBD's benchmark.tgz again")
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise ValueError(f"SBD's own files need scipy ({error}): pip install 'lcrf_jax[sbd] @ .'") from error
+    try:
+        mask = np.asarray(loadmat(path)["GTcls"]["Segmentation"][0, 0])
+    except Exception as error:  # its reader raises errors of every kind
+        raise ValueError(f"{path} is no mask of SBD or damaged ({type(error).__name__}: {error}); unpack it again") from error
+    if mask.ndim != 2 or mask.dtype != np.uint8 or mask.max(initial=0) >= len(CLASSES):
+        raise ValueError(f"{path}: expected [H, W] labels from 0 to 20, got {list(mask.shape)} {mask.dtype} up to {mask.max(initial=0)}")
+    return mask
 
 
 def archive_problem(path: str | os.PathLike) -> str:

@@ -32,11 +32,17 @@ class Kit(NamedTuple):
       root: folder of the development kit.
       tags_from: ``boxes`` or ``masks``.
       any_lists: whether other lists than those of the field will do.
+      sbd: folder ``benchmark_RELEASE`` of SBD, or None.
     """
 
     root: str
     tags_from: str
     any_lists: bool
+    sbd: str | None = None
+
+    def opened(self) -> Devkit:
+        """The kit itself."""
+        return Devkit(self.root, self.sbd)
 
 
 class _Config(tfds.core.BuilderConfig):
@@ -74,12 +80,12 @@ class VocWeak(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         kit = self.builder_config.kit
-        lists = checked_lists(Devkit(kit.root), any_lists=kit.any_lists)
+        lists = checked_lists(kit.opened(), any_lists=kit.any_lists)
         return {split: self._generate_examples(split, ids) for split, ids in lists.items()}
 
     def _generate_examples(self, split, ids):
         kit = self.builder_config.kit
-        devkit = Devkit(kit.root)
+        devkit = kit.opened()
         for name in ids:
             found = devkit.labelled(name, split, kit.tags_from)
             yield name, {
@@ -115,7 +121,14 @@ def checked_lists(devkit: Devkit, *, any_lists: bool) -> dict[str, tuple[str, ..
     return found
 
 
-def prepared(root: str | os.PathLike, data_dir: str | os.PathLike, *, tags_from: str, any_lists: bool = False):
+def prepared(
+    root: str | os.PathLike,
+    data_dir: str | os.PathLike,
+    *,
+    tags_from: str,
+    any_lists: bool = False,
+    sbd: str | os.PathLike | None = None,
+):
     """The data set, made if it is not there yet.
 
     Args:
@@ -123,6 +136,7 @@ def prepared(root: str | os.PathLike, data_dir: str | os.PathLike, *, tags_from:
       data_dir: folder of the prepared data sets.
       tags_from: ``boxes`` or ``masks``.
       any_lists: whether other lists than those of the field will do.
+      sbd: folder ``benchmark_RELEASE`` of SBD, for the masks of train_aug; None for ``SegmentationClassAug`` of the kit.
     Returns:
       tfds.core.DatasetInfo.
     Raises:
@@ -132,7 +146,11 @@ def prepared(root: str | os.PathLike, data_dir: str | os.PathLike, *, tags_from:
     """
     if tags_from not in TAGS_FROM:
         raise ValueError(f"tags: expected one of {', '.join(TAGS_FROM)}, got {tags_from!r}")
-    kit = Kit(str(Path(root).expanduser().resolve()), tags_from, any_lists)
+    kit = Kit(_absolute(root), tags_from, any_lists, None if sbd is None else _absolute(sbd))
     builder = VocWeak(data_dir=Path(data_dir).expanduser(), config=_Config(kit), file_format="array_record")
     builder.download_and_prepare()
     return builder.info
+
+
+def _absolute(path: str | os.PathLike) -> str:
+    return str(Path(path).expanduser().resolve())
