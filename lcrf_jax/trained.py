@@ -85,10 +85,10 @@ def load(checkpoint, *, which="best"):
       lcrf_jax.descriptions.CheckpointError: if the folder holds no run, or its files are damaged.
       ValueError: if `which` is another word.
     """
-    params = restore_params(checkpoint)
+    description, params = load_description(checkpoint), restore_params(checkpoint)
     if which != "best":  # the newest state has what is trained alone
         params = {**params, "decoder": restore_params(checkpoint, which)}
-    return Model(load_description(checkpoint), params)
+    return Model(description, params)
 
 
 def as_rgb(image):

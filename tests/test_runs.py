@@ -67,7 +67,8 @@ def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"method": "full"}, r"method: expected one of \['cam', .*'full_supervision', 'latent_crf', .*\], got 'full'"),
     ({"input_size": 100}, "input_size: expected a multiple of 32, got 100"),
-    ({"cache__features": False}, "need cache.features=True"),
+    ({"weights": "my.pth"}, "weights: expected '' or random for the network 'small', got 'my.pth'"),
+    ({"network__decoder": "unet"}, r"network\.decoder: expected one of .*'unet'"),
     ({"views__num_views": 1}, "num_views of at least 2"),
     ({"network__backbone": "vgg"}, r"network\.backbone: expected one of .*'vgg'"),
     ({"data__kind": "coco"}, "unknown source 'coco'"),
