@@ -51,6 +51,7 @@ TESTS = {
     "numerics.py": ("elbo", "numerics"),
     "objectives.py": ("objectives",),
     "observation.py": ("observation", "estimators"),
+    "preparation.py": ("runs",),
     "processes.py": ("processes",),
     "runs.py": ("faults", "runs"),
     "saliency.py": ("saliency",),

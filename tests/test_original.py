@@ -66,7 +66,7 @@ def with_random_biases(params):
 @pytest.mark.parametrize("grids", [[(3, 3), (6, 6), (12, 12)], [(2, 3), (3, 5), (6, 10)]], ids=["halves", "odd"])
 def test_the_original_decoder_is_what_it_says(grids):
     module, features = OriginalDecoder(4, widths=(7, 6, 5, 8)), taps(0, grids)
-    params = with_random_biases(module.init(jax.random.key(0), features)["params"])
+    params = with_random_biases(jax.jit(module.init)(jax.random.key(0), features)["params"])
     assert {name: layer["kernel"].shape for name, layer in params.items()} == {
         "up_s8_0": (3, 3, 6, 7), "merge_s8": (3, 3, 12, 6), "up_s4_0": (3, 3, 6, 5), "merge_s4": (3, 3, 9, 8), "logits": (8, 4),
     }  # fmt: skip
@@ -79,7 +79,7 @@ def test_the_original_decoder_is_what_it_says(grids):
 
 def test_the_large_field_is_what_it_says():
     module, features = LargeField(4, widths=(7, 5)), taps(1, [(15, 14), (1, 1), (1, 1)])
-    params = with_random_biases(module.init(jax.random.key(0), features)["params"])
+    params = with_random_biases(jax.jit(module.init)(jax.random.key(0), features)["params"])
     logits = jax.jit(module.apply)({"params": params}, features)
     for at in range(2):
         expected = large_field(params, {tap: array[at] for tap, array in features.items()})
@@ -112,17 +112,18 @@ def test_sizes_as_published(description, size, grid, weights):
                          ids=["original", "large_field"])  # fmt: skip
 def test_every_weight_learns_and_dropout_is_for_training_alone(module):
     features = taps(2, [(4, 4), (8, 8), (16, 16)])
-    params = module.init(jax.random.key(0), features)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), features)["params"]
 
     def loss(params, features):
         return jnp.square(module.apply({"params": params}, features)).mean()
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params, features)):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, path
-    dropping = module.clone(dropout=0.5)
-    calm = dropping.apply({"params": params}, features)
-    np.testing.assert_array_equal(calm, module.apply({"params": params}, features))
-    noisy = [dropping.apply({"params": params}, features, train=True, rngs={"dropout": jax.random.key(key)}) for key in (0, 1, 0)]
+    dropping, plain = module.clone(dropout=0.5), jax.jit(module.apply)
+    calm = jax.jit(dropping.apply)({"params": params}, features)
+    np.testing.assert_array_equal(calm, plain({"params": params}, features))
+    noise = jax.jit(lambda key: dropping.apply({"params": params}, features, train=True, rngs={"dropout": key}))
+    noisy = [noise(jax.random.key(key)) for key in (0, 1, 0)]
     np.testing.assert_array_equal(noisy[0], noisy[2])
     assert not np.array_equal(noisy[0], noisy[1]) and not np.array_equal(noisy[0], calm)
 
@@ -131,16 +132,16 @@ def test_a_blank_tap_is_finite():
     """Cells of zeros, as black images give, are standardised to zeros."""
     module, features = OriginalDecoder(3, widths=(4, 4, 4, 4)), taps(3, [(2, 2), (4, 4), (8, 8)])
     features = {tap: np.zeros_like(array) for tap, array in features.items()}
-    params = module.init(jax.random.key(0), features)["params"]
-    gradient = jax.grad(lambda features: module.apply({"params": params}, features).sum())(features)
+    params = jax.jit(module.init)(jax.random.key(0), features)["params"]
+    gradient = jax.jit(jax.grad(lambda features: module.apply({"params": params}, features).sum()))(features)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_bfloat16_products_leave_logits_in_float32():
     features = taps(4, [(2, 2), (4, 4), (8, 8)])
     exact, rough = (OriginalDecoder(3, widths=(8, 8, 8, 8), dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
-    params = exact.init(jax.random.key(0), features)["params"]
+    params = jax.jit(exact.init)(jax.random.key(0), features)["params"]
     params = {**params, "logits": {**params["logits"], "kernel": 50 * params["logits"]["kernel"]}}
-    one, other = exact.apply({"params": params}, features), rough.apply({"params": params}, features)
+    one, other = (jax.jit(each.apply)({"params": params}, features) for each in (exact, rough))
     assert other.dtype == jnp.float32
     assert 1e-4 < np.linalg.norm(one - other) / np.linalg.norm(one) < 3e-2
