@@ -9,7 +9,7 @@ from the masks; the data set is voc_weak/boxes or voc_weak/masks, and its metada
 once. --archive compares a file that was fetched with its published md5 first. Neither TensorFlow nor a network is needed.
 """
 
-from absl import flags
+from absl import flags, logging
 
 from experiments import reporting
 from lcrf_jax.data.devkit import LISTS, archive_problem
@@ -26,6 +26,7 @@ _ANY_LISTS = flags.DEFINE_bool("any_lists", False, "Take lists that are not thos
 def main(argv):
     """Check, make and describe the data set."""
     reporting.no_more_arguments(argv)
+    logging.set_verbosity(logging.ERROR)  # TensorFlow Datasets warns of configurations that are made as they are needed
     for path in _ARCHIVE.value:
         problem = archive_problem(path)
         if problem:
