@@ -3,22 +3,22 @@ r"""Make the data set voc_weak: PASCAL VOC 2012 with the masks of SBD and image 
     python -m experiments.build_voc --devkit=VOCdevkit --data_dir=TFDS [--sbd=benchmark_RELEASE] [--tags=boxes|masks]
     python -m experiments.train --config=experiments/configs/voc2012.py --config.data.root=TFDS --workdir=RUN
 
-docs/original.md says where the files are; the masks of train_aug come from the kit's SegmentationClassAug, or from SBD itself. Splits are train (1,464), train_aug (10,582), val (1,449) and test (1,456), those of
-which the kit has a list; each list is compared to the one that the field uses. Tags come from the boxes of the annotations, or
-from the masks; the data set is voc_weak/boxes or voc_weak/masks, and its metadata say so. Every photograph and mask is opened
-once. --archive compares a file that was fetched with its published md5 first. Neither TensorFlow nor a network is needed.
+docs/original.md says where the files are; the masks of train_aug come from the kit's SegmentationClassAug, or from SBD itself. Splits
+are train (1,464), train_aug (10,582), val (1,449) and test (1,456), those of which the kit has a list; each list is compared to the one
+that the field uses. Tags come from the boxes of the annotations, or from the masks; the data set is voc_weak/boxes or
+voc_weak/masks, and its metadata say so. Every photograph and mask is opened once. --archive compares a file that was fetched with its published md5 first. Neither TensorFlow nor a network is needed.
 """
 
 from absl import flags, logging
 
 from experiments import reporting
-from lcrf_jax.data.devkit import LISTS, archive_problem
+from lcrf_jax.data.devkit import LISTS, TAGS_FROM, archive_problem
 from lcrf_jax.runlog import say
 
 _DEVKIT = flags.DEFINE_string("devkit", None, "The folder VOCdevkit.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets; this one is made in its voc_weak.")
 _SBD = flags.DEFINE_string("sbd", None, "The folder benchmark_RELEASE of SBD; by default the kit's SegmentationClassAug.")
-_TAGS = flags.DEFINE_enum("tags", "boxes", ("boxes", "masks"), "Where the image tags come from.")
+_TAGS = flags.DEFINE_enum("tags", TAGS_FROM[0], TAGS_FROM, "Where the image tags come from.")
 _ARCHIVE = flags.DEFINE_multi_string("archive", [], "VOCtrainval_11-May-2012.tar or benchmark.tgz, whose md5 is compared; not unpacked.")
 _ANY_LISTS = flags.DEFINE_bool("any_lists", False, "Take lists that are not those of the field; the metadata say so.")
 

@@ -8,12 +8,12 @@ float32: bicubic squares, network, enlargement and, with --crf, mean field of th
 --crf height and width are those of --size, since the lattice has a static shape. One file serves CPU, GPU and TPU. To use it:
 
     import jax, numpy as np
-    model = jax.export.deserialize(open("model.stablehlo", "rb").read())
+    model = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
     labels = np.asarray(model.call(images)).argmax(-1)
 
-Beside it, model.stablehlo.json says what the classes and colours are, what the network has learnt from, and which versions wrote it. The
-program reads the file back, runs it and compares; the last line is the largest difference of a probability. The photographs are
-not made smaller first, as predict does with those above --max_side. experiments/onnx.py writes ONNX.
+Beside it, model.stablehlo.json says what the classes and colours are, what the network has learnt from, and which versions wrote
+it. The program reads the file back, runs it and compares; the last line is the largest difference of a probability. The photographs
+are not made smaller first, as predict does with those above --max_side. experiments/export_onnx.py writes ONNX.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ import numpy as np
 from absl import flags
 
 from experiments import reporting
-from lcrf_jax.checkpoints import params_digest
-from lcrf_jax.descriptions import library_versions
+from lcrf_jax.checkpoints import params_digest, restore_params
+from lcrf_jax.descriptions import library_versions, load_description
 from lcrf_jax.export import PLATFORMS, exported, image_function
 from lcrf_jax.locks import own_folder
 from lcrf_jax.report import palette
@@ -46,7 +46,8 @@ def main(argv):
     size, out = parsed_size(_SIZE.value), pathlib.Path(_OUT.value)
     if _CRF.value and size is None:
         raise ValueError("--crf needs --size=HEIGHTxWIDTH: the lattice of the dense CRF has a static shape")
-    segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value)
+    description, params = load_description(_CHECKPOINT.value), restore_params(_CHECKPOINT.value)
+    class_names = description["class_names"]
     function = image_function(description, params, crf=_CRF.value)
     try:
         content = exported(function, size=size, platforms=_PLATFORMS.value).serialize()
@@ -54,8 +55,8 @@ def main(argv):
         raise ValueError(f"export needs flatbuffers ({error}): pip install 'lcrf_jax[export] @ .'") from error
     facts = {
         "input": f"uint8 [batch, {'height, width' if size is None else f'{size[0]}, {size[1]}'}, 3], RGB",
-        "output": f"float32 [batch, height, width, {len(segmenter.class_names)}], probabilities",
-        "class_names": description["class_names"], "palette": palette(len(segmenter.class_names)).tolist(),
+        "output": f"float32 [batch, height, width, {len(class_names)}], probabilities",
+        "class_names": class_names, "palette": palette(len(class_names)).tolist(),
         "refined": _CRF.value, "platforms": _PLATFORMS.value, "supervision": description.get("supervision"),
         "network": description["network"], "inference": description["inference"],
         "params_sha256": params_digest(params), "sha256": hashlib.sha256(content).hexdigest(), "versions": library_versions(),

@@ -8,7 +8,8 @@ jax2onnx needs an older orbax than training does, so that the two cannot share a
 of this project. The model takes square photographs, [batch, SIZE, SIZE, 3] float32 RGB in 0..255 (bicubic, antialiased), and gives
 probabilities on the network's grid, [batch, g, g, classes], to be enlarged bilinearly; neither resizing nor the dense CRF is in it.
 The batch is open. --size is one of the run's input sizes, the first by default. Beside it are model.onnx.json with the classes, the
-colours and SIZE, and model.onnx.data with the larger weights, which belongs to it. The program runs the model in onnxruntime and compares it with JAX; the last line is the largest difference.
+colours and SIZE, and model.onnx.data with the larger weights, which belongs to it. The program runs the model in onnxruntime and
+compares it with JAX; the last line is the largest difference.
 """
 
 import json

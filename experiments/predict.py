@@ -24,7 +24,6 @@ the same command goes on where it was interrupted. Several processes share the p
 other, only how many they are: --num_processes=4 --process_id=0 and so on, or --distributed on a cluster that JAX knows.
 """
 
-import hashlib
 import pathlib
 import sys
 import time
@@ -38,6 +37,7 @@ from lcrf_jax import processes
 from lcrf_jax.checkpoints import params_digest
 from lcrf_jax.inference import labels_and_confidence, segment_batch
 from lcrf_jax.locks import own_folder
+from lcrf_jax.nets.pretrained import file_digest
 from lcrf_jax.runlog import Progress, say
 from lcrf_jax.tiling import segment_in_tiles
 
@@ -159,7 +159,7 @@ def main(argv):
 
 
 def _digest(path):
-    return None if path is None else hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return None if path is None else file_digest(path)
 
 
 def _predict(todo, out, segmenter, names, tags):

@@ -1,10 +1,10 @@
-"""full supervision on PASCAL VOC 2012, with the network of voc2012_sec.py.
+"""Full supervision on PASCAL VOC 2012, with the network of voc2012_sec.py.
 
     python -m experiments.train --config=experiments/configs/voc2012_full_supervision.py --config.data.root=TFDS --workdir=runs/voc2012_full_supervision
     python -m experiments.evaluate --checkpoint=runs/voc2012_full_supervision --split=val --crf
 
-Expected time on one H100: 10 to 20 minutes, an estimate on paper (docs/original.md). It has masks: an upper bound, not a method of the table.
-Nobody has run this configuration on VOC 2012 yet.
+Expected time on one H100: 10 to 20 minutes, an estimate on paper (docs/original.md). Nobody has run this
+configuration on VOC 2012 yet. It has masks: an upper bound, not a method of the table.
 """
 
 from experiments.configs import voc2012_sec

@@ -30,6 +30,7 @@ CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+TAGS_FROM = ("boxes", "masks")
 # md5 of files that are fetched, as the libraries that fetch them have it.
 ARCHIVES = {
     "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
@@ -132,13 +133,10 @@ class Devkit:
                 return listed(path)
         masks = self._sbd or self.root / "SegmentationClassAug"
         if split == "train_aug" and masks.is_dir():
-            found = {path.stem for path in masks.iterdir() if path.suffix == self._aug_suffix}
+            suffix = ".png" if self._sbd is None else ".mat"
+            found = {path.stem for path in masks.iterdir() if path.suffix == suffix}
             return tuple(sorted((found | set(self.ids("train") or ())) - set(self.ids("val") or ())))
         return None
-
-    @property
-    def _aug_suffix(self) -> str:
-        return ".png" if self._sbd is None else ".mat"
 
     def _mask(self, name: str, split: str) -> tuple[Path, np.ndarray]:
         """The file of a mask, and its labels. Of SBD those count that VOC has no mask of."""
@@ -164,9 +162,9 @@ class Devkit:
         References:
           None.
         """
-        photograph, folder = self.root / "JPEGImages" / f"{name}.jpg", LISTS[split].masks
+        photograph = self.root / "JPEGImages" / f"{name}.jpg"
         image, turn = read_turned_image(photograph)
-        if folder is None:
+        if LISTS[split].masks is None:
             return Labelled(name, photograph, np.full(image.shape[:2], VOID, np.uint8), ())
         path, mask = self._mask(name, split)
         mask = fit_mask(mask, image.shape[:2], turn, path, photograph)

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from lcrf_jax.data.devkit import CLASSES, LISTS, Devkit, list_problem
+from lcrf_jax.data.devkit import CLASSES, LISTS, TAGS_FROM, Devkit, list_problem
 
-TAGS_FROM = ("boxes", "masks")
 _DESCRIPTION = (
     "PASCAL VOC 2012 segmentation with the masks of SBD (train_aug), and image tags. Masks are for scoring, or for full "
     "supervision; those of test are void throughout, and it has no tags."

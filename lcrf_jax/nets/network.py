@@ -161,7 +161,7 @@ def _check_description(description):
     last_stride, dropout = description["last_stride"], description["dropout"]
     last_strides = _backbone(description).last_strides
     if last_stride not in last_strides:
-        expected = " or ".join(filter(None, [", ".join(map(str, last_strides[:-1])), str(last_strides[-1])]))
+        expected = f"{', '.join(map(str, last_strides[:-1]))} or {last_strides[-1]}"
         raise ValueError(f"network.last_stride: expected {expected}, got {last_stride}")
     if not 0 <= dropout < 1:
         raise ValueError(f"network.dropout: expected a share of at least 0 and below 1, got {dropout}")
