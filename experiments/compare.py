@@ -111,7 +111,7 @@ def score(prepared, folder, val):
         "steps": rounds[-1].last_step if rounds else 0,
         **{name: None if matrix is None else np.asarray(matrix).tolist() for name, matrix in matrices.items()},
         "seconds": json.loads((folder / TIME_FILE).read_text(encoding="utf-8")),
-        "step_bytes": runs.step_bytes(prepared),
+        "step_bytes": None if prepared.config["seed"] else runs.step_bytes(prepared),  # of one seed: they are the same
     }
     labels = {f"{kind}_{number}": sample[at] for kind, at in (("plain", 2), ("refined", 3))
               for number, sample in enumerate(scores.samples)}  # fmt: skip

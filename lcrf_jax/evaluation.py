@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lcrf_jax.data.pipeline import prefetched
-from lcrf_jax.inference import segment, segment_batch
+from lcrf_jax.inference import segment_batch
 from lcrf_jax.metrics import confusion_matrix, mean_iou
 from lcrf_jax.processes import is_first, share, total
 from lcrf_jax.runlog import image_progress
@@ -90,7 +90,11 @@ def evaluate(
     totals = {name: total(matrix) for name, matrix in matrices.items()}
     image_scores = total(image_scores) / _PARTS
     positions = sample_positions(len(source), num_samples)
-    samples = labelled_samples(segmenter, source, positions, use_tags=use_tags) if is_first() else []
+    samples = []
+    if is_first():
+        samples = labelled_samples(
+            segmenter, source, positions, batch_size=batch_size, use_tags=use_tags, features=features
+        )
     return Scores(
         *(totals.get(name) for name in ("plain", "refined", "smoothed")), samples, np.where(image_scores < 0, np.nan, image_scores)
     )
@@ -109,14 +113,14 @@ def _batches(source, indices, batch_size):
         yield rows, [next(examples) for _ in rows]
 
 
-def labelled_samples(segmenter, source, positions, *, use_tags=False):
+def labelled_samples(segmenter, source, positions, *, batch_size=1, use_tags=False, features=None):
     """Images of a source with their masks and labels.
 
     Args:
       segmenter: lcrf_jax.inference.Segmenter.
       source: images, with or without masks.
       positions: indices of the images.
-      use_tags: whether classes that are not tagged are excluded.
+      batch_size, use_tags, features: see `evaluate`.
 
     Returns:
       List of (image, truth or None, labels of the network, refined labels).
@@ -124,7 +128,11 @@ def labelled_samples(segmenter, source, positions, *, use_tags=False):
     samples = []
     for position in positions:
         example = source[position]
-        result = segment(segmenter, example.image, crf=True, tags=example.tags if use_tags else None)
+        known = None if features is None else [_batch_of(taps, [position], batch_size) for taps in features]
+        [result] = segment_batch(
+            segmenter, [example.image], crf=True, batch_size=batch_size, features=known,
+            tags=[example.tags] if use_tags else None,
+        )
         samples.append((example.image, example.mask, result.network_labels, result.labels))
     return samples
 

@@ -107,10 +107,19 @@ def first_step(prepared):
     Returns:
       (jitted step, state that begins, batch on the devices, key), see `lcrf_jax.training.make_train_step`.
     """
+    this, mesh, key = _beginning(prepared)
+    step, state = _step_function(prepared, this, mesh), _fresh_state(prepared, this, key, mesh)
+    return step, state, _first_batch(prepared, this, mesh), key
+
+
+def _beginning(prepared):
+    """(first round, mesh of all devices, key of the run)."""
     this = planned_rounds(prepared.config, len(prepared.train))[0]
-    mesh, key = training.data_mesh(), jax.random.key(prepared.config["seed"])
-    batch = training.numeric_arrays(next(_round_batches(prepared, this, None, mesh)))
-    return _step_function(prepared, this, mesh), _fresh_state(prepared, this, key, mesh), batch, key
+    return this, training.data_mesh(), jax.random.key(prepared.config["seed"])
+
+
+def _first_batch(prepared, this, mesh):
+    return training.numeric_arrays(next(_round_batches(prepared, this, None, mesh)))
 
 
 def step_bytes(prepared):
@@ -124,8 +133,14 @@ def step_bytes(prepared):
     """
     if not planned_rounds(prepared.config, len(prepared.train)):
         return None
-    step, *arguments = first_step(prepared)
-    return planned_bytes(step.lower(*arguments).compile())
+    this, mesh, key = _beginning(prepared)
+    everywhere = NamedSharding(mesh, P())
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: _fresh_state(prepared, this, key, mesh)),
+    )
+    batch = _first_batch(prepared, this, mesh)
+    return planned_bytes(_step_function(prepared, this, mesh).lower(state, batch, key).compile())
 
 
 def planned_bytes(program):

@@ -72,11 +72,22 @@ def test_depthwise_conv_by_hand():
     np.testing.assert_array_equal(result[0, :, :, 1], [[2, 4, 0], [8, 10, 0]])
 
 
-def test_depthwise_conv_gradients():
+@pytest.mark.parametrize("shape", [(2, 9, 6, 3), (1, 1, 5, 2), (1, 8, 8, 1)])
+@pytest.mark.parametrize(("k", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 2, 1), (5, 1, 2), (3, 1, 2), (3, 3, 1)])
+def test_depthwise_conv_gradients(shape, k, stride, dilation):
+    """By differences, and against those of the sum over the cells that each result is made of, written as a product."""
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):
-        function = jax.jit(functools.partial(depthwise_conv, stride=2))
-        check_grads(function, (rng.normal(size=(1, 5, 4, 2)), rng.normal(size=(3, 3, 2))), order=1)
+        function = jax.jit(functools.partial(depthwise_conv, stride=stride, dilation=dilation))
+        x, kernel = rng.normal(size=shape), rng.normal(size=(k, k, shape[-1]))
+        check_grads(function, (x, kernel), order=1, modes=["rev"])
+        # The function is linear in x: its transpose from the images of all unit vectors.
+        units = np.eye(x[0, ..., 0].size).reshape(-1, *x.shape[1:3], 1) * np.ones(shape[-1])
+        columns = np.asarray(function(units, kernel))
+        ups = rng.normal(size=function(x, kernel).shape)
+        by_x = jax.grad(lambda x: (function(x, kernel) * ups).sum())(x)
+        expected = np.einsum("uijc,bijc->buc", columns, ups).reshape(shape)
+        np.testing.assert_allclose(by_x, expected, atol=1e-12)
 
 
 def test_preprocess_by_hand():

@@ -36,6 +36,11 @@ class Body(NamedTuple):
     emblem: tuple[int, int, np.ndarray] | None  # top, left and [e, e] cover of the emblem within the body
 
 
+# To know the tags of an image is to make it, so they are kept for all sources of a process: from what an image depends on
+# but for its number, to the tags by number.
+_KNOWN_TAGS: dict[tuple, dict[int, np.ndarray]] = {}
+
+
 class TexturesSource:
     """Procedural images, made on the fly. See the module for what they show.
 
@@ -76,7 +81,7 @@ class TexturesSource:
         self.masks = masks
         self._seed, self._size = int(seed), int(size)
         self._length = int({"train": num_train, "val": num_val}[split])
-        self._known_tags: dict[int, np.ndarray] = {}
+        self._known_tags = _KNOWN_TAGS.setdefault((self._seed, split, self._size), {})
 
     def __len__(self) -> int:
         return self._length

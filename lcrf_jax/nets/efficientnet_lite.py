@@ -5,6 +5,7 @@ the network is convolutions, biases and ReLU6 alone: no running statistics, no t
 could be updated by accident.
 """
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -71,18 +72,54 @@ def depthwise_conv(x, kernel, *, stride=1, dilation=1):
     Returns:
       [B, ceil(H / stride), ceil(W / stride), C], dtype of `x`.
     """
-    _, height, width, _ = x.shape
-    k = kernel.shape[0]
-    rows, cols = -(-height // stride), -(-width // stride)
-    pads = [same_padding(n, k, stride, dilation) for n in (height, width)]
-    x = jnp.pad(x, ((0, 0), pads[0], pads[1], (0, 0)))
+    return _depthwise(x, kernel, stride, dilation)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _depthwise(x, kernel, stride, dilation):
+    pads = _pads(x, kernel, stride, dilation)
+    size = tuple(-(-n // stride) for n in x.shape[1:3])
+    return _shifted_products(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel, size, stride, dilation)
+
+
+def _pads(x, kernel, stride, dilation):
+    return [same_padding(n, len(kernel), stride, dilation) for n in x.shape[1:3]]
+
+
+def _shifted_products(x, kernel, size, stride, dilation):
+    """Sum over the taps of the kernel: the padded `x` from the tap on, every `stride` cells, times the tap."""
     out = 0.0
-    for i in range(k):
-        for j in range(k):
+    for i in range(len(kernel)):
+        for j in range(len(kernel)):
             top, left = i * dilation, j * dilation
-            bottom, right = top + (rows - 1) * stride + 1, left + (cols - 1) * stride + 1
+            bottom, right = top + (size[0] - 1) * stride + 1, left + (size[1] - 1) * stride + 1
             out = out + x[:, top:bottom:stride, left:right:stride, :] * kernel[i, j]
     return out
+
+
+def _depthwise_forward(x, kernel, stride, dilation):
+    return _depthwise(x, kernel, stride, dilation), (x, kernel)
+
+
+def _depthwise_backward(stride, dilation, saved, grads):
+    """By x: the mirrored kernel over the gradients, which lie `stride` cells apart: again one loop, where the transposed
+    slices would be as many arrays as the kernel has taps. By the kernel: of the sum as it stands."""
+    x, kernel = saved
+    reach = (len(kernel) - 1) * dilation
+    spread = [(0, 0, 0)]
+    for cells, results, (before, _) in zip(x.shape[1:3], grads.shape[1:3], _pads(x, kernel, stride, dilation)):
+        low = reach - before
+        spread.append((low, cells + before - (results - 1) * stride - 1, stride - 1))
+    grads_of_x = _shifted_products(
+        jax.lax.pad(grads, jnp.zeros((), grads.dtype), [*spread, (0, 0, 0)]), kernel[::-1, ::-1], x.shape[1:3], 1, dilation
+    )
+    size = grads.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), *_pads(x, kernel, stride, dilation), (0, 0)))
+    _, by_kernel = jax.vjp(lambda kernel: _shifted_products(padded, kernel, size, stride, dilation), kernel)
+    return grads_of_x, *by_kernel(grads)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 class DepthwiseConv(nn.Module):
