@@ -203,10 +203,13 @@ def test_class_maps_are_a_run_that_trains_nothing(cache, tmp_path):
 def test_scores_from_cached_features_are_those_of_the_images(prepared, uninterrupted, batch_size):
     segmenter = make_segmenter(load_description(uninterrupted), restore_params(uninterrupted, "best"))
     features = preparation.validation_features(prepared, prepared.val)
-    expected = evaluation.evaluate(segmenter, prepared.val, crf=True, batch_size=batch_size)
-    found = evaluation.evaluate(segmenter, prepared.val, crf=True, batch_size=batch_size, features=features)
+    expected = evaluation.evaluate(segmenter, prepared.val, crf=True, num_samples=2, batch_size=batch_size)
+    never = segmenter._replace(network_features=None)
+    found = evaluation.evaluate(never, prepared.val, crf=True, num_samples=2, batch_size=batch_size, features=features)
     np.testing.assert_array_equal(found.plain, expected.plain)
     np.testing.assert_array_equal(found.refined, expected.refined)
+    assert len(found.samples) == 2
+    assert_same_trees(found.samples, expected.samples)
 
 
 def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_to(cache, tmp_path):
@@ -244,6 +247,8 @@ def test_the_memory_of_a_step_is_at_least_that_of_its_state(prepared):
     state = runs._fresh_state(prepared, rounds[0], jax.random.key(0), training.data_mesh())
     least = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert least < runs.step_bytes(prepared) < 50 * least + 1e8
+    step, *arguments = runs.first_step(prepared)
+    assert runs.step_bytes(prepared) == runs.planned_bytes(step.lower(*arguments).compile())
 
 
 class StateWithoutChains(NamedTuple):

@@ -41,6 +41,19 @@ def test_same_arguments_same_bytes_in_any_order_and_thread(examples):
         np.testing.assert_array_equal(first.mask, second.mask)
 
 
+def test_tags_are_made_once_for_all_sources_of_the_same_images(monkeypatch):
+    first = TexturesSource("train", seed=77, num_train=3)
+    tags = first.tags
+    monkeypatch.setattr(textures, "_scene", None)
+    tags_again = TexturesSource("train", seed=77, num_train=2, masks=True).tags
+    np.testing.assert_array_equal(tags_again, tags[:2])
+    tags_again[:] = False
+    np.testing.assert_array_equal(first.tags, tags)
+    for other in ({"seed": 78}, {"seed": 77, "size": 100}):
+        with pytest.raises(TypeError):
+            TexturesSource("train", num_train=3, **other).tags
+
+
 def test_a_known_scene():
     # A change of the images changes every published figure: it must be a decision, not an accident.
     example = TexturesSource("train", masks=True)[3]
