@@ -61,7 +61,7 @@ def depthwise_conv(x, kernel, *, stride=1, dilation=1):
     """Depthwise convolution as shifted multiply-adds, SAME padding.
 
     XLA's grouped convolution is very slow on CPU; a sum of k * k shifted products fuses into one loop on
-    every platform.
+    every platform. Its derivatives are those of reverse mode (`jax.grad`, `jax.vjp`).
 
     Args:
       x: [B, H, W, C].
