@@ -6,7 +6,8 @@ r"""Make the data set voc_weak: PASCAL VOC 2012 with the masks of SBD and image 
 docs/original.md says where the files are; the masks of train_aug come from the kit's SegmentationClassAug, or from SBD itself. Splits
 are train (1,464), train_aug (10,582), val (1,449) and test (1,456), those of which the kit has a list; each list is compared to the one
 that the field uses. Tags come from the boxes of the annotations, or from the masks; the data set is voc_weak/boxes or
-voc_weak/masks, and its metadata say so. Every photograph and mask is opened once. --archive compares a file that was fetched with its published md5 first. Neither TensorFlow nor a network is needed.
+voc_weak/masks, and its metadata say so. Every photograph and mask is opened once. --archive compares a file that was fetched with
+its published md5 first. Neither TensorFlow nor a network is needed.
 """
 
 from absl import flags, logging

@@ -5,7 +5,6 @@ the network is convolutions, biases and ReLU6 alone: no running statistics, no t
 could be updated by accident.
 """
 
-import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -75,8 +74,7 @@ def depthwise_conv(x, kernel, *, stride=1, dilation=1):
     return _depthwise(x, kernel, stride, dilation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _depthwise(x, kernel, stride, dilation):
+def _sum_over_taps(x, kernel, stride, dilation):
     pads = _pads(x, kernel, stride, dilation)
     size = tuple(-(-n // stride) for n in x.shape[1:3])
     return _shifted_products(jnp.pad(x, ((0, 0), *pads, (0, 0))), kernel, size, stride, dilation)
@@ -97,8 +95,11 @@ def _shifted_products(x, kernel, size, stride, dilation):
     return out
 
 
+_depthwise = jax.custom_vjp(_sum_over_taps, nondiff_argnums=(2, 3))
+
+
 def _depthwise_forward(x, kernel, stride, dilation):
-    return _depthwise(x, kernel, stride, dilation), (x, kernel)
+    return _sum_over_taps(x, kernel, stride, dilation), (x, kernel)
 
 
 def _depthwise_backward(stride, dilation, saved, grads):
@@ -108,15 +109,10 @@ def _depthwise_backward(stride, dilation, saved, grads):
     reach = (len(kernel) - 1) * dilation
     spread = [(0, 0, 0)]
     for cells, results, (before, _) in zip(x.shape[1:3], grads.shape[1:3], _pads(x, kernel, stride, dilation)):
-        low = reach - before
-        spread.append((low, cells + before - (results - 1) * stride - 1, stride - 1))
-    grads_of_x = _shifted_products(
-        jax.lax.pad(grads, jnp.zeros((), grads.dtype), [*spread, (0, 0, 0)]), kernel[::-1, ::-1], x.shape[1:3], 1, dilation
-    )
-    size = grads.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), *_pads(x, kernel, stride, dilation), (0, 0)))
-    _, by_kernel = jax.vjp(lambda kernel: _shifted_products(padded, kernel, size, stride, dilation), kernel)
-    return grads_of_x, *by_kernel(grads)
+        spread.append((reach - before, cells + before - (results - 1) * stride - 1, stride - 1))
+    spread_grads = jax.lax.pad(grads, jnp.zeros((), grads.dtype), [*spread, (0, 0, 0)])
+    _, by_kernel = jax.vjp(lambda kernel: _sum_over_taps(x, kernel, stride, dilation), kernel)
+    return _shifted_products(spread_grads, kernel[::-1, ::-1], x.shape[1:3], 1, dilation), *by_kernel(grads)
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
