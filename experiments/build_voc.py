@@ -36,7 +36,7 @@ def main(argv):
     try:
         from lcrf_jax.data import voc_weak
     except ImportError as error:
-        raise ValueError(f"build_voc needs tensorflow-datasets ({error}): pip install 'lcrf_jax[tfds] @ .'") from error
+        raise ValueError(f"build_voc needs tensorflow-datasets ({error}): pip install '.[tfds]' in your clone") from error
     info = voc_weak.prepared(_DEVKIT.value, _DATA_DIR.value, tags_from=_TAGS.value, any_lists=_ANY_LISTS.value,
                              sbd=_SBD.value)
     lists = info.metadata["lists"]

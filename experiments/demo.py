@@ -1,6 +1,6 @@
 r"""A page on this machine where one drops a photograph and sees its mask.
 
-    pip install 'lcrf_jax[demo] @ .'
+    pip install '.[demo]'
     python -m experiments.demo --checkpoint=RUN
 
 Then open http://127.0.0.1:8000. Nothing but this machine can reach the page unless --host says otherwise; there is no
@@ -27,7 +27,7 @@ def main(argv):
     try:
         import flask  # noqa: F401 - told before the network is loaded
     except ImportError as error:
-        raise ValueError(f"the page needs Flask, which is not installed ({error}); pip install 'lcrf_jax[demo] @ .'") from error
+        raise ValueError(f"the page needs Flask, which is not installed ({error}); pip install '.[demo]' in your clone") from error
     _, description, params = reporting.load_segmenter(_CHECKPOINT.value)
     labeller = photograph_page.Labeller(description, params, _MAX_MEGAPIXELS.value * 1_000_000)
     server, address = photograph_page.make_server(

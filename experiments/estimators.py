@@ -227,7 +227,7 @@ def draw(rows, numbers, path):
     except ImportError as error:
         raise ValueError(
             f"the tables are written; the figure needs matplotlib, which is not installed ({error}): "
-            "`pip install 'lcrf_jax[figures] @ .'` or `pip install matplotlib`"
+            "`pip install '.[figures]'` or `pip install matplotlib`"
         ) from error
     shown = [name for name in dict.fromkeys(row["likelihood"] for row in rows) if name in EXPECTATIONS]
     if not shown:

@@ -52,7 +52,7 @@ def main(argv):
     try:
         content = exported(function, size=size, platforms=_PLATFORMS.value).serialize()
     except ImportError as error:
-        raise ValueError(f"export needs flatbuffers ({error}): pip install 'lcrf_jax[export] @ .'") from error
+        raise ValueError(f"export needs flatbuffers ({error}): pip install '.[export]' in your clone") from error
     facts = {
         "input": f"uint8 [batch, {'height, width' if size is None else f'{size[0]}, {size[1]}'}, 3], RGB",
         "output": f"float32 [batch, height, width, {len(class_names)}], probabilities",

@@ -324,7 +324,7 @@ def superpixels(image, *, scale=100.0, sigma=0.8, min_size=50):
         from skimage.segmentation import felzenszwalb
     except ImportError as error:
         raise ValueError(
-            f"superpixels need scikit-image, which is not installed ({error}); pip install 'lcrf_jax[superpixels] @ .'"
+            f"superpixels need scikit-image, which is not installed ({error}); pip install '.[superpixels]' in your clone"
         ) from error
     return felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
 

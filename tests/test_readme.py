@@ -4,10 +4,8 @@ import importlib
 import pathlib
 import re
 
-import jax
 import jax.numpy as jnp
-
-import lcrf_jax
+import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -28,13 +26,13 @@ def test_the_library_example_runs():
     assert names["labels"].shape == (576,)
 
 
-def test_the_example_of_the_dense_crf_runs():
+def test_the_example_of_the_dense_crf_runs_as_printed():
     code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    image = jnp.zeros((12, 20, 3), jnp.uint8).at[:, 9:].set(200)
-    unary = jnp.where(image[:, :, :1] > 0, jnp.array([-1.0, 0.0]), jnp.array([0.0, -1.0])).at[3, 4].set(jnp.array([-1, 0]))
-    names = {"jax": jax, "lcrf_jax": lcrf_jax, "image": image, "log_probs": unary}
+    names = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 (our own README)
-    assert jnp.array_equal(names["log_probs"].argmax(-1), image[:, :, 0] > 0)
+    bright = names["image"][:, :, 0] == 200
+    assert bright.sum() == 1200 and ((names["probs"].argmax(-1) == 1) != bright).mean() > 0.25
+    np.testing.assert_array_equal(names["labels"], bright)
 
 
 def test_every_flag_and_config_of_the_commands_exists():

@@ -294,5 +294,5 @@ def test_what_cannot_be_fetched_says_so(hub, repository):
 
 def test_without_the_hub_installed_its_name_is_given(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"hf: needs huggingface_hub .*pip install 'lcrf_jax\[hub\]"):
+    with pytest.raises(ValueError, match=r"hf: needs huggingface_hub .*pip install '.\[hub\]"):
         hub_file("timm/vgg16.tv_in1k")

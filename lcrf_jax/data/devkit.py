@@ -270,7 +270,7 @@ def sbd_mask(path: str | os.PathLike) -> np.ndarray:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise ValueError(f"SBD's own files need scipy ({error}): pip install 'lcrf_jax[sbd] @ .'") from error
+        raise ValueError(f"SBD's own files need scipy ({error}): pip install '.[sbd]' in your clone") from error
     try:
         mask = np.asarray(loadmat(path)["GTcls"]["Segmentation"][0, 0])
     except Exception as error:  # its reader raises errors of every kind

@@ -208,7 +208,7 @@ def open_tfds(
         return TfdsSource(split, root=root, masks=masks, **{"name": "", **options})
     except ImportError as error:
         raise ValueError(
-            f"the source 'tfds' needs tensorflow-datasets ({error}): pip install 'lcrf_jax[tfds] @ .'"
+            f"the source 'tfds' needs tensorflow-datasets ({error}): pip install '.[tfds]' in your clone"
         ) from error
 
 

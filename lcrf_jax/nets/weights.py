@@ -280,7 +280,7 @@ def hub_file(repository):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging
     except ImportError as error:
-        raise ValueError(f"weights: hf: needs huggingface_hub ({error}): pip install 'lcrf_jax[hub] @ .'") from error
+        raise ValueError(f"weights: hf: needs huggingface_hub ({error}): pip install '.[hub]' in your clone") from error
     logging.set_verbosity_error()  # what it tries again is told once, at the end
     with contextlib.suppress(OSError, ValueError):  # not there yet, or no name of a repository, as is said below
         return pathlib.Path(hf_hub_download(repository, HUB_FILE, local_files_only=True))
