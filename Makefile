@@ -8,12 +8,20 @@ READY := $(VENV)/.ready
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint clean
+PYTEST := $(VENV)/bin/python -m pytest -q $(if $(CI),--durations=20)
+# A file of tests stays with one process: what it makes and compiles serves all of its tests.
+SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# The tests of the pure functions.
+PURE := $(addprefix tests/test_,$(addsuffix .py,numerics kernels hashing anchors sampling metrics saliency lattice \
+  observation filters crf gibbs elbo estimators baselines))
+.PHONY: help demo test test-all test-slow test-default-flags lint clean
 
 help:
 	@echo 'make demo    set up .venv, train on the embedded data from tags alone, evaluate, draw'
-	@echo 'make test    set up .venv, run the tests'
-	@echo 'make test-slow  run the tests of killed runs and several processes, which make test leaves out'
+	@echo 'make test    set up .venv, run the tests: five minutes on two cores, two once what they compile is kept'
+	@echo 'make test-all   those and the slow ones: killed runs, several processes, every method, every form'
+	@echo 'make test-slow  the slow ones alone'
+	@echo 'make test-default-flags  the tests of the pure functions, compiled as users have it'
 	@echo 'make lint    set up .venv, run the linter'
 	@echo 'make clean   remove .venv, the caches and the run of the demo'
 	@echo 'PYTHON=/path/to/python3.12 chooses the Python (3.11 or newer) that .venv is made with.'
@@ -23,10 +31,15 @@ demo: $(READY)
 	$(VENV)/bin/python -m experiments.evaluate --checkpoint=$(RUN) --split=val --crf
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -q -m "not slow" -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST) -m "not slow" $(SPREAD)
 
 test-slow: $(READY)
-	$(VENV)/bin/python -m pytest -q -m slow
+	$(PYTEST) -m slow $(SPREAD)
+
+test-all: test test-slow
+
+test-default-flags: $(READY)
+	LCRF_TEST_DEFAULT_FLAGS=1 $(PYTEST) -m "not slow" $(SPREAD) $(PURE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -14,6 +14,8 @@ from absl import app, flags, logging
 from experiments.run_report import write_run_report
 from lcrf_jax import evaluation, preparation, processes, signals
 from lcrf_jax.checkpoints import restore_params
+from lcrf_jax.compilation import keep_programs
+from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.descriptions import CheckpointError, load_description
 from lcrf_jax.features import map_functions, mean_map, square_image
@@ -46,14 +48,19 @@ def join_processes():
         raise ValueError("--coordinator, --num_processes and --process_id are of use with --distributed alone")
 
 
-def run(main, *, join=join_processes):
-    """Run an experiment; what the user can mend ends with one line and exit code 1, not with a traceback."""
+def run(main, *, join=join_processes, keep_compiled=True):
+    """Run an experiment; what the user can mend ends with one line and exit code 1, not with a traceback.
+
+    What is compiled is kept for the next start, but not where compiling is measured.
+    """
 
     def guarded(argv):
         signals.raise_on_termination()
         try:
             join()
             signals.raise_on_termination()  # JAX has its own handler once the processes are joined
+            if keep_compiled:
+                keep_programs(default_directory())
             main(argv)
         except (ValueError, FileNotFoundError, CheckpointError, OSError, processes.ProcessError) as error:
             logging.debug("traceback", exc_info=True)

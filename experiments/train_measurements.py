@@ -33,14 +33,14 @@ class Step(NamedTuple):
 
 def step(prepared, repetitions):
     """The Step of the first round."""
-    function, state, batch, key = runs.first_step(prepared)
+    function, state, *arguments = runs.first_step(prepared)
     started = time.perf_counter()
-    lowered = function.lower(state, batch, key)
+    lowered = function.lower(state, *arguments)
     program = lowered.compile()
     seconds, box = time.perf_counter() - started, [state]
 
     def call():
-        box[0], metrics = program(box[0], batch, key)
+        box[0], metrics = program(box[0], *arguments)
         jax.block_until_ready((box[0], metrics))
 
     call()
@@ -58,7 +58,7 @@ def _entry(costs, name):
 
 def finite_checks(prepared, repetitions):
     """Timing of the choice between the old and the new state by itself: within a step XLA fuses it with the update."""
-    _, state, _, _ = runs.first_step(prepared)
+    _, state, *_ = runs.first_step(prepared)
 
     @jax.jit
     def check(old, new, loss, norm):
@@ -74,7 +74,7 @@ def finite_checks(prepared, repetitions):
 
 def saving(prepared, repetitions):
     """(Timing of a save until training goes on, Timing of a save until it is on the disk, megabytes of the state)."""
-    _, state, _, _ = runs.first_step(prepared)
+    _, state, *_ = runs.first_step(prepared)
     numbers = iter(range(10**6))
     with tempfile.TemporaryDirectory() as folder, RunCheckpoints(folder) as checkpoints:
 

@@ -116,7 +116,8 @@ class RunCheckpoints:
 
         Args:
           like: state of the same structure, shapes and dtypes, placed where the restored one shall be; its
-            values are not used. The devices need not be those of the saved run.
+            values are not used, so that shapes with a sharding will do (`jax.ShapeDtypeStruct`). The devices need not be
+            those of the saved run.
         Returns:
           Restored, or None if the run has saved no state yet.
         Raises:
@@ -441,7 +442,7 @@ def _on_devices(leaf, array, is_key):
     if is_key:
         key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
         return jax.device_put(key, leaf.sharding)
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
     return array
 

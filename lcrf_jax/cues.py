@@ -31,11 +31,7 @@ def image_saliency(source, *, image_size, contrast, level, grid, directory, batc
     Returns:
       [N, g, g, 1] float16 in 0..1.
     """
-
-    @jax.jit
-    def maps(images):
-        saliency = jax.vmap(functools.partial(barrier_saliency, contrast=contrast, level=level))(images)
-        return jax.image.resize(saliency, (len(saliency), grid, grid), "linear")[..., None]
+    maps = functools.partial(_barrier_maps, contrast=contrast, level=level, grid=grid)
 
     def batches(first):
         for count, batch in square_batches(source, image_size, batch_size, progress, first):
@@ -44,6 +40,12 @@ def image_saliency(source, *, image_size, contrast, level, grid, directory, batc
     settings = {"image_size": image_size, "contrast": contrast, "level": level, "grid": grid}
     identity = {"kind": "barrier saliency, centred", **settings, "source": _fingerprint(source)}
     return cached_arrays(directory, identity, len(source), batches)["saliency"]
+
+
+@functools.partial(jax.jit, static_argnames=("contrast", "level", "grid"))
+def _barrier_maps(images, *, contrast, level, grid):
+    saliency = jax.vmap(functools.partial(barrier_saliency, contrast=contrast, level=level))(images)
+    return jax.image.resize(saliency, (len(saliency), grid, grid), "linear")[..., None]
 
 
 def gradient_saliency(
@@ -72,16 +74,7 @@ def gradient_saliency(
     References:
       Simonyan, Vedaldi and Zisserman 2014; the median and the use as a background cue: Kolesnikov and Lampert 2016.
     """
-
-    def summed_logits(images, tags):
-        pooled = network.head(variables, network.features(variables, images)).mean(axis=(1, 2))
-        return jnp.sum((pooled @ classifier.weights + classifier.bias) * tags[:, 1:])
-
-    @jax.jit
-    def maps(images, tags):
-        gradient = jax.grad(summed_logits)(jnp.asarray(images, jnp.float32), tags)
-        cells = cell_means(jnp.abs(gradient).max(axis=-1, keepdims=True), (grid, grid))
-        return median_3x3(cells[..., 0])
+    maps = functools.partial(_gradient_maps, *jax.device_put((variables, classifier)), network=network, grid=grid)
 
     def batches(first):
         for count, batch in square_batches(source, size, batch_size, progress, first):
@@ -89,6 +82,17 @@ def gradient_saliency(
 
     key = {"kind": "gradient saliency", "size": size, "grid": grid, "source": _fingerprint(source), **identity}
     return cached_arrays(directory, key, len(source), batches)["saliency"]
+
+
+@functools.partial(jax.jit, static_argnames=("network", "grid"))
+def _gradient_maps(variables, classifier, images, tags, *, network, grid):
+    def summed_logits(images):
+        pooled = network.head(variables, network.features(variables, images)).mean(axis=(1, 2))
+        return jnp.sum((pooled @ classifier.weights + classifier.bias) * tags[:, 1:])
+
+    gradient = jax.grad(summed_logits)(jnp.asarray(images, jnp.float32))
+    cells = cell_means(jnp.abs(gradient).max(axis=-1, keepdims=True), (grid, grid))
+    return median_3x3(cells[..., 0])
 
 
 def _fingerprint(source):
@@ -144,19 +148,19 @@ def classifier_cues(maps, tags, saliency, *, foreground_level, background_share)
     Returns:
       [N, g, g] uint8: class indices, 255 where there is no cue.
     """
-    grid, options = saliency.shape[1], {"foreground_level": foreground_level, "background_share": background_share}
-
-    @jax.jit
-    def cues(rows):
-        class_maps, peaks, present, quiet = rows
-        shape = (len(class_maps), grid, grid, class_maps.shape[-1])
-        class_maps = jax.image.resize(jnp.asarray(class_maps, jnp.float32), shape, "linear")
-        class_maps = class_maps.reshape(len(class_maps), grid * grid, -1)
-        one = functools.partial(localisation_cues, **options)
-        found = jax.vmap(one)(class_maps, peaks, present, quiet.reshape(len(quiet), -1))
-        return found.reshape(quiet.shape).astype(jnp.uint8)
-
+    cues = functools.partial(_cues_of_maps, foreground_level=foreground_level, background_share=background_share)
     return in_batches(cues, (maps.maps, maps.peaks, tags, saliency))
+
+
+@functools.partial(jax.jit, static_argnames=("foreground_level", "background_share"))
+def _cues_of_maps(rows, *, foreground_level, background_share):
+    class_maps, peaks, present, quiet = rows
+    shape = (*quiet.shape, class_maps.shape[-1])
+    class_maps = jax.image.resize(jnp.asarray(class_maps, jnp.float32), shape, "linear")
+    class_maps = class_maps.reshape(len(class_maps), -1, class_maps.shape[-1])
+    one = functools.partial(localisation_cues, foreground_level=foreground_level, background_share=background_share)
+    found = jax.vmap(one)(class_maps, peaks, present, quiet.reshape(len(quiet), -1))
+    return found.reshape(quiet.shape).astype(jnp.uint8)
 
 
 def read_cues(path, names, num_classes, grid):

@@ -1,5 +1,6 @@
 """Frozen features of a whole source: views for the decoder, class maps of the tag classifier."""
 
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -60,6 +61,39 @@ def network_inputs(network, variables, images, guide_stride=None):
     """
     guide = guide_image(images, guide_stride or network.stride)
     return {**network.features(variables, images), "guide": guide}
+
+
+# The programs of this file take the weights as arguments and the network as a static one: a second run, or a second source
+# of the same sizes, compiles nothing.
+
+
+@functools.partial(jax.jit, static_argnames=("network", "guide_stride", "names"))
+def _named_inputs(variables, images, *, network, guide_stride, names):
+    inputs = network_inputs(network, variables, images, guide_stride)
+    return {name: inputs[name] for name in names}
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _pooled(variables, s32, *, network):
+    return network.head(variables, {"s32": s32}).mean(axis=(1, 2))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "grid"))
+def _maps_of_tap(variables, weights, s32, *, network, grid):
+    maps = network.head(variables, {"s32": s32}) @ weights
+    return jax.image.resize(maps, (len(maps), grid, grid, maps.shape[-1]), "linear")
+
+
+@functools.partial(jax.jit, static_argnames=("network", "grid"))
+def _maps_of_images(variables, weights, images, *, network, grid):
+    return _maps_of_tap(variables, weights, network.features(variables, images)["s32"], network=network, grid=grid)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "mirror"))
+def _test_time_taps(variables, images, *, network, mirror):
+    views = (images, images[:, :, ::-1]) if mirror else (images,)
+    taps = [network.features(variables, view) for view in views]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *taps)
 
 
 def no_progress(count, *, earlier=False):
@@ -125,14 +159,13 @@ class CachedViews:
         if guide_stride not in (None, network.stride):
             identity["guide_stride"] = guide_stride
 
-        @jax.jit
-        def run(images):
-            inputs = network_inputs(network, variables, images, guide_stride)
-            return {name: inputs[name] for name in (*kept, "guide")}
+        variables, wanted = jax.device_put(variables), (*kept, "guide")
+
+        run = functools.partial(_named_inputs, network=network, guide_stride=guide_stride, names=wanted)
 
         def batches(first):
             for count, batch in _batched(views, batch_size, progress, first):
-                inputs = {name: np.asarray(array)[:count] for name, array in run(batch["image"]).items()}
+                inputs = {name: np.asarray(array)[:count] for name, array in run(variables, batch["image"]).items()}
                 rows = {"guide": np.round(inputs.pop("guide")).astype(np.uint8)}
                 yield rows | {tap: inputs[tap].astype(np.float16) for tap in kept}
 
@@ -191,7 +224,7 @@ def pooled_head(network, variables, s32, batch_size=64):
     Returns:
       [N, C'] float32 NumPy array.
     """
-    pool = jax.jit(lambda taps: network.head(variables, {"s32": taps}).mean(axis=(1, 2)))
+    pool = functools.partial(_pooled, jax.device_put(variables), network=network)
     return in_batches(pool, s32, batch_size)
 
 
@@ -225,17 +258,8 @@ def map_functions(network, variables, weights, grid):
       (function from the tap "s32" [B, h, w, C], function from images [B, S, S, 3] RGB 0..255), both to
       [B, g, g, K - 1] float32, without bias.
     """
-
-    @jax.jit
-    def from_tap(s32):
-        maps = network.head(variables, {"s32": s32}) @ weights
-        return jax.image.resize(maps, (len(maps), grid, grid, maps.shape[-1]), "linear")
-
-    @jax.jit
-    def from_images(images):
-        return from_tap(network.features(variables, images)["s32"])
-
-    return from_tap, from_images
+    given = jax.device_put((variables, weights))
+    return tuple(functools.partial(maps, *given, network=network, grid=grid) for maps in (_maps_of_tap, _maps_of_images))
 
 
 def mean_map(plain, mirrored, others):
@@ -397,12 +421,7 @@ def test_time_features(source, network, variables, weights_digest, *, size, mirr
     Returns:
       dict from tap to [N, 1 or 2, h, w, C] float32, memory-mapped; the mirrored image second.
     """
-
-    @jax.jit
-    def features(images):
-        views = (images, images[:, :, ::-1]) if mirror else (images,)
-        taps = [network.features(variables, view) for view in views]
-        return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *taps)
+    features = functools.partial(_test_time_taps, jax.device_put(variables), network=network, mirror=mirror)
 
     def batches(first):
         for count, batch in square_batches(source, size, batch_size, progress, first):

@@ -174,28 +174,56 @@ def make_segmenter(description, params):
       KeyError: if parameters are missing.
     """
     network, settings = build_network(description["network"]), description["inference"]
-    kernel_params = KernelParams(**settings["kernel"])
-    output = OUTPUTS[settings.get("output", "softmax")]
-    log_probs_of = output(network, params, settings["mirror"], settings.get("output_options", {}))
+    output, options = settings.get("output", "softmax"), settings.get("output_options", {})
+    wanted = "classifier" if output == "class_maps" else "decoder"
+    used = {name: params[name] for name in ("backbone", wanted)}
+    static = {"network": network, "mirrored": settings["mirror"]}
+    placed = {None: jax.device_put(used)}
 
-    @jax.jit
+    def beside(batch):
+        """The weights where a batch lies: where it is spread over devices, each has a copy."""
+        sharding = _replicated_beside(batch)
+        if sharding not in placed:
+            placed[sharding] = jax.device_put(used, sharding)
+        return placed[sharding]
+
     def network_features(images):
-        inputs = jnp.concatenate([images, images[:, :, ::-1]]) if settings["mirror"] else images
-        return network.features(params["backbone"], inputs)
+        return _network_features(beside(images)["backbone"], images, **static)
+
+    def log_probs_of(features):
+        return _log_probs(beside(features), features, output=output, options=tuple(sorted(options.items())), **static)
 
     refine = functools.partial(
         _refined,
-        kernel_params=kernel_params,
+        kernel_params=KernelParams(**settings["kernel"]),
         num_iterations=settings["num_iterations"],
         unary_weight=settings["unary_weight"],
     )
     return Segmenter(
-        tuple(description["class_names"]), tuple(settings["input_sizes"]), network_features, jax.jit(log_probs_of),
-        _enlarged, refine, settings.get("max_side", MAX_SIDE),
+        tuple(description["class_names"]), tuple(settings["input_sizes"]), network_features, log_probs_of, _enlarged,
+        refine, settings.get("max_side", MAX_SIDE),
     )
 
 
-# These two are compiled once for all segmenters of a process: what differs between runs is an argument.
+def _replicated_beside(batch):
+    """Where the weights for a batch lie: copied to the devices that it is spread over, or None for the default device."""
+    sharding = getattr(next(iter(jax.tree.leaves(batch))), "sharding", None)
+    spread = isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1
+    return NamedSharding(sharding.mesh, P()) if spread else None
+
+
+# These are compiled once for all segmenters of a process: what differs between runs of one network is an argument.
+
+
+@functools.partial(jax.jit, static_argnames=("network", "mirrored"))
+def _network_features(variables, images, *, network, mirrored):
+    inputs = jnp.concatenate([images, images[:, :, ::-1]]) if mirrored else images
+    return network.features(variables, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "mirrored", "output", "options"))
+def _log_probs(params, features, *, network, mirrored, output, options):
+    return OUTPUTS[output](network, params, features, mirrored, dict(options))
 
 
 @jax.jit
@@ -258,30 +286,25 @@ def _mirror_mean(maps, mirrored):
     return (plain + other[:, :, ::-1]) / 2
 
 
-def _network_output(network, params, mirrored, log_probs_of_logits):
+def _network_output(network, params, features, mirrored, log_probs_of_logits):
     """The network's log-probabilities, averaged over mirroring."""
-
-    def log_probs_of(features):
-        logits = network.logits(params["decoder"], params["backbone"], features)
-        log_probs = log_probs_of_logits(logits)
-        return jax.nn.log_softmax(_mirror_mean(log_probs, mirrored), axis=-1) if mirrored else log_probs
-
-    return log_probs_of
+    log_probs = log_probs_of_logits(network.logits(params["decoder"], params["backbone"], features))
+    return jax.nn.log_softmax(_mirror_mean(log_probs, mirrored), axis=-1) if mirrored else log_probs
 
 
-def _softmax(network, params, mirrored, options):
+def _softmax(network, params, features, mirrored, options):
     del options
-    return _network_output(network, params, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1))
+    return _network_output(network, params, features, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1))
 
 
-def _ilp(network, params, mirrored, options):
+def _ilp(network, params, features, mirrored, options):
     def one(logits):
         return ilp_log_probs(logits.reshape(-1, logits.shape[-1]), **options).reshape(logits.shape)
 
-    return _network_output(network, params, mirrored, jax.vmap(one))
+    return _network_output(network, params, features, mirrored, jax.vmap(one))
 
 
-def _class_maps(network, params, mirrored, options):
+def _class_maps(network, params, features, mirrored, options):
     """The class maps of the tag classifier in place of the network's logits, averaged over mirroring."""
     classifier = restored_classifier(params)
 
@@ -291,14 +314,11 @@ def _class_maps(network, params, mirrored, options):
         log_probs = cam_log_probs(cells, cells.mean(axis=0) + classifier.bias, **options)
         return log_probs.reshape(*maps.shape[:2], -1)
 
-    def log_probs_of(features):
-        maps = network.head(params["backbone"], features) @ classifier.weights
-        return jax.vmap(one)(_mirror_mean(maps, mirrored))
-
-    return log_probs_of
+    maps = network.head(params["backbone"], features) @ classifier.weights
+    return jax.vmap(one)(_mirror_mean(maps, mirrored))
 
 
-# What is made of the features at test time: (network, params, whether mirrored, options) -> function of the features.
+# What is made of the features at test time: (network, params, features, whether mirrored, options) -> log-probabilities.
 OUTPUTS = {"softmax": _softmax, "ilp": _ilp, "class_maps": _class_maps}
 
 

@@ -4,6 +4,8 @@
 takes. docs/methods.md says how to add one.
 """
 
+import functools
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -254,7 +256,7 @@ def localisation(config):
 
 
 def make_objective(config, *, stride, steps_per_epoch):
-    """What a configuration minimises.
+    """What a configuration minimises; the same function for the same settings, so that a step is compiled once for both.
 
     Args:
       config: dict with "method", "objective" and "baselines".
@@ -269,4 +271,12 @@ def make_objective(config, *, stride, steps_per_epoch):
       ValueError: if the method is unknown, or its settings cannot be trained with.
     """
     builder = method_of(config).objective
-    return None if builder is None else builder(config, stride=stride, steps_per_epoch=steps_per_epoch)
+    if builder is None:
+        return None
+    settings = json.dumps({name: config[name] for name in ("method", "objective", "baselines")})
+    return _built(builder, settings, stride, steps_per_epoch)
+
+
+@functools.lru_cache(maxsize=64)
+def _built(builder, settings, stride, steps_per_epoch):
+    return builder(json.loads(settings), stride=stride, steps_per_epoch=steps_per_epoch)

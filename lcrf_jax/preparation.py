@@ -1,5 +1,6 @@
 """From a configuration to what training starts from: data, frozen features, classifier, evidence."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -356,42 +357,56 @@ def posterior_evidence(prepared, params, settings):
       [N, g, g, K] float16, positive, summing to one over the classes.
     """
     network, views, tags = prepared.network, prepared.views, prepared.train.tags
-    kernel_params = scaled(KernelParams(**settings["kernel"]), network.stride)
-    ratio = network.stride // guide_stride(prepared.config, network)
-
-    def one(plain, mirrored, guide, present):
-        log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
-        unary = jnp.where(present, settings["unary_weight"] * log_probs, -1e4).reshape(-1, log_probs.shape[-1])
-        kernel = dense_kernel(guide, kernel_params)
-        posterior = mean_field(unary, kernel, num_iterations=settings["num_iterations"])
-        return jax.nn.softmax(settings["tempering"] * posterior).reshape(log_probs.shape)
-
-    @jax.jit
-    def batch(plain, mirrored, guide, present):
-        both = [network.logits(params, prepared.variables, features) for features in (plain, mirrored)]
-        return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, ratio), present))
-
-    @jax.jit
-    def inputs_of_images(images):
-        plain = network_inputs(network, prepared.variables, images, network.stride // ratio)
-        guide = plain.pop("guide")
-        return plain, network.features(prepared.variables, images[:, :, ::-1]), guide
+    stride, variables = guide_stride(prepared.config, network), jax.device_put(prepared.variables)
+    posterior = functools.partial(
+        _posteriors, network=network, guide_ratio=network.stride // stride,
+        kernel_params=scaled(KernelParams(**settings["kernel"]), network.stride),
+        **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
+    )
 
     def inputs(part):
         if prepared.config["cache"]["features"]:
             taps = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
             return *taps, views.tap("guide")[part]
         records = [views[row] for row in range(part.start, min(part.stop, len(tags)))]  # view 0 comes first
-        return inputs_of_images(np.stack([record["image"] for record in records]))
+        images = np.stack([record["image"] for record in records])
+        return _inputs_of_images(variables, images, network=network, guide_stride=stride)
 
-    params = jax.tree.map(np.asarray, params)  # of all devices and processes; the rest is done by this one
+    params = jax.device_put(jax.tree.map(np.asarray, params))  # of all devices and processes; the rest is done by this one
     rows = []
     with image_progress("posteriors", len(tags)) as done:
         for start in range(0, len(tags), 32):
             part = slice(start, start + 32)
-            rows.append(np.asarray(batch(*inputs(part), tags[part]), np.float16))
+            rows.append(np.asarray(posterior(params, variables, *inputs(part), tags[part]), np.float16))
             done(len(rows[-1]))
     return np.concatenate(rows)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("network", "guide_ratio", "kernel_params", "unary_weight", "num_iterations", "tempering")
+)
+def _posteriors(
+    params, variables, plain, mirrored, guide, present, *, network, guide_ratio, kernel_params, unary_weight,
+    num_iterations, tempering,
+):
+    """[B, g, g, K] posteriors of the features of images and of their mirror images, given their tags [B, K]."""
+
+    def one(plain, mirrored, guide, present):
+        log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
+        unary = jnp.where(present, unary_weight * log_probs, -1e4).reshape(-1, log_probs.shape[-1])
+        posterior = mean_field(unary, dense_kernel(guide, kernel_params), num_iterations=num_iterations)
+        return jax.nn.softmax(tempering * posterior).reshape(log_probs.shape)
+
+    both = [network.logits(params, variables, features) for features in (plain, mirrored)]
+    return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, guide_ratio), present))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "guide_stride"))
+def _inputs_of_images(variables, images, *, network, guide_stride):
+    """(features of images, features of their mirror images, guide)."""
+    plain = network_inputs(network, variables, images, guide_stride)
+    guide = plain.pop("guide")
+    return plain, network.features(variables, images[:, :, ::-1]), guide
 
 
 def validation_features(prepared, source):

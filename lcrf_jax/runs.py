@@ -105,11 +105,12 @@ def first_step(prepared):
       prepared: Prepared, of a method that trains.
 
     Returns:
-      (jitted step, state that begins, batch on the devices, key), see `lcrf_jax.training.make_train_step`.
+      (jitted step, state that begins, frozen weights, batch on the devices, key), see
+        `lcrf_jax.training.make_train_step`.
     """
     this, mesh, key = _beginning(prepared)
     step, state = _step_function(prepared, this, mesh), _fresh_state(prepared, this, key, mesh)
-    return step, state, _first_batch(prepared, this, mesh), key
+    return step, state, training.replicated(prepared.variables, mesh), _first_batch(prepared, this, mesh), key
 
 
 def _beginning(prepared):
@@ -134,13 +135,9 @@ def step_bytes(prepared):
     if not planned_rounds(prepared.config, len(prepared.train)):
         return None
     this, mesh, key = _beginning(prepared)
-    everywhere = NamedSharding(mesh, P())
-    state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(lambda: _fresh_state(prepared, this, key, mesh)),
-    )
-    batch = _first_batch(prepared, this, mesh)
-    return planned_bytes(_step_function(prepared, this, mesh).lower(state, batch, key).compile())
+    state = _state_shapes(prepared, this, key, mesh)
+    variables, batch = training.replicated(prepared.variables, mesh), _first_batch(prepared, this, mesh)
+    return planned_bytes(_step_function(prepared, this, mesh).lower(state, variables, batch, key).compile())
 
 
 def planned_bytes(program):
@@ -163,7 +160,7 @@ def _step_function(prepared, this, mesh):
     config, network = prepared.config, prepared.network
     objective = make_objective(config, stride=network.stride, steps_per_epoch=this.steps_per_epoch)
     return training.make_train_step(
-        network, prepared.variables, objective, _optimizer(config, this), mesh, guide_stride(config, network),
+        network, objective, _optimizer(config, this), mesh, guide_stride(config, network),
         accumulation_steps=config["accumulation_steps"], max_skipped=config["max_skipped_in_a_row"],
     )
 
@@ -183,12 +180,18 @@ def _fresh_state(prepared, this, key, mesh):
     )
 
 
+def _state_shapes(prepared, this, key, mesh):
+    """The state of a round that begins, of shapes that know where they lie; nothing is computed."""
+    shapes = jax.eval_shape(lambda: _fresh_state(prepared, this, key, mesh))
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+
+
 def _newest_state(prepared, checkpoints, rounds, key, mesh):
     """(state, state of the data, steps done) of the run in the folder, or of a run that begins."""
-    state = _fresh_state(prepared, rounds[0], key, mesh)
-    restored = checkpoints.restore_last(state)
+    restored = checkpoints.restore_last(_state_shapes(prepared, rounds[0], key, mesh))
     if restored is None:
-        return state, None, 0
+        return _fresh_state(prepared, rounds[0], key, mesh), None, 0
     say(f"continuing after step {restored.step}")
     return restored.state, restored.data_state, restored.step
 
@@ -221,7 +224,7 @@ def _evidence_of(prepared, workdir, this, state, done):
 
 def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh):
     config, round_key = prepared.config, jax.random.fold_in(key, this.number)
-    step_function = _step_function(prepared, this, mesh)
+    step_function, variables = _step_function(prepared, this, mesh), training.replicated(prepared.variables, mesh)
     batches = _round_batches(prepared, this, evidence, mesh)
     if data_state is not None:
         batches.set_state(data_state)
@@ -234,7 +237,7 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
         for step in range(first + 1, this.last_step + 1):
             batch = next(batches)
             recent.append((step, batch["name"]))
-            state, metrics = step_function(state, training.numeric_arrays(batch), round_key)
+            state, metrics = step_function(state, variables, training.numeric_arrays(batch), round_key)
             epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
             scoring = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
             saving = scoring or step % config["save_every_steps"] == 0

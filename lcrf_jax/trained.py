@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image
 
 from lcrf_jax.checkpoints import restore_params
+from lcrf_jax.compilation import keep_programs
+from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.images import opened_as_rgb, read_image
 from lcrf_jax.data.sources import tag_vector
 from lcrf_jax.descriptions import load_description
@@ -74,6 +76,9 @@ class Model:
 def load(checkpoint, *, which="best"):
     """A trained model from the folder of a run; needs the folder alone.
 
+    What it compiles is kept in the user's cache folder, so that the first photograph of the next process is quicker; see
+    `lcrf_jax.compilation.keep_programs`, which also says how that is switched off.
+
     Args:
       checkpoint: the --workdir of a training run.
       which: ``best`` by the validation score, or ``last``, the newest state of the training.
@@ -85,6 +90,7 @@ def load(checkpoint, *, which="best"):
       lcrf_jax.descriptions.CheckpointError: if the folder holds no run, or its files are damaged.
       ValueError: if `which` is another word.
     """
+    keep_programs(default_directory())
     description, params = load_description(checkpoint), restore_params(checkpoint)
     if which != "best":  # the newest state has what is trained alone
         params = {**params, "decoder": restore_params(checkpoint, which)}

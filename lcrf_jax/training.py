@@ -53,8 +53,9 @@ def data_mesh(devices=None):
     return jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
+@functools.cache
 def make_optimizer(*, learning_rate, num_steps, warmup_steps, final_share, weight_decay, clip_norm):
-    """AdamW with a linear warm-up, cosine decay and clipping by the global norm.
+    """AdamW with a linear warm-up, cosine decay and clipping by the global norm; the same object for the same numbers.
 
     Args:
       learning_rate: peak rate.
@@ -95,10 +96,12 @@ def check_batch_size(batch_size, num_devices, accumulation_steps=1):
         )
 
 
-def make_train_step(
-    network, variables, objective, optimizer, mesh, guide_stride=None, *, accumulation_steps=1, max_skipped=10
-):
+@functools.lru_cache(maxsize=16)
+def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, accumulation_steps=1, max_skipped=10):
     """The jitted step, spread over the mesh with shard_map: the batch is split, the gradients are averaged.
+
+    For equal arguments it is the same function, so that a second run of the same settings compiles nothing. The frozen
+    weights are an argument of it, not a part of the program.
 
     Every image draws from its own key, so the result does not depend on the number of devices or parts, but for the
     order of sums. A step whose loss or gradient is not finite changes nothing but its number; after `max_skipped` of
@@ -106,7 +109,6 @@ def make_train_step(
 
     Args:
       network: lcrf_jax.nets.network.Network.
-      variables: of its frozen backbone, used where a batch has "image" instead of features.
       objective: function (key, logits [h, w, K], record, step) -> (loss, dict of scalars). A term "chain" [h, w] is
         not reported: it is where the Markov chain of the record's view stands, which the state keeps and the record
         of the next step has.
@@ -117,24 +119,24 @@ def make_train_step(
       max_skipped: steps in a row that may be skipped.
 
     Returns:
-      Function (state, batch, key) -> (state, metrics), metrics being scalars averaged over the batch, and
-        "skipped_steps". `state` is donated. The key of the step is fold_in(key, state.step), so a resumed run draws
-        the same numbers.
+      Function (state, variables, batch, key) -> (state, metrics), metrics being scalars averaged over the batch, and
+        "skipped_steps". `state` is donated; `variables` are those of the frozen backbone. The key of the step is
+        fold_in(key, state.step), so a resumed run draws the same numbers.
     """
 
-    def image_loss(params, key, record, step):
+    def image_loss(params, variables, key, record, step):
         dropout_key, sample_key = jax.random.split(key)
         taps = {tap: record[tap][None] for tap in network.taps}
         logits = network.logits(params, variables, taps, dropout_key)[0]
         return objective(sample_key, logits, record, step)
 
-    def gradient(params, keys, batch, step):
+    def gradient(params, variables, keys, batch, step):
         records = {name: value for name, value in batch.items() if name != "image"}
         if "image" in batch:
             records.update(network_inputs(network, variables, batch["image"], guide_stride))
 
         def batch_loss(params):
-            losses, terms = jax.vmap(image_loss, in_axes=(None, 0, 0, None))(params, keys, records, step)
+            losses, terms = jax.vmap(image_loss, in_axes=(None, None, 0, 0, None))(params, variables, keys, records, step)
             chains = terms.pop("chain", None)
             metrics = {"loss": losses.mean(), **{name: value.mean() for name, value in terms.items()}}
             return losses.mean(), (metrics, chains)
@@ -142,17 +144,17 @@ def make_train_step(
         grads, (metrics, chains) = jax.grad(batch_loss, has_aux=True)(params)
         return (grads, metrics), chains
 
-    def shard_step(params, keys, batch, step):
+    def shard_step(params, variables, keys, batch, step):
         if accumulation_steps == 1:
-            sums, chains = gradient(params, keys, batch, step)
+            sums, chains = gradient(params, variables, keys, batch, step)
             return jax.lax.pmean(sums, "data"), chains
 
         def add(sums, part):
-            new, chains = gradient(params, *part, step)
+            new, chains = gradient(params, variables, *part, step)
             return jax.tree.map(jnp.add, sums, new), chains
 
         parts = jax.tree.map(lambda rows: rows.reshape(accumulation_steps, -1, *rows.shape[1:]), (keys, batch))
-        shapes, _ = jax.eval_shape(lambda part: gradient(params, *part, step), jax.tree.map(lambda rows: rows[0], parts))
+        shapes, _ = jax.eval_shape(lambda part: gradient(params, variables, *part, step), jax.tree.map(lambda rows: rows[0], parts))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         sums, chains = jax.lax.scan(add, zeros, parts)
         chains = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), chains)
@@ -161,19 +163,19 @@ def make_train_step(
     spread = jax.shard_map(
         shard_step,
         mesh=mesh,
-        in_specs=(P(), P("data"), P("data"), P()),
+        in_specs=(P(), P(), P("data"), P("data"), P()),
         out_specs=(P(), P("data")),
         check_vma=False,
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state, batch, key):
+    def step(state, variables, batch, key):
         batch_size = len(batch["tags"])
         keys = jax.random.split(jax.random.fold_in(key, state.step), batch_size)
         chains = state.chains
         if chains is not None:
             batch = {**batch, "chain": chains[batch["view"], batch["index"]]}
-        (grads, metrics), ends = spread(state.params, keys, batch, state.step)
+        (grads, metrics), ends = spread(state.params, variables, keys, batch, state.step)
         if chains is not None:
             chains = chains.at[batch["view"], batch["index"]].set(ends)
             chains = jax.lax.with_sharding_constraint(chains, NamedSharding(mesh, P()))
@@ -206,14 +208,36 @@ def initial_state(key, network, variables, optimizer, input_size, mesh, chains=N
     Returns:
       TrainState at step 0.
     """
+    return _initialiser(network, optimizer, input_size, mesh)(key, variables, chains)
 
-    def init(key, chains):
+
+@functools.lru_cache(maxsize=16)
+def _initialiser(network, optimizer, input_size, mesh):
+    def init(key, variables, chains):
         features = network.features(variables, jnp.zeros((1, input_size, input_size, 3)))
         params = network.init(key, variables, features)
         skipped = jnp.zeros(2, jnp.int32)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), skipped, chains)
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))(key, chains)
+    return jax.jit(init, out_shardings=NamedSharding(mesh, P()))
+
+
+def replicated(tree, mesh):
+    """A copy of arrays on every device of a mesh.
+
+    Args:
+      tree: pytree of arrays, the same ones in every process.
+      mesh: see `data_mesh`.
+
+    Returns:
+      The tree, of jax.Array.
+    """
+    everywhere = NamedSharding(mesh, P())
+
+    def placed(leaf):
+        return jax.make_array_from_process_local_data(everywhere, np.asarray(leaf), np.shape(leaf))
+
+    return jax.tree.map(placed, tree)
 
 
 def count_parameters(params):

@@ -2,19 +2,41 @@
 
 import os
 import pathlib
+from importlib import metadata
 
 import pytest
 
-NUM_DEVICES = 4
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Four virtual devices. For the rest: the tests compile much and compute little, and without the optimisations of the
+# compiler's back end they take half the time. `make test-default-flags` runs them with those that users have.
+FLAGS = {
+    "--xla_force_host_platform_device_count": "4",
+    "--xla_backend_optimization_level": "0",
+    "--xla_llvm_disable_expensive_passes": "true",
+    "--xla_cpu_parallel_codegen_split_count": "1",
+}
+if metadata.version("jaxlib").startswith("0.10."):  # a later one does not start with a flag that it no longer knows
+    FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
+DEFAULT_FLAGS = "LCRF_TEST_DEFAULT_FLAGS"
+
+
+def merged_flags(own, wanted):
+    """Flags of XLA as one string: a developer's own, and of those wanted the ones that these do not set."""
+    given = own.split()
+    named = {flag.partition("=")[0] for flag in given}
+    return " ".join([*given, *(f"{name}={value}" for name, value in wanted.items() if name not in named)])
+
+
+def wanted_flags(environment):
+    """The flags of the tests, or only the number of devices where the environment asks for the rest as users have it."""
+    if environment.get(DEFAULT_FLAGS, "0") == "0":
+        return FLAGS
+    return {name: value for name, value in FLAGS.items() if name.endswith("device_count")}
+
 
 # Virtual devices exist on the CPU alone, and the tolerances of the tests are those of the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # The tests compile much and compute little: without the optimisations of the backend they take half the time.
-    flags = [f"--xla_force_host_platform_device_count={NUM_DEVICES}", "--xla_backend_optimization_level=0",
-             "--xla_llvm_disable_expensive_passes=true"]
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
+os.environ["XLA_FLAGS"] = merged_flags(os.environ.get("XLA_FLAGS", ""), wanted_flags(os.environ))
 # Compiled functions outlive the test run: the second one takes a fraction of the first.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

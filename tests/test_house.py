@@ -25,7 +25,7 @@ FLOORS = {
     "locks": 6, "processes": 6, "signals": 6,
     "nets": 7, "data": 7, "objectives": 7, "descriptions": 7,
     "methods": 8, "features": 8, "checkpoints": 8, "report": 8, "runlog": 8, "html_report": 9,
-    "cues": 9, "training": 9, "inference": 9, "splits": 9,
+    "cues": 9, "training": 9, "inference": 9, "splits": 9, "compilation": 9,
     "preparation": 10, "evaluation": 10, "export": 10, "tiling": 10, "trained": 10, "runs": 11,
 }
 LOW_IMPORTS = {"jax", "numpy", "einops"}

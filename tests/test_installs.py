@@ -82,6 +82,6 @@ def test_pip_resolves_every_extra_that_is_printed(tmp_path):
     named = {name for _, words in printed_installs() for word in words for name in re.findall(r"[a-z]+", word) if word.startswith(".[")}
     local = f".[{','.join(sorted(named - {'cuda', 'tpu'}))}]"
     command = [tmp_path / "new/bin/python", "-m", "pip", "install", "--dry-run", "--disable-pip-version-check", local]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "does not provide the extra" not in ended.stderr and "lcrf_jax-" in ended.stdout.splitlines()[-1].replace("-jax", "_jax")

@@ -44,9 +44,11 @@ def objective_of(estimator):
 def step_function(num_devices, estimator="gumbel_softmax", accumulation_steps=1):
     mesh = training.data_mesh(jax.devices()[:num_devices])
     optimizer = training.make_optimizer(**OPTIMIZER)
-    return training.make_train_step(
-        *network_and_variables(), objective_of(estimator), optimizer, mesh, accumulation_steps=accumulation_steps,
-        max_skipped=3)
+    network, variables = network_and_variables()
+    step = training.make_train_step(
+        network, objective_of(estimator), optimizer, mesh, accumulation_steps=accumulation_steps, max_skipped=3)
+    variables = training.replicated(variables, mesh)
+    return lambda state, batch, key: step(state, variables, batch, key)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ A network is described by a dict that JSON can hold, which is stored with every 
      "widths": [512, 512, 256, 512], "dropout": 0.0, "num_classes": 21}
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -104,6 +105,9 @@ DECODERS = {
 class Network(NamedTuple):
     """The inference network as pure functions.
 
+    Two networks of one description are equal and have one hash, so that a program which takes a network as a static
+    argument, and its weights as arrays, is compiled once for both.
+
     Attributes:
       description: the dict it was built from.
       taps: names of the features that all is computed from: what a cache has to keep. "s32" is always there.
@@ -124,6 +128,15 @@ class Network(NamedTuple):
     logits: Callable
     stride: int
     size_step: int
+
+    def __eq__(self, other):
+        return isinstance(other, Network) and self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def _key(self):
+        return json.dumps(self.description, sort_keys=True)
 
     def grid(self, size):
         """Cells along a side of the logits of an input of that side."""
@@ -260,4 +273,5 @@ def backbone_variables(description, weights=""):
     """
     backbone = _backbone(description)
     module = backbone.module(last_stride=description["last_stride"])
-    return load_weights(description["backbone"], module, weights or backbone.weights)
+    variables, digest = load_weights(description["backbone"], module, weights or backbone.weights)
+    return jax.device_put(variables), digest
