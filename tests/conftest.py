@@ -1,5 +1,6 @@
 """Settings that have to be made before jax is imported, and the photographs that some tests need."""
 
+import fnmatch
 import os
 import pathlib
 from importlib import metadata
@@ -48,6 +49,21 @@ def pytest_addoption(parser):
                           "the environment variable LCRF_VOC_ANIMALS does the same")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is slow beside the tests that say so themselves.
+
+    `slow_except("a", "b*")` leaves the cases with these ids to `make test`. A file's SLOW_FIXTURES take long to make: the
+    tests that need one of them are slow.
+    """
+    for item in items:
+        if set(item.fixturenames) & set(getattr(item.module, "SLOW_FIXTURES", ())):
+            item.add_marker(pytest.mark.slow)
+        for marker in item.iter_markers("slow_except"):
+            if not any(fnmatch.fnmatch(item.callspec.id, pattern) for pattern in marker.args):
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def voc_animals(request):
     """Folder of photographs in VOC layout; the test is skipped where none was given."""
@@ -60,6 +76,15 @@ def voc_animals(request):
         pytest.fail(f"expected a folder in VOC layout, got {folder} without {', '.join(missing)}; "
                     "correct --voc-animals or LCRF_VOC_ANIMALS")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """(folder, how the program ended) of one finished run; not to be written to."""
+    from programs import finished_run
+
+    base = tmp_path_factory.getbasetemp()
+    return finished_run(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture(scope="module", autouse=True)

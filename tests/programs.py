@@ -1,7 +1,9 @@
-"""Programs of `experiments` run within this process, which has JAX loaded already."""
+"""Programs of `experiments` run within this process, which has JAX loaded already, and a run that they have finished."""
 
 import contextlib
+import fcntl
 import io
+import json
 import os
 import pathlib
 import runpy
@@ -47,6 +49,28 @@ def run(program, *arguments):
             flags.FLAGS.unparse_flags()
             signal.signal(signal.SIGTERM, terminating)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+TINY = "--config=experiments/configs/tiny.py"
+SHORT = ("--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
+         "--config.epochs=(2,)")  # as in small_runs.py, so that the same compiled functions serve both
+SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4", *SHORT)
+
+
+def finished_run(shared):
+    """(folder, how the program ended) of a run of six steps.
+
+    It is trained once for all processes that share a folder: who comes first trains, the others wait.
+    """
+    folder, told = shared / "tiny run", shared / "tiny run.json"
+    with (shared / "tiny run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("LCRF_JAX_CACHE", str(shared / "tiny run cache"))
+                ended = run("train", TINY, *SMALL, f"--workdir={folder}")
+            told.write_text(json.dumps(ended))
+    return folder, Ended(*json.loads(told.read_text()))
 
 
 def start(program, *arguments, num_devices=4):

@@ -70,6 +70,7 @@ def test_approximates_the_exact_sum_without_any_scale(textured):
     assert energy_error < 0.012
 
 
+@pytest.mark.slow
 def test_more_anchors_and_smaller_blocks_are_more_accurate(textured):
     by_anchors = [errors(textured, num_anchors=number, block_size=5)[0] for number in (8, 48, 256)]
     assert np.all(np.diff(by_anchors) < 0)
@@ -100,6 +101,7 @@ def test_one_colour_is_the_gaussian_over_positions_by_hand():
 
 
 # The last has more than 341 blocks: another way through the blur.
+@pytest.mark.slow_except("shape0-5")
 @pytest.mark.parametrize(("shape", "block_size"), [((13, 17, 3), 5), ((5, 23, 1), 4), ((21, 18, 4), 1)])
 def test_is_symmetric_and_positive_with_the_diagonal_it_says(shape, block_size):
     image = np.random.default_rng(1).uniform(80, 160, size=shape).round()
@@ -155,6 +157,7 @@ def test_pixels_that_do_not_count_take_no_part():
     np.testing.assert_allclose(matrix(build(other, valid=valid, **options)), kernel, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_everything_large_goes_block_by_block_through_the_cache(monkeypatch):
     image = reference.smooth_image(3, 20, 26)
     values = np.random.default_rng(5).normal(size=(520, 3)).astype(np.float32)
@@ -165,6 +168,7 @@ def test_everything_large_goes_block_by_block_through_the_cache(monkeypatch):
     np.testing.assert_allclose(jax.jit(lambda: anchors_diagonal(anchors))(), expected_diagonal, atol=1e-5)
 
 
+@pytest.mark.slow_except("image2-*", "image5-*")
 @pytest.mark.parametrize(("image", "position_width", "colour_width", "num_anchors"), [
     (np.full((9, 9, 3), 128.0), 4.0, 13.0, 32),
     (np.full((1, 1, 3), 7.0), 4.0, 13.0, 128),
@@ -194,6 +198,7 @@ def test_an_image_that_is_not_constant_finds_its_few_colours_whatever_their_shar
     np.testing.assert_allclose(diagonal(anchors)[13 * 20 + 7], 1, atol=0.05)
 
 
+@pytest.mark.slow_except("bfloat16")
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.uint8])
 def test_other_dtypes_are_computed_in_float32(dtype):
     image = jnp.asarray(reference.smooth_image(4, 11, 12).round(), dtype)
@@ -233,6 +238,7 @@ def test_vmap_equals_a_loop():
         np.testing.assert_allclose(got, np.stack(expected), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_shard_map_equals_one_device():
     images, values = batch(jax.device_count())
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

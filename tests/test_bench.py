@@ -31,6 +31,9 @@ def last_line(out):
     return out.rstrip("\n").rsplit("\n", 1)[-1]
 
 
+SLOW_FIXTURES = ("finished",)
+
+
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory):
     """A small photograph: smooth colours with edges and a little noise."""
@@ -191,6 +194,7 @@ def test_without_scikit_image_it_says_what_to_do(monkeypatch):
     assert code == 1 and "pip install scikit-image" in err and "--image=FILE" in err
 
 
+@pytest.mark.slow
 def test_a_job_runs_in_a_process_of_its_own(photo, tmp_path):
     arguments = {"photo": photo, "size": (3, 4), "num_classes": 3, "grid_of": 321, "path": str(tmp_path / "exact.npz")}
     seconds = measuring.in_fresh_process("experiments.crf_measurements", "reference", arguments)
@@ -310,6 +314,7 @@ def test_results_survive_json():
     assert json.loads(json.dumps([measuring.Timing(1.0, 2.0, 3.0)])) == [[1.0, 2.0, 3.0]]
 
 
+@pytest.mark.slow
 def test_the_train_step_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("LCRF_JAX_CACHE", str(tmp_path / "cache"))
     code, out, err = run(

@@ -131,6 +131,7 @@ def test_check_data_names_every_problem_at_once(folder):
     assert "needs root=FOLDER" in run("check_data").out
 
 
+@pytest.mark.slow
 def test_train_refuses_bad_images_or_leaves_them_out_and_says_so(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LCRF_JAX_CACHE", str(tmp_path / "cache"))
     break_some(folder)
@@ -163,6 +164,7 @@ def test_masks_are_looked_at_before_training(folder):
     assert splits.without_masks(config, train)[1].mask is None
 
 
+@pytest.mark.slow
 def test_photographs_with_no_tag_every_tag_and_the_same_tag_are_trained_on(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LCRF_JAX_CACHE", str(tmp_path / "cache"))
     (folder / "classes.txt").write_text("background\ncat\ndog\nbird\n")  # never seen: a bird

@@ -22,6 +22,9 @@ ARGUMENTS = ("--config=experiments/configs/tiny.py", "--config.data.options.num_
 CLASSES = ["background", "ring", "cross"]
 
 
+SLOW_FIXTURES = ("compared",)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiled import compiled
 from jax.test_util import check_grads
 from pictures import COARSE, case_of, soft_labels
 
 from lcrf_jax.crf import kl_to_prior, mean_field, pairwise_energy, refine
 from lcrf_jax.filters import FORMS, exact_image_kernel, image_kernel
 from lcrf_jax.kernels import NORMALISATIONS, KernelParams, dense_kernel
+
+kl_to_prior, mean_field, pairwise_energy, refine = map(compiled, (kl_to_prior, mean_field, pairwise_energy, refine))
 
 
 def random_case(seed, num_pixels=7, num_classes=3, symmetric=True):
@@ -188,6 +191,7 @@ def energies_and_gradients(probs, kernel, compatibility):
     return of_potts, jax.value_and_grad(energy, (0, 1, 2))(probs, weights, compatibility)
 
 
+@pytest.mark.slow_except("exact-row", "anchors-symmetric", "lattice-symmetric")
 @pytest.mark.parametrize(("form", "normalisation"), list(itertools.product(sorted(FORMS), sorted(NORMALISATIONS))))
 def test_energy_of_an_image_kernel_is_that_of_the_matrix_it_stands_for(form, normalisation):
     case = case_of(form, normalisation)
@@ -395,6 +399,7 @@ def spread_by_pmap(function, devices):
     return jax.pmap(function, devices=devices)
 
 
+@pytest.mark.slow_except("*shard_map-exact")
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize("spread", [spread_by_shard_map, spread_by_pmap])
 def test_four_devices_equal_a_batch_on_one(form, spread):
@@ -442,6 +447,7 @@ def test_refine_follows_an_edge_that_noisy_logits_do_not_see():
     assert np.mean(after != truth) < 0.005
 
 
+@pytest.mark.slow
 def test_an_overflow_of_the_lattice_is_not_silent():
     run = jax.jit(lambda x: refine(x, np.zeros((8, 8, 2)), COARSE, num_iterations=1, capacity=60))
     assert np.all(np.isnan(run(np.random.default_rng(5).uniform(0, 255, (8, 8, 1)))))
@@ -467,5 +473,5 @@ def test_an_overflow_of_the_lattice_is_not_silent():
      "position_width"),
 ])
 def test_bad_arguments_are_told(call, message):
-    with pytest.raises(ValueError, match=message):
+    with jax.disable_jit(), pytest.raises(ValueError, match=message):
         call()

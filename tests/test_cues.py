@@ -48,6 +48,7 @@ def gradient_maps(directory, tags=None):
                                   directory=directory, batch_size=2)
 
 
+@pytest.mark.slow
 def test_gradient_saliency_is_the_modulus_of_differences(tmp_path):
     """One pixel moved by a little in each colour: the change of the tagged logits, largest over the colours."""
     network, variables = network_and_variables()

@@ -51,6 +51,7 @@ def test_the_answer_is_what_the_library_says(client, query, crf):
     assert all(0.25 <= entry["confidence"] <= 1 for entry in got["classes"])
 
 
+@pytest.mark.slow
 def test_sliders_and_tags_change_what_they_should(client):
     image = picture(3, 50, 70)
 

@@ -200,6 +200,7 @@ def test_straight_through_is_unbiased_in_value_only(name):
     assert relative_error(gradients, gradient) > 0.5
 
 
+@pytest.mark.slow
 @every_closed_form
 def test_the_bias_of_relaxed_samples_falls_with_the_temperature(name):
     """In value about in proportion to it; what exact samples with the same noise give is taken off."""
@@ -359,6 +360,7 @@ def test_vmap_equals_a_loop():
     np.testing.assert_allclose(jax.jit(jax.vmap(every_bound))(keys, *arrays), loop, rtol=1e-5)
 
 
+@pytest.mark.slow_except("gumbel_softmax", "reinforce")
 @every_estimator
 def test_gradients(estimator):
     """In the kernel and the evidence of every estimator; in the logits of those whose gradient is that of their value."""
@@ -398,6 +400,7 @@ def extreme_logits(num_pixels, num_classes):
         yield np.tile(np.where(np.arange(num_classes) == certain, 0.0, -np.inf), (num_pixels, 1))
 
 
+@pytest.mark.slow_except("9-4-float32")
 @pytest.mark.parametrize(("num_pixels", "num_classes", "dtype"), [
     (9, 4, "float32"), (9, 4, "float16"), (9, 4, "bfloat16"), (1, 4, "float32"), (9, 1, "float32"),
 ])

@@ -26,6 +26,9 @@ def rows_of(folder):
         return list(csv.DictReader(file))
 
 
+SLOW_FIXTURES = ("finished",)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One run with a likelihood of each kind, and its rows."""
@@ -117,6 +120,7 @@ def test_tables_and_figure_are_written(finished):
     assert content.startswith(b"\x89PNG") and len(content) < 150_000
 
 
+@pytest.mark.slow
 def test_the_seed_decides_every_number_and_the_tables_do_without_matplotlib(tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
         monkeypatch.setitem(sys.modules, name, None)

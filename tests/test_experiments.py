@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
-from programs import run
+from programs import SHORT, SMALL, TINY, run
 
 import lcrf_jax
 from experiments import reporting
@@ -32,10 +32,6 @@ from lcrf_jax.report import palette
 from lcrf_jax.runlog import metrics_history
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = "--config=experiments/configs/tiny.py"
-SHORT = ("--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
-         "--config.epochs=(2,)")  # as in test_runs.py, so that the same compiled functions serve both
-SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4", *SHORT)
 CLASSES = ("background", "ring", "cross", "star", "stripes", "chequer", "dots")
 
 
@@ -60,15 +56,10 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    return workdir, run("train", TINY, *SMALL, f"--workdir={workdir}")
-
-
-@pytest.fixture
-def checkpoint(trained):
-    assert trained[1].code == 0, trained[1].err
-    return trained[0]
+def checkpoint(tiny_run, tmp_path_factory):
+    """A copy of the finished run, which the tests may write to."""
+    assert tiny_run[1].code == 0, tiny_run[1].err
+    return shutil.copytree(tiny_run[0], tmp_path_factory.mktemp("runs") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +84,8 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_train_prints_the_table_and_ends_with_the_score(trained):
-    workdir, ended = trained
+def test_train_prints_the_table_and_ends_with_the_score(tiny_run):
+    workdir, ended = tiny_run
     assert ended.code == 0, ended.err
     value = score(ended.last_line)
     for name in CLASSES:
@@ -113,32 +104,32 @@ def test_train_prints_the_table_and_ends_with_the_score(trained):
     assert re.search(r"images/s", ended.err)
 
 
-def test_training_again_in_the_same_folder_only_prints_the_score(trained, checkpoint):
+def test_training_again_in_the_same_folder_only_prints_the_score(tiny_run, checkpoint):
     again = run("train", TINY, *SMALL, f"--workdir={checkpoint}")
     assert again.code == 0 and "continuing after step 6" in again.out
-    assert again.last_line == trained[1].last_line
+    assert again.last_line == tiny_run[1].last_line
     other = run("train", TINY, *SMALL, f"--workdir={checkpoint}", "--config.network.dropout=0.5")
     assert_refused(other, "error: .*belongs to another model: network")
 
 
-def test_evaluate_gives_the_score_of_training(trained, checkpoint):
+def test_evaluate_gives_the_score_of_training(tiny_run, checkpoint):
     ended = run("evaluate", f"--checkpoint={checkpoint}")
     assert ended.code == 0, ended.err
-    assert ended.last_line == trained[1].last_line
+    assert ended.last_line == tiny_run[1].last_line
     assert "4 images of val" in ended.out
 
 
-def test_evaluate_with_refinement_ends_with_the_refined_score(trained, checkpoint):
+def test_evaluate_with_refinement_ends_with_the_refined_score(tiny_run, checkpoint):
     ended = run("evaluate", f"--checkpoint={checkpoint}", "--split=val", "--crf")
     assert ended.code == 0, ended.err
     assert re.search(r"^class +plain +refined$", ended.out, re.MULTILINE)
     results = json.loads((checkpoint / "results_val_crf.json").read_text())
     assert score(ended.last_line) == pytest.approx(results["refined"]["miou"], abs=6e-4)
-    assert f"{trained[1].last_line} without refinement" in ended.out
+    assert f"{tiny_run[1].last_line} without refinement" in ended.out
     assert (checkpoint / "pictures_val_crf.png").exists()
 
 
-def test_a_checkpoint_may_be_moved(trained, checkpoint, tmp_path):
+def test_a_checkpoint_may_be_moved(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "moved to" / "here")
     ended = run("evaluate", f"--checkpoint={tmp_path / 'moved to' / 'here'}", "--tags_given")
     assert ended.code == 0, ended.err
@@ -157,6 +148,7 @@ def test_class_maps_are_scored_with_tags_given(checkpoint):
     assert_refused(both, "--cam and --crf")
 
 
+@pytest.mark.slow
 def test_photographs_in_a_folder(photos, checkpoint, tmp_path):
     """Trained from tags alone: the training split has no masks at all."""
     config = tmp_path / "mine.py"
@@ -332,6 +324,7 @@ def test_predict_with_tags_says_so_and_keeps_to_them(checkpoint, tmp_path):
     assert_refused(run(*command, f"--tags={tmp_path}/tags.json"), r"tags.json, 'a': unknown class 'bird': expected one of back")
 
 
+@pytest.mark.slow
 def test_predict_with_flips_scales_tiles_and_probabilities(checkpoint, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)).save(tmp_path / "a.png")
     base = ("predict", f"--checkpoint={checkpoint}", f"--images={tmp_path}/a.png")
@@ -404,6 +397,7 @@ def test_photographs_are_not_lost_to_masks(checkpoint, tmp_path):
     assert_refused(run("predict", arguments[0], f"--images={tmp_path}/*.gif", "--out=x"), "no file fits the pattern")
 
 
+@pytest.mark.slow
 def test_ablation_trains_every_variation_once_and_compares_them(tmp_path):
     command = ("ablation", TINY, *SMALL, f"--workdir={tmp_path}", "--variations=temperature 0.2,mean")
     first = run(*command)
@@ -485,6 +479,7 @@ def test_wrong_flags_end_with_one_clear_line(command, message):
     assert not (ROOT / "x").exists() and not (ROOT / "y").exists()
 
 
+@pytest.mark.slow
 def test_the_programs_run_on_their_own(checkpoint, tmp_path):
     """One of them as a user starts it."""
     Image.new("RGB", (20, 30), "red").save(tmp_path / "a.jpg")

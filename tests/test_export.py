@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import ROOT, run
-from small_runs import small_config
 from test_inference import NETWORK, SETTINGS, parameters, picture, segmenter
 
-from lcrf_jax import preparation, runs
 from lcrf_jax.export import exported, image_function, squares
 from lcrf_jax.features import square_image
 from lcrf_jax.inference import segment
@@ -57,6 +55,7 @@ def test_the_function_is_the_segmentation_of_each_image(input_sizes, mirror):
         assert (found.argmax(axis=-1) == expected.labels).mean() > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noisy", [False, True], ids=["smooth", "noise"])
 def test_with_refinement_the_function_is_the_refined_segmentation(noisy):
     images = batch(3, 2, 64, 64)
@@ -100,6 +99,7 @@ def read_back(path, images, tmp_path):
     return np.load(tmp_path / "out.npz")
 
 
+@pytest.mark.slow
 def test_any_batch_height_and_width_in_a_process_without_flax(tmp_path):
     path = tmp_path / "model.stablehlo"
     path.write_bytes(exported(plain_function()).serialize())
@@ -110,6 +110,7 @@ def test_any_batch_height_and_width_in_a_process_without_flax(tmp_path):
         np.testing.assert_allclose(found[name], expected, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_refinement_at_one_size_in_a_process_without_flax(tmp_path):
     function = image_function(description(), parameters(), crf=True)
     path = tmp_path / "refined.stablehlo"
@@ -130,11 +131,9 @@ def test_platforms_that_are_not_known_are_refused():
     assert exported(plain_function(), platforms=["cpu"]).platforms == ("cpu",)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = small_config(folder / "cache", epochs=(1,))
-    return runs.train(preparation.prepare(config), folder / "run")
+@pytest.fixture
+def checkpoint(tiny_run):
+    return tiny_run[0]
 
 
 def test_the_program_writes_the_file_and_says_what_it_is(checkpoint, tmp_path):

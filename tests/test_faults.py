@@ -1,6 +1,6 @@
 """What machines do to a run: every fault of docs/faults.md, and that nothing is lost by it.
 
-Those that need processes of their own are marked slow; `make test-slow` runs them.
+Those that need processes of their own are slow: a part of `make test-all`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from programs import ROOT, finish, run, start
+from programs import ROOT, TINY, finish, run, start
 from small_runs import assert_same_trees, lines, small_config
 
 from lcrf_jax import preparation, runs, signals
@@ -30,7 +30,6 @@ from lcrf_jax.descriptions import CheckpointError
 from lcrf_jax.locks import Locked, locked, own_folder
 from lcrf_jax.runlog import MetricsWriter, metrics_history
 
-TINY = "--config=experiments/configs/tiny.py"
 SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4", "--config.network.taps=('head', 's16')",
          "--config.network.widths=(16, 12)", "--config.class_maps.grid=6", "--config.class_maps.extra_sizes=()")
 
@@ -58,6 +57,7 @@ def uninterrupted(prepared, tmp_path_factory):
 # Signals
 
 
+@pytest.mark.slow_except("4-15")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [3, 4, 6])
 def test_a_signal_saves_the_state_after_the_step_and_the_run_goes_on_to_the_same_bits(
@@ -125,6 +125,7 @@ def test_signals_are_left_alone_in_a_thread():
 # Two runs
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_are_refused(prepared, tmp_path):
     message = rf"{tmp_path} is in use by process {os.getpid()} on .*another folder"
     with locked(tmp_path / "lock"), pytest.raises(Locked, match=message):
@@ -160,6 +161,7 @@ def test_a_lock_goes_with_its_process(tmp_path):
 # A full disk
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_before_anything_is_written(prepared, uninterrupted, tmp_path, monkeypatch):
     disk_usage = runs.RunCheckpoints.__init__.__globals__["shutil"].disk_usage
     space = iter([10**9, 10**9, 10**9, 1000])
@@ -237,6 +239,7 @@ def with_poison(patch, images):
     patch.setattr(runs, "training_records", lambda *args: Poisoned(training_records(*args), images))
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_finite_loss_changes_nothing_and_is_counted(prepared, tmp_path, monkeypatch):
     often = prepared._replace(config={**prepared.config, "log_every_steps": 1, "save_every_steps": 1}, val=None)
     with monkeypatch.context() as patch:
@@ -248,6 +251,7 @@ def test_a_batch_without_a_finite_loss_changes_nothing_and_is_counted(prepared, 
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore_params(tmp_path, "last")))
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_with_the_names_of_its_images_and_keeps_what_it_has(prepared, tmp_path, monkeypatch):
     config = {**prepared.config, "max_skipped_in_a_row": 2, "log_every_steps": 3, "save_every_steps": 1}
     with monkeypatch.context() as patch:
@@ -445,9 +449,8 @@ def test_a_pair_that_lost_one_of_its_processes_goes_on_to_the_same_bits(cache, t
 
 
 @pytest.mark.slow
-def test_two_processes_label_500_photographs_though_one_is_killed(cache, tmp_path):
-    checkpoint, photos, masks = tmp_path / "run", tmp_path / "photos", tmp_path / "masks"
-    assert run("train", TINY, *SMALL, "--config.epochs=(1,)", f"--workdir={checkpoint}").code == 0
+def test_two_processes_label_500_photographs_though_one_is_killed(tiny_run, cache, tmp_path):
+    checkpoint, photos, masks = tiny_run[0], tmp_path / "photos", tmp_path / "masks"
     source = open_source("textures", "val", seed=2, size=96, num_train=1, num_val=25)
     images = [source[i].image for i in range(25)]
     for i in range(500):

@@ -38,6 +38,7 @@ def case(request):
     return case_of(*request.param)
 
 
+@pytest.mark.slow_except("anchors-symmetric", "exact-row", "lattice-symmetric")
 def test_equals_the_dense_kernel(case):
     assert isinstance(case.kernel.bilateral, TYPES[case.form])
     raw_lattice = case.form == "lattice" and case.normalisation == "none"
@@ -54,6 +55,7 @@ def test_equals_the_dense_kernel(case):
         np.testing.assert_allclose(np.vdot(labels, case.symmetric @ labels), energy, rtol=0.02)
 
 
+@pytest.mark.slow_except("anchors-symmetric", "exact-row", "lattice-symmetric")
 def test_leaves_self_pairs_out(case):
     for matrix in (case.matrix, case.symmetric):
         own = np.diagonal(matrix)
@@ -65,6 +67,7 @@ def test_leaves_self_pairs_out(case):
             np.testing.assert_allclose(own, 0, atol=1e-4)
 
 
+@pytest.mark.slow_except("anchors-symmetric", "exact-row", "lattice-symmetric")
 def test_the_symmetric_part_is_that_of_the_kernel(case):
     np.testing.assert_allclose(case.symmetric, case.symmetric.T, atol=1e-5 * case.symmetric.max())
     part = (case.matrix + case.matrix.T) / 2
@@ -86,6 +89,7 @@ def _products(kernel, values, one, other):
     return *across, product(kernel.blur(one), other), product(one, kernel.blur(other))
 
 
+@pytest.mark.slow_except("anchors-symmetric", "exact-row", "lattice-symmetric")
 def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(case):
     rng = np.random.default_rng(3)
     shapes = jax.eval_shape(case.kernel.splat, np.zeros((PIXELS, 4), np.float32))
@@ -107,6 +111,7 @@ def test_backwards_is_the_transpose_of_a_symmetrically_normalised_kernel(form):
         assert relative(backwards, case.matrix @ values) > 1e-3
 
 
+@pytest.mark.slow_except("exact-row")
 @pytest.mark.parametrize(("form", "normalisation"), [("anchors", "symmetric"), ("exact", "row"), ("lattice", "row")])
 def test_padding_that_is_not_valid_changes_nothing(form, normalisation):
     rng = np.random.default_rng(6)
@@ -136,6 +141,7 @@ def test_padding_that_is_not_valid_changes_nothing(form, normalisation):
     assert relative(product[valid], expected) < (0.1 if form == "anchors" else 1e-4)
 
 
+@pytest.mark.slow_except("5-exact", "1-anchors")
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_guide_of_any_channels_with_a_width_for_each(form, channels):
@@ -219,6 +225,7 @@ def test_a_weight_of_zero_leaves_a_gaussian_out(weights):
         np.testing.assert_allclose(product, matrix @ labels, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.slow_except("exact")
 @pytest.mark.parametrize("form", ["exact", "lattice"])
 def test_one_pixel_has_no_pairs(form):
     filtered = jax.jit(lambda image: filter_with(image_kernel(image, COARSE, form=form), jnp.ones((1, 2))))

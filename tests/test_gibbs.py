@@ -121,6 +121,7 @@ def from_the_posterior(num_blocks, name):
     return jax.tree.map(np.asarray, chains(keys_of(32), start, KERNEL, UNARY, name, 1, num_blocks))
 
 
+@pytest.mark.slow_except("2-none", "3-area", "5-max_pool")
 @every_likelihood
 @every_number_of_blocks
 def test_a_sweep_leaves_the_posterior_as_it_is(num_blocks, name):
@@ -131,6 +132,7 @@ def test_a_sweep_leaves_the_posterior_as_it_is(num_blocks, name):
     assert moved > 0.1, "a chain that stands still would pass too"
 
 
+@pytest.mark.slow_except("2")
 @every_number_of_blocks
 def test_a_sweep_of_another_chain_does_not(num_blocks):
     """What the test above can see: the same samples after one sweep with something wrong."""
@@ -150,6 +152,7 @@ def test_a_sweep_of_another_chain_does_not(num_blocks):
         assert p_value(labels, posterior(name if name in LIKELIHOODS else "none")) < 1e-3, what
 
 
+@pytest.mark.slow_except("2-area")
 @with_and_without
 @every_number_of_blocks
 def test_chains_from_a_fixed_start_reach_the_posterior(num_blocks, name):
@@ -178,6 +181,7 @@ def test_the_reference_of_self_pairs_without_any_is_the_posterior():
     np.testing.assert_allclose(with_self_pairs(0.0), posterior(), rtol=1e-5)
 
 
+@pytest.mark.slow_except("2-none", "3-area", "5-max_pool")
 @every_likelihood
 @every_number_of_blocks
 def test_marginals_are_unbiased_at_stationarity(num_blocks, name):
@@ -187,6 +191,7 @@ def test_marginals_are_unbiased_at_stationarity(num_blocks, name):
         assert standard_errors_off(marginals, marginals_of(wrong)) > 8
 
 
+@pytest.mark.slow_except("2")
 @every_number_of_blocks
 def test_conditional_distributions_vary_less_than_labels(num_blocks):
     """The theorem of Rao and Blackwell: the marginals of one sweep have the labels' mean and a smaller variance."""
@@ -204,6 +209,7 @@ def test_with_a_likelihood_the_marginals_of_a_sweep_are_its_labels(name):
     np.testing.assert_array_equal(samples.marginals, np.eye(NUM_CLASSES)[samples.labels])
 
 
+@pytest.mark.slow_except("area")
 @with_and_without
 def test_marginals_are_the_mean_over_the_sweeps(name):
     start = exact_samples(4, posterior(name))
@@ -216,6 +222,7 @@ def test_marginals_are_the_mean_over_the_sweeps(name):
     assert ratio.min() > 0.3 and ratio.max() < 0.85
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_two_pixels_agree_as_often_as_by_hand(num_blocks):
     """Two pixels, three classes, no unary: P(z_1 = z_2) is e^k / (e^k + 2)."""
@@ -241,6 +248,7 @@ def test_without_a_kernel_one_sweep_gives_independent_labels(num_blocks):
     np.testing.assert_allclose(np.mean(samples.marginals, axis=0), expected, atol=1e-3)
 
 
+@pytest.mark.slow_except("area")
 @with_and_without
 def test_the_diagonal_of_the_kernel_is_ignored(name):
     start = exact_samples(8, posterior(name), 50)
@@ -261,6 +269,7 @@ def test_the_symmetric_part_of_the_kernel_counts_and_a_diagonal_may_be_infinite(
     np.testing.assert_allclose(samples.marginals, expected.marginals, atol=1e-5)
 
 
+@pytest.mark.slow_except("area")
 @with_and_without
 def test_labels_passed_on_go_on_with_the_chain(name):
     """One sweep from a fixed start is not the posterior yet; call after call of one sweep it is."""
@@ -287,6 +296,7 @@ def test_the_gradient_of_q_is_unbiased(name):
     assert standard_errors_off(gradients, by_definition(posterior("area" if name == "none" else "none"))) > 8
 
 
+@pytest.mark.slow
 @with_and_without
 def test_persistent_chains_bring_q_to_the_marginals_of_the_posterior(name):
     # The steps fall as 1 / t, so that the noise of the chains averages out.
@@ -319,6 +329,7 @@ def check_valid(samples, num_pixels, num_classes):
     np.testing.assert_allclose(samples.marginals.sum(axis=-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow_except("2-area")
 @with_and_without
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_large_unaries_decide(num_blocks, name):
@@ -331,6 +342,7 @@ def test_large_unaries_decide(num_blocks, name):
     assert set(np.unique(samples.labels[:, 3])) == {0, 1}
 
 
+@pytest.mark.slow_except("8")
 @pytest.mark.parametrize("num_blocks", [1, 8, 60])
 def test_a_strong_kernel_keeps_labels_equal_or_apart(num_blocks):
     """Row sums of 1e3: what agrees stays so, whatever the unary says. Where they repel, no class has all pixels."""
@@ -346,6 +358,7 @@ def test_a_strong_kernel_keeps_labels_equal_or_apart(num_blocks):
     assert np.bincount(samples.labels).max() <= (21 if num_blocks == 60 else 40)
 
 
+@pytest.mark.slow_except("area-1-3", "none-5-1")
 @pytest.mark.parametrize("num_pixels, num_classes", [(1, 3), (1, 1), (NUM_PIXELS, 1)])
 @with_and_without
 def test_one_pixel_and_one_class(num_pixels, num_classes, name):
@@ -371,6 +384,7 @@ def test_a_state_that_the_likelihood_excludes_is_left_and_never_entered():
     assert set(labels.sum(axis=1)) == {1, 2}
 
 
+@pytest.mark.slow_except("bfloat16")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_short_types_are_sampled_in_float32(dtype):
     kernel, unary = jnp.asarray(4 * KERNEL, dtype), jnp.asarray(4 * UNARY, dtype)
@@ -403,6 +417,7 @@ def test_the_field_of_a_kernel_with_many_pixels_is_finite(num_pixels):
         check_valid(samples, num_pixels, 2)
 
 
+@pytest.mark.slow_except("area")
 @with_and_without
 def test_vmap_equals_a_loop(name):
     cases = [random_case(seed, NUM_PIXELS, NUM_CLASSES) for seed in range(3)]
@@ -416,6 +431,7 @@ def test_vmap_equals_a_loop(name):
         np.testing.assert_allclose(many.marginals[number], expected.marginals, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow_except("image-area")
 @with_and_without
 @pytest.mark.parametrize("shared", [(), ("kernel", "unary"), ("labels", "kernel", "unary")],
                          ids=["nothing", "image", "all but the keys"])

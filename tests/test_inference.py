@@ -106,6 +106,7 @@ def test_the_log_probabilities_of_several_sizes_are_averaged():
     assert np.abs(each[0] - each[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_with_mirroring_the_mirrored_image_has_the_mirrored_result():
     image = picture(2, 64, 64)
     for crf in (False, True):
@@ -119,6 +120,7 @@ def test_with_mirroring_the_mirrored_image_has_the_mirrored_result():
     assert np.abs(single - other).max() > 0.1
 
 
+@pytest.mark.slow_except("size0")
 @pytest.mark.parametrize("size", [(64, 64), (50, 70), (1, 30)])
 def test_refinement_of_a_padded_image_is_that_of_the_image(size):
     image = picture(3, *size)
@@ -131,6 +133,7 @@ def test_refinement_of_a_padded_image_is_that_of_the_image(size):
     np.testing.assert_array_equal(result.network_labels, result.log_probs.argmax(axis=-1))
 
 
+@pytest.mark.slow
 def test_noise_that_needs_many_lattice_vertices_is_refined_all_the_same():
     image = np.random.default_rng(0).integers(0, 256, (256, 192, 3)).astype(np.uint8)
     unary = inference.segment(segmenter(), image, crf=False).log_probs

@@ -64,6 +64,7 @@ def small():
     return features, valid, lattice, forwards, both
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize("num_features", [1, 2, 6])
 def test_equals_a_lattice_of_dictionaries(num_features):
     rng = np.random.default_rng(num_features)
@@ -74,6 +75,7 @@ def test_equals_a_lattice_of_dictionaries(num_features):
     np.testing.assert_allclose(apply(lattice, values), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.slow_except("cell_sizes2-blocks2")
 @pytest.mark.parametrize(("cell_sizes", "blocks"), [
     ((0.8, 1.5, 0.6), None),
     ((1e-4, 1e-4, 1e-4), None),
@@ -107,6 +109,7 @@ def test_cells_and_blocks_and_pixels_that_do_not_count(cell_sizes, blocks, monke
         assert 16 < num_cells and 56 < num_vertices < 400 - 56
 
 
+@pytest.mark.slow
 def test_approximates_the_exact_filter_on_a_picture(photograph):
     features, values, exact, lattice = photograph
     filtered = np.asarray(apply(lattice, values))
@@ -141,6 +144,7 @@ def test_barycentric_weights_are_a_partition_of_unity(photograph):
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_does_not_depend_on_capacity_or_order_and_is_deterministic(small):
     features, valid, lattice, expected, _ = small
     tight = build(features, int(lattice.num_vertices), cell_sizes=SMALL_CELLS, valid=valid)

@@ -113,6 +113,7 @@ def test_a_later_round_of_stc_fits_the_tagged_labels_of_the_round_before():
     assert set(np.asarray(labels).tolist()) <= set(np.flatnonzero(given["tags"]).tolist())
 
 
+@pytest.mark.slow_except("sec", "latent_crf")
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_train_step_of_every_method_lowers_its_loss(name):
     """Linear logits of the features of a batch, fitted by forty steps of Adam."""

@@ -103,6 +103,7 @@ def product_config(name="evidence", **changes):
     return config_with(likelihood=name, likelihood_options=OPTIONS, further_likelihoods=FURTHER, **changes)
 
 
+@pytest.mark.slow_except("some tags-evidence", "some tags-max_pool")
 @pytest.mark.parametrize("name", ["evidence", "frozen_classifier", "max_pool"])
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["every tag", "no tag", "some tags"])
 def test_further_likelihoods_are_multiplied_in_their_powers(name, index):
@@ -230,6 +231,7 @@ def bilinear(values, size):
     return np.einsum("Hh,hwk,Ww->HWk", weights, np.float64(values), weights)
 
 
+@pytest.mark.slow_except("8-exact")
 @pytest.mark.parametrize(("stride", "form"), [(STRIDE // 2, "exact"), (STRIDE // 4, ""), (STRIDE // 4, "lattice")])
 def test_the_pairwise_term_on_a_finer_grid_than_the_logits(stride, form):
     logits, given = random_logits(8), dict(record(2))
@@ -335,6 +337,7 @@ def assert_same_term(found, expected):
     np.testing.assert_allclose(gradient, expected[1], atol=1e-5 * np.abs(expected[1]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evidence", "gwrp"])
 def test_every_estimator_is_that_of_the_bound_with_the_likelihood_of_the_record(name):
     """Value and gradient at the same key, half way from a temperature of 1.6 to one of 0.4."""
@@ -387,6 +390,7 @@ def test_exact_adds_the_closed_forms_of_the_factors():
     np.testing.assert_allclose(found, of_pixels + 3 * pooled, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["gumbel_softmax", "straight_through"])
 def test_the_cells_of_a_noise_block_share_their_noise(estimator):
     """On a grid of four rows and two columns, so that exchanged sides would be noticed."""
@@ -422,6 +426,7 @@ def chain_functions(name):
     return jax.jit(jax.value_and_grad(objective, argnums=1, has_aux=True)), jax.jit(sampled)
 
 
+@pytest.mark.slow_except("4-0.25-from the record's chain-evidence", "4-0.25-from q-gwrp")
 @pytest.mark.parametrize("name", ["evidence", "frozen_classifier", "gwrp"])
 @pytest.mark.parametrize("begun", [False, True], ids=["from q", "from the record's chain"])
 @pytest.mark.parametrize(("step", "ramp"), [(4, 5 / 20), (100, 1.0)])
@@ -470,6 +475,7 @@ def posterior_marginals(name, given, likelihood_weight, pairwise_weight):
     return np.einsum("z,zik->ik", weights, one_hot)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evidence", "area", "evidence and area"])
 def test_chains_that_go_on_reach_the_weighted_posterior(name):
     """600 chains from a q that knows nothing; the marginals of the second call, within 4.5 standard errors."""
@@ -512,6 +518,7 @@ def losses_and_gradients():
     return jax.jit(jax.vmap(of_all, in_axes=(0, 0, None)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_value_and_gradient_of_every_likelihood_are_finite(scale):
     logits = np.stack([random_logits(i, scale) for i in range(BATCH)])

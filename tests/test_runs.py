@@ -106,6 +106,7 @@ def test_the_classifier_of_the_checkpoint_is_the_one_that_was_fitted(prepared, u
     assert_same_trees(stored["backbone"], prepared.variables)
 
 
+@pytest.mark.slow_except("within a round")
 @pytest.mark.parametrize("stop", [3, 6, 9], ids=["within a round", "between rounds", "before the first save"])
 def test_a_run_that_was_killed_continues_to_the_same_bits(prepared, uninterrupted, tmp_path, monkeypatch, stop):
     train_and_kill(prepared, tmp_path, monkeypatch, stop, before_saving=stop == 9)
@@ -130,6 +131,7 @@ def with_chains(prepared):
     return prepared._replace(config=config, val=None)
 
 
+@pytest.mark.slow
 def test_a_run_with_chains_that_was_killed_continues_to_the_same_bits(prepared, tmp_path, monkeypatch):
     """The third epoch goes on with the chains of the first, which lie before the interruption."""
     chained = with_chains(prepared)
@@ -151,6 +153,7 @@ def simple_to_complex(cache):
         return preparation.prepare(small_config(cache, method="stc", data__val_split=""))
 
 
+@pytest.mark.slow
 def test_rounds_on_a_part_of_the_images_continue_to_the_same_bits(simple_to_complex, tmp_path, monkeypatch):
     config = copy.deepcopy(simple_to_complex.config) | {"eval_every_epochs": 1}
     given = simple_to_complex._replace(config=config)
@@ -199,6 +202,7 @@ def test_class_maps_are_a_run_that_trains_nothing(cache, tmp_path):
     np.testing.assert_array_equal(scores.plain, again.plain)
 
 
+@pytest.mark.slow_except("8")
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_scores_from_cached_features_are_those_of_the_images(prepared, uninterrupted, batch_size):
     segmenter = make_segmenter(load_description(uninterrupted), restore_params(uninterrupted, "best"))
@@ -212,6 +216,7 @@ def test_scores_from_cached_features_are_those_of_the_images(prepared, uninterru
     assert_same_trees(found.samples, expected.samples)
 
 
+@pytest.mark.slow
 def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_to(cache, tmp_path):
     config = small_config(cache, objective__cue_confidence=0.9)
     evidence = {**config["objective"]["likelihood_options"]["evidence"], "saliency_weight": 2.0}
@@ -242,6 +247,7 @@ def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
     assert (preparation.prepare(config).cues == 255).all()
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step_is_at_least_that_of_its_state(prepared):
     rounds = preparation.planned_rounds(prepared.config, 24)
     state = runs._fresh_state(prepared, rounds[0], jax.random.key(0), training.data_mesh())
@@ -375,6 +381,7 @@ def test_posteriors_without_cached_features_are_the_same(prepared, cache):
     assert np.abs(computed - computed[::-1]).mean() > 0.05
 
 
+@pytest.mark.slow
 def test_two_rounds_without_cached_features(cache, tmp_path):
     given = preparation.prepare(small_config(cache, cache__features=False, views__num_views=3, epochs=(1, 1)))
     runs.train(given._replace(val=None), tmp_path)
@@ -382,6 +389,7 @@ def test_two_rounds_without_cached_features(cache, tmp_path):
     assert steps[-1] == 6 and (tmp_path / "posteriors").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_pairwise_term_finer_than_the_logits(prepared, cache, tmp_path):
     fine = preparation.prepare(small_config(cache, objective__pairwise_stride=4))
     assert fine.views.tap("guide").shape == (24, 24, 24, 3) and prepared.views.tap("guide").shape == (24, 6, 6, 3)
@@ -398,6 +406,7 @@ def test_a_pairwise_stride_that_does_not_divide_is_told(prepared, stride):
         preparation.guide_stride(small_config("", objective__pairwise_stride=stride), prepared.network)
 
 
+@pytest.mark.slow
 def test_without_validation_the_newest_parameters_are_the_best(prepared, uninterrupted, tmp_path):
     runs.train(prepared._replace(val=None), tmp_path)
     assert not any("val/miou" in record for record in lines(tmp_path))

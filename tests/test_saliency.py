@@ -4,8 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compiled_functions
 
 from lcrf_jax import saliency
+
+saliency = compiled_functions(saliency)
 
 
 def exact_barrier_distance(values):
@@ -102,6 +105,7 @@ def test_a_batch_is_the_images_one_by_one():
         np.testing.assert_allclose(saliency.barrier_saliency(image), found, atol=2e-5)
 
 
+@pytest.mark.slow_except("255-*")
 @pytest.mark.parametrize("shape", [(1, 1, 3), (1, 7, 3), (2, 2, 3), (5, 5, 3)])
 @pytest.mark.parametrize("value", [0, 255])
 def test_constant_and_tiny_images_are_finite(shape, value):

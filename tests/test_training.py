@@ -100,6 +100,7 @@ def test_one_and_four_devices_give_the_same_parameters():
     assert min(moved) > 1e-4
 
 
+@pytest.mark.slow_except("gumbel_softmax-2-4")
 @pytest.mark.parametrize(("num_devices", "parts"), [(1, 2), (1, 8), (2, 4)])
 @pytest.mark.parametrize("estimator", ["gumbel_softmax", "mcmc"])
 def test_parts_of_a_batch_add_up_to_the_batch(num_devices, parts, estimator):
@@ -116,6 +117,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(num_devices, parts, estimator):
         np.testing.assert_array_equal(state.chains, whole.chains)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_of_images():
     images = {name: value for name, value in image_batch().items() if name not in ("mask", "index")}
     _, whole = step_function(4)(fresh_state(4), images, jax.random.key(0))
@@ -131,6 +133,7 @@ def poisoned(batch, row=3):
     return {**batch, "class_maps": maps}
 
 
+@pytest.mark.slow_except("gumbel_softmax")
 @pytest.mark.parametrize("estimator", ["gumbel_softmax", "mcmc"])
 def test_a_step_without_a_finite_loss_changes_nothing_but_its_number(estimator):
     step, key = step_function(4, estimator), jax.random.key(0)
@@ -185,6 +188,7 @@ def image_by_image(estimator, params, key, step, **changes):
     return np.mean(losses), {name: np.stack([one[name] for one in terms]) for name in terms[0]}
 
 
+@pytest.mark.slow_except("7")
 @pytest.mark.parametrize("step", [0, 7])
 def test_the_step_is_the_mean_over_images_with_keys_from_the_number_of_the_step(step):
     state, key = fresh_state(1)._replace(step=jnp.int32(step)), jax.random.key(3)
@@ -215,6 +219,7 @@ def test_a_step_with_chains_sets_those_of_its_batch_and_no_others():
     assert np.all(np.asarray(state.chains)[others] == EMPTY)
 
 
+@pytest.mark.slow_except("4")
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_a_step_goes_on_from_the_chains_that_the_one_before_left(num_devices):
     """Every view's chain by itself, from where it stands or, if it has not begun, from a sample of q."""
@@ -247,6 +252,7 @@ def test_a_batch_of_images_is_the_batch_of_their_features():
         np.testing.assert_allclose(value, from_images[name], rtol=1e-2)  # float16 taps, guide of 8 bits
 
 
+@pytest.mark.slow_except("gumbel_softmax")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_loss_of_a_fixed_batch_goes_down(estimator):
     """Before and after with the same noise, that of the first step."""

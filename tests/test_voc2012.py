@@ -30,6 +30,9 @@ from lcrf_jax.training import count_parameters
 CONFIGS = sorted(path.stem for path in pathlib.Path(voc2012.__file__).parent.glob("voc2012*.py"))
 
 
+SLOW_FIXTURES = ("tfds",)
+
+
 @pytest.fixture(scope="module")
 def tfds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("voc2012")
