@@ -273,7 +273,7 @@ def make_objective(config, *, stride, steps_per_epoch):
     builder = method_of(config).objective
     if builder is None:
         return None
-    settings = json.dumps({name: config[name] for name in ("method", "objective", "baselines")})
+    settings = json.dumps({name: config[name] for name in ("method", "objective", "baselines") if name in config})
     return _built(builder, settings, stride, steps_per_epoch)
 
 

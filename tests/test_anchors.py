@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiled import compiled
 from jax.sharding import PartitionSpec
 
 from lcrf_jax.anchors import (
@@ -13,6 +14,9 @@ from lcrf_jax.anchors import (
     slice_anchors,
     splat_anchors,
 )
+
+anchors_diagonal, blur_anchors, build_anchors = map(compiled, (anchors_diagonal, blur_anchors, build_anchors))
+scaled_anchors, slice_anchors, splat_anchors = map(compiled, (scaled_anchors, slice_anchors, splat_anchors))
 
 STATIC = ("position_width", "colour_width", "num_anchors", "block_size")
 build = jax.jit(build_anchors, static_argnames=STATIC)

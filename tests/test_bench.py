@@ -232,6 +232,7 @@ def test_the_exact_sums_are_exact(photo, tmp_path, monkeypatch, sample):
         np.testing.assert_allclose(found[name], expected[name][found["rows"]], rtol=1e-4)
 
 
+@pytest.mark.slow_except("30")
 @pytest.mark.parametrize("sample", [None, 30])
 def test_errors_are_those_of_the_form(photo, tmp_path, monkeypatch, sample):
     """The exact form has none; one that is 1.25 times too large has 25 per cent everywhere."""

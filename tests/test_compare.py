@@ -144,6 +144,7 @@ def test_another_setting_in_the_same_folder_is_refused(done):
     assert ended.code == 1 and re.search(r"ccnn/seed_0 holds a run with another setting of \['baselines'\]", ended.err)
 
 
+@pytest.mark.slow_except("arguments0*", "arguments1*")
 @pytest.mark.parametrize(("arguments", "message"), [
     (("sec,crf",), r"--methods: \['crf'\] not known; expected all or some of \['mil_ilp'"),
     (("ccnn", "--config.data.val_split="), "val_split: expected a split with masks"),

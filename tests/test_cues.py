@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiled import compiled
 from records import NETWORK, network_and_variables
 
 from lcrf_jax import cues
@@ -15,6 +16,8 @@ from lcrf_jax.data.sources import Example
 from lcrf_jax.features import ClassMaps
 from lcrf_jax.nets.tag_classifier import TagClassifier
 from lcrf_jax.saliency import barrier_saliency
+
+barrier_saliency = compiled(barrier_saliency)
 
 SIZE, GRID, K = 64, 4, 4
 

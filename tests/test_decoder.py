@@ -116,6 +116,7 @@ def test_up_conv_by_hand():
     np.testing.assert_array_equal(result[0, :, :, 0], [[1, 10, 2, 20], [100, 1005, 200, 2005]])
 
 
+@pytest.mark.slow_except("small-*")
 @pytest.mark.parametrize(("backbone", "last_stride", "stride", "taps"), [
     ("efficientnet_lite0", 32, 4, ["s32", "s16", "s8", "s4"]),
     ("efficientnet_lite0", 16, 8, ["head", "s16", "s8"]),
@@ -155,6 +156,7 @@ def test_the_number_of_parameters_of_the_default_decoder():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
 
 
+@pytest.mark.slow_except("small")
 @every_backbone
 def test_the_same_parameters_serve_every_image_size(description):
     network, variables = build_network(description), variables_of(description["backbone"])

@@ -39,6 +39,7 @@ def picture_of(url):
     return Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1])))
 
 
+@pytest.mark.slow_except("[?]crf=0-False")
 @pytest.mark.parametrize("query, crf", [("", True), ("?crf=1", True), ("?crf=0", False)])
 def test_the_answer_is_what_the_library_says(client, query, crf):
     image = picture(3, 50, 70)

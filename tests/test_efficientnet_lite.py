@@ -123,6 +123,7 @@ def test_odd_sizes_equal_the_published_network(variables):
         np.testing.assert_allclose(ours[tap][0], published[tap], atol=1e-4 * scale, err_msg=tap)
 
 
+@pytest.mark.slow_except("64-96-32", "1-1-16")
 @every_last_stride
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (45, 34), (1, 1)])
 def test_shapes_of_the_taps(variables, last_stride, height, width):
@@ -145,6 +146,7 @@ def test_parameters_are_those_of_the_published_weights(variables):
     assert round((count - head) / 1e6, 2) == 2.94
 
 
+@pytest.mark.slow
 def test_the_dilated_network_is_the_published_one_without_the_last_subsampling(variables):
     """Taps before the last stage are the same; on every other cell stage 5 begins like the strided one."""
     x = photograph(2, 96, 96)
@@ -170,6 +172,7 @@ def test_a_batch_equals_its_images(variables):
             np.testing.assert_allclose(batch[tap][i], features[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_in_bfloat16_out(variables):
     x = jnp.asarray(photograph(3, 32, 32), jnp.bfloat16)
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), variables)

@@ -267,6 +267,7 @@ def test_the_gradient_of_the_kl_is_that_of_the_enumerated_kl(compatibility):
             assert np.abs(gradient).max() > 0.1
 
 
+@pytest.mark.slow_except("image")
 @pytest.mark.parametrize("form", ["matrix", "compatibility", "image"])
 def test_the_fixed_point_of_mean_field_is_stationary_for_the_bound(form):
     """With log p(y|z,x) linear in z the bound is the free energy of mean field, the expectation by enumeration."""

@@ -160,6 +160,7 @@ def test_a_q_that_is_certain_gives_the_likelihood_of_its_labelling(estimator):
 # against enumeration and closed forms
 
 
+@pytest.mark.slow_except("evidence")
 @every_closed_form
 def test_reinforce_is_unbiased_in_value_and_gradient(name):
     """25 pixels. Without the factor S / (S - 1) of the baseline a quarter of the gradient would be missing."""
@@ -170,6 +171,7 @@ def test_reinforce_is_unbiased_in_value_and_gradient(name):
     assert_unbiased(gradients, gradient)
 
 
+@pytest.mark.slow
 def test_reinforce_needs_no_slope_of_the_likelihood():
     """A step function of the labels, against enumeration; the other estimators see no gradient."""
     logits, _, _, _ = random_case(2, num_pixels=4)
@@ -218,6 +220,7 @@ def test_the_bias_of_relaxed_samples_falls_with_the_temperature(name):
     assert errors[0] > 2 * errors[1] > 2.5 * errors[2] and errors[2] < 0.15
 
 
+@pytest.mark.slow_except("max_pool")
 @every_closed_form
 def test_under_a_uniform_q_relaxed_samples_of_a_concave_likelihood_are_too_high(name):
     """They lie between the expectation and the likelihood of the probabilities, the higher the warmer they are.
@@ -235,6 +238,7 @@ def test_under_a_uniform_q_relaxed_samples_of_a_concave_likelihood_are_too_high(
     assert np.all(np.diff([value, *values, mean]) > 0.05)
 
 
+@pytest.mark.slow
 def test_two_classes_and_the_slopes_of_evidence_when_it_is_cold():
     """With evidence in the ratio r the exact slope is p (1 - p) log r, and that of straight-through p (1 - p) sinh log r.
 
@@ -415,6 +419,7 @@ def test_extremes_are_finite_in_value_and_gradient(num_pixels, num_classes, dtyp
                 assert all(gradient.dtype == dtype and np.isfinite(gradient).all() for gradient in gradients), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_promoted(dtype):
     logits, kernel, tags, vouching = random_case(13, num_pixels=9, num_classes=4)

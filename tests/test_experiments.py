@@ -119,6 +119,7 @@ def test_evaluate_gives_the_score_of_training(tiny_run, checkpoint):
     assert "4 images of val" in ended.out
 
 
+@pytest.mark.slow
 def test_evaluate_with_refinement_ends_with_the_refined_score(tiny_run, checkpoint):
     ended = run("evaluate", f"--checkpoint={checkpoint}", "--split=val", "--crf")
     assert ended.code == 0, ended.err
@@ -179,6 +180,7 @@ def test_data_with_other_classes_is_refused(photos, checkpoint, tmp_path):
     assert_refused(ended, "the run knows the classes .*same class list in the same order")
 
 
+@pytest.mark.slow
 def test_predict_writes_a_palette_png_for_every_photograph(checkpoint, tmp_path):
     images = tmp_path / "photos"
     (images / "sub").mkdir(parents=True)
@@ -242,10 +244,19 @@ def test_masks_that_are_there_are_not_made_again_and_never_mixed(checkpoint, tmp
     nothing = run(*command)
     assert nothing.code == 0 and "3 of these were done before" in nothing.out, nothing.err
     assert_refused(run(*command, "--crf"), "holds masks made with crf False and not True; give another --out")
-    assert run(*command, "--crf", "--overwrite").code == 0
-    assert (out / "a.png").stat().st_mtime_ns > before and '"crf": true' in (out / "predictions.json").read_text()
     (out / "predictions.json").unlink()
     assert_refused(run(*command), "holds masks of unknown origin; give another --out, or --overwrite")
+
+
+@pytest.mark.slow
+def test_masks_are_made_again_with_other_settings_where_that_is_asked_for(checkpoint, tmp_path):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "a.jpg")
+    command = ("predict", f"--checkpoint={checkpoint}", f"--images={tmp_path}/a.jpg", f"--out={tmp_path / 'masks'}")
+    assert run(*command).code == 0
+    before = (tmp_path / "masks" / "a.png").stat().st_mtime_ns
+    assert run(*command, "--crf", "--overwrite").code == 0
+    assert (tmp_path / "masks" / "a.png").stat().st_mtime_ns > before
+    assert '"crf": true' in (tmp_path / "masks" / "predictions.json").read_text()
 
 
 def test_processes_share_the_photographs_by_their_numbers(checkpoint, tmp_path):

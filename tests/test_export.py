@@ -43,6 +43,7 @@ def test_squares_are_those_of_pillow_but_for_its_rounding():
         assert difference.max() < 2.5 and difference.mean() < 0.5, size
 
 
+@pytest.mark.slow_except("input_sizes0-True")
 @pytest.mark.parametrize(("input_sizes", "mirror"), [((64,), True), ((64, 96), False)])
 def test_the_function_is_the_segmentation_of_each_image(input_sizes, mirror):
     images = batch(0, 2, 48, 72)

@@ -34,6 +34,9 @@ SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4"
          "--config.network.widths=(16, 12)", "--config.class_maps.grid=6", "--config.class_maps.extra_sizes=()")
 
 
+SLOW_FIXTURES = ("uninterrupted",)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +60,6 @@ def uninterrupted(prepared, tmp_path_factory):
 # Signals
 
 
-@pytest.mark.slow_except("4-15")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", [3, 4, 6])
 def test_a_signal_saves_the_state_after_the_step_and_the_run_goes_on_to_the_same_bits(

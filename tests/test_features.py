@@ -273,6 +273,7 @@ def map_by_hand(image, grid):
     return np.asarray(jax.image.resize(maps, (1, grid, grid, NUM_CLASSES - 1), "linear"))[0]
 
 
+@pytest.mark.slow
 def test_class_maps_are_averaged_over_sizes_and_mirroring(tmp_path):
     source = Pictures()
     result = maps_of(tmp_path, source)

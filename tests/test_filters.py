@@ -89,7 +89,7 @@ def _products(kernel, values, one, other):
     return *across, product(kernel.blur(one), other), product(one, kernel.blur(other))
 
 
-@pytest.mark.slow_except("anchors-symmetric", "exact-row", "lattice-symmetric")
+@pytest.mark.slow_except("exact-row", "lattice-symmetric")
 def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(case):
     rng = np.random.default_rng(3)
     shapes = jax.eval_shape(case.kernel.splat, np.zeros((PIXELS, 4), np.float32))
@@ -102,6 +102,7 @@ def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(case):
     np.testing.assert_allclose(blurred, other_way, rtol=1e-4)
 
 
+@pytest.mark.slow_except("exact", "lattice")
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_backwards_is_the_transpose_of_a_symmetrically_normalised_kernel(form):
     case, values = case_of(form, "symmetric"), soft_labels()
@@ -182,6 +183,7 @@ def float_dtypes(form, image):
     return {leaf.dtype for leaf in jax.tree.leaves(kernel) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
+@pytest.mark.slow_except("uint8", "bfloat16")
 @pytest.mark.parametrize("dtype", ["uint8", "float16", "bfloat16", "float64"])
 def test_dtypes_of_images_and_values(dtype):
     image = np.round(picture()[:8, :9]).astype(jnp.dtype(dtype))
@@ -207,6 +209,7 @@ def test_float64_stays_float64():
     np.testing.assert_allclose(filtered, expected, rtol=1e-10)
 
 
+@pytest.mark.slow_except("weights1")
 @pytest.mark.parametrize("weights", [(0, 3.0), (10.0, 0.0), (0, 0)])
 def test_a_weight_of_zero_leaves_a_gaussian_out(weights):
     image, labels = picture()[:8, :9], soft_labels(72)

@@ -209,7 +209,7 @@ def test_with_a_likelihood_the_marginals_of_a_sweep_are_its_labels(name):
     np.testing.assert_array_equal(samples.marginals, np.eye(NUM_CLASSES)[samples.labels])
 
 
-@pytest.mark.slow_except("area")
+@pytest.mark.slow
 @with_and_without
 def test_marginals_are_the_mean_over_the_sweeps(name):
     start = exact_samples(4, posterior(name))
@@ -235,6 +235,7 @@ def test_two_pixels_agree_as_often_as_by_hand(num_blocks):
     assert standard_errors_off(labels == 0, 1 / 3) < 4
 
 
+@pytest.mark.slow_except("3")
 @pytest.mark.parametrize("num_blocks", [1, 3, NUM_PIXELS])
 def test_without_a_kernel_one_sweep_gives_independent_labels(num_blocks):
     """From any start. The field of a pixel is N(d z_k, d) with d = 1e-3: little is left of it in the softmax."""
@@ -329,7 +330,7 @@ def check_valid(samples, num_pixels, num_classes):
     np.testing.assert_allclose(samples.marginals.sum(axis=-1), 1, rtol=1e-5)
 
 
-@pytest.mark.slow_except("2-area")
+@pytest.mark.slow
 @with_and_without
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_large_unaries_decide(num_blocks, name):
@@ -358,7 +359,7 @@ def test_a_strong_kernel_keeps_labels_equal_or_apart(num_blocks):
     assert np.bincount(samples.labels).max() <= (21 if num_blocks == 60 else 40)
 
 
-@pytest.mark.slow_except("area-1-3", "none-5-1")
+@pytest.mark.slow_except("area-1-3")
 @pytest.mark.parametrize("num_pixels, num_classes", [(1, 3), (1, 1), (NUM_PIXELS, 1)])
 @with_and_without
 def test_one_pixel_and_one_class(num_pixels, num_classes, name):
@@ -373,6 +374,7 @@ def test_one_pixel_and_one_class(num_pixels, num_classes, name):
         np.testing.assert_allclose(samples.marginals, reference.softmax(unary), atol=0.06)
 
 
+@pytest.mark.slow
 def test_a_state_that_the_likelihood_excludes_is_left_and_never_entered():
     """Minus infinity: all pixels of one class is impossible."""
     def likelihood(z):
@@ -384,7 +386,7 @@ def test_a_state_that_the_likelihood_excludes_is_left_and_never_entered():
     assert set(labels.sum(axis=1)) == {1, 2}
 
 
-@pytest.mark.slow_except("bfloat16")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_short_types_are_sampled_in_float32(dtype):
     kernel, unary = jnp.asarray(4 * KERNEL, dtype), jnp.asarray(4 * UNARY, dtype)
@@ -431,7 +433,7 @@ def test_vmap_equals_a_loop(name):
         np.testing.assert_allclose(many.marginals[number], expected.marginals, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow_except("image-area")
+@pytest.mark.slow
 @with_and_without
 @pytest.mark.parametrize("shared", [(), ("kernel", "unary"), ("labels", "kernel", "unary")],
                          ids=["nothing", "image", "all but the keys"])

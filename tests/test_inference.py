@@ -98,6 +98,7 @@ def test_log_probabilities_at_the_size_of_the_image(size):
     np.testing.assert_array_equal(result.labels, result.network_labels)
 
 
+@pytest.mark.slow
 def test_the_log_probabilities_of_several_sizes_are_averaged():
     image = picture(1, 30, 40)
     result = inference.segment(segmenter(input_sizes=(64, 96)), image, crf=False)
@@ -120,7 +121,7 @@ def test_with_mirroring_the_mirrored_image_has_the_mirrored_result():
     assert np.abs(single - other).max() > 0.1
 
 
-@pytest.mark.slow_except("size0")
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 64), (50, 70), (1, 30)])
 def test_refinement_of_a_padded_image_is_that_of_the_image(size):
     image = picture(3, *size)
@@ -266,6 +267,7 @@ def test_superpixels_are_regions_of_one_colour():
     assert len(np.unique(segments[:, 30:])) == 1
 
 
+@pytest.mark.slow
 def test_large_images_are_worked_on_at_a_smaller_size():
     image = picture(9, 90, 200)
     small = segmenter()._replace(max_side=100)

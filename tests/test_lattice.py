@@ -138,6 +138,7 @@ def test_one_pixel_by_hand():
     np.testing.assert_allclose(apply(lattice, np.ones((1, 1))), 1.25 * (2 * np.pi) ** 0.5 / mass, rtol=1e-6)
 
 
+@pytest.mark.slow_except("cells")
 def test_barycentric_weights_are_a_partition_of_unity(photograph):
     weights = photograph[3].weights[:, : int(photograph[3].num_cells)]
     assert np.all(weights > -1e-5)
@@ -170,6 +171,7 @@ def test_a_lattice_too_small_says_so():
     assert lattice_overflowed(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), overflowed))
 
 
+@pytest.mark.slow
 def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(small):
     _, _, lattice, _, both = small
     rng = np.random.default_rng(8)

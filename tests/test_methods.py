@@ -79,6 +79,7 @@ def test_gradient_saliency_is_an_input_where_the_evidence_asks_for_it():
     assert methods.inputs_of(config) == ("class_maps",), "what does not see the evidence"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["every tag", "no tag", "some tags"])
 def test_objectives_are_the_losses_of_the_record(index):
     given, logits = record(index), logits_of(index)
@@ -113,7 +114,7 @@ def test_a_later_round_of_stc_fits_the_tagged_labels_of_the_round_before():
     assert set(np.asarray(labels).tolist()) <= set(np.flatnonzero(given["tags"]).tolist())
 
 
-@pytest.mark.slow_except("sec", "latent_crf")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_train_step_of_every_method_lowers_its_loss(name):
     """Linear logits of the features of a batch, fitted by forty steps of Adam."""

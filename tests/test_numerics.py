@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import compiled
 from jax.test_util import check_grads
 
 from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
+
+entropy, promote_float = map(compiled, (entropy, promote_float))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int32", "uint8", "bool", "float32"])

@@ -204,6 +204,7 @@ def test_evidence_of_an_earlier_round_takes_the_place_of_the_class_maps():
     np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow_except("2.0-9-0.5", "0-0-1")
 @pytest.mark.parametrize(("epochs", "step", "expected"), [
     (2.0, 0, 1 / 20), (2.0, 9, 0.5), (2.0, 19, 1.0), (2.0, 500, 1.0), (0.5, 0, 0.2), (0.5, 5, 1.0), (0, 0, 1),
 ])
@@ -369,6 +370,7 @@ def exact_by_hand(name, logits, given):
     return np.sum(right * np.log(0.9) + (1 - right) * np.log(0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evidence", "max_pool"])
 def test_exact_is_the_closed_form_of_the_expectation(name):
     options = {"evidence": EVIDENCE, "max_pool": {"flip_probability": 0.1}}
@@ -381,6 +383,7 @@ def test_exact_is_the_closed_form_of_the_expectation(name):
     np.testing.assert_allclose(found[0][0], exact_by_hand(name, logits, given), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_adds_the_closed_forms_of_the_factors():
     options = {"evidence": EVIDENCE, "max_pool": {"flip_probability": 0.1}}
     given, logits = record(2), random_logits(13)
@@ -426,7 +429,7 @@ def chain_functions(name):
     return jax.jit(jax.value_and_grad(objective, argnums=1, has_aux=True)), jax.jit(sampled)
 
 
-@pytest.mark.slow_except("4-0.25-from the record's chain-evidence", "4-0.25-from q-gwrp")
+@pytest.mark.slow_except("4-0.25-from the record's chain-evidence")
 @pytest.mark.parametrize("name", ["evidence", "frozen_classifier", "gwrp"])
 @pytest.mark.parametrize("begun", [False, True], ids=["from q", "from the record's chain"])
 @pytest.mark.parametrize(("step", "ramp"), [(4, 5 / 20), (100, 1.0)])

@@ -398,6 +398,7 @@ def test_evidence_for_a_present_class_pulls_towards_it(name):
         assert (gradient[:, 2:] <= 0).all() and gradient[:, 2:].min() < 0
 
 
+@pytest.mark.slow_except("*-gwrp", "*-evidence")
 @every_likelihood
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_is_promoted(name, dtype):

@@ -108,6 +108,7 @@ def test_sizes_as_published(description, size, grid, weights):
     assert head.shape == (2, -(-size // (8 if grid == 41 else 16)), head.shape[1], 512)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [OriginalDecoder(3, widths=(4, 4, 4, 4)), LargeField(3, widths=(4, 4))],
                          ids=["original", "large_field"])  # fmt: skip
 def test_every_weight_learns_and_dropout_is_for_training_alone(module):

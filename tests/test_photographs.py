@@ -15,6 +15,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "docs" / "photographs.md").read_text(encoding="utf-8")
 
 
+SLOW_FIXTURES = ("ended",)
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """How each program of the page ended, in its order; the network of the training is a small one."""

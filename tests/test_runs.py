@@ -174,6 +174,7 @@ def test_rounds_on_a_part_of_the_images_continue_to_the_same_bits(simple_to_comp
     assert lines(tmp_path / "whole")[-1]["step"] == 9
 
 
+@pytest.mark.slow
 def test_targets_between_rounds_of_stc_are_unrefined_and_restricted_to_the_tags(simple_to_complex):
     given, rng = simple_to_complex, np.random.default_rng(0)
     state = runs._fresh_state(given, preparation.planned_rounds(given.config, 24)[0], jax.random.key(0), training.data_mesh())
@@ -202,7 +203,7 @@ def test_class_maps_are_a_run_that_trains_nothing(cache, tmp_path):
     np.testing.assert_array_equal(scores.plain, again.plain)
 
 
-@pytest.mark.slow_except("8")
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [3, 8])
 def test_scores_from_cached_features_are_those_of_the_images(prepared, uninterrupted, batch_size):
     segmenter = make_segmenter(load_description(uninterrupted), restore_params(uninterrupted, "best"))

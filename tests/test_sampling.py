@@ -113,6 +113,7 @@ def test_one_class_is_certain(sample):
     np.testing.assert_array_equal(sample(jax.random.key(0), jnp.array([[-7.0], [3.0]])), 1)
 
 
+@pytest.mark.slow_except("*bfloat16*")
 @every_sampler
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_short_types_are_sampled_in_float32(sample, dtype):

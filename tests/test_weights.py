@@ -82,6 +82,7 @@ def reference_vgg16(state, image):
     return {"s4": taps["s4"], "s8": taps["s8"], "s16": taps["s16"], "s32": x}
 
 
+@pytest.mark.slow
 def test_vgg16_is_the_network_of_its_file(vgg16_variables):
     image = reference.smooth_image(0, 32, 64).astype(np.uint8)
     expected = reference_vgg16(vgg16_state(), image)
@@ -95,6 +96,7 @@ def test_vgg16_is_the_network_of_its_file(vgg16_variables):
         np.testing.assert_array_equal(taps["head"], taps["s32"])
 
 
+@pytest.mark.slow
 def test_the_large_field_keeps_the_grid_and_widens_the_view(vgg16_variables):
     image = reference.smooth_image(1, 40, 40).astype(np.uint8)
     taps = jax.jit(VGG16(last_stride=8).apply)(vgg16_variables, preprocess(image)[None])
@@ -244,6 +246,7 @@ def test_a_network_without_a_package_says_where_its_weights_are():
         load_weights("small", SmallBackbone(), "a.pth")
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_each_time():
     one, other = load_weights("vgg16", VGG16(last_stride=16), "random"), load_weights("vgg16", VGG16(), "random")
     assert one[1] == other[1] and re.fullmatch("[0-9a-f]{64}", one[1])
