@@ -202,7 +202,7 @@ def test_an_image_that_is_not_constant_finds_its_few_colours_whatever_their_shar
     np.testing.assert_allclose(diagonal(anchors)[13 * 20 + 7], 1, atol=0.05)
 
 
-@pytest.mark.slow_except("bfloat16")
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.uint8])
 def test_other_dtypes_are_computed_in_float32(dtype):
     image = jnp.asarray(reference.smooth_image(4, 11, 12).round(), dtype)
@@ -253,6 +253,7 @@ def test_shard_map_equals_one_device():
         np.testing.assert_allclose(got, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_width_may_be_traced_where_the_block_size_is_given():
     image = reference.smooth_image(4, 11, 12)
     options = {"colour_width": 13.0, "num_anchors": 32, "block_size": 4}

@@ -191,7 +191,7 @@ def energies_and_gradients(probs, kernel, compatibility):
     return of_potts, jax.value_and_grad(energy, (0, 1, 2))(probs, weights, compatibility)
 
 
-@pytest.mark.slow_except("anchors-symmetric", "lattice-symmetric")
+@pytest.mark.slow_except("lattice-symmetric")
 @pytest.mark.parametrize(("form", "normalisation"), list(itertools.product(sorted(FORMS), sorted(NORMALISATIONS))))
 def test_energy_of_an_image_kernel_is_that_of_the_matrix_it_stands_for(form, normalisation):
     case = case_of(form, normalisation)

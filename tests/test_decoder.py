@@ -143,6 +143,7 @@ def test_shapes_and_strides(backbone, last_stride, stride, taps):
     assert head.shape[:3] == features["s32"].shape[:3]
 
 
+@pytest.mark.slow
 def test_the_number_of_parameters_of_the_default_decoder():
     network = build_network(LITE0)
     variables = variables_of("efficientnet_lite0")

@@ -113,6 +113,7 @@ def test_the_network_equals_the_published_one_with_its_batch_norm(variables):
         np.testing.assert_allclose(ours[tap][0], published[tap], atol=1e-4 * scale, err_msg=tap)
 
 
+@pytest.mark.slow
 def test_odd_sizes_equal_the_published_network(variables):
     state = read_torch_file(lite0_weights_path())
     x = photograph(1, 45, 34)
@@ -163,6 +164,7 @@ def test_the_dilated_network_is_the_published_one_without_the_last_subsampling(v
     assert np.corrcoef(*inner)[0, 1] > 0.5
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_images(variables):
     x = np.concatenate([photograph(seed, 32, 32) for seed in range(2)])
     batch = apply_function(32)(variables, x)

@@ -123,6 +123,7 @@ def test_two_pixels_and_three_samples_by_hand():
     np.testing.assert_allclose(through(logits), np.mean(values), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_estimate_is_the_mean_over_samples_of_their_own_keys():
     logits, _, tags, vouching = random_case(9)
     log_likelihood = likelihood("gwrp", tags, vouching)
@@ -193,6 +194,7 @@ def test_reinforce_needs_no_slope_of_the_likelihood():
         np.testing.assert_array_equal(gradients_of(estimator, jax.random.split(jax.random.key(0), 2))[1], 0)
 
 
+@pytest.mark.slow_except("evidence")
 @every_closed_form
 def test_straight_through_is_unbiased_in_value_only(name):
     logits, tags, vouching = picture()
@@ -220,7 +222,7 @@ def test_the_bias_of_relaxed_samples_falls_with_the_temperature(name):
     assert errors[0] > 2 * errors[1] > 2.5 * errors[2] and errors[2] < 0.15
 
 
-@pytest.mark.slow_except("max_pool")
+@pytest.mark.slow
 @every_closed_form
 def test_under_a_uniform_q_relaxed_samples_of_a_concave_likelihood_are_too_high(name):
     """They lie between the expectation and the likelihood of the probabilities, the higher the warmer they are.
@@ -404,7 +406,7 @@ def extreme_logits(num_pixels, num_classes):
         yield np.tile(np.where(np.arange(num_classes) == certain, 0.0, -np.inf), (num_pixels, 1))
 
 
-@pytest.mark.slow_except("9-4-float32")
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_pixels", "num_classes", "dtype"), [
     (9, 4, "float32"), (9, 4, "float16"), (9, 4, "bfloat16"), (1, 4, "float32"), (9, 1, "float32"),
 ])

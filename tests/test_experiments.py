@@ -104,6 +104,7 @@ def test_train_prints_the_table_and_ends_with_the_score(tiny_run):
     assert re.search(r"images/s", ended.err)
 
 
+@pytest.mark.slow
 def test_training_again_in_the_same_folder_only_prints_the_score(tiny_run, checkpoint):
     again = run("train", TINY, *SMALL, f"--workdir={checkpoint}")
     assert again.code == 0 and "continuing after step 6" in again.out
@@ -362,6 +363,7 @@ def test_predict_with_flips_scales_tiles_and_probabilities(checkpoint, tmp_path)
     assert_refused(run(*base, "--out=y", "--tile=64", "--probabilities"), "--probabilities and --tile do not go together")
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_as_a_library(checkpoint, tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (30, 50, 3), np.uint8)
     Image.fromarray(rgb).save(tmp_path / "a.png")

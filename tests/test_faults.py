@@ -181,6 +181,7 @@ def test_a_full_disk_is_told_before_anything_is_written(prepared, uninterrupted,
     assert_same_trees(restore_params(tmp_path, "last"), restore_params(uninterrupted, "last"))
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_in_the_background_is_an_error_and_loses_nothing(tmp_path):
     """Files may not grow over a limit, which fails as a full disk does, in the middle of a save."""
     code = f"""

@@ -102,7 +102,7 @@ def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(case):
     np.testing.assert_allclose(blurred, other_way, rtol=1e-4)
 
 
-@pytest.mark.slow_except("exact", "lattice")
+@pytest.mark.slow_except("exact")
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_backwards_is_the_transpose_of_a_symmetrically_normalised_kernel(form):
     case, values = case_of(form, "symmetric"), soft_labels()
@@ -142,7 +142,7 @@ def test_padding_that_is_not_valid_changes_nothing(form, normalisation):
     assert relative(product[valid], expected) < (0.1 if form == "anchors" else 1e-4)
 
 
-@pytest.mark.slow_except("5-exact", "1-anchors")
+@pytest.mark.slow_except("5-exact")
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize("channels", [1, 5])
 def test_a_guide_of_any_channels_with_a_width_for_each(form, channels):
@@ -262,6 +262,7 @@ def test_the_form_follows_the_number_of_pixels_and_the_normalisation():
         assert isinstance(jax.eval_shape(build, image).bilateral, TYPES[form])
 
 
+@pytest.mark.slow
 def test_the_capacity_of_a_lattice_follows_the_widths():
     def capacity(params, **options):
         build = functools.partial(lattice_image_kernel, params=params, **options)

@@ -270,7 +270,7 @@ def test_the_symmetric_part_of_the_kernel_counts_and_a_diagonal_may_be_infinite(
     np.testing.assert_allclose(samples.marginals, expected.marginals, atol=1e-5)
 
 
-@pytest.mark.slow_except("area")
+@pytest.mark.slow
 @with_and_without
 def test_labels_passed_on_go_on_with_the_chain(name):
     """One sweep from a fixed start is not the posterior yet; call after call of one sweep it is."""
@@ -359,7 +359,7 @@ def test_a_strong_kernel_keeps_labels_equal_or_apart(num_blocks):
     assert np.bincount(samples.labels).max() <= (21 if num_blocks == 60 else 40)
 
 
-@pytest.mark.slow_except("area-1-3")
+@pytest.mark.slow
 @pytest.mark.parametrize("num_pixels, num_classes", [(1, 3), (1, 1), (NUM_PIXELS, 1)])
 @with_and_without
 def test_one_pixel_and_one_class(num_pixels, num_classes, name):
@@ -406,6 +406,7 @@ def test_float64_is_kept():
     assert samples.marginals.dtype == jnp.float64 and samples.labels.dtype == jnp.int32
 
 
+@pytest.mark.slow_except("40")
 @pytest.mark.parametrize("num_pixels", [40, 400])
 def test_the_field_of_a_kernel_with_many_pixels_is_finite(num_pixels):
     """Smooth kernels are next to singular, and one whose rows differ a lot is scaled badly: one block of either."""

@@ -152,6 +152,7 @@ def test_a_diverged_network_is_an_error_and_not_a_mask_of_background():
         inference.segment(broken, picture(0, 20, 20), crf=False)
 
 
+@pytest.mark.slow
 def test_classes_that_are_not_tagged_are_excluded():
     image, tags = picture(4, 40, 60), np.array([True, False, True, False])
     free = inference.segment(segmenter(), image, crf=True)

@@ -121,6 +121,7 @@ def test_approximates_the_exact_filter_on_a_picture(photograph):
     assert num_cells == len(features) or 0.05 < num_cells / len(features) < 0.9
 
 
+@pytest.mark.slow
 def test_has_the_integral_of_the_gaussian_where_features_are_dense():
     grid = np.stack(np.meshgrid(*2 * [np.arange(-4, 4, 0.1)], indexing="ij"), axis=-1).reshape(-1, 2)
     inside = np.abs(grid).max(axis=1) < 0.5
@@ -193,6 +194,7 @@ def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(small):
     np.testing.assert_allclose(filtered, both @ values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scaled_lattice_is_the_kernel_with_rows_and_columns_scaled(small):
     _, _, lattice, matrix, _ = small
     scale = np.random.default_rng(9).uniform(0.5, 2, 61).astype(np.float32)[np.asarray(lattice.cells)]

@@ -342,6 +342,7 @@ def test_without_a_feature_cache_records_hold_images(cache):
     assert "s16" not in record
 
 
+@pytest.mark.slow
 def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
     network, views = prepared.network, prepared.views
     shapes = {tap: jnp.zeros((1, *views.tap(tap).shape[1:])) for tap in network.taps}

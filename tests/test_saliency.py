@@ -88,6 +88,7 @@ def disc(size=40):
     return np.clip(np.where(inside[..., None], (200, 60, 40), (90, 120, 90)) + noise, 0, 255), inside
 
 
+@pytest.mark.slow
 def test_what_is_walled_off_is_salient():
     image, inside = disc()
     found = np.asarray(jax.jit(saliency.barrier_saliency)(image))

@@ -149,6 +149,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_but_its_number(estimator):
     assert not np.array_equal(state.params["logits"]["kernel"], before.params["logits"]["kernel"])
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_in_a_row_stay_until_they_are_seen():
     step, key, state = step_function(4), jax.random.key(0), fresh_state(4)
     for number in range(3):
@@ -207,6 +208,7 @@ def batch_chains(chains):
     return np.asarray(chains)[batch["view"], batch["index"]]
 
 
+@pytest.mark.slow
 def test_a_step_with_chains_sets_those_of_its_batch_and_no_others():
     state, metrics = step_function(4, "mcmc")(fresh_state(4, estimator="mcmc"), step_batch(), jax.random.key(0))
     assert set(metrics) == {"loss", "log_prob", "entropy", "gradient_norm", "skipped_steps"}
