@@ -104,7 +104,7 @@ def _sampled(colours, valid):
     if valid is None:
         return colours[(steps * num_pixels).astype(np.int32)]
     counted = jnp.cumsum(valid, dtype=jnp.int32)
-    wanted = (jnp.asarray(steps, colours.dtype) * counted[-1]).astype(jnp.int32)
+    wanted = (jnp.asarray(steps, colours.dtype) * counted[-1].astype(colours.dtype)).astype(jnp.int32)
     return colours[jnp.searchsorted(counted, wanted, side="right")]
 
 

@@ -130,13 +130,13 @@ def _enclosing_simplex(features):
     elevated = jnp.concatenate([below, jnp.zeros_like(below[:1])]).at[1:].add(-steps * scaled)
 
     origin = jnp.round(elevated / corners).astype(jnp.int32)
-    excess = origin.sum(axis=0)
+    excess = origin.sum(axis=0, dtype=jnp.int32)
     remainder = elevated - corners * origin.astype(features.dtype)
     # The largest remainder has rank 0; of equal ones the first.
     earlier = np.tri(corners, k=-1, dtype=bool)[:, :, None]
     precedes = (remainder[None] > remainder[:, None]) | ((remainder[None] == remainder[:, None]) & earlier)
     rank = excess + precedes.sum(axis=1, dtype=jnp.int32)
-    wrap = (rank < 0).astype(jnp.int32) - (rank >= corners)
+    wrap = (rank < 0).astype(jnp.int32) - (rank >= corners).astype(jnp.int32)
     rank, origin = rank + corners * wrap, origin + wrap
 
     fraction = (elevated - corners * origin.astype(features.dtype)) / corners
@@ -172,14 +172,14 @@ def _corners_of(features, num_cells, block):
     """Weights [d + 1, n] and two fingerprints [d + 1, n] of the corners of each cell's simplex."""
     size, num_features = features.shape
     corners = num_features + 1
-    number = np.arange(corners)[:, None, None]
+    number = np.arange(corners, dtype=np.int32)[:, None, None]
     multipliers = fingerprint_multipliers(corners)
 
     def add_block(i, state):
         part = jax.lax.dynamic_slice_in_dim(features, i * block, block)
         origin, rank, weights = _enclosing_simplex(part)
         # Corner k lies at origin + k, less d + 1 in the coordinates of the k highest ranks.
-        keys = origin[None] + number - corners * (rank[None] > num_features - number)
+        keys = origin[None] + number - corners * (rank[None] > num_features - number).astype(jnp.int32)
         parts = weights, *fingerprints(jnp.moveaxis(keys, 1, 0), multipliers)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(array, new, i * block, axis=1)

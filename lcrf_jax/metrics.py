@@ -125,7 +125,7 @@ def mean_iou(confusion):
     there = ~xp.isnan(iou)
     num_there = there.sum()
     total = xp.where(there, iou, 0.0).sum()
-    return xp.where(num_there > 0, total / xp.maximum(num_there, 1), xp.nan)[()]
+    return xp.where(num_there > 0, total / xp.maximum(num_there, 1).astype(total.dtype), xp.nan)[()]
 
 
 def format_iou_table(confusion, class_names, *, refined=None):

@@ -31,7 +31,7 @@ def promote_float(array):
     array = jnp.asarray(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise ValueError(f"expected a real array, got dtype {array.dtype}; take its real part or its magnitude")
-    promoted = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    promoted = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     if array.dtype == jnp.bfloat16:
         # XLA on CPU (jaxlib 0.10) fuses this conversion wrongly into what follows; an operation in between, which changes
         # no float32, prevents it.

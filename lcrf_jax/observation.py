@@ -211,7 +211,7 @@ def ranked_mean(labels, decays, *, reference_cells=1681):
     num_pixels, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
     check_shape("decays", decays, (num_classes,), "one decay per class, background first")
     log_decay = jnp.log(decays) * reference_cells / num_pixels
-    weights = jnp.exp(jnp.arange(num_pixels)[:, None] * log_decay[None, :])
+    weights = jnp.exp(jnp.arange(num_pixels, dtype=log_decay.dtype)[:, None] * log_decay[None, :])
     ranked = -jnp.sort(-promote_float(labels), axis=0)
     return jnp.sum(weights * ranked, axis=0) / weights.sum(axis=0)
 

@@ -19,6 +19,9 @@ FLAGS = {
 if metadata.version("jaxlib").startswith("0.10."):  # a later one does not start with a flag that it no longer knows
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 DEFAULT_FLAGS = "LCRF_TEST_DEFAULT_FLAGS"
+# The files that test pure functions. In these no type is promoted without a word, and a warning is an error.
+PURE = ("numerics", "kernels", "hashing", "anchors", "sampling", "metrics", "saliency", "lattice", "observation", "filters",
+        "crf", "gibbs", "elbo", "estimators", "baselines")
 
 
 def merged_flags(own, wanted):
@@ -49,19 +52,39 @@ def pytest_addoption(parser):
                           "the environment variable LCRF_VOC_ANIMALS does the same")
 
 
+# The files that take longest, in front: no process is left alone with one of them at the end.
+FIRST = ("faults", "voc2012", "compare", "export", "crf", "runs", "training", "experiments", "gibbs", "objectives")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What is slow beside the tests that say so themselves.
+    """What is slow beside the tests that say so themselves, and what is pure.
 
     `slow_except("a", "b*")` leaves the cases with these ids to `make test`. A file's SLOW_FIXTURES take long to make: the
     tests that need one of them are slow.
     """
+    items.sort(key=lambda item: FIRST.index(name) if (name := item.path.stem.removeprefix("test_")) in FIRST else len(FIRST))
     for item in items:
         if set(item.fixturenames) & set(getattr(item.module, "SLOW_FIXTURES", ())):
             item.add_marker(pytest.mark.slow)
         for marker in item.iter_markers("slow_except"):
             if not any(fnmatch.fnmatch(item.callspec.id, pattern) for pattern in marker.args):
                 item.add_marker(pytest.mark.slow)
+        if item.path.stem.removeprefix("test_") in PURE:
+            item.add_marker(pytest.mark.pure)
+            item.add_marker(pytest.mark.filterwarnings("error"))
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """In the tests of pure functions types are not promoted, but for those that say why: `promotes("why")`."""
+    if request.node.get_closest_marker("pure") is None or request.node.get_closest_marker("promotes"):
+        yield
+        return
+    import jax
+
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture(scope="session")

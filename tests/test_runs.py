@@ -13,6 +13,7 @@ import reference
 from PIL import Image
 from small_runs import assert_same_trees, lines, small_config, train_and_kill
 
+from experiments.measuring import CompilationCount
 from lcrf_jax import evaluation, preparation, runs, training
 from lcrf_jax.checkpoints import RunCheckpoints, restore_params
 from lcrf_jax.data.sources import Example
@@ -114,6 +115,22 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(prepared, uninterrupte
     assert_same_trees(restore_params(tmp_path, "last"), restore_params(uninterrupted, "last"))
     assert_same_trees(restore_params(tmp_path, "best"), restore_params(uninterrupted, "best"))
     assert lines(tmp_path) == lines(uninterrupted)
+
+
+def test_a_second_run_a_resumed_one_and_a_second_segmenter_compile_nothing(prepared, uninterrupted, tmp_path, monkeypatch):
+    """All that is compiled takes the weights as arguments, and is known by a description of the network."""
+    train_and_kill(prepared, tmp_path / "first", monkeypatch, 6)
+    runs.train(prepared, tmp_path / "first")
+    description, params = load_description(uninterrupted), restore_params(uninterrupted)
+    first = evaluation.evaluate(make_segmenter(description, params), prepared.val, crf=False)
+    count = CompilationCount()
+    train_and_kill(prepared, tmp_path / "second", monkeypatch, 6)
+    runs.train(prepared, tmp_path / "second")
+    other = {**params, "decoder": jax.tree.map(np.negative, params["decoder"])}
+    again = [evaluation.evaluate(make_segmenter(description, each), prepared.val, crf=False) for each in (params, other)]
+    assert count.number == 0
+    np.testing.assert_array_equal(again[0].plain, first.plain)
+    assert (again[1].plain != first.plain).any()
 
 
 def newest_state(prepared, workdir):

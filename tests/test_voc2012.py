@@ -56,8 +56,8 @@ def small(name, tfds, weights, **changes):
     config.input_size = config.input_size % 32 + 64  # 64 for 224, 65 for 321
     config.class_maps.grid, config.class_maps.extra_sizes = -(-config.input_size // stride), ()
     config.inference.input_sizes = (config.input_size,)
-    config.views.num_views, config.batch_size, config.epochs = 3, 4, (10,)
-    config.optimizer.warmup_steps, config.log_every_steps, config.eval_every_epochs = 5, 5, 10
+    config.views.num_views, config.batch_size, config.epochs = 3, 4, (4,)
+    config.optimizer.warmup_steps, config.log_every_steps, config.eval_every_epochs = 2, 2, 4
     config.num_threads = 2
     config = config.to_dict()
     for path, value in changes.items():
@@ -73,16 +73,16 @@ def prepared(tfds, weights):
 
 @pytest.fixture(scope="module")
 def trained(prepared, tmp_path_factory):
-    """The same twenty steps on one device and on four."""
+    """The same eight steps on one device and on four."""
     return {count: runs.train(prepared, tmp_path_factory.mktemp(f"on{count}"), devices=jax.devices()[:count]) for count in (1, 4)}
 
 
-def test_twenty_steps_on_one_device_and_on_four(prepared, trained, weights):
+def test_eight_steps_on_one_device_and_on_four(prepared, trained, weights):
     losses, params = {}, {}
     for count, run_dir in trained.items():
         records = lines(run_dir)
         losses[count] = [record["train/loss"] for record in records if "train/loss" in record]
-        assert records[-1]["step"] == 20 and len(losses[count]) == 4
+        assert records[-1]["step"] == 8 and len(losses[count]) == 4
         assert losses[count][-1] < losses[count][0] and np.isfinite(losses[count]).all()
         params[count] = restore_params(run_dir, "last")
         assert count_parameters(params[count]) == preparation.num_trainable(prepared) == 10_629_397

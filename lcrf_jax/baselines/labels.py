@@ -29,7 +29,7 @@ def label_cross_entropy(logits, labels):
     known = (labels >= 0) & (labels < num_classes)
     log_probs = jax.nn.log_softmax(promote_float(logits), axis=-1)
     picked = jnp.take_along_axis(log_probs, jnp.where(known, labels, 0)[:, None], axis=1)[:, 0]
-    return -jnp.sum(jnp.where(known, picked, 0)) / jnp.maximum(known.sum(), 1)
+    return -jnp.sum(jnp.where(known, picked, 0)) / jnp.maximum(known.sum(), 1).astype(picked.dtype)
 
 
 def soft_cross_entropy(logits, probs):

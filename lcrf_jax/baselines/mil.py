@@ -52,7 +52,7 @@ def mil_lse_loss(logits, tags, *, sharpness=5.0):
     check_shape("tags", tags, scores.shape, "one tag per class, background first")
     tags = jnp.asarray(tags, bool)
     log_probs = jax.nn.log_softmax(scores)
-    return -jnp.sum(jnp.where(tags, log_probs, 0)) / jnp.maximum(tags.sum(), 1)
+    return -jnp.sum(jnp.where(tags, log_probs, 0)) / jnp.maximum(tags.sum(dtype=log_probs.dtype), 1)
 
 
 def ilp_log_probs(logits, *, sharpness=5.0):

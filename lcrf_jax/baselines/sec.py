@@ -89,7 +89,8 @@ def seed_loss(probs, cues):
     check_shape("cues", cues, (num_pixels,), "one label per cell, 255 where there is no cue")
     cues = jnp.asarray(cues).astype(jnp.int32)
     chosen = cues[:, None] == jnp.arange(num_classes)
-    return -jnp.sum(jnp.where(chosen, jnp.log(promote_float(probs)), 0)) / jnp.maximum(chosen.sum(), 1)
+    log_probs = jnp.log(promote_float(probs))
+    return -jnp.sum(jnp.where(chosen, log_probs, 0)) / jnp.maximum(chosen.sum(), 1).astype(log_probs.dtype)
 
 
 def expand_loss(probs, tags, *, foreground_decay=0.996, background_decay=0.999):
@@ -123,7 +124,7 @@ def expand_loss(probs, tags, *, foreground_decay=0.996, background_decay=0.999):
     present, absent = is_foreground & tags, is_foreground & ~tags
 
     def mean_over(chosen, values):
-        return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(chosen.sum(), 1)
+        return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(chosen.sum(), 1).astype(values.dtype)
 
     shown = mean_over(present, -jnp.log(pooled))
     # By index: the gradient of a maximum asks for equality, which a compiler that computes the values twice may miss.

@@ -28,9 +28,10 @@ def saliency_target(saliency, tags):
     check_shape("saliency", saliency, ("m",), _ONE_SET)
     check_shape("tags", tags, ("K",), "one tag per class, background first")
     foreground = jnp.asarray(tags, bool).at[0].set(False)
-    share = foreground / jnp.maximum(foreground.sum(), 1)
     salient = jnp.where(foreground.any(), promote_float(saliency), 0)[:, None]
-    return salient * share + (1 - salient) * (jnp.arange(len(foreground)) == 0)
+    foreground = foreground.astype(salient.dtype)
+    share = foreground / jnp.maximum(foreground.sum(), 1)
+    return salient * share + (1 - salient) * jax.nn.one_hot(0, len(foreground), dtype=salient.dtype)
 
 
 def tagged_labels(logits, tags):
