@@ -25,6 +25,7 @@ TESTS = {
     "baselines/sec.py": ("baselines",),
     "baselines/stc.py": ("baselines",),
     "checkpoints.py": ("checkpoints", "faults"),
+    "compilation.py": ("compilation",),
     "crf.py": ("elbo", "crf"),
     "data/cache.py": ("cache",),
     "data/check.py": ("check",),
@@ -41,6 +42,7 @@ TESTS = {
     "export.py": ("export",),
     "features.py": ("features", "original", "voc2012"),
     "gibbs.py": ("gibbs",),
+    "nets/network.py": ("decoder", "inference", "features", "runs"),
     "nets/original.py": ("original",),
     "nets/vgg.py": ("weights",),
     "nets/weights.py": ("weights",),
@@ -274,6 +276,11 @@ MUTATIONS = [
     Mutation("export: cells at their corners", "export.py", "cells / pixels - 0.5", "cells / pixels"),
     Mutation("export: noise stays without a number", "export.py", "jnp.isnan(refined).any()", "jnp.isnan(refined).all() & False"),
     Mutation("nets: the guide of an odd size is cut", "features.py", "-(-side // stride)", "side // stride"),
+    Mutation("programs: what is cut off stays", "compilation.py", "and not _is_whole(content)", "and False"),
+    Mutation("programs: what has changed stays", "compilation.py", "before.get(path.name, digest) != digest or ", ""),
+    Mutation("programs: the newest go first", "compilation.py", "in sorted(sizes)", "in sorted(sizes, reverse=True)"),
+    Mutation("programs: a switch without effect", "compilation.py", 'switch == "0" or chosen', "chosen"),
+    Mutation("programs: every network is the same", "nets/network.py", "json.dumps(self.description, sort_keys=True)", '""'),
     Mutation("nets: posteriors of images without their mirror", "preparation.py", "images[:, :, ::-1]), guide", "images), guide"),
 ]
 

@@ -189,6 +189,7 @@ def test_features_are_the_taps_of_the_preprocessed_image():
         assert np.abs(taps[tap]).max() > 0.1
 
 
+@pytest.mark.slow_except("taps")
 @pytest.mark.parametrize("description", [SMALL, WITH_HEAD], ids=["taps", "head"])
 def test_one_image_of_a_batch_does_not_see_the_others(description):
     network, variables = build_network(description), variables_of("small")

@@ -131,6 +131,7 @@ def test_evaluate_with_refinement_ends_with_the_refined_score(tiny_run, checkpoi
     assert (checkpoint / "pictures_val_crf.png").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_moved(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "moved to" / "here")
     ended = run("evaluate", f"--checkpoint={tmp_path / 'moved to' / 'here'}", "--tags_given")

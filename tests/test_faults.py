@@ -310,6 +310,7 @@ def test_flags_of_processes_that_do_not_fit_are_refused(tmp_path, flags, message
     assert ended.code == 1 and message in ended.err
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer_is_named():
     code = f"""
         import sys
@@ -325,6 +326,7 @@ def test_a_coordinator_that_does_not_answer_is_named():
     assert "no answer from process 0 at 127.0.0.1:9 within 1 s" in ended.stdout, ended.stderr
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_come_are_waited_for_with_a_word():
     code = f"""
         import sys

@@ -132,7 +132,7 @@ def test_a_sweep_leaves_the_posterior_as_it_is(num_blocks, name):
     assert moved > 0.1, "a chain that stands still would pass too"
 
 
-@pytest.mark.slow_except("2")
+@pytest.mark.slow
 @every_number_of_blocks
 def test_a_sweep_of_another_chain_does_not(num_blocks):
     """What the test above can see: the same samples after one sweep with something wrong."""
@@ -152,7 +152,7 @@ def test_a_sweep_of_another_chain_does_not(num_blocks):
         assert p_value(labels, posterior(name if name in LIKELIHOODS else "none")) < 1e-3, what
 
 
-@pytest.mark.slow_except("2-area")
+@pytest.mark.slow
 @with_and_without
 @every_number_of_blocks
 def test_chains_from_a_fixed_start_reach_the_posterior(num_blocks, name):

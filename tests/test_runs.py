@@ -206,6 +206,7 @@ def test_targets_between_rounds_of_stc_are_unrefined_and_restricted_to_the_tags(
     np.testing.assert_allclose(np.float32(found[:4]), reference.softmax(mean), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_class_maps_are_a_run_that_trains_nothing(cache, tmp_path):
     given = preparation.prepare(small_config(cache, method="cam"))
     runs.train(given, tmp_path)
@@ -253,6 +254,7 @@ def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_
     assert (tmp_path / "run" / "last").is_dir()
 
 
+@pytest.mark.slow
 def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
     with contextlib.redirect_stderr(io.StringIO()):
         given = preparation.prepare(small_config(cache, method="sec", epochs=(1,)))

@@ -99,6 +99,7 @@ def test_tags_are_the_classes_of_the_mask_and_large_enough(examples):
     assert shares[0] == 1 and (shares[1:] > 0.08).all() and (shares[1:] < 0.6).all()
 
 
+@pytest.mark.slow
 def test_objects_keep_their_emblem_and_most_of_the_body_visible():
     num_objects, num_distractors = [], []
     for index in range(150):
