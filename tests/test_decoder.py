@@ -340,3 +340,12 @@ def test_an_incomplete_description_is_refused():
 
 def test_modules_are_frozen_descriptions():
     assert isinstance(SmallBackbone(), nn.Module) and hash(Decoder(3)) == hash(Decoder(3))
+
+
+def test_networks_are_equal_where_their_descriptions_are():
+    """Programs are kept by the network: of two that differ in no shape each must have its own."""
+    one, same = build_network(SMALL), build_network(dict(reversed(SMALL.items())))
+    assert one == same and hash(one) == hash(same) and one != SMALL
+    for change in ({"dropout": SMALL["dropout"] + 0.1}, {"compute_dtype": "bfloat16"}):
+        other = build_network({**SMALL, **change})
+        assert other != one and hash(other) != hash(one)
