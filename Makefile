@@ -11,14 +11,11 @@ RUN := runs/demo
 PYTEST := $(VENV)/bin/python -m pytest -q $(if $(CI),--durations=20)
 # A file of tests stays with one process: what it makes and compiles serves all of its tests.
 SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-# The tests of the pure functions.
-PURE := $(addprefix tests/test_,$(addsuffix .py,numerics kernels hashing anchors sampling metrics saliency lattice \
-  observation filters crf gibbs elbo estimators baselines))
 .PHONY: help demo test test-all test-slow test-default-flags lint clean
 
 help:
 	@echo 'make demo    set up .venv, train on the embedded data from tags alone, evaluate, draw'
-	@echo 'make test    set up .venv, run the tests: five minutes on two cores, two once what they compile is kept'
+	@echo 'make test    set up .venv, run the tests: five minutes on two cores, less once what they compile is kept'
 	@echo 'make test-all   those and the slow ones: killed runs, several processes, every method, every form'
 	@echo 'make test-slow  the slow ones alone'
 	@echo 'make test-default-flags  the tests of the pure functions, compiled as users have it'
@@ -39,7 +36,7 @@ test-slow: $(READY)
 test-all: test test-slow
 
 test-default-flags: $(READY)
-	LCRF_TEST_DEFAULT_FLAGS=1 $(PYTEST) -m "not slow" $(SPREAD) $(PURE)
+	LCRF_TEST_DEFAULT_FLAGS=1 $(PYTEST) -m "pure and not slow" $(SPREAD)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
