@@ -193,7 +193,7 @@ def num_blocks(count, block):
     """How many blocks of a size hold a number of things.
 
     Args:
-      count: number of things, may be traced.
+      count: number of things, not negative; may be traced.
       block: size of a block.
     Returns:
       int, or a traced one.
@@ -202,4 +202,5 @@ def num_blocks(count, block):
     References:
       None.
     """
-    return (count + block - 1) // block
+    above = count + block - 1
+    return above // block if isinstance(above, int) else jax.lax.div(above, np.int32(block))

@@ -406,6 +406,7 @@ def separable_filter(values, taps):
     return _shifted_sum(rows, taps, axis=1, step=channels).reshape(height, width, channels)
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "step"))
 def _shifted_sum(values, taps, axis, step):
     """sum_t taps[t] values[i + (t - radius) step] along an axis of a matrix, zero outside."""
     size = values.shape[axis]
@@ -413,16 +414,17 @@ def _shifted_sum(values, taps, axis, step):
     # Groups of taps are one pass over memory each; the last is filled up with taps of 0.
     num_groups = math.ceil(len(taps) / _TAP_GROUP)
     missing = num_groups * _TAP_GROUP - len(taps)
-    taps = jnp.pad(taps, (0, missing))
+    taps = jnp.pad(taps, (0, missing)).reshape(num_groups, _TAP_GROUP)
     padding = [(0, 0), (0, 0)]
     padding[axis] = (radius * step, (radius + missing) * step)
     # Without the barrier XLA on CPU asks for every tap of every pixel whether it lies in the padding.
     padded = jax.lax.optimization_barrier(jnp.pad(values, padding))
 
     def add_group(group, total):
+        of_group = jax.lax.dynamic_index_in_dim(taps, group, keepdims=False, allow_negative_indices=False)
         for t in range(_TAP_GROUP):
-            tap = group * _TAP_GROUP + t
-            total = total + taps[tap] * jax.lax.dynamic_slice_in_dim(padded, tap * step, size, axis=axis)
+            start = (group * _TAP_GROUP + t) * step
+            total = total + of_group[t] * jax.lax.dynamic_slice_in_dim(padded, start, size, axis, allow_negative_indices=False)
         return total
 
     return jax.lax.fori_loop(0, num_groups, add_group, varying_like(jnp.zeros_like(values), values))

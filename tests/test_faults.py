@@ -34,7 +34,8 @@ SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4"
          "--config.network.widths=(16, 12)", "--config.class_maps.grid=6", "--config.class_maps.extra_sizes=()")
 
 
-SLOW_FIXTURES = ("uninterrupted",)
+SLOW_FIXTURES = ("uninterrupted", "of_a_pair")
+SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)")  # 24
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +354,15 @@ def pair(program, *arguments, num_devices=2):
     return [start(program, *arguments, *joined, f"--process_id={i}", num_devices=num_devices) for i in range(2)]
 
 
+@pytest.fixture(scope="module")
+def of_a_pair(cache, tmp_path_factory):
+    """The run of two processes with two devices each that nothing has interrupted."""
+    workdir = tmp_path_factory.mktemp("pair")
+    for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={workdir}")):
+        assert ended.code == 0, ended.err
+    return workdir
+
+
 def digest_of(workdir):
     return [leaf.tobytes() for leaf in jax.tree.leaves(restore_params(workdir, "last"))]
 
@@ -413,20 +423,15 @@ def test_the_program_leaves_cleanly_on_a_signal(cache, tmp_path, signum):
     assert other.code == 1 and "config.seed was 0, is 1" in other.err
 
 
-@pytest.mark.slow
-def test_one_and_several_processes_train_the_same_network(cache, tmp_path):
+def test_one_and_several_processes_train_the_same_network(cache, of_a_pair, tmp_path):
     """24 steps on one device, on four of one process, and on two of each of two processes."""
-    arguments = ("train", TINY, *SMALL, "--config.epochs=(4,4)")
     for number in (1, 4):
-        ended = finish(start(*arguments, f"--workdir={tmp_path / str(number)}", num_devices=number))
-        assert ended.code == 0, ended.err
-    for ended in map(finish, pair(*arguments, f"--workdir={tmp_path / 'pair'}")):
+        ended = finish(start(*SHARED_STEPS, f"--workdir={tmp_path / str(number)}", num_devices=number))
         assert ended.code == 0, ended.err
     one = restore_params(tmp_path / "1", "last")
-    for other in ("4", "pair"):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-                     restore_params(tmp_path / other, "last"), one)  # fmt: skip
-    assert [record["step"] for record in lines(tmp_path / "pair")] == [record["step"] for record in lines(tmp_path / "1")]
+    for other in (tmp_path / "4", of_a_pair):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), restore_params(other, "last"), one)
+    assert [record["step"] for record in lines(of_a_pair)] == [record["step"] for record in lines(tmp_path / "1")]
     # Scores: the parameters of one run, counted by one process and by two.
     alone = finish(start("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", num_devices=1))
     assert alone.code == 0, alone.err
@@ -437,20 +442,16 @@ def test_one_and_several_processes_train_the_same_network(cache, tmp_path):
     assert (tmp_path / "1" / "results_val_crf.json").read_text() == counts
 
 
-@pytest.mark.slow
-def test_a_pair_that_lost_one_of_its_processes_goes_on_to_the_same_bits(cache, tmp_path):
-    arguments = ("train", TINY, *SMALL, "--config.epochs=(4,4)")
-    for ended in map(finish, pair(*arguments, f"--workdir={tmp_path / 'whole'}")):
-        assert ended.code == 0, ended.err
-    both = pair(*arguments, f"--workdir={tmp_path / 'killed'}")
-    while not (tmp_path / "killed" / "last" / "4").exists():
+def test_a_pair_that_lost_one_of_its_processes_goes_on_to_the_same_bits(cache, of_a_pair, tmp_path):
+    both = pair(*SHARED_STEPS, f"--workdir={tmp_path}")
+    while not (tmp_path / "last" / "4").exists():
         assert both[0].poll() is None, finish(both[0])
         time.sleep(0.05)
     both[0].kill()
     assert both[1].wait(timeout=120) != 0
-    for ended in map(finish, pair(*arguments, f"--workdir={tmp_path / 'killed'}")):
+    for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={tmp_path}")):
         assert ended.code == 0, ended.err
-    assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "whole")
+    assert digest_of(tmp_path) == digest_of(of_a_pair)
 
 
 @pytest.mark.slow
