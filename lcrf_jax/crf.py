@@ -47,20 +47,29 @@ def _pairwise_energy(probs, kernel, compatibility):
     return _energy_of_sums(probs, kernel, compatibility)
 
 
-def _pairwise_energy_forward(probs, kernel, compatibility):
+def _pairwise_energy_forward(*arguments):
+    """The arguments as JAX gives them with `symbolic_zeros`: each array with a word on whether its gradient is sought."""
+    def is_leaf(node):
+        return isinstance(node, jax.custom_derivatives.CustomVJPPrimal)
+
+    probs, kernel, compatibility = jax.tree.map(lambda leaf: leaf.value, arguments, is_leaf=is_leaf)
+    sought = any(leaf.perturbed for leaf in jax.tree.leaves(arguments[1:], is_leaf=is_leaf))
     # With the gradient at hand its product with q is the cheapest way to the energy.
     gradient = _times_compatibility(filter_symmetric(kernel, probs), compatibility)
-    return jnp.vdot(probs, gradient) / 2, (gradient, probs, kernel, compatibility)
+    return jnp.vdot(probs, gradient) / 2, (gradient, (probs, kernel, compatibility) if sought else None)
 
 
 def _pairwise_energy_backward(residuals, cotangent):
-    gradient, probs, kernel, compatibility = residuals
-    # The energy is linear in the kernel and in mu. Where nobody asks for these two, jit drops the work.
+    gradient, arguments = residuals
+    if arguments is None:
+        return cotangent * gradient, None, None
+    # The energy is linear in the kernel and in mu.
+    probs, kernel, compatibility = arguments
     _, pull = jax.vjp(functools.partial(_energy_of_sums, probs), kernel, compatibility)
     return (cotangent * gradient, *pull(cotangent))
 
 
-_pairwise_energy.defvjp(_pairwise_energy_forward, _pairwise_energy_backward)
+_pairwise_energy.defvjp(_pairwise_energy_forward, _pairwise_energy_backward, symbolic_zeros=True)
 
 
 def pairwise_energy(probs, kernel, *, compatibility=None):

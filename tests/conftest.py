@@ -72,15 +72,13 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
         if item.path.stem.removeprefix("test_") in PURE:
             item.add_marker(pytest.mark.pure)
-            if item.get_closest_marker("slow") is None:  # the slow cases have not been gone through yet
-                item.add_marker(pytest.mark.strict)
-                item.add_marker(pytest.mark.filterwarnings("error"))
+            item.add_marker(pytest.mark.filterwarnings("error"))
 
 
 @pytest.fixture(autouse=True)
 def strict_promotion(request):
-    """In the strict tests types are not promoted, but for those that say why: `promotes("why")`."""
-    if request.node.get_closest_marker("strict") is None or request.node.get_closest_marker("promotes"):
+    """In the tests of pure functions types are not promoted, but for those that say why: `promotes("why")`."""
+    if request.node.get_closest_marker("pure") is None or request.node.get_closest_marker("promotes"):
         yield
         return
     import jax
