@@ -150,9 +150,12 @@ def test_named_tuples_are_the_only_classes_of_floors_0_to_5(path):
 
 
 @pytest.mark.parametrize("path", LOW_MODULES, ids=names(LOW_MODULES))
-def test_floors_0_to_5_do_not_call_jit_and_have_no_reduction(path):
+def test_public_functions_of_floors_0_to_5_are_not_jitted_and_have_no_reduction(path):
+    """A private function may be, as a whole: it is then traced once for all of its calls in a program."""
     tree = ast.parse(path.read_text())
-    calls = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    private = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")]
+    allowed = {id(node) for function in private for mark in function.decorator_list for node in ast.walk(mark)}
+    calls = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in allowed}
     assert not calls & {"jax.jit", "jax.pmap"}
     arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
     assert "reduction" not in arguments
