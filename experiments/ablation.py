@@ -16,9 +16,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import measuring, reporting
-from lcrf_jax import preparation, runs
-from lcrf_jax.objectives import latent_crf_objective
-from lcrf_jax.runlog import metrics_history, say
+from lcrf_jax.bound.objective import latent_crf_objective
+from lcrf_jax.machine.progress import say
+from lcrf_jax.runfolder.metrics import metrics_history
+from lcrf_jax.train import fit, preparation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; made if it is not there.")
@@ -78,7 +79,7 @@ def varied(config, settings, seed):
 def trained_score(prepared, folder):
     """mIoU on val after the last step of the run in a folder, which is trained if it is not there."""
     reporting.check_same_settings(folder, prepared.config)
-    runs.train(prepared, folder)
+    fit.train(prepared, folder)
     return [record["val/miou"] for record in metrics_history(folder) if "val/miou" in record][-1]
 
 

@@ -24,10 +24,10 @@ from PIL import Image
 
 from experiments import crf_measurements, measuring, reporting, train_measurements
 from experiments.measuring import Report, Timing, number, per_cent
-from lcrf_jax.data.images import read_image
-from lcrf_jax.filters import FORMS
-from lcrf_jax.preparation import num_trainable, prepare
-from lcrf_jax.runlog import say
+from lcrf_jax.crf.image_kernels import FORMS
+from lcrf_jax.data.files.images import read_image
+from lcrf_jax.machine.progress import say
+from lcrf_jax.train.preparation import num_trainable, prepare
 
 _AGAINST = flags.DEFINE_enum("against", None, sorted(crf_measurements.PEERS), "Another implementation to compare with.")
 _IMAGE = flags.DEFINE_string("image", None, "Photograph; by default the astronaut of scikit-image.")

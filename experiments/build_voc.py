@@ -13,8 +13,8 @@ its published md5 first. Neither TensorFlow nor a network is needed.
 from absl import flags, logging
 
 from experiments import reporting
-from lcrf_jax.data.devkit import LISTS, TAGS_FROM, archive_problem
-from lcrf_jax.runlog import say
+from lcrf_jax.data.sources.devkit import LISTS, TAGS_FROM, archive_problem
+from lcrf_jax.machine.progress import say
 
 _DEVKIT = flags.DEFINE_string("devkit", None, "The folder VOCdevkit.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets; this one is made in its voc_weak.")
@@ -34,7 +34,7 @@ def main(argv):
             raise ValueError(problem)
         say(f"{path}: the md5 is the published one")
     try:
-        from lcrf_jax.data import voc_weak
+        from lcrf_jax.data.sources import voc_weak
     except ImportError as error:
         raise ValueError(f"build_voc needs tensorflow-datasets ({error}): pip install '.[tfds]' in your clone") from error
     info = voc_weak.prepared(_DEVKIT.value, _DATA_DIR.value, tags_from=_TAGS.value, any_lists=_ANY_LISTS.value,

@@ -14,10 +14,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import reporting
-from lcrf_jax import preparation
 from lcrf_jax.data.check import equal_pictures, listed, notes, read_all
-from lcrf_jax.runlog import image_progress, say
-from lcrf_jax.splits import open_split
+from lcrf_jax.machine.progress import image_progress, say
+from lcrf_jax.train import plan
+from lcrf_jax.train.splits import open_split
 
 _DATA = flags.DEFINE_string("data", None, "Folder of the photographs; sets config.data.root.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -118,7 +118,7 @@ def main(argv):
         problems += [reading.problem for reading in found if reading.problem]
     if splits and splits[0][0].split == config["data"]["train_split"]:
         try:
-            preparation.planned_rounds(config, sum(reading.problem is None for reading in splits[0][1]))
+            plan.planned_rounds(config, sum(reading.problem is None for reading in splits[0][1]))
         except ValueError as error:
             problems.append(str(error))
     remarks = left_out(sources[0]) if sources else []

@@ -2,7 +2,7 @@ r"""Train every method with the same features, network and budget, score each on
 
     python -m experiments.compare --config=experiments/configs/textures.py --methods=all --seeds=3 --workdir=DIR
 
-Methods are those of `lcrf_jax.methods.METHODS`, or a list such as --methods=sec,latent_crf. All of them have the network,
+Methods are those of `lcrf_jax.train.methods.METHODS`, or a list such as --methods=sec,latent_crf. All of them have the network,
 the optimiser and the number of steps of the configuration, and differ in `config.method` alone; what each may set for
 itself stands in `config.baselines`. The parameters after the last step are scored, so nothing is chosen on val here,
 without tags, and both without and with refinement. What is done is not done again: the same command goes on where it was
@@ -22,15 +22,17 @@ from ml_collections import config_flags
 
 from experiments import comparison_tables, measuring, reporting
 from experiments.run_report import write_comparison_report
-from lcrf_jax import evaluation, preparation, runs
 from lcrf_jax.baselines import majority_labels
-from lcrf_jax.checkpoints import restore_params
-from lcrf_jax.html_report import Sample
-from lcrf_jax.inference import make_segmenter, superpixels
-from lcrf_jax.methods import METHODS, localisation
-from lcrf_jax.report import picture_table
-from lcrf_jax.runlog import say
-from lcrf_jax.splits import checked_split
+from lcrf_jax.machine.progress import say
+from lcrf_jax.pictures.palette import picture_table
+from lcrf_jax.pictures.report import Sample
+from lcrf_jax.predict import evaluation
+from lcrf_jax.predict.outputs import superpixels
+from lcrf_jax.predict.segmenter import make_segmenter
+from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.train import fit, plan, preparation
+from lcrf_jax.train.methods import METHODS, localisation
+from lcrf_jax.train.splits import checked_split
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and tables; made if it is not there.")
@@ -76,7 +78,7 @@ def train(prepared, folder):
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"wall": 0.0, "cpu": 0.0}
     wall, cpu = time.monotonic(), time.process_time()
     try:
-        runs.train(prepared, folder)
+        fit.train(prepared, folder)
     finally:
         spent = {"wall": before["wall"] + time.monotonic() - wall, "cpu": before["cpu"] + time.process_time() - cpu}
         if folder.is_dir():
@@ -86,7 +88,7 @@ def train(prepared, folder):
 def score(prepared, folder, val):
     """Score the run of a folder on val and write comparison.json and the labels of the pictures."""
     method = METHODS[prepared.config["method"]]
-    description = preparation.segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)
+    description = plan.segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)
     segmenter = make_segmenter(description, restore_params(folder))
     smooth = None
     if method.smoothed_title:
@@ -99,7 +101,7 @@ def score(prepared, folder, val):
     scores = evaluation.evaluate(
         segmenter, val, crf=True, num_samples=NUM_PICTURES, features=features, smooth=smooth
     )
-    rounds = preparation.planned_rounds(prepared.config, len(prepared.train))
+    rounds = plan.planned_rounds(prepared.config, len(prepared.train))
     matrices = {"plain": scores.plain, "refined": scores.refined, "smoothed": scores.smoothed}
     result = {
         "method": prepared.config["method"],
@@ -111,7 +113,7 @@ def score(prepared, folder, val):
         "steps": rounds[-1].last_step if rounds else 0,
         **{name: None if matrix is None else np.asarray(matrix).tolist() for name, matrix in matrices.items()},
         "seconds": json.loads((folder / TIME_FILE).read_text(encoding="utf-8")),
-        "step_bytes": None if prepared.config["seed"] else runs.step_bytes(prepared),  # of one seed: they are the same
+        "step_bytes": None if prepared.config["seed"] else fit.step_bytes(prepared),  # of one seed: they are the same
     }
     labels = {f"{kind}_{number}": sample[at] for kind, at in (("plain", 2), ("refined", 3))
               for number, sample in enumerate(scores.samples)}  # fmt: skip

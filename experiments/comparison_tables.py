@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcrf_jax.methods import METHODS
 from lcrf_jax.metrics import iou_per_class, mean_iou
+from lcrf_jax.train.methods import METHODS
 
 GROUPS = ("no", "yes", "masks")  # of "saliency or cues", from left to right
 CAPTIONS = {False: "Without refinement", True: "With refinement by the dense CRF"}

@@ -12,7 +12,7 @@ import contextlib
 from absl import flags
 
 from experiments import photograph_page, reporting
-from lcrf_jax.runlog import say
+from lcrf_jax.machine.progress import say
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets everybody in the network in.")

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.elbo import expected_log_prob
-from lcrf_jax.gibbs import gibbs
-from lcrf_jax.kernels import KernelParams, dense_kernel, scaled
-from lcrf_jax.observation import EXPECTATIONS, IMAGE_LIKELIHOODS, TAG_LIKELIHOODS, class_evidence, log_evidence
+from lcrf_jax.bound.chains import gibbs
+from lcrf_jax.bound.estimators import expected_log_prob
+from lcrf_jax.bound.likelihoods import EXPECTATIONS, IMAGE_LIKELIHOODS, TAG_LIKELIHOODS
+from lcrf_jax.bound.pixel_evidence import class_evidence, log_evidence
+from lcrf_jax.crf.exact import dense_kernel
+from lcrf_jax.crf.params import KernelParams, scaled
 
 NUM_CLASSES = 3
 NUM_BATCHES = 32

@@ -2,7 +2,7 @@ r"""Measure bias and variance of the gradient estimators of E_q log p(y|z,x) aga
 
     python -m experiments.estimators --workdir=DIR
 
-The estimators are those of `lcrf_jax.elbo.ESTIMATORS`. The exact gradient in the logits is that of the expectation in
+The estimators are those of `lcrf_jax.bound.estimators.ESTIMATORS`. The exact gradient in the logits is that of the expectation in
 closed form (evidence, max_pool) or of the sum over all labellings of 3 x 3 pixels (area, gwrp). mcmc has another
 target, the gradient of E log q under p(z|x,y), and is measured against that one, by enumeration.
 
@@ -25,10 +25,10 @@ from absl import flags
 
 from experiments import estimator_measurements as measurements
 from experiments import measuring, reporting
-from lcrf_jax.elbo import ESTIMATORS, expected_log_prob
-from lcrf_jax.observation import EXPECTATIONS
-from lcrf_jax.runlog import say
-from lcrf_jax.sampling import block_groups
+from lcrf_jax.bound.estimators import ESTIMATORS, expected_log_prob
+from lcrf_jax.bound.likelihoods import EXPECTATIONS
+from lcrf_jax.bound.sampling import block_groups
+from lcrf_jax.machine.progress import say
 
 LIKELIHOODS = ("evidence", "max_pool", "area", "gwrp")
 

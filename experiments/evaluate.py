@@ -12,7 +12,7 @@ import time
 from absl import flags
 
 from experiments import reporting
-from lcrf_jax.descriptions import load_description
+from lcrf_jax.runfolder.description import load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _DATA = flags.DEFINE_string("data", None, "Folder of other data, of prepared data sets for tfds; by default that of the run.")

@@ -26,12 +26,13 @@ import numpy as np
 from absl import flags
 
 from experiments import reporting
-from lcrf_jax.checkpoints import params_digest, restore_params
-from lcrf_jax.descriptions import library_versions, load_description
-from lcrf_jax.export import PLATFORMS, exported, image_function
-from lcrf_jax.locks import own_folder
-from lcrf_jax.report import palette
-from lcrf_jax.runlog import say
+from lcrf_jax.machine.locks import own_folder
+from lcrf_jax.machine.progress import say
+from lcrf_jax.pictures.palette import palette
+from lcrf_jax.predict.export import PLATFORMS, exported, image_function
+from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.description import library_versions, load_description
+from lcrf_jax.runfolder.digests import params_digest
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _OUT = flags.DEFINE_string("out", None, "File to write; its description is written beside it, as OUT.json.")

@@ -23,12 +23,12 @@ import numpy as np
 import onnxruntime
 from absl import app, flags, logging
 
-from lcrf_jax.checkpoints import restore_params
-from lcrf_jax.descriptions import load_description
-from lcrf_jax.inference import make_segmenter
 from lcrf_jax.nets import efficientnet_lite
 from lcrf_jax.nets.efficientnet_lite import same_padding
-from lcrf_jax.report import palette
+from lcrf_jax.pictures.palette import palette
+from lcrf_jax.predict.segmenter import make_segmenter
+from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.description import load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _OUT = flags.DEFINE_string("out", None, "File to write.")

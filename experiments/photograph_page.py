@@ -9,18 +9,13 @@ import threading
 import numpy as np
 from PIL import Image
 
-from lcrf_jax.data.images import opened_as_rgb
-from lcrf_jax.data.sources import tag_vector
-from lcrf_jax.html_report import data_url
-from lcrf_jax.inference import (
-    adjustable_refinement,
-    class_statistics,
-    labels_and_confidence,
-    make_segmenter,
-    segment,
-    working_size,
-)
-from lcrf_jax.report import index_picture, overlay, palette
+from lcrf_jax.data.example import tag_vector
+from lcrf_jax.data.files.images import opened_as_rgb
+from lcrf_jax.pictures.palette import index_picture, overlay, palette
+from lcrf_jax.pictures.report import data_url
+from lcrf_jax.predict.refinement import adjustable_refinement
+from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence, working_size
+from lcrf_jax.predict.segmenter import make_segmenter, segment
 
 PAGE = pathlib.Path(__file__).with_suffix(".html")
 # Of the refinement: (name, title, least, greatest, step).

@@ -33,13 +33,14 @@ import numpy as np
 from absl import flags
 
 from experiments import predictions, reporting
-from lcrf_jax import processes
-from lcrf_jax.checkpoints import params_digest
-from lcrf_jax.inference import labels_and_confidence, segment_batch
-from lcrf_jax.locks import own_folder
+from lcrf_jax.machine import processes
+from lcrf_jax.machine.locks import own_folder
+from lcrf_jax.machine.progress import Progress, say
 from lcrf_jax.nets.pretrained import file_digest
-from lcrf_jax.runlog import Progress, say
-from lcrf_jax.tiling import segment_in_tiles
+from lcrf_jax.predict.resizing import labels_and_confidence
+from lcrf_jax.predict.segmenter import segment_batch
+from lcrf_jax.predict.tiling import segment_in_tiles
+from lcrf_jax.runfolder.digests import params_digest
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _IMAGES = flags.DEFINE_multi_string("images", None, "File, folder, or pattern in quotes; may be given several times.")

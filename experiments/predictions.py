@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lcrf_jax.data.images import MAX_PIXELS, image_size, is_photograph, read_image
-from lcrf_jax.data.listing import PhotographFinder
-from lcrf_jax.data.sources import tag_vector
-from lcrf_jax.data.tags import TAG_FILES, read_tag_file, read_text
-from lcrf_jax.inference import class_statistics
-from lcrf_jax.locks import own_folder
-from lcrf_jax.report import overlay, save_index_png
+from lcrf_jax.data.example import tag_vector
+from lcrf_jax.data.files.images import MAX_PIXELS, image_size, is_photograph, read_image
+from lcrf_jax.data.files.tags import TAG_FILES, read_tag_file, read_text
+from lcrf_jax.data.sources.listing import PhotographFinder
+from lcrf_jax.machine.locks import own_folder
+from lcrf_jax.pictures.palette import overlay, save_index_png
+from lcrf_jax.predict.resizing import class_statistics
 
 SETTINGS_FILE = "predictions.json"
 RECORDS = "predictions"
@@ -301,7 +301,7 @@ def known_tags(path, photographs, class_names):
     """The tags of photographs, as a tag file has them.
 
     Args:
-      path: tag file, see `lcrf_jax.data.tags`; photographs are named by their paths, or by the ends of these where there
+      path: tag file, see `lcrf_jax.data.files.tags`; photographs are named by their paths, or by the ends of these where there
         is no doubt.
       photographs: their paths.
       class_names: names of the K classes.

@@ -12,26 +12,32 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments.run_report import write_run_report
-from lcrf_jax import evaluation, preparation, processes, signals
-from lcrf_jax.checkpoints import restore_params
-from lcrf_jax.compilation import keep_programs
-from lcrf_jax.data.cache import default_directory
 from lcrf_jax.data.pipeline import prefetched
-from lcrf_jax.descriptions import CheckpointError, load_description
-from lcrf_jax.features import map_functions, mean_map, square_image
-from lcrf_jax.inference import make_segmenter, resized_map, restored_classifier
+from lcrf_jax.machine import processes, signals
+from lcrf_jax.machine.cache import default_directory
+from lcrf_jax.machine.compilation import keep_programs
+from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.progress import say
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
+from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
-from lcrf_jax.report import picture_grid
-from lcrf_jax.runlog import say, write_whole
-from lcrf_jax.splits import checked_split
+from lcrf_jax.pictures.palette import picture_grid
+from lcrf_jax.predict import evaluation
+from lcrf_jax.predict.outputs import restored_classifier
+from lcrf_jax.predict.resizing import resized_map
+from lcrf_jax.predict.segmenter import make_segmenter
+from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.description import CheckpointError, load_description
+from lcrf_jax.train import preparation
+from lcrf_jax.train.class_maps import map_functions, mean_map
+from lcrf_jax.train.splits import checked_split
 
 CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
 NUM_PICTURES = 8
 
 
 def define_process_flags():
-    """Flags of a program that can run as several processes, see `lcrf_jax.processes`."""
+    """Flags of a program that can run as several processes, see `lcrf_jax.machine.processes`."""
     flags.DEFINE_bool("distributed", False, "Run as one of several processes; clusters that JAX knows need no more.")
     flags.DEFINE_string("coordinator", None, "Of several processes: host:port of process 0.")
     flags.DEFINE_integer("num_processes", None, "Of several processes: how many.", lower_bound=1)

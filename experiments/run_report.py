@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from lcrf_jax import html_report
-from lcrf_jax.descriptions import flat_settings
-from lcrf_jax.evaluation import labelled_samples, sample_positions
+from lcrf_jax.machine.files import write_whole
 from lcrf_jax.metrics import iou_per_class, mean_iou
-from lcrf_jax.runlog import metrics_history, write_whole
+from lcrf_jax.pictures import report
+from lcrf_jax.predict.evaluation import labelled_samples, sample_positions
+from lcrf_jax.runfolder.description import flat_settings
+from lcrf_jax.runfolder.metrics import metrics_history
 
 NUM_EXTREMES = 4
 NUM_SPREAD = 8
@@ -37,19 +38,19 @@ def write_run_report(
     names = segmenter.class_names
     scores = [(f"mIoU, {title}", f"{100 * mean_iou(matrix):.1f} %") for title, matrix in matrices.items()]
     data = description["training"]["data"]
-    summary = html_report.figures(
+    summary = report.figures(
         [*scores, ("images", f"{len(source)} of {source.split}"), ("method", description["training"]["method"])]
-    ) + html_report.paragraph(f"Supervision: {used}. Data: {data['kind']} {data['root']}".rstrip() + ".")
+    ) + report.paragraph(f"Supervision: {used}. Data: {data['kind']} {data['root']}".rstrip() + ".")
     ious = {title: np.asarray(iou_per_class(matrix), np.float64) for title, matrix in matrices.items()}
     sections = [
-        ("Photographs", html_report.gallery(_samples(segmenter, source, image_scores, tags_given, known_samples or {}), names)),
-        ("Intersection over union", html_report.bars(names, ious) if ious else ""),
-        ("Confusion", html_report.confusion(names, list(matrices.values())[-1]) if matrices else ""),
-        ("Training", html_report.curves(_series(metrics_history(run_dir)))),
-        ("Settings", html_report.settings({**flat_settings(description["training"]), **{
+        ("Photographs", report.gallery(_samples(segmenter, source, image_scores, tags_given, known_samples or {}), names)),
+        ("Intersection over union", report.bars(names, ious) if ious else ""),
+        ("Confusion", report.confusion(names, list(matrices.values())[-1]) if matrices else ""),
+        ("Training", report.curves(_series(metrics_history(run_dir)))),
+        ("Settings", report.settings({**flat_settings(description["training"]), **{
             f"version of {name}": version for name, version in description["versions"].items()}})),
     ]  # fmt: skip
-    write_whole(path, html_report.page(f"Run {run_dir.resolve().name}", sections, summary=summary))
+    write_whole(path, report.page(f"Run {run_dir.resolve().name}", sections, summary=summary))
 
 
 def _samples(segmenter, source, image_scores, tags_given, known_samples):
@@ -71,7 +72,7 @@ def _samples(segmenter, source, image_scores, tags_given, known_samples):
             present = ", ".join(name for name, tag in zip(source.class_names[1:], tags[at][1:], strict=True) if tag)
             caption = "; ".join(part for part in (f"tags: {present or 'none'}", score) if part)
             known = {title: layer for title, layer in layers.items() if layer is not None}
-            samples.append(html_report.Sample(source.names[at], image, known, caption, group))
+            samples.append(report.Sample(source.names[at], image, known, caption, group))
     return samples
 
 
@@ -89,14 +90,14 @@ def write_comparison_report(path, title, header, rows, columns, samples, class_n
       title: heading.
       header, rows: the table.
       columns: dict from a method to [K] intersection over union.
-      samples: list of lcrf_jax.html_report.Sample.
+      samples: list of lcrf_jax.pictures.report.Sample.
       class_names: names of the K classes.
       note: what was compared on what.
     """
     sections = [
-        ("Methods", html_report.table(header, rows)),
-        ("Photographs", html_report.gallery(samples, class_names)),
+        ("Methods", report.table(header, rows)),
+        ("Photographs", report.gallery(samples, class_names)),
         ("Intersection over union", "".join(
-            f"<h3>{html_report.escaped(name)}</h3>{html_report.bars(class_names, values)}" for name, values in columns.items())),
+            f"<h3>{report.escaped(name)}</h3>{report.bars(class_names, values)}" for name, values in columns.items())),
     ]  # fmt: skip
-    write_whole(path, html_report.page(title, sections, summary=html_report.paragraph(note)))
+    write_whole(path, report.page(title, sections, summary=report.paragraph(note)))

@@ -15,9 +15,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import reporting
-from lcrf_jax import preparation, runs
 from lcrf_jax.data.check import MODES
-from lcrf_jax.runlog import say
+from lcrf_jax.machine.progress import say
+from lcrf_jax.train import fit, preparation
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
@@ -39,7 +39,7 @@ def main(argv):
         f"{len(prepared.train)} training images with tags of {len(prepared.train.class_names) - 1} classes; "
         f"logits {prepared.grid} x {prepared.grid}; {preparation.num_trainable(prepared):,} trainable weights"
     )
-    runs.train(prepared, _WORKDIR.value)
+    fit.train(prepared, _WORKDIR.value)
     for source in (prepared.train, prepared.val):
         if getattr(source, "left_out", 0):
             say(f"{source.left_out} photographs of {source.split} were left out, as told at the beginning")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments import measuring
-from lcrf_jax import runs
-from lcrf_jax.checkpoints import RunCheckpoints
+from lcrf_jax.runfolder.checkpoints import RunCheckpoints
+from lcrf_jax.train import fit
 
 
 class Step(NamedTuple):
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 def step(prepared, repetitions):
     """The Step of the first round."""
-    function, state, *arguments = runs.first_step(prepared)
+    function, state, *arguments = fit.first_step(prepared)
     started = time.perf_counter()
     lowered = function.lower(state, *arguments)
     program = lowered.compile()
@@ -47,7 +47,7 @@ def step(prepared, repetitions):
     [timing] = measuring.timings([call], repetitions, budget=30.0)
     operations = _entry(lowered.cost_analysis(), "flops")
     traffic = _entry(program.cost_analysis(), "bytes accessed")
-    return Step(timing, seconds, runs.planned_bytes(program), operations, traffic)
+    return Step(timing, seconds, fit.planned_bytes(program), operations, traffic)
 
 
 def _entry(costs, name):
@@ -58,7 +58,7 @@ def _entry(costs, name):
 
 def finite_checks(prepared, repetitions):
     """Timing of the choice between the old and the new state by itself: within a step XLA fuses it with the update."""
-    _, state, *_ = runs.first_step(prepared)
+    _, state, *_ = fit.first_step(prepared)
 
     @jax.jit
     def check(old, new, loss, norm):
@@ -74,7 +74,7 @@ def finite_checks(prepared, repetitions):
 
 def saving(prepared, repetitions):
     """(Timing of a save until training goes on, Timing of a save until it is on the disk, megabytes of the state)."""
-    _, state, *_ = runs.first_step(prepared)
+    _, state, *_ = fit.first_step(prepared)
     numbers = iter(range(10**6))
     with tempfile.TemporaryDirectory() as folder, RunCheckpoints(folder) as checkpoints:
 

@@ -1,23 +1,22 @@
 """Weakly supervised semantic segmentation with latent conditional random fields, in JAX.
 
-The library is built in floors; a file imports from lower floors only, and floors 0 to 5 are pure functions of one
-image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
+The house has rooms. A room imports from those above it in this list, and the pure rooms, numerics to baselines, are
+functions of one image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
 
-    0   numerics                              float promotion, entropies, checks
-    1   kernels, anchors, hashing,            Gaussian filters; numbering distinct keys;
-        sampling, metrics, saliency           relaxed samples; IoU; minimum barrier saliency
-    2   lattice, observation                  the permutohedral lattice; log p(y | z, x)
-    3   filters                               the pairwise kernel of an image, in three forms
-    4   crf, gibbs                            pairwise energy, KL to the prior, mean field; samples of the posterior
-    5   elbo, baselines                       the bound and the estimators of its gradient; the compared methods
-    6   locks, processes, signals             what runs have to do with the machine
-    7   nets, data, objectives, descriptions  Flax networks, sources and batches, what training minimises
-    8   methods, features, checkpoints,       what each method minimises; frozen features of a source;
-        report, runlog                        run folders, pictures, metrics
-    9   training, cues, inference             the train step over a mesh of devices; cues; images in, masks out
-    10  preparation, evaluation,              what training starts from; scores; large pictures in tiles;
-        tiling, trained                       a trained run as one object, `load`
-    11  runs                                  training with checkpoints, validation and resuming
+    numerics      float promotion, entropies, checks of what is known before anything is computed
+    crf           the dense CRF: its kernel in three forms, pairwise energy, KL to the prior, mean field
+    bound         log p(y | x) from below: samples, likelihoods of the tags, the bound and the estimators of its gradient
+    metrics       confusion matrix, intersection over union
+    baselines     the compared methods' losses and targets, and a saliency
+    machine       processes, signals, locks, caches on disk, progress
+    nets          frozen backbones, trainable decoders, the tag classifier
+    data          files, sources, views, batches
+    runfolder     what a run leaves on disk: checkpoints, config.json, metrics
+    pictures      colours and overlays, the report
+    predict       images in, masks out; scores; `load`; export
+    train         methods, what training starts from, the step, the loop
+
+Each room begins with a paragraph that says in what order to read it.
 
 Symbols, the same in code, docstrings and tests:
 
@@ -42,8 +41,8 @@ from lcrf_jax.baselines import (
     sec_loss,
     soft_cross_entropy,
 )
-from lcrf_jax.crf import kl_to_prior, mean_field, pairwise_energy, refine
-from lcrf_jax.elbo import (
+from lcrf_jax.baselines.saliency import barrier_saliency
+from lcrf_jax.bound.estimators import (
     ElboTerms,
     expected_log_prob,
     gumbel_softmax_likelihood,
@@ -51,25 +50,25 @@ from lcrf_jax.elbo import (
     reinforce_likelihood,
     straight_through_likelihood,
 )
-from lcrf_jax.filters import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
-from lcrf_jax.kernels import KernelParams, dense_kernel, filter_exact, gaussian_kernel, guide_features, scaled
-from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
-from lcrf_jax.observation import (
+from lcrf_jax.bound.likelihoods import (
     area,
-    class_evidence,
-    cue_evidence,
     evidence,
     expected_evidence,
     expected_max_pool,
     frozen_classifier,
     gwrp,
-    log_evidence,
     log_mean_exp,
     max_pool,
     noisy_or,
 )
-from lcrf_jax.saliency import barrier_saliency
-from lcrf_jax.sampling import block_groups, categorical, gumbel_softmax, straight_through
+from lcrf_jax.bound.pixel_evidence import class_evidence, cue_evidence, log_evidence
+from lcrf_jax.bound.sampling import block_groups, categorical, gumbel_softmax, straight_through
+from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
+from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
+from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
+from lcrf_jax.crf.inference import mean_field, refine
+from lcrf_jax.crf.params import KernelParams, guide_features, scaled
+from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 
 
 def load(checkpoint, *, which="best"):
@@ -80,12 +79,12 @@ def load(checkpoint, *, which="best"):
       which: ``best`` by the validation score, or ``last``.
 
     Returns:
-      `lcrf_jax.trained.Model`.
+      `lcrf_jax.predict.model.Model`.
 
     Raises:
-      lcrf_jax.descriptions.CheckpointError: if the folder holds no run, or its files are damaged.
+      lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, or its files are damaged.
     """
-    from lcrf_jax.trained import load as load_model  # it needs orbax and Flax, the pure functions do not
+    from lcrf_jax.predict.model import load as load_model
 
     return load_model(checkpoint, which=which)
 

@@ -10,8 +10,6 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-__all__ = ["check_number", "check_shape", "check_share", "entropy", "promote_float", "squared_distances", "varying_like"]
-
 
 def promote_float(array):
     """The array as float32, or as float64 where it already is float64.

@@ -7,7 +7,8 @@ from importlib import metadata
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+TESTS = pathlib.Path(__file__).resolve().parent
+ROOT = TESTS.parent
 # Four virtual devices. For the rest: the tests compile much and compute little, and without the optimisations of the
 # compiler's back end they take half the time. `make test-default-flags` runs them with those that users have.
 FLAGS = {
@@ -19,9 +20,8 @@ FLAGS = {
 if metadata.version("jaxlib").startswith("0.10."):  # a later one does not start with a flag that it no longer knows
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 DEFAULT_FLAGS = "LCRF_TEST_DEFAULT_FLAGS"
-# The files that test pure functions. In these no type is promoted without a word, and a warning is an error.
-PURE = ("numerics", "kernels", "hashing", "anchors", "sampling", "metrics", "saliency", "lattice", "observation", "filters",
-        "crf", "gibbs", "elbo", "estimators", "baselines")
+# The rooms of pure functions. In their tests no type is promoted without a word, and a warning is an error.
+PURE = ("crf", "bound", "baselines", "test_numerics.py", "test_metrics.py")
 
 
 def merged_flags(own, wanted):
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items):
         for marker in item.iter_markers("slow_except"):
             if not any(fnmatch.fnmatch(item.callspec.id, pattern) for pattern in marker.args):
                 item.add_marker(pytest.mark.slow)
-        if item.path.stem.removeprefix("test_") in PURE:
+        if item.path.relative_to(TESTS).parts[0] in PURE:
             item.add_marker(pytest.mark.pure)
             item.add_marker(pytest.mark.filterwarnings("error"))
 

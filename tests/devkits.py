@@ -4,8 +4,8 @@ import numpy as np
 import reference
 from PIL import Image
 
-from lcrf_jax.data.devkit import CLASSES
-from lcrf_jax.report import palette, save_index_png
+from lcrf_jax.data.sources.devkit import CLASSES
+from lcrf_jax.pictures.palette import palette, save_index_png
 
 SIZES = {"train": 4, "aug": 4, "val": 3, "test": 2}
 SHOWN = ("cat", "dog", "person", "car")

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import reference
 
-from lcrf_jax.filters import ImageKernel, filter_symmetric, filter_with, image_kernel
-from lcrf_jax.kernels import KernelParams
+from lcrf_jax.crf.image_kernels import image_kernel
+from lcrf_jax.crf.kernel import ImageKernel, filter_symmetric, filter_with
+from lcrf_jax.crf.params import KernelParams
 
 COARSE = KernelParams(10.0, 20.0, 13.0, 3.0, 0.75)
 HEIGHT, WIDTH = 20, 24

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import reference
 
-from lcrf_jax.features import network_inputs
+from lcrf_jax.nets.inputs import network_inputs
 from lcrf_jax.nets.network import backbone_variables, build_network
 
 SIZE, GRID, NUM_CLASSES, BATCH = 64, 4, 4, 8

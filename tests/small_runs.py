@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from experiments.configs import base, tiny
-from lcrf_jax import runs
-from lcrf_jax.checkpoints import RunCheckpoints
-from lcrf_jax.runlog import metrics_history
+from lcrf_jax.runfolder.checkpoints import RunCheckpoints
+from lcrf_jax.runfolder.metrics import metrics_history
+from lcrf_jax.train import fit
 
 
 def small_config(directory, **changes):
@@ -50,4 +50,4 @@ def train_and_kill(prepared, workdir, monkeypatch, stop, *, before_saving=False)
     with monkeypatch.context() as patch:
         patch.setattr(RunCheckpoints, "save_last", killed_around_saving)
         with pytest.raises(Killed):
-            runs.train(prepared, workdir)
+            fit.train(prepared, workdir)

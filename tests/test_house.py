@@ -14,20 +14,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "lcrf_jax"
 
-# A package stands for all of its files. A new file gets its line here.
-FLOORS = {
-    "numerics": 0,
-    "kernels": 1, "hashing": 1, "anchors": 1, "sampling": 1, "metrics": 1, "saliency": 1,
-    "lattice": 2, "observation": 2,
-    "filters": 3,
-    "crf": 4, "gibbs": 4,
-    "elbo": 5, "baselines": 5,
-    "locks": 6, "processes": 6, "signals": 6,
-    "nets": 7, "data": 7, "objectives": 7, "descriptions": 7,
-    "methods": 8, "features": 8, "checkpoints": 8, "report": 8, "runlog": 8, "html_report": 9,
-    "cues": 9, "training": 9, "inference": 9, "splits": 9, "compilation": 9,
-    "preparation": 10, "evaluation": 10, "export": 10, "tiling": 10, "trained": 10, "runs": 11,
-}
+# The rooms in the order of their imports: a room imports from those before it. A new room gets its place here.
+ROOMS = ("numerics", "crf", "bound", "metrics", "baselines", "machine", "nets", "data", "runfolder", "pictures", "predict", "train")
+PURE = ROOMS[: ROOMS.index("machine")]
+MOST_FLOORS = 7  # the programs of experiments are the highest
 LOW_IMPORTS = {"jax", "numpy", "einops"}
 FORBIDDEN = {"tensorflow", "torch", "torchvision", "keras"}
 
@@ -55,35 +45,88 @@ def imported(path, root=ROOT):
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def unit(path):
-    """First name below lcrf_jax: 'crf' for crf.py, 'nets' for every file of nets/."""
+def room(path):
+    """The name below lcrf_jax of the room that a file lies in: 'crf' for crf/energy.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported_units(path):
+def module_of(path):
+    """'lcrf_jax.crf' for its __init__.py, 'lcrf_jax.crf.energy' for energy.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULE_NAMES = {module_of(path) for path in python_files("lcrf_jax")}
+
+
+def imported_modules(path):
+    """The modules of the house that a file imports: `from lcrf_jax.crf import energy` is lcrf_jax.crf.energy."""
     for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == "lcrf_jax":
-            yield parts[1] if len(parts) > 1 else ""
+        while name.startswith("lcrf_jax") and name not in MODULE_NAMES:
+            name = name.rpartition(".")[0]
+        if name.startswith("lcrf_jax"):
+            yield name
 
 
-LOW_MODULES = [path for path in MODULES if FLOORS.get(unit(path), 99) <= 5]
+PURE_MODULES = [path for path in MODULES if room(path) in PURE]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
-def test_a_file_imports_only_from_lower_floors(path):
-    assert unit(path) in FLOORS, f"{path.name} has no floor: give it one in FLOORS"
-    for other in set(imported_units(path)):
-        assert other in FLOORS, f"{path.name} imports lcrf_jax.{other}, which has no floor"
-        within_a_package = other == unit(path) and path.parent != PACKAGE
-        assert within_a_package or FLOORS[other] < FLOORS[unit(path)], \
-            f"{path.name} (floor {FLOORS[unit(path)]}) imports {other} (floor {FLOORS[other]})"
+def test_a_file_imports_only_from_the_rooms_before_its_own(path):
+    assert room(path) in ROOMS, f"{path.name} lies in no room: give {room(path)} its place in ROOMS"
+    for module in set(imported_modules(path)) - {module_of(path)}:
+        assert module != "lcrf_jax", f"{path.name} imports the package itself, which imports the rooms"
+        other = module.split(".")[1]
+        assert ROOMS.index(other) <= ROOMS.index(room(path)), f"{path.name} imports {module}, of a later room"
 
 
-@pytest.mark.parametrize("path", LOW_MODULES, ids=names(LOW_MODULES))
-def test_floors_0_to_5_import_only_jax_numpy_einops(path):
+def graph():
+    """What each module imports at any depth of its file; a package that is imported for its names is none of it."""
+    return {module_of(path): set(imported_modules(path)) - {module_of(path)} for path in MODULES if path.name != "__init__.py"}
+
+
+def test_there_is_no_circle():
+    edges, done = graph(), set()
+
+    def visit(module, way):
+        assert module not in way, " -> ".join([*way[way.index(module):], module])
+        if module not in done:
+            for other in sorted(edges.get(module, ())):
+                visit(other, [*way, module])
+            done.add(module)
+
+    for module in sorted(edges):
+        visit(module, [])
+
+
+def test_the_house_has_few_floors():
+    """A room stands one floor above the highest room that it imports."""
+    edges = graph()
+    floors = {}
+    for name in ROOMS:
+        inside = {module for module in edges if module.split(".")[1] == name}
+        below = {other.split(".")[1] for module in inside for other in edges[module]} - {name}
+        floors[name] = 1 + max((floors[other] for other in below), default=-1)
+    assert 2 + max(floors.values()) <= MOST_FLOORS, floors
+
+
+@pytest.mark.parametrize("name", [name for name in ROOMS if (PACKAGE / name).is_dir()])
+def test_a_room_says_what_it_is(name):
+    text = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text())) or ""
+    assert "import" in text and re.match(r"\S.*[.:]$", text.split("\n")[0])
+    for path in (PACKAGE / name).glob("*.py"):
+        assert path.name == "__init__.py" or name == "baselines" or f"`{path.stem}`" in text, f"{name} says nothing of {path.name}"
+
+
+@pytest.mark.parametrize("path", PURE_MODULES, ids=names(PURE_MODULES))
+def test_the_pure_rooms_import_only_jax_numpy_einops(path):
     outside = {name.split(".")[0] for name in imported(path)} - {"lcrf_jax"} - set(sys.stdlib_module_names)
     assert outside <= LOW_IMPORTS
+
+
+def test_no_module_bears_the_name_of_a_function_that_its_package_exports():
+    for path in PACKAGE.rglob("__init__.py"):
+        exported = {name.rpartition(".")[2] for name in imported(path)}
+        assert not exported & {other.stem for other in path.parent.glob("*.py")}, path
 
 
 def test_orbax_is_imported_in_one_file_and_no_second_framework_anywhere():
@@ -93,7 +136,7 @@ def test_orbax_is_imported_in_one_file_and_no_second_framework_anywhere():
         assert not roots & FORBIDDEN, f"{path} imports {roots & FORBIDDEN}"
         if "orbax" in roots:
             users.add(path.relative_to(ROOT).as_posix())
-    assert users == {"lcrf_jax/checkpoints.py"}
+    assert users == {"lcrf_jax/runfolder/checkpoints.py"}
 
 
 def test_nothing_in_the_library_imports_experiments_or_tests():
@@ -126,8 +169,8 @@ def test_every_declared_dependency_is_pinned():
     assert not missing, f"requirements.txt has no pin for {missing}"
 
 
-@pytest.mark.parametrize("path", LOW_MODULES, ids=names(LOW_MODULES))
-def test_public_functions_of_floors_0_to_5_are_documented(path):
+@pytest.mark.parametrize("path", PURE_MODULES, ids=names(PURE_MODULES))
+def test_public_functions_of_the_pure_rooms_are_documented(path):
     for node in ast.parse(path.read_text()).body:
         if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
             continue
@@ -142,15 +185,15 @@ def test_public_functions_of_floors_0_to_5_are_documented(path):
         assert "\nReturns:\n" in documentation, f"{node.name} has no Returns"
 
 
-@pytest.mark.parametrize("path", LOW_MODULES, ids=names(LOW_MODULES))
-def test_named_tuples_are_the_only_classes_of_floors_0_to_5(path):
+@pytest.mark.parametrize("path", PURE_MODULES, ids=names(PURE_MODULES))
+def test_named_tuples_are_the_only_classes_of_the_pure_rooms(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef):
             assert [ast.unparse(base).split(".")[-1] for base in node.bases] == ["NamedTuple"], node.name
 
 
-@pytest.mark.parametrize("path", LOW_MODULES, ids=names(LOW_MODULES))
-def test_public_functions_of_floors_0_to_5_are_not_jitted_and_have_no_reduction(path):
+@pytest.mark.parametrize("path", PURE_MODULES, ids=names(PURE_MODULES))
+def test_public_functions_of_the_pure_rooms_are_not_jitted_and_have_no_reduction(path):
     """A private function may be, as a whole: it is then traced once for all of its calls in a program."""
     tree = ast.parse(path.read_text())
     private = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("_")]

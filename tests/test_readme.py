@@ -65,7 +65,7 @@ def test_files_and_pictures_of_the_readme_exist():
 
 
 def test_every_fault_of_the_page_has_a_test():
-    defined = {name for path in (ROOT / "tests").glob("test_*.py")
+    defined = {name for path in (ROOT / "tests").rglob("test_*.py")
                for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)}  # fmt: skip
     faults = FAULTS[: FAULTS.index("\n## What it costs")]
     rows = [line for line in faults.splitlines() if line.startswith("| ") and not line.startswith("| fault |")]

@@ -27,10 +27,10 @@ def get_config():
     """The defaults."""
     config = ConfigDict()
     config.seed = 0
-    config.method = "latent_crf"  # a key of lcrf_jax.methods.METHODS; full_supervision needs masks of the training split
+    config.method = "latent_crf"  # a key of lcrf_jax.train.methods.METHODS; full_supervision needs masks of the training split
 
     config.data = ConfigDict()
-    config.data.kind = "folder"  # a key of lcrf_jax.data.sources.SOURCES
+    config.data.kind = "folder"  # a key of lcrf_jax.data.opening.SOURCES
     config.data.root = ""
     config.data.train_split = "train"
     config.data.val_split = "val"  # masks are used for the score and for choosing best/; "" for none
@@ -68,7 +68,7 @@ def get_config():
     config.class_maps.grid = 40
 
     config.objective = ConfigDict()
-    config.objective.likelihood = "evidence"  # a name of lcrf_jax.observation; those below are its options
+    config.objective.likelihood = "evidence"  # a name of lcrf_jax.bound.likelihoods; those below are its options
     config.objective.likelihood_options = options(
         # saliency_weight above 0 needs the classifier's gradient for every training image.
         evidence=options(background_level=0.2, sharpness=2.0, floor=0.01, saliency_weight=0.0),

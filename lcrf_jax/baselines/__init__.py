@@ -8,7 +8,7 @@
     cam        CAM                cam_log_probs
     labels                        label_cross_entropy (full supervision, too), soft_cross_entropy
 
-`lcrf_jax.methods` says how each is trained.
+`lcrf_jax.train.methods` says how each is trained.
 """
 
 from lcrf_jax.baselines.cam import cam_log_probs

@@ -2,14 +2,14 @@ r"""Class activation maps with a threshold (Zhou et al. 2016): no network of its
 
 import jax.numpy as jnp
 
-from lcrf_jax.observation import class_evidence, log_evidence
+from lcrf_jax.bound.pixel_evidence import class_evidence, log_evidence
 
 
 def cam_log_probs(class_maps, image_logits, *, background_level=0.2, sharpness=2.0, floor=0.01):
     r"""Log-probabilities from the class maps of a tag classifier and the classes that it finds itself.
 
     A class is present where the classifier gives it at least even odds; each map is divided by its maximum and competes
-    with a background of constant height, see `lcrf_jax.observation.class_evidence`. With a `sharpness` of any size the
+    with a background of constant height, see `lcrf_jax.bound.pixel_evidence.class_evidence`. With a `sharpness` of any size the
     labels are those of the thresholded maps.
 
     Args:

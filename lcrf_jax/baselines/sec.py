@@ -3,9 +3,9 @@ r"""Seed, expand and constrain (Kolesnikov and Lampert 2016): the three losses, 
 import jax
 import jax.numpy as jnp
 
-from lcrf_jax.crf import mean_field
+from lcrf_jax.bound.likelihoods import ranked_mean
+from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.numerics import check_shape, check_share, promote_float
-from lcrf_jax.observation import ranked_mean
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 NO_CUE = 255
@@ -100,7 +100,7 @@ def expand_loss(probs, tags, *, foreground_decay=0.996, background_decay=0.999):
               - \frac{1}{|y_-|} \sum_{k \in y_-} \log(1 - \max_j f_{jk}) - \log G_0(d_0)
 
     with y_+ the present and y_- the absent foreground classes and G global weighted rank pooling
-    (`lcrf_jax.observation.ranked_mean`); an empty mean is 0.
+    (`lcrf_jax.bound.likelihoods.ranked_mean`); an empty mean is 0.
 
     Args:
       probs: [m, K] probabilities f in (0, 1), see `floored_probs`.
@@ -140,7 +140,7 @@ def constrain_loss(probs, kernel, *, num_iterations=10):
 
     Args:
       probs: [m, K] positive probabilities f, see `floored_probs`.
-      kernel: pairwise kernel of the image, see `lcrf_jax.crf.mean_field`.
+      kernel: pairwise kernel of the image, see `lcrf_jax.crf.inference.mean_field`.
       num_iterations: static number of mean-field updates; Q is mean field with log f as its unary.
     Returns:
       Scalar, float32, nats, the mean over the cells. No gradient flows through Q.

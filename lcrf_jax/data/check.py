@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcrf_jax.data.images import image_size
-from lcrf_jax.data.sources import VOID, PartOfSource, Source
+from lcrf_jax.data.example import VOID, PartOfSource, Source
+from lcrf_jax.data.files.images import image_size
 
 MODES = ("error", "skip")
 _SHOWN = 20

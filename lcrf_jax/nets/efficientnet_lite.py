@@ -31,6 +31,7 @@ STAGES = (
     Stage(4, 5, 2, 6, 192),
     Stage(1, 3, 1, 6, 320),
 )
+
 STEM_WIDTH = 32
 HEAD_WIDTH = 1280
 TAP_AFTER_STAGE = {"s4": 1, "s8": 2, "s16": 4, "s32": 6}

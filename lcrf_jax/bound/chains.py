@@ -1,0 +1,131 @@
+r"""Samples of the posterior p(z | x, y) of the dense CRF by blocked Gibbs sampling.
+
+The pixels fall into blocks that are updated in turn, all pixels of a block at once. Within a block B the pairwise
+term is split by Gaussian fields u, one for each class,
+
+.. math:: u_k \mid z \sim N(A z_k,\; A), \qquad A = K_{BB} + \mathrm{diag}(d),
+
+given which the pixels of the block are independent: p(z_i = k | u, rest) is the softmax of the field, the messages of
+the other blocks and the unary. Any diagonal d that makes A positive definite leaves the distribution as it is, since
+sum_k z_ik^2 = 1. A pixel whose block is itself alone has all but the textbook update: its d is .001.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.bound.sampling import categorical
+from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
+
+
+class GibbsSamples(NamedTuple):
+    """What a chain gives.
+
+    Attributes:
+      labels: [m] int32, the state after the last sweep; pass it on to go on with the chain.
+      marginals: [m, K] float32, the mean over the sweeps of the labels' conditional distributions (of the labels
+        themselves, where there is a likelihood that does not factorise); rows sum to one.
+    """
+
+    labels: jax.Array
+    marginals: jax.Array
+
+
+class _Block(NamedTuple):
+    """One block's pixels, by number (m stands for none), their rows of K, and A = factor factor^T."""
+
+    pixels: jax.Array
+    rows: jax.Array
+    diagonal: jax.Array
+    factor: jax.Array
+
+
+def _blocks(kernel, num_blocks):
+    """The blocks, stacked: pixel i belongs to block i modulo their number, so that neighbours fall apart."""
+    num_pixels = len(kernel)
+    size = -(-num_pixels // num_blocks)
+    pixels = jnp.arange(size)[None, :] * num_blocks + jnp.arange(num_blocks)[:, None]
+    pixels = jnp.minimum(pixels, num_pixels)
+    rows = jnp.pad(kernel, ((0, 1), (0, 1)))[pixels]
+    within = jnp.take_along_axis(rows, jnp.broadcast_to(pixels[:, None, :], (*pixels.shape, size)), axis=2)
+    # Diagonally dominant with something to spare, hence positive definite in float32 too.
+    diagonal = 1.001 * jnp.abs(within).sum(axis=-1) + 1e-3
+    factor = jnp.linalg.cholesky(within + jax.vmap(jnp.diag)(diagonal))
+    return _Block(pixels, rows[..., :num_pixels], diagonal, factor)
+
+
+def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=1, num_blocks=8):
+    r"""Sweeps of a Markov chain whose stationary distribution is the posterior of the dense CRF with Potts costs.
+
+    .. math:: p(z) \propto \exp\Bigl(\sum_j u_{j z_j} - \sum_{i<j} k_{ij} [z_i \ne z_j] + \ell(z)\Bigr)
+
+    What factorises over the pixels goes into the unary and is sampled exactly. The rest, l(z), is met by a
+    Metropolis-Hastings test for each block as a whole: the more pixels in a block, the more often it fails.
+    Nothing here is differentiated.
+
+    Args:
+      key: PRNG key.
+      labels: [m] int, the state to go on from. A chain that is kept from call to call (persistent) needs few sweeps.
+      kernel: [m, m] matrix, of which the symmetric part counts and the diagonal does not. Where row sums pass 1 or so
+        chains mix slowly, and where they reach 10 they may stay where they began.
+      unary_logits: [m, K] log-potentials of the pixels, such as `lcrf_jax.bound.pixel_evidence.log_evidence`.
+      log_likelihood: function l from one-hot labels [m, K] to a scalar, or None.
+      num_sweeps: static, >= 1; every pixel is updated once in each.
+      num_blocks: static, >= 1; more than m is m. Few large blocks are fast, many small ones mix better. With a
+        log-likelihood take blocks of 8 pixels or so: in larger ones a hard likelihood accepts nothing.
+    Returns:
+      `GibbsSamples`.
+    Raises:
+      ValueError: if the shapes do not fit or a number is out of range.
+    References:
+      Geman and Geman 1984; Martens and Sutskever 2010, for the Gaussian fields; Metropolis et al. 1953, Hastings 1970.
+    """
+    num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), "pass one image, pixels flattened to one axis")
+    check_shape("labels", labels, (num_pixels,), "give the number of a class for each pixel")
+    check_shape("kernel", kernel, (num_pixels, num_pixels), "pass a dense matrix, see lcrf_jax.dense_kernel")
+    check_number("num_sweeps", num_sweeps, minimum=1, whole=True, remedy="5 is usual for a chain that is kept")
+    check_number("num_blocks", num_blocks, minimum=1, whole=True, remedy="8 is usual")
+    unary_logits, kernel = jax.lax.stop_gradient((promote_float(unary_logits), promote_float(kernel)))
+    dtype = jnp.promote_types(unary_logits.dtype, kernel.dtype)
+    unary_logits, kernel = unary_logits.astype(dtype), kernel.astype(dtype)
+    kernel = jnp.where(jnp.eye(num_pixels, dtype=bool), 0, (kernel + kernel.T) / 2)
+    blocks = _blocks(kernel, min(int(num_blocks), num_pixels))
+
+    def sweep(carry, sweep_key):
+        one_hot, total = carry
+        keys = jax.random.split(sweep_key, len(blocks.pixels))
+
+        def update(state, block_and_key):
+            return _updated(*state, *block_and_key, unary_logits, log_likelihood), None
+
+        (one_hot, marginals), _ = jax.lax.scan(update, (one_hot, one_hot), (blocks, keys))
+        return (one_hot, total + marginals), None
+
+    one_hot = jax.nn.one_hot(labels, unary_logits.shape[1], dtype=dtype)
+    for array in (unary_logits, kernel, jax.random.key_data(key)):
+        one_hot = varying_like(one_hot, array)
+    start = one_hot, jnp.zeros_like(one_hot)
+    (one_hot, total), _ = jax.lax.scan(sweep, start, jax.random.split(key, int(num_sweeps)))
+    return GibbsSamples(one_hot.argmax(axis=-1).astype(jnp.int32), total / num_sweeps)
+
+
+def _updated(one_hot, marginals, block, key, unary_logits, log_likelihood):
+    """The labels after an update of one block, and the marginals with its conditional distributions or, if tested, labels."""
+    field_key, label_key, test_key = jax.random.split(key, 3)
+
+    def product(a, b):
+        return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+    # Rows of pixels that are none read the last one here, and are dropped when written.
+    mean = product(block.rows, one_hot) + block.diagonal[:, None] * one_hot[block.pixels]
+    noise = jax.random.normal(field_key, mean.shape, mean.dtype)
+    logits = mean + product(block.factor, noise) + unary_logits[block.pixels]
+    proposed = one_hot.at[block.pixels].set(categorical(label_key, logits), mode="drop")
+    if log_likelihood is None:
+        return proposed, marginals.at[block.pixels].set(jax.nn.softmax(logits, axis=-1), mode="drop")
+    gain = log_likelihood(proposed) - log_likelihood(one_hot)
+    check_shape("log_likelihood", gain, (), "return one number for all tags together")
+    accepted = jnp.log(jax.random.uniform(test_key)) < gain
+    one_hot = jnp.where(accepted, proposed, one_hot)
+    return one_hot, one_hot

@@ -1,0 +1,260 @@
+r"""The evidence lower bound of the latent CRF.
+
+.. math:: \log p(y|x) \ge E_q \log p(y|z,x) - KL(q \,\|\, p(z|x)) , \qquad
+          KL = -H(q) + \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j + \log Z(x)
+
+The KL is exact, up to log Z(x), which no parameter of q changes. The first term is estimated by one of `ESTIMATORS`,
+which share one signature. `reinforce_likelihood` is unbiased in value and gradient; `straight_through_likelihood` in
+value only. With relaxed samples, or with the probabilities in place of samples, the term is not the expectation of the
+bound, so that the sum is a hybrid objective and not a strict bound. Some likelihoods have their expectation in closed
+form, see `lcrf_jax.bound.likelihoods.EXPECTATIONS`.
+
+The other reading of "MCMC samples" fits q to samples of the posterior p(z|x,y) itself, see `lcrf_jax.bound.chains`, by
+maximising their `expected_log_prob`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.bound.sampling import categorical, gumbel_softmax, straight_through
+from lcrf_jax.crf.energy import pairwise_energy
+from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
+
+
+class ElboTerms(NamedTuple):
+    """The terms of the bound for one image, in nats, not divided by the number of pixels.
+
+    Attributes:
+      log_likelihood: estimate of E_q log p(y|z,x).
+      entropy: H(q), exact.
+      pairwise_energy: expected pairwise energy under q, exact.
+      log_partition: log Z(x) where the caller knows it, else 0; then `bound` is the bound plus log Z(x).
+    """
+
+    log_likelihood: jax.Array
+    entropy: jax.Array
+    pairwise_energy: jax.Array
+    log_partition: jax.Array
+
+    @property
+    def bound(self):
+        """log-likelihood + entropy - pairwise energy - log Z: what is maximised, every weight being 1."""
+        return self.reweighted() - self.log_partition
+
+    def reweighted(self, *, likelihood=1.0, entropy=1.0, pairwise=1.0):
+        """The terms with weights, without log Z. Any weight but 1 makes it another objective than the bound."""
+        return likelihood * self.log_likelihood + entropy * self.entropy - pairwise * self.pairwise_energy
+
+
+def _mean_over_samples(key, num_samples, function):
+    """Mean of a function of a key over the samples' own keys."""
+    remedy = "one sample is the least; for none use mean_likelihood"
+    check_number("num_samples", num_samples, minimum=1, remedy=remedy)
+    return jnp.mean(jax.vmap(function)(jax.random.split(key, num_samples)))
+
+
+def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+    r"""E_q log p(y|z,x) through relaxed samples: the gradient flows back through them.
+
+    .. math:: \frac1S \sum_s \log p(y \mid \bar z^{(s)}, x), \quad
+              \bar z = \mathrm{softmax}((g + \epsilon) / \tau)
+
+    A relaxed sample is not a labelling, so this is a biased estimate; the bias goes to 0 with the
+    temperature, and the variance of the gradient grows.
+
+    Args:
+      key: PRNG key.
+      logits: [m, K] unnormalised log-probabilities of q.
+      log_likelihood: function from labels [m, K] to a scalar.
+      temperature: tau > 0.
+      num_samples: S >= 1, static.
+      groups: [m] int, pixels that share their noise, see `lcrf_jax.bound.sampling.block_groups`; None is independent noise.
+        The pixels of a group are then not independent of each other, which is another joint distribution with
+        the probabilities of q at every pixel.
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
+    References:
+      Jang, Gu and Poole 2016.
+    """
+
+    def one(sample_key):
+        return log_likelihood(gumbel_softmax(sample_key, logits, temperature=temperature, groups=groups))
+
+    return _mean_over_samples(key, num_samples, one)
+
+
+def straight_through_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+    r"""E_q log p(y|z,x) over exact samples, with the gradient of relaxed ones.
+
+    .. math:: \frac1S \sum_s \log p(y \mid z^{(s)}, x), \qquad
+              \partial z / \partial g := \partial \bar z / \partial g
+
+    The value is unbiased. The gradient is not: the slope of the likelihood at a corner of the simplex stands for its
+    difference between corners, which is right where log p(y|z,x) is linear in z and the temperature small.
+
+    Args:
+      key: PRNG key; the same key gives the noise of `gumbel_softmax_likelihood`.
+      logits: [m, K] unnormalised log-probabilities of q.
+      log_likelihood: function from labels [m, K] to a scalar.
+      temperature: of the relaxation that lends its gradient, > 0.
+      num_samples: S >= 1, static.
+      groups: see `gumbel_softmax_likelihood`.
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
+    References:
+      Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
+    """
+
+    def one(sample_key):
+        return log_likelihood(straight_through(sample_key, logits, temperature=temperature, groups=groups))
+
+    return _mean_over_samples(key, num_samples, one)
+
+
+def reinforce_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=2, groups=None):
+    r"""E_q log p(y|z,x) over exact samples, with the score-function gradient: both are unbiased.
+
+    .. math:: \frac1S \sum_s (f_s - \tfrac1{S-1} \textstyle\sum_{t \ne s} f_t)\,\nabla \log q(z^{(s)} | x), \qquad
+              f_s = \log p(y \mid z^{(s)}, x)
+
+    The mean of the other samples is the baseline. The likelihood is only ever evaluated at labellings and need not be
+    differentiable; the price is a variance that grows with the number of pixels.
+
+    Args:
+      key: PRNG key.
+      logits: [m, K] unnormalised log-probabilities of q.
+      log_likelihood: function from labels [m, K] to a scalar.
+      temperature: not used; the estimators share one signature.
+      num_samples: S >= 2, static.
+      groups: None. Labels that share their noise have no log q that is a sum over pixels.
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      ValueError: if `num_samples` is smaller than 2 or groups are given.
+    References:
+      Williams 1992; Mnih and Rezende 2016, and Kool, van Hoof and Welling 2019, for the baseline.
+    """
+    del temperature
+    check_number("num_samples", num_samples, minimum=2, remedy="each sample's baseline is the mean of the others")
+    if groups is not None:
+        raise ValueError("groups: expected None, as reinforce needs independent pixels; use gumbel_softmax for blocks")
+    log_probs = jax.nn.log_softmax(promote_float(logits), axis=-1)
+
+    def one(sample_key):
+        labels = jax.lax.stop_gradient(categorical(sample_key, logits))
+        chosen = jnp.take_along_axis(log_probs, labels.argmax(axis=-1, keepdims=True), axis=-1)
+        return log_likelihood(labels), chosen.sum()
+
+    values, log_q = jax.vmap(one)(jax.random.split(key, num_samples))
+    fixed = jax.lax.stop_gradient(values)
+    # f_s minus the mean of the others is S / (S - 1) times f_s minus the mean of all.
+    score = jnp.sum((fixed - fixed.mean()) * log_q) / (num_samples - 1)
+    # The score adds nothing to the value, and its gradient to that of the likelihood's own arguments.
+    return values.mean() + score - jax.lax.stop_gradient(score)
+
+
+def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+    r"""log p(y|phi,x): the probabilities themselves in place of samples, the control to compare samples with.
+
+    It is the expectation if log p(y|z,x) is linear in z, and at least the expectation if it is concave in z,
+    as that of `evidence` is.
+
+    Args:
+      key: not used; the estimators share one signature.
+      logits: [m, K] unnormalised log-probabilities of q.
+      log_likelihood: function from labels [m, K] to a scalar.
+      temperature: not used.
+      num_samples: not used.
+      groups: not used.
+    Returns:
+      Scalar, float32, nats.
+    Raises:
+      Nothing of its own.
+    References:
+      None.
+    """
+    del key, temperature, num_samples, groups
+    return log_likelihood(jax.nn.softmax(promote_float(logits), axis=-1))
+
+
+ESTIMATORS = {
+    "gumbel_softmax": gumbel_softmax_likelihood,
+    "mean": mean_likelihood,
+    "reinforce": reinforce_likelihood,
+    "straight_through": straight_through_likelihood,
+}
+
+
+def expected_log_prob(logits, target_probs):
+    r"""E log q(z|x) under given marginals: what fits q to samples of the posterior by maximum likelihood.
+
+    .. math:: \sum_j \sum_k P_{jk} \log q(z_{jk} = 1 | x)
+
+    With P the marginals of p(z|x,y) it is largest where q has the same marginals, the best a factorised q can do
+    in KL(p || q). That is the divergence in the other direction than the bound's: it covers, where the bound seeks a mode.
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities of q.
+      target_probs: [m, K] marginals or one-hot labels, such as those of `lcrf_jax.bound.chains.gibbs`; constants here.
+    Returns:
+      Scalar, float32, nats, not divided by m.
+    Raises:
+      ValueError: if the shapes do not fit.
+    References:
+      Bornschein and Bengio 2015, the wake phase of the inference network.
+    """
+    shape = check_shape("logits", logits, ("m", "K"), "pass one image, pixels flattened to one axis")
+    check_shape("target_probs", target_probs, shape, "give one row per pixel, one column per class")
+    log_probs = jax.nn.log_softmax(promote_float(logits), axis=-1)
+    target_probs = jax.lax.stop_gradient(promote_float(target_probs))
+    return jnp.sum(target_probs * jnp.where(target_probs > 0, log_probs, 0))
+
+
+def elbo(
+    key,
+    logits,
+    kernel,
+    log_likelihood,
+    *,
+    estimator=gumbel_softmax_likelihood,
+    compatibility=None,
+    log_partition=0.0,
+):
+    """The terms of the bound for one image.
+
+    Args:
+      key: PRNG key of the samples.
+      logits: [m, K] unnormalised log-probabilities of q.
+      kernel: [m, m] matrix or kernel object of `lcrf_jax.crf.kernel`; its weights are those of the pairwise term.
+        None is a prior without pairs, whose energy is 0.
+      log_likelihood: function from labels [m, K] to log p(y|z,x), a scalar; see `lcrf_jax.bound.likelihoods`.
+      estimator: how E_q log p(y|z,x) is estimated: `gumbel_softmax_likelihood` or another function of
+        (key, logits, log_likelihood); bind a temperature and a number of samples with functools.partial.
+      compatibility: [K, K] cost mu(a, b); None is Potts.
+      log_partition: log Z(x), where it is known.
+    Returns:
+      ElboTerms of scalars, in nats, not divided by m. Their `bound` is to be maximised.
+    Raises:
+      ValueError: if the shapes do not fit or the log-likelihood is not a scalar.
+    References:
+      Pandey and Dukkipati 2017; Krahenbuhl and Koltun 2011.
+    """
+    remedy = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
+    check_shape("logits", logits, ("m", "K"), remedy)
+    logits = promote_float(logits)
+    expected_log_likelihood = estimator(key, logits, log_likelihood)
+    check_shape("log_likelihood", expected_log_likelihood, (), "return one number for all tags together")
+    probs = jax.nn.softmax(logits, axis=-1)
+    energy = 0.0 if kernel is None else pairwise_energy(probs, kernel, compatibility=compatibility)
+    return ElboTerms(
+        log_likelihood=expected_log_likelihood,
+        entropy=entropy(logits).sum(),
+        pairwise_energy=jnp.asarray(energy, logits.dtype),
+        log_partition=jnp.asarray(log_partition, logits.dtype),
+    )

@@ -1,0 +1,123 @@
+r"""Samples of factorised categorical distributions, relaxed and exact.
+
+Every sample adds Gumbel noise to the logits; the largest one is then a sample of softmax(logits). The noise of
+pixels is independent, or shared within groups of them: the distribution of each pixel stays what it was.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.numerics import check_number, check_shape, promote_float
+
+
+def block_groups(height, width, block):
+    """The groups of a grid in square blocks, for samples whose noise is constant within a block.
+
+    Args:
+      height: rows of the grid.
+      width: columns of the grid.
+      block: side of a block in cells, >= 1; blocks at the lower and the right border may be cut off.
+    Returns:
+      [height * width] int32, the number of the block of each cell, rows first.
+    Raises:
+      ValueError: if a size is smaller than 1.
+    References:
+      None.
+    """
+    for name, value in (("height", height), ("width", width), ("block", block)):
+        check_number(name, value, minimum=1, remedy="sizes are in cells; a block of 1 is a group for each cell")
+    rows, columns = jnp.arange(height) // block, jnp.arange(width) // block
+    return (rows[:, None] * -(-width // block) + columns).reshape(-1).astype(jnp.int32)
+
+
+def _perturbed(key, logits, groups=None):
+    """Logits plus Gumbel noise, at least in float32; rows of one group have the same noise."""
+    logits = promote_float(logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        shape = list(logits.shape)
+        raise ValueError(f"logits: expected shape [..., K] with K >= 1, got {shape}; put the classes last")
+    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
+    if groups is None:
+        return logits + noise
+    num_pixels, _ = check_shape("logits", logits, ("m", "K"), "groups are of the pixels of one image; for a batch use vmap")
+    check_shape("groups", groups, (num_pixels,), "give the number of a group, below m, for each pixel")
+    return logits + noise[groups]
+
+
+def _relaxed(perturbed, temperature):
+    """softmax(perturbed / temperature); the largest is taken off first, so that no quotient overflows."""
+    remedy = "for exact samples use categorical"
+    check_number("temperature", temperature, minimum=0, strict=True, remedy=remedy)
+    largest = jax.lax.stop_gradient(perturbed.max(axis=-1, keepdims=True))
+    return jax.nn.softmax((perturbed - largest) / temperature, axis=-1)
+
+
+def gumbel_softmax(key, logits, *, temperature, groups=None):
+    r"""One relaxed sample of every categorical distribution.
+
+    .. math:: \bar z_{jk} = \mathrm{softmax}_k\,((g_{jk} + \epsilon_{jk}) / \tau), \quad
+              \epsilon \sim \mathrm{Gumbel}(0, 1)
+
+    Its largest entry is an exact sample of q at any temperature.
+
+    Args:
+      key: PRNG key.
+      logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
+      temperature: tau > 0. As tau -> 0 the sample becomes one-hot and the variance of its gradient grows.
+      groups: [m] int in 0..m-1, for logits [m, K]: pixels with the same number share their noise, see
+        `block_groups`; None is independent noise.
+    Returns:
+      [..., K] float32, not negative, sums to one over the last axis.
+    Raises:
+      ValueError: if `logits` has no class axis, `groups` do not fit it, or `temperature` is a number that is not
+        positive and finite.
+    References:
+      Jang, Gu and Poole 2016; Maddison, Mnih and Teh 2016.
+    """
+    return _relaxed(_perturbed(key, logits, groups), temperature)
+
+
+def straight_through(key, logits, *, temperature, groups=None):
+    r"""One exact one-hot sample whose gradient is that of the relaxed sample drawn with the same noise.
+
+    .. math:: z = \mathrm{onehot}\,\arg\max_k\,(g_k + \epsilon_k), \qquad
+              \partial z / \partial g := \partial \bar z / \partial g
+
+    Args:
+      key: PRNG key; the same key gives the noise of `gumbel_softmax`.
+      logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
+      temperature: of the relaxation that lends its gradient, > 0.
+      groups: [m] int in 0..m-1, for logits [m, K]: pixels with the same number share their noise, see
+        `block_groups`; None is independent noise.
+    Returns:
+      [..., K] float32, one-hot over the last axis.
+    Raises:
+      ValueError: if `logits` has no class axis, `groups` do not fit it, or `temperature` is a number that is not
+        positive and finite.
+    References:
+      Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
+    """
+    perturbed = _perturbed(key, logits, groups)
+    relaxed = _relaxed(perturbed, temperature)
+    # Not the argmax of the relaxed sample: at a high temperature its entries are equal in float32.
+    hard = jax.nn.one_hot(perturbed.argmax(axis=-1), perturbed.shape[-1], dtype=relaxed.dtype)
+    return hard + (relaxed - jax.lax.stop_gradient(relaxed))
+
+
+def categorical(key, logits):
+    r"""One exact one-hot sample of every categorical distribution; no gradient flows through it.
+
+    .. math:: z \sim \mathrm{Categorical}(\mathrm{softmax}(g))
+
+    Args:
+      key: PRNG key; the same key gives the labels of `straight_through`.
+      logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
+    Returns:
+      [..., K] float32, one-hot over the last axis.
+    Raises:
+      ValueError: if `logits` has no class axis.
+    References:
+      Maddison, Mnih and Teh 2016, the Gumbel-max trick.
+    """
+    perturbed = _perturbed(key, logits)
+    return jax.nn.one_hot(perturbed.argmax(axis=-1), perturbed.shape[-1], dtype=perturbed.dtype)

@@ -1,0 +1,37 @@
+"""The dense conditional random field over the pixels of one image: its kernel, its energy, and mean field.
+
+Read `params` first: the numbers of a CRF and what its Gaussians see of an image. `exact` and `spatial` are the two
+Gaussians by their definition. Two forms of the bilateral one are faster: `lattice`, which `lattice_building` builds with
+the help of `hashing`, and `anchors`, which `anchor_building` builds. `kernel` puts the forms behind one interface, `image_kernels`
+makes one for an image. On it stand `energy`, the pairwise energy and the KL to the prior, and `inference`, mean field.
+
+The room imports jax, numpy, einops and `lcrf_jax.numerics`, nothing else.
+"""
+
+from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
+from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
+from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
+from lcrf_jax.crf.inference import mean_field, refine
+from lcrf_jax.crf.kernel import DenseKernel, ImageKernel, filter_symmetric, filter_with
+from lcrf_jax.crf.params import KernelParams, guide_features, scaled
+
+__all__ = [
+    "DenseKernel",
+    "ImageKernel",
+    "KernelParams",
+    "anchor_image_kernel",
+    "dense_kernel",
+    "exact_image_kernel",
+    "filter_exact",
+    "filter_symmetric",
+    "filter_with",
+    "gaussian_kernel",
+    "guide_features",
+    "image_kernel",
+    "kl_to_prior",
+    "lattice_image_kernel",
+    "mean_field",
+    "pairwise_energy",
+    "refine",
+    "scaled",
+]

@@ -1,0 +1,269 @@
+"""The pairwise kernel of one image: three functions that build it, one for each form, and one that chooses."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.crf.anchor_building import build_anchors
+from lcrf_jax.crf.anchors import Anchors
+from lcrf_jax.crf.exact import NORMALISATIONS
+from lcrf_jax.crf.kernel import FORM_OF_TYPE, ExactGaussian, ImageKernel, SpatialGaussian
+from lcrf_jax.crf.lattice import (
+    Lattice,
+)
+from lcrf_jax.crf.lattice_building import build_lattice, default_capacity
+from lcrf_jax.crf.params import colours, guide_features
+from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
+from lcrf_jax.numerics import check_shape
+
+# Sizes of the lattice's cells in widths, rows and columns and then every channel: finer ones are slower and no closer
+# to the exact sum than the lattice is anyway.
+_POSITION_CELL, _COLOUR_CELL = 0.2, 0.5
+# Pixels up to which the exact form is the default; the measurements are in docs/engine.md.
+_EXACT_PIXELS = 48**2
+
+
+def _counted(image, valid):
+    """Which pixels count [m], or None for all."""
+    if valid is None:
+        return None
+    check_shape("valid", valid, jnp.shape(image)[:2], "give one boolean per pixel of the image")
+    return jnp.reshape(valid, (-1,)).astype(bool)
+
+
+def _is_zero(weight):
+    """Whether a weight is known to be 0 while a function is traced."""
+    return isinstance(weight, (int, float)) and weight == 0
+
+
+def _assembled(image, params, bilateral, normalisation, counted):
+    """The kernel of an image of both Gaussians; `bilateral` is not normalised yet."""
+    height, width, _ = image.shape
+    dtype = image.dtype
+    mask = jnp.ones(height * width, dtype) if counted is None else counted.astype(dtype)
+    bilateral_scale = gaussian_scale = mask
+    diagonal, gaussian = jnp.zeros_like(mask), None
+    if bilateral is not None:
+        form = FORM_OF_TYPE[type(bilateral)]
+        diagonal = form.diagonal(bilateral)
+        if normalisation != "none":
+            table = form.blur(bilateral, form.splat(bilateral, mask[:, None]))
+            sums = form.slice(bilateral, table)[:, 0]
+            if isinstance(bilateral, Anchors):
+                # A pixel far from all anchors lacks most of its self-pair, which is known to be 1.
+                sums = jnp.maximum(sums - diagonal, 0) + 1
+            bilateral_scale = _inverse_root(sums, mask)
+        bilateral = form.scaled(bilateral, bilateral_scale)
+        diagonal = diagonal * jnp.square(bilateral_scale)
+        if isinstance(bilateral, Lattice):
+            overflowed = bilateral.num_vertices > bilateral.neighbours.shape[-1]
+            if normalisation != "none":
+                # An upper bound; but normalised rows, with the self-pair, sum to 1.
+                diagonal = jnp.minimum(diagonal, 1)
+            diagonal = jnp.where(overflowed, jnp.nan, diagonal)
+    if not _is_zero(params.gaussian_weight):
+        taps = jnp.asarray(gaussian_taps(params.gaussian_position_width), dtype)
+        if normalisation != "none":
+            sums = separable_filter(mask.reshape(height, width, 1), taps).reshape(-1)
+            gaussian_scale = _inverse_root(sums, mask)
+        gaussian = SpatialGaussian(taps, gaussian_scale.reshape(height, width))
+    return ImageKernel(
+        bilateral=bilateral,
+        bilateral_weight=jnp.asarray(params.bilateral_weight, dtype),
+        bilateral_diagonal=diagonal,
+        gaussian=gaussian,
+        gaussian_weight=jnp.asarray(params.gaussian_weight, dtype),
+        row_scales=(bilateral_scale, gaussian_scale) if normalisation == "row" else None,
+    )
+
+
+def _inverse_root(sums, mask):
+    """sums^-1/2 where the mask is not 0, and 0 elsewhere."""
+    return jnp.where(mask > 0, jax.lax.rsqrt(jnp.where(mask > 0, sums, 1)), 0)
+
+
+def exact_image_kernel(image, params, *, normalisation="symmetric", valid=None, colour_max=255.0):
+    r"""The pairwise kernel of the dense CRF without its matrix, every pair exactly.
+
+    .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
+
+    The same numbers as `lcrf_jax.crf.exact.dense_kernel`, but for the spatial Gaussian being cut off at four
+    widths. The bilateral one is computed anew, block by block, at every use: bounded memory, and time
+    quadratic in the pixels.
+
+    Args:
+      image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
+      params: `KernelParams` for this grid; `gaussian_position_width` a Python number. A weight that is the
+        Python number 0 leaves its Gaussian out.
+      normalisation: 'none', 'row' or 'symmetric', see `lcrf_jax.crf.exact.dense_kernel`.
+      valid: [H, W] booleans, at least one of them true; pixels that are false, such as padding, have no pairs
+        at all, and the others none with them. None means that all pixels count.
+      colour_max: the value of full colour in `image`: 255, or 1.
+    Returns:
+      An `ImageKernel`.
+    Raises:
+      ValueError: if `image` is not [H, W, C], its values do not fit `colour_max`, `valid` does not fit it, a
+        width is not positive, or the normalisation is unknown.
+      TypeError: if `gaussian_position_width` is not a Python number.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3.
+    """
+    image, counted = _prepared(image, normalisation, valid, colour_max)
+    bilateral = None
+    if not _is_zero(params.bilateral_weight):
+        guide = _guide(image, params)
+        bilateral = ExactGaussian(guide, jnp.ones_like(guide[:, 0]))
+    return _assembled(image, params, bilateral, normalisation, counted)
+
+
+def anchor_image_kernel(
+    image, params, *, normalisation="symmetric", valid=None, colour_max=255.0, num_anchors=None
+):
+    r"""The pairwise kernel of the dense CRF by dense matrix products, through blocks of space and colour anchors.
+
+    .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
+
+    The bilateral Gaussian is `lcrf_jax.crf.anchors`, symmetric and close to the exact one with any normalisation;
+    the spatial one is separable and cut off at four widths.
+
+    Args:
+      image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
+      params: `KernelParams` for this grid; both position widths Python numbers, as they set sizes. A weight
+        that is the Python number 0 leaves its Gaussian out.
+      normalisation: 'none', 'row' or 'symmetric', see `lcrf_jax.crf.exact.dense_kernel`.
+      valid: [H, W] booleans, at least one of them true; pixels that are false, such as padding, have no pairs
+        at all, and the others none with them. None means that all pixels count.
+      colour_max: the value of full colour in `image`: 255, or 1.
+      num_anchors: static number of anchors in colour; None is the default of `build_anchors`.
+    Returns:
+      An `ImageKernel`.
+    Raises:
+      ValueError: as `exact_image_kernel`.
+      TypeError: if a position width is not a Python number.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3; Williams and Seeger 2001, the Nystrom method.
+    """
+    image, counted = _prepared(image, normalisation, valid, colour_max)
+    bilateral = None
+    if not _is_zero(params.bilateral_weight):
+        bilateral = build_anchors(
+            _guide(image, params)[:, 2:].reshape(image.shape),
+            position_width=params.bilateral_position_width,
+            colour_width=1.0,
+            num_anchors=num_anchors,
+            valid=valid,
+        )
+    return _assembled(image, params, bilateral, normalisation, counted)
+
+
+def lattice_image_kernel(
+    image, params, *, normalisation="symmetric", valid=None, colour_max=255.0, capacity=None
+):
+    r"""The pairwise kernel of the dense CRF on a downsampled permutohedral lattice, for images of any size.
+
+    .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
+
+    Row sums are the lattice's own, so that its constant cancels in the normalisations 'symmetric' and 'row';
+    with 'none' values are some tens of per cent too small. The spatial Gaussian is separable and cut off at
+    four widths. A lattice that overflowed would be silently wrong, so everything this kernel touches is NaN
+    then.
+
+    Args:
+      image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
+      params: `KernelParams` for this grid; `gaussian_position_width` a Python number. A weight that is the
+        Python number 0 leaves its Gaussian out.
+      normalisation: 'none', 'row' or 'symmetric', see `lcrf_jax.crf.exact.dense_kernel`.
+      valid: [H, W] booleans, at least one of them true; pixels that are false, such as padding, have no pairs
+        at all, and the others none with them. None means that all pixels count.
+      colour_max: the value of full colour in `image`: 255, or 1.
+      capacity: static number of lattice vertices; None chooses by the widths, if these are Python numbers, and
+        the pixels, within the bounds of `lcrf_jax.crf.lattice_building.default_capacity`.
+    Returns:
+      An `ImageKernel`; `lattice_overflowed(kernel.bilateral)` tells whether the capacity sufficed.
+    Raises:
+      ValueError: as `exact_image_kernel`.
+      TypeError: if `gaussian_position_width` is not a Python number.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3; Adams, Baek and Davis 2010.
+    """
+    image, counted = _prepared(image, normalisation, valid, colour_max)
+    bilateral = None
+    if not _is_zero(params.bilateral_weight):
+        guide = _guide(image, params)
+        cell_sizes = (_POSITION_CELL,) * 2 + (_COLOUR_CELL,) * image.shape[-1]
+        capacity = _lattice_capacity(image, params) if capacity is None else capacity
+        bilateral = build_lattice(guide, capacity, cell_sizes=cell_sizes, valid=counted)
+    return _assembled(image, params, bilateral, normalisation, counted)
+
+
+FORMS = {"anchors": anchor_image_kernel, "exact": exact_image_kernel, "lattice": lattice_image_kernel}
+
+
+def default_form(num_pixels, normalisation="symmetric"):
+    """The form that `image_kernel` takes: the fastest one whose energy and gradient are right to a few per cent.
+
+    Args:
+      num_pixels: H * W, static.
+      normalisation: of the kernel.
+    Returns:
+      A key of `FORMS`: 'exact' up to 48 x 48 pixels; beyond, 'lattice' for a normalised kernel and 'anchors' for
+      the normalisation 'none', where a lattice is off by its constant.
+    Raises:
+      None.
+    References:
+      None.
+    """
+    if num_pixels <= _EXACT_PIXELS:
+        return "exact"
+    return "anchors" if normalisation == "none" else "lattice"
+
+
+def image_kernel(image, params, *, form=None, normalisation="symmetric", valid=None, colour_max=255.0):
+    r"""The pairwise kernel of the dense CRF of one image, in the form that suits its size.
+
+    .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
+
+    Args:
+      image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
+      params: `KernelParams` for this grid; its position widths Python numbers.
+      form: a key of `FORMS`; None is `default_form(H * W, normalisation)`.
+      normalisation: 'none', 'row' or 'symmetric', see `lcrf_jax.crf.exact.dense_kernel`.
+      valid: [H, W] booleans, the pixels that count, see `exact_image_kernel`; None is all.
+      colour_max: the value of full colour in `image`: 255, or 1.
+    Returns:
+      An `ImageKernel`.
+    Raises:
+      ValueError: if the form is unknown, and as `exact_image_kernel`.
+      TypeError: if a position width is not a Python number.
+    References:
+      Krahenbuhl and Koltun 2011, eq. 3.
+    """
+    height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
+    form = default_form(height * width, normalisation) if form is None else form
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {sorted(FORMS)} or None, got {form!r}")
+    return FORMS[form](image, params, normalisation=normalisation, valid=valid, colour_max=colour_max)
+
+
+def _prepared(image, normalisation, valid, colour_max):
+    """The image in 0..255 as floats, and which of its pixels count [m], or None."""
+    if normalisation not in NORMALISATIONS:
+        raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")
+    return colours(image, colour_max=colour_max), _counted(image, valid)
+
+
+def _lattice_capacity(image, params):
+    """Two to three times the vertices that photographs need at these widths; see `default_capacity` for its bounds."""
+    height, width, channels = image.shape
+    widths = params.bilateral_position_width, params.bilateral_colour_width
+    share = min(1.0, 320 / math.prod(widths)) if all(isinstance(w, (int, float)) for w in widths) else 1.0
+    return default_capacity(height * width, 2 + channels, share=share)
+
+
+def _guide(image, params):
+    return guide_features(
+        image,
+        position_width=params.bilateral_position_width,
+        colour_width=params.bilateral_colour_width,
+    )

@@ -1,0 +1,309 @@
+r"""The pairwise kernel of one image as fast filters, in three forms behind one small interface.
+
+A dense CRF meets its kernel only in products with values of the pixels. What `lcrf_jax.crf.inference` needs of a kernel
+is
+
+* `splat(values [m, K])`: whatever the form sums up first, a pytree of arrays with K columns;
+* `blur(splatted)`: the kernel between those sums, symmetric, of the same structure;
+* `slice(blurred)`: the result at the pixels [m, K]. `slice(blur(splat(values)))` is the symmetric part of the
+  kernel times the values, self-pairs left out, and `slice` is the transpose of `splat`;
+* `apply(values, backwards=False)`: the kernel itself times the values, self-pairs left out; faster than the
+  symmetric part where the form is not symmetric of itself. Such a form has two orders to work in, each the
+  transpose of the other, and `backwards`, which may be traced, takes the second.
+
+`DenseKernel` has them for a matrix. `ImageKernel` has them for the two Gaussians of an image; its bilateral
+one takes one of three forms, and each function below builds one:
+
+* `exact_image_kernel`: every pair, block by block; time quadratic in the pixels;
+* `anchor_image_kernel`: dense matrix products through blocks of space and anchors in colour; right to a few per
+  cent without any normalisation;
+* `lattice_image_kernel`: the permutohedral lattice; the fastest for large images, right to a few per cent
+  after normalisation.
+
+`image_kernel` chooses by the number of pixels and the normalisation.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.crf.anchors import Anchors, anchors_diagonal, blur_anchors, scaled_anchors, slice_anchors, splat_anchors
+from lcrf_jax.crf.exact import filter_exact
+from lcrf_jax.crf.lattice import (
+    Lattice,
+    apply_lattice,
+    blur_lattice,
+    lattice_diagonal,
+    reversed_lattice,
+    scaled_lattice,
+    slice_lattice,
+    splat_lattice,
+)
+from lcrf_jax.crf.spatial import separable_filter
+from lcrf_jax.numerics import check_shape, promote_float
+
+_ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
+
+
+class ExactGaussian(NamedTuple):
+    """The Gaussian between features, summed over all pairs.
+
+    Attributes:
+      features: [m, d] features in units of their widths.
+      scale: [m] factors s of diag(s) K diag(s).
+    """
+
+    features: jax.Array
+    scale: jax.Array
+
+
+class SpatialGaussian(NamedTuple):
+    """The Gaussian over the positions of a grid, cut off at four widths, self-pairs left out.
+
+    Attributes:
+      taps: [2 r + 1] the Gaussian in one dimension.
+      scale: [H, W] factors s of diag(s) K diag(s).
+    """
+
+    taps: jax.Array
+    scale: jax.Array
+
+
+class _Form(NamedTuple):
+    """What `ImageKernel` needs of a form. `apply` is all three steps, with a blur that need not be symmetric."""
+
+    splat: object
+    blur: object
+    slice: object
+    apply: object
+    diagonal: object
+    scaled: object
+
+
+def _same(_, values):
+    return values
+
+
+def _applied_anchors(anchors, values):
+    return slice_anchors(anchors, blur_anchors(anchors, splat_anchors(anchors, values)))
+
+
+def _applied_exact(exact, values):
+    return exact.scale[:, None] * filter_exact(exact.features, exact.scale[:, None] * values)
+
+
+FORM_OF_TYPE = {
+    Lattice: _Form(splat_lattice, blur_lattice, slice_lattice, apply_lattice, lattice_diagonal, scaled_lattice),
+    Anchors: _Form(splat_anchors, blur_anchors, slice_anchors, _applied_anchors, anchors_diagonal, scaled_anchors),
+    ExactGaussian: _Form(
+        _same,
+        _applied_exact,
+        _same,
+        _applied_exact,
+        lambda exact: jnp.square(exact.scale),
+        lambda exact, scale: exact._replace(scale=exact.scale * scale),
+    ),
+}
+
+
+class ImageKernel(NamedTuple):
+    r"""The pairwise kernel of one image as two filters.
+
+    .. math:: K = w_1 R_1 K_{bilateral} R_1^{-1} + w_2 R_2 K_{spatial} R_2^{-1}, \qquad k_{ii} = 0
+
+    with both Gaussians normalised symmetrically, or not at all, and R the identity; for row normalisation
+    R is D^-1/2. The two weights may be replaced, also by traced values, without building anything again.
+
+    Attributes:
+      bilateral: the bilateral Gaussian, an `ExactGaussian`, `Anchors` or a `Lattice`; None if its weight is 0.
+      bilateral_weight: w1.
+      bilateral_diagonal: [m] its self-pairs.
+      gaussian: the `SpatialGaussian`; None if its weight is 0.
+      gaussian_weight: w2.
+      row_scales: ([m], [m]) diagonals of R_1 and R_2, for row normalisation alone; None for the identity.
+    """
+
+    bilateral: Lattice | Anchors | ExactGaussian | None
+    bilateral_weight: jax.Array
+    bilateral_diagonal: jax.Array
+    gaussian: SpatialGaussian | None
+    gaussian_weight: jax.Array
+    row_scales: tuple[jax.Array, jax.Array] | None
+
+    def splat(self, values):
+        """The sums of values [m, K] that `blur` needs: of the bilateral and the spatial Gaussian, and themselves."""
+        values = promote_float(values)
+        check_shape("values", values, (*self.bilateral_diagonal.shape, "K"), _ONE_SET)
+        bilateral_scale, gaussian_scale = self.row_scales or (None, None)
+        bilateral, gaussian = (), ()
+        if self.bilateral is not None:
+            form = FORM_OF_TYPE[type(self.bilateral)]
+            bilateral = tuple(form.splat(self.bilateral, side) for side in _sides(values, bilateral_scale))
+        if self.gaussian is not None:
+            gaussian = _sides(values, gaussian_scale)
+        return bilateral, gaussian, values
+
+    def blur(self, splatted):
+        """The symmetric part of the kernel between the sums that `splat` returns; of the same structure."""
+        bilateral, gaussian, values = splatted
+        if self.bilateral is not None:
+            form = FORM_OF_TYPE[type(self.bilateral)]
+            blurred = _crossed(lambda table: form.blur(self.bilateral, table), bilateral)
+            bilateral = tuple(self.bilateral_weight * part for part in blurred)
+        if self.gaussian is not None:
+            blurred = _crossed(lambda table: _spatial_sum(self.gaussian, table), gaussian)
+            gaussian = tuple(self.gaussian_weight * part for part in blurred)
+        return bilateral, gaussian, -self.bilateral_weight * self.bilateral_diagonal[:, None] * values
+
+    def slice(self, blurred):
+        """What `blur` returns, at the pixels [m, K]."""
+        bilateral, gaussian, values = blurred
+        bilateral_scale, gaussian_scale = self.row_scales or (None, None)
+        if self.bilateral is not None:
+            form = FORM_OF_TYPE[type(self.bilateral)]
+            values = values + _joined([form.slice(self.bilateral, part) for part in bilateral], bilateral_scale)
+        if self.gaussian is not None:
+            values = values + _joined(gaussian, gaussian_scale)
+        return values
+
+    def apply(self, values, *, backwards=False):
+        """The kernel times values [m, K], self-pairs left out; a lattice is blurred in one order only."""
+        values = promote_float(values)
+        check_shape("values", values, (*self.bilateral_diagonal.shape, "K"), _ONE_SET)
+        bilateral_scale, gaussian_scale = self.row_scales or (None, None)
+        total = -self.bilateral_weight * self.bilateral_diagonal[:, None] * values
+        if self.bilateral is not None:
+            form = FORM_OF_TYPE[type(self.bilateral)]
+            bilateral = self.bilateral
+            if isinstance(bilateral, Lattice):
+                bilateral = reversed_lattice(bilateral, backwards)
+            product = form.apply(bilateral, _sides(values, bilateral_scale)[-1])
+            total = total + self.bilateral_weight * _joined([product], bilateral_scale)
+        if self.gaussian is not None:
+            product = _spatial_sum(self.gaussian, _sides(values, gaussian_scale)[-1])
+            total = total + self.gaussian_weight * _joined([product], gaussian_scale)
+        return total
+
+
+def _inverse(scale):
+    return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+
+
+def _sides(values, scale):
+    """What the two sides of R K R^-1 are applied to; one and the same where R is the identity."""
+    if scale is None:
+        return (values,)
+    return scale[:, None] * values, _inverse(scale)[:, None] * values
+
+
+def _crossed(function, sides):
+    """The symmetric part of R K R^-1 between two sides: half of each goes to the other."""
+    if len(sides) == 1:
+        return (function(sides[0]),)
+    left, right = sides
+    halves = function(jnp.concatenate([right, left], axis=-1) / 2)
+    return tuple(jnp.split(halves, 2, axis=-1))
+
+
+def _joined(parts, scale):
+    """The transpose of `_sides`; of a single part, its left side."""
+    if scale is None:
+        return parts[0]
+    total = scale[:, None] * parts[0]
+    return total if len(parts) == 1 else total + _inverse(scale)[:, None] * parts[1]
+
+
+def _spatial_sum(gaussian, values):
+    height, width = gaussian.scale.shape
+    grid = gaussian.scale[:, :, None] * values.reshape(height, width, -1)
+    filtered = gaussian.scale[:, :, None] * (separable_filter(grid, gaussian.taps) - grid)
+    return filtered.reshape(values.shape)
+
+
+class DenseKernel(NamedTuple):
+    """A pairwise kernel as a matrix, with the methods that `lcrf_jax.crf.inference` asks for; see the module.
+
+    Attributes:
+      matrix: [m, m] kernel; what is on its diagonal is ignored.
+    """
+
+    matrix: jax.Array
+
+    def splat(self, values):
+        """The values [m, K] themselves, promoted and checked."""
+        check_shape("values", values, ("m", "K"), _ONE_SET)
+        remedy = "the kernel needs one row and column per pixel"
+        check_shape("kernel", self.matrix, (len(values), len(values)), remedy)
+        return promote_float(values)
+
+    def blur(self, values):
+        """The symmetric part of the kernel times values [m, K], self-pairs left out."""
+        matrix = promote_float(self.matrix)
+        return (_dense_product(matrix, values) + _dense_product(matrix.T, values)) / 2
+
+    def slice(self, values):
+        """The values themselves."""
+        return values
+
+    def apply(self, values, *, backwards=False):
+        """The kernel times values [m, K], self-pairs left out."""
+        del backwards
+        return _dense_product(promote_float(self.matrix), self.splat(values))
+
+
+def _dense_product(matrix, values):
+    product = jnp.matmul(matrix, values, precision=jax.lax.Precision.HIGHEST)
+    return product - jnp.diagonal(matrix)[:, None] * values
+
+
+def as_kernel(kernel):
+    """A kernel object for what callers may give as a kernel.
+
+    Args:
+      kernel: [m, m] matrix, whose diagonal is ignored, or an object with the four methods of the module.
+    Returns:
+      The object itself, or a `DenseKernel`.
+    Raises:
+      None.
+    References:
+      None.
+    """
+    return kernel if hasattr(kernel, "splat") else DenseKernel(jnp.asarray(kernel))
+
+
+def filter_with(kernel, values):
+    r"""The kernel applied to values, self-pairs left out.
+
+    .. math:: v'_i = \sum_{j \ne i} k_{ij} v_j
+
+    Args:
+      kernel: [m, m] matrix, whose diagonal is ignored, or a kernel object; see the module.
+      values: [m, K] values to filter.
+    Returns:
+      [m, K] filtered values.
+    Raises:
+      ValueError: if the kernel does not fit the values.
+    References:
+      Krahenbuhl and Koltun 2011, section 3.
+    """
+    return as_kernel(kernel).apply(values)
+
+
+def filter_symmetric(kernel, values):
+    r"""The symmetric part of the kernel applied to values, self-pairs left out.
+
+    .. math:: v'_i = \sum_{j \ne i} \tfrac12 (k_{ij} + k_{ji}) v_j
+
+    Args:
+      kernel: [m, m] matrix, whose diagonal is ignored, or a kernel object; see the module.
+      values: [m, K] values to filter.
+    Returns:
+      [m, K] filtered values.
+    Raises:
+      ValueError: if the kernel does not fit the values.
+    References:
+      None.
+    """
+    kernel = as_kernel(kernel)
+    return kernel.slice(kernel.blur(kernel.splat(values)))

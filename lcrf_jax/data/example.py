@@ -1,0 +1,116 @@
+"""What a data source is, and how one is opened by name.
+
+A source gives random access to examples: a name, an image, its tags and, only where it was asked for, a mask.
+Everything after this point (views, batches, networks, evaluation) knows sources by this interface alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+BACKGROUND = "background"
+VOID = 255
+
+
+class Example(NamedTuple):
+    """One image with its weak and, where it was asked for, its strong annotation.
+
+    Attributes:
+      name: identifier of the image within its split.
+      image: [H, W, 3] uint8, RGB.
+      tags: [K] bool, whether a class is in the image; index 0 is background and always True.
+      mask: [H, W] uint8 class indices with 255 = void (not judged), or None.
+    """
+
+    name: str
+    image: np.ndarray
+    tags: np.ndarray
+    mask: np.ndarray | None
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to the examples of one split. Reading is safe from several threads.
+
+    Attributes:
+      class_names: names of the K classes; index 0 is ``background``.
+      split: name of the split.
+      names: identifiers of the examples, in order.
+      tags: [N, K] bool, the tags of all examples.
+      masks: whether examples carry masks.
+      fingerprint: anything whose repr changes when an image or a mask does; caches are keyed by it.
+    """
+
+    class_names: tuple[str, ...]
+    split: str
+    names: tuple[str, ...]
+    tags: np.ndarray
+    masks: bool
+    fingerprint: tuple
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at ``index``, 0 <= index < len."""
+        ...
+
+
+class PartOfSource:
+    """Some of the examples of a source.
+
+    Args:
+      source: the source.
+      rows: indices of the examples to keep, in order.
+    References:
+      None.
+    """
+
+    def __init__(self, source: Source, rows: np.ndarray):
+        self._source, self._rows = source, np.asarray(rows, np.int64)
+        self.class_names, self.split, self.masks = source.class_names, source.split, source.masks
+        self.names = tuple(source.names[row] for row in self._rows)
+        self.left_out = getattr(source, "left_out", 0) + len(source) - len(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} examples of {self.split}")
+        return self._source[int(self._rows[index])]
+
+    @property
+    def tags(self) -> np.ndarray:
+        """[N, K] bool, the tags of all examples in order."""
+        return self._source.tags[self._rows]
+
+    @property
+    def fingerprint(self) -> tuple:
+        """That of the source, and which examples are kept."""
+        return ("part", self._source.fingerprint, tuple(self._rows.tolist()))
+
+
+def tag_vector(names: tuple[str, ...] | list[str] | set[str], class_names: tuple[str, ...]) -> np.ndarray:
+    """[K] bool vector of the named classes, background always True.
+
+    Args:
+      names: class names that are present; ``background`` may be among them.
+      class_names: names of all K classes, index 0 is background.
+    Returns:
+      [K] bool.
+    Raises:
+      ValueError: if a name is not a class.
+    References:
+      None.
+    """
+    tags = np.zeros(len(class_names), bool)
+    tags[0] = True
+    for name in names:
+        if name not in class_names:
+            raise ValueError(f"unknown class {name!r}: expected one of {', '.join(class_names)}")
+        tags[class_names.index(name)] = True
+    return tags

@@ -1,0 +1,149 @@
+"""Masks of class indices: grey or palette files that hold the indices, or colours with a file that names them.
+
+Every failure is a FileNotFoundError or ValueError that names the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lcrf_jax.data.example import VOID
+from lcrf_jax.data.files.images import opened
+from lcrf_jax.data.files.tags import read_text
+
+
+def read_mask(
+    path: str | os.PathLike, num_classes: int, *, colours: dict[tuple[int, int, int], int] | None = None
+) -> np.ndarray:
+    """A mask of class indices.
+
+    A grey file holds indices. So does a palette file without `colours`; with them its colours count, like those of an
+    RGB file.
+
+    Args:
+      path: the file.
+      num_classes: K, background included.
+      colours: label of each colour, see `read_colours`.
+    Returns:
+      [H, W] uint8 with values below K, or 255 for void.
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not an image, holds a colour that is not known, or an index is out of range.
+    References:
+      None.
+    """
+    with opened(path) as image:
+        image.load()
+        if colours and image.mode not in ("L", "1", "I;16", "I"):
+            return _by_colour(np.asarray(image.convert("RGB")), colours, path)
+        if image.mode not in ("L", "P", "1", "I;16", "I"):
+            raise ValueError(
+                f"{path}: expected class indices (a grey or palette PNG), got mode {image.mode!r}; "
+                "colours cannot be told from classes: save the indices, or name the colours in a colours.csv"
+            )
+        mask = np.array(image).astype(np.int64)
+    wrong = (mask >= num_classes) & (mask != VOID) | (mask < 0)
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        raise ValueError(
+            f"{path}: label {mask[row, column]} at row {row}, column {column}; expected 0 to "
+            f"{num_classes - 1} (there are {num_classes} classes with background) or {VOID} for void"
+        )
+    return mask.astype(np.uint8)
+
+
+def read_colours(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[tuple[int, int, int], int]:
+    """The colours of the classes in masks.
+
+    ::
+
+        class,colour
+        background,#000000
+        horse,#c00080
+        void,#e0e0c0
+
+    Args:
+      path: the file, in the form above; a class may have several colours, ``void`` is not judged.
+      class_names: names of all K classes, background first.
+    Returns:
+      dict from (red, green, blue) to class index, 255 for void.
+    Raises:
+      ValueError: if a row is wrong, a class not known, or a colour stands twice; the message names the line.
+    References:
+      None.
+    """
+    labels = {name: index for index, name in enumerate(class_names)} | {"void": VOID}
+    rows = csv.reader(io.StringIO(read_text(path)))
+    colours: dict[tuple[int, int, int], int] = {}
+    if [cell.strip().lower() for cell in next(rows, [])] not in (["class", "colour"], ["class", "color"]):
+        raise ValueError(f"{path}, line 1: expected the header 'class,colour'; write it")
+    for row in rows:
+        row, where = [cell.strip() for cell in row], f"{path}, line {rows.line_num}"
+        if not any(row):
+            continue
+        if len(row) != 2 or not re.fullmatch(r"#[0-9a-fA-F]{6}", row[1]):
+            raise ValueError(f"{where}: expected 'horse,#c00080', got {','.join(row)!r}; correct it")
+        if row[0] not in labels:
+            raise ValueError(f"{where}: unknown class {row[0]!r}: expected one of {', '.join(labels)}")
+        colour = tuple(bytes.fromhex(row[1][1:]))
+        if colours.setdefault(colour, labels[row[0]]) != labels[row[0]]:
+            raise ValueError(f"{where}: the colour {row[1]} belongs to another class already; keep one row")
+    if not colours:
+        raise ValueError(f"{path} names no colour; write one class a line")
+    return colours
+
+
+def _by_colour(pixels: np.ndarray, colours: dict, path: str | os.PathLike) -> np.ndarray:
+    """The labels of RGB pixels."""
+
+    def packed(rgb):
+        return (rgb[..., 0].astype(np.int64) << 16) + (rgb[..., 1].astype(np.int64) << 8) + rgb[..., 2]
+
+    known = packed(np.array(list(colours), np.int64))
+    order, keys = np.argsort(known), packed(pixels)
+    at = np.minimum(np.searchsorted(known[order], keys), len(known) - 1)
+    wrong = known[order][at] != keys
+    if wrong.any():
+        row, column = (int(i) for i in np.argwhere(wrong)[0])
+        colour = "#" + bytes(pixels[row, column].tolist()).hex()
+        raise ValueError(
+            f"{path}: the colour {colour} at row {row}, column {column} ({wrong.mean():.2%} of the pixels) belongs to no "
+            "class; name it in colours.csv, or save the mask without smoothing and not as JPEG"
+        )
+    return np.array(list(colours.values()), np.uint8)[order][at]
+
+
+def refuse_black_and_white(mask: np.ndarray, tags: np.ndarray, path: Path) -> None:
+    """A mask of 0 and 255 alone under a foreground tag is a black and white picture, not indices."""
+    is_void = mask == VOID
+    if tags[1:].any() and is_void.mean() > 0.1 and not mask[~is_void].any():
+        raise ValueError(
+            f"{path}: holds only 0 and {VOID} although the image has tags; {VOID} means void, write an "
+            "object as its class index, counted from 0 for the background"
+        )
+
+
+def fit_mask(mask: np.ndarray, shape: tuple[int, int], turn: int, path: Path, image_path: Path) -> np.ndarray:
+    """The mask in the frame of the photograph as shown."""
+    if 5 <= turn <= 8 and mask.shape != shape and mask.shape == shape[::-1]:
+        # The photograph was labelled as stored: it turns with it.
+        mask = np.ascontiguousarray(
+            {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}[turn]
+        )
+    if mask.shape != shape:
+        raise ValueError(
+            f"{path} is {mask.shape[1]}x{mask.shape[0]} pixels and its photograph {image_path} "
+            f"{shape[1]}x{shape[0]} (width x height); save the mask at the size of the photograph"
+        )
+    if turn in (2, 3, 4) or turn > 4 and shape[0] == shape[1]:
+        raise ValueError(
+            f"{image_path} carries the EXIF orientation {turn}, and the size of {path} does not tell "
+            "whether the mask is turned with it; save the photograph upright, without the tag"
+        )
+    return mask

@@ -1,0 +1,223 @@
+"""Files of image tags: CSV, JSON and JSON lines, as text is found in the wild.
+
+::
+
+    image,tags                                     tags.csv: a header, then one image a line, tags separated by ;
+    barn/7.jpg,horse;person
+
+    {"barn/7.jpg": ["horse", "person"]}            tags.json: or a list of objects like those of the next form
+
+    {"image": "barn/7.jpg", "tags": ["horse"]}     tags.jsonl: one object a line
+
+``background`` as a tag changes nothing, and no tags means background only. Every error names the file, the line
+where there is one, and the remedy.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from lcrf_jax.data.example import BACKGROUND, VOID
+
+TAG_FILES = ("tags.csv", "tags.json", "tags.jsonl")
+
+
+class TagRow(NamedTuple):
+    """What a tag file says of one image.
+
+    Attributes:
+      tags: names of the classes, as they are written, each once; without background.
+      where: the file, and the line where there is one, for messages.
+    """
+
+    tags: tuple[str, ...]
+    where: str
+
+
+def read_tag_file(path: str | os.PathLike) -> dict[str, TagRow]:
+    """The tags of every image of a tag file, in the order of the file.
+
+    A row that repeats an earlier one is accepted, one that contradicts it is not.
+
+    Args:
+      path: the file; its extension ``.csv``, ``.json`` or ``.jsonl`` says which form it has.
+    Returns:
+      dict from the image as it is written, with ``/`` between folders, to its TagRow.
+    Raises:
+      ValueError: if the file is not of its form, or a row is wrong or contradicts another; the message names the line.
+    References:
+      None.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"{path}: expected a tag file .csv, .json or .jsonl; rename it by its form")
+    rows: dict[str, TagRow] = {}
+    for image, names, where in _READERS[path.suffix.lower()](path):
+        image = image.strip().replace("\\", "/").removeprefix("./")
+        row = TagRow(_tags(names, where), where)
+        if not image:
+            raise ValueError(f"{where}: no image name; write the file name of the photograph")
+        if image in rows and set(rows[image].tags) != set(row.tags):
+            before = rows[image].where.removeprefix(f"{path}, ")
+            raise ValueError(f"{where}: {image!r} has other tags than on {before}; keep one row")
+        rows.setdefault(image, row)
+    return rows
+
+
+def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
+    """The class names of ``classes.txt``, background first.
+
+    Args:
+      path: the file, one class a line.
+    Returns:
+      The K names; index 0 is ``background``.
+    Raises:
+      ValueError: if background is not the first, a name occurs twice or is empty, or there are not 2 to
+        255 names.
+    References:
+      None.
+    """
+    names = [line.strip() for line in read_text(path).splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    for line, name in enumerate(names, 1):
+        if not name:
+            raise ValueError(
+                f"{path}, line {line}: empty; the line number is the index in the masks, so remove it "
+                "or name the class"
+            )
+        if ";" in name or "," in name:
+            raise ValueError(f"{path}, line {line}: {name!r} has a comma or semicolon; write one class a line")
+        if name in names[: line - 1]:
+            raise ValueError(f"{path}, line {line}: the class {name!r} occurs twice")
+    if not names or names[0] != BACKGROUND:
+        raise ValueError(
+            f"{path}, line 1: expected {BACKGROUND!r}, got {names[0] if names else 'an empty file'!r}; "
+            "index 0 of the masks is the background"
+        )
+    if not 2 <= len(names) <= VOID:
+        raise ValueError(
+            f"{path}: expected 2 to {VOID} classes with background, got {len(names)}; "
+            f"the index {VOID} means void"
+        )
+    return tuple(names)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Text in UTF-8, with or without a byte-order mark, with any line ends.
+
+    Args:
+      path: the file.
+    Returns:
+      The text, lines ended by a newline character.
+    Raises:
+      ValueError: if it is not UTF-8; the message names the line.
+    References:
+      None.
+    """
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """A few names and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _tags(names: list[str], where: str) -> tuple[str, ...]:
+    """Names without empty ones, repetitions and background."""
+    found = []
+    for name in (name.strip() for name in names):
+        if "," in name:
+            raise ValueError(f"{where}: {name!r} has a comma; separate tags by semicolons")
+        if name and name.casefold() != BACKGROUND and name not in found:
+            found.append(name)
+    return tuple(found)
+
+
+def _csv_rows(path):
+    rows, header = csv.reader(io.StringIO(read_text(path)), strict=True), None
+    try:
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            row = [cell.strip() for cell in row]
+            if not any(row):
+                continue
+            if header is None:
+                header = row
+                if [cell.lower() for cell in row] != ["image", "tags"]:
+                    raise ValueError(
+                        f"{where}: expected the header 'image,tags', got {','.join(row)!r}; write it, and separate "
+                        "the image by a comma and the tags by semicolons"
+                    )
+                continue
+            if len(row) != 2:
+                raise ValueError(
+                    f"{where}: expected 'image,tag;tag', got {len(row)} column(s): {','.join(row)!r}; "
+                    "separate the image by a comma and the tags by semicolons"
+                )
+            yield row[0], row[1].split(";"), where
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {rows.line_num}: not comma-separated text ({error})") from error
+    if header is None:
+        raise ValueError(f"{path} is empty; expected the header 'image,tags' and one row an image")
+
+
+def _json_rows(path):
+    content = _parsed(read_text(path), str(path))
+    if isinstance(content, _Pairs):
+        for image, names in content:
+            yield image, _names(names, f"{path}, {image!r}"), f"{path}, {image!r}"
+    else:
+        for number, record in enumerate(content if isinstance(content, list) else [content], 1):
+            yield *_record(record, f"{path}, entry {number}"), f"{path}, entry {number}"
+
+
+def _json_line_rows(path):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # names may hold other line separators
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield *_record(_parsed(line, where), where), where
+
+
+class _Pairs(list):
+    """The (name, value) pairs of a JSON object: in a dict the last of two equal names would win unseen."""
+
+
+def _parsed(text, where):
+    try:
+        return json.loads(text, object_pairs_hook=_Pairs)
+    except (json.JSONDecodeError, RecursionError) as error:
+        place = f", line {error.lineno}" if "line" not in where and isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{where}{place}: not JSON ({error}); correct it") from error
+
+
+def _record(record, where):
+    """(image, names) of an object with "image" and "tags"."""
+    fields = dict(record) if isinstance(record, _Pairs) else {}
+    if not isinstance(fields.get("image"), str) or "tags" not in fields:
+        raise ValueError(f'{where}: expected {{"image": "name", "tags": ["tag", ...]}}; correct it')
+    return fields["image"], _names(fields["tags"], where)
+
+
+def _names(names, where):
+    """A list of tags, or a string of tags separated by semicolons."""
+    if isinstance(names, str):
+        return names.split(";")
+    if not isinstance(names, list) or isinstance(names, _Pairs) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{where}: expected tags as ["tag", ...]; write a list of class names, [] for background only')
+    return names
+
+
+_READERS = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _json_line_rows}

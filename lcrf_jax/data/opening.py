@@ -1,0 +1,156 @@
+"""The kinds of data, and how a source of each is opened by name. A new kind gets its line in `SOURCES`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lcrf_jax.data.example import Source
+
+
+def open_textures(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """The procedural set of `lcrf_jax.data.sources.textures.TexturesSource`; it has no folder.
+
+    Args:
+      split: ``train`` or ``val``.
+      root: must be None or empty.
+      masks: whether examples carry masks.
+      **options: keyword arguments of `TexturesSource` (``seed``, ``size``, ``num_train``, ``num_val``).
+    Returns:
+      The source.
+    Raises:
+      ValueError: if a folder is given, or an option is out of its range.
+    References:
+      None; the images are made up.
+    """
+    from lcrf_jax.data.sources.textures import TexturesSource
+
+    if root:
+        raise ValueError(
+            f"textures are made on the fly and have no folder, got root={str(root)!r}: "
+            "leave root out, or use the source 'folder'"
+        )
+    return TexturesSource(split, masks=masks, **options)
+
+
+def open_voc(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """A folder in the layout of PASCAL VOC, see `lcrf_jax.data.sources.voc.VocSource`.
+
+    Args:
+      split: name of a file in ``ImageSets/Segmentation`` without ``.txt``.
+      root: the folder.
+      masks: whether examples carry masks.
+      **options: further keyword arguments of `VocSource`.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if no folder is given, or what it holds does not fit together.
+      FileNotFoundError: if the folder or one of its files is missing.
+    References:
+      Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
+    """
+    from lcrf_jax.data.sources.voc import VocSource
+
+    if not root:
+        raise ValueError(
+            "the source 'voc' needs root=FOLDER, the folder that holds JPEGImages/ and ImageSets/"
+        )
+    return VocSource(root, split, masks=masks, **options)
+
+
+def open_folder(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """A folder of photographs with a tag file or folders of classes, see `lcrf_jax.data.sources.folder.FolderSource`.
+
+    A folder in the layout of PASCAL VOC is opened as one, unless options name other files.
+
+    Args:
+      split: ``train``, ``val``, or the name of a list in the folder without ``.txt``.
+      root: the folder.
+      masks: whether examples carry masks.
+      **options: further keyword arguments of `FolderSource`.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if no folder is given, or what it holds does not fit together.
+      FileNotFoundError: if the folder or one of its files is missing.
+    References:
+      None.
+    """
+    from lcrf_jax.data.sources.folder import FolderSource
+
+    if not root:
+        raise ValueError(
+            "the source 'folder' needs root=FOLDER, the folder that holds the photographs and tags.csv; "
+            "with a configuration: --config.data.root=FOLDER"
+        )
+    if (Path(root).expanduser() / "ImageSets" / "Segmentation").is_dir() and not any(
+        options.get(name) for name in ("tags", "classes", "colours")
+    ):
+        return open_voc(split, root=root, masks=masks)
+    return FolderSource(root, split, masks=masks, **options)
+
+
+def open_tfds(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """A data set of TensorFlow Datasets, see `lcrf_jax.data.sources.tfds.TfdsSource`.
+
+    Args:
+      split: name of a split or part of one, as ``train[:80%]``.
+      root: folder of the prepared data sets, by default that of TensorFlow Datasets.
+      masks: whether examples carry masks.
+      **options: further keyword arguments of `TfdsSource`; ``name`` is needed.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if tensorflow-datasets is not installed, or a feature is missing or of another kind.
+      FileNotFoundError: if the data set is not prepared in this folder, or has no such split.
+    References:
+      None.
+    """
+    try:
+        from lcrf_jax.data.sources.tfds import TfdsSource
+
+        return TfdsSource(split, root=root, masks=masks, **{"name": "", **options})
+    except ImportError as error:
+        raise ValueError(
+            f"the source 'tfds' needs tensorflow-datasets ({error}): pip install '.[tfds]' in your clone"
+        ) from error
+
+
+SOURCES = {"folder": open_folder, "textures": open_textures, "tfds": open_tfds, "voc": open_voc}
+
+
+def open_source(
+    kind: str, split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+) -> Source:
+    """The source of that kind, by name.
+
+    Args:
+      kind: a key of `SOURCES`.
+      split: name of the split, ``train`` or ``val`` for textures, any list in a folder.
+      root: the folder, for kinds that read one.
+      masks: whether examples carry masks. Without it no mask is read or made.
+      **options: passed on to the kind's constructor.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if the kind is not known, or the arguments do not fit it.
+      FileNotFoundError: if a folder or one of its files is missing.
+    References:
+      None.
+    """
+    if kind not in SOURCES:
+        raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}")
+    try:
+        return SOURCES[kind](split, root=root, masks=masks, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"data.options: the source {kind!r} does not know one of {sorted(options)} ({error})") from error

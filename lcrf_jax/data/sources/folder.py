@@ -1,0 +1,120 @@
+"""A folder of photographs and a file of tags, or a folder for each class.
+
+::
+
+    FOLDER/**/*.jpg                    photographs: any names, any depth, .jpg .png .webp .bmp .tif .gif
+    FOLDER/tags.csv                    or tags.json or tags.jsonl, see `lcrf_jax.data.files.tags`; or none, and then
+    FOLDER/horse/**/*.jpg              the first folder of a photograph is its only tag, "background" is none
+    FOLDER/classes.txt                 optional: background, then a class a line; else the classes are those of the tags
+    FOLDER/train.txt, FOLDER/val.txt   optional: photographs of the splits, one a line
+    FOLDER/masks/**/*.png              optional: the mask of a photograph has its name and folder
+    FOLDER/colours.csv                 optional: the colours of the masks, see `lcrf_jax.data.files.masks.read_colours`
+
+In tag files and lists a photograph is named by its path within the folder; where there is no doubt,
+the extension and the first folders may be left out. Without lists a part of the photographs that have masks, chosen by a seed, is the split val,
+and all others are the split train. All that is wrong with names, tags and lists is found when the folder is looked
+through, and told together.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from lcrf_jax.data.example import Example
+from lcrf_jax.data.files.images import read_turned_image
+from lcrf_jax.data.files.masks import fit_mask, read_mask, refuse_black_and_white
+from lcrf_jax.data.files.tags import some
+from lcrf_jax.data.sources.listing import SPLITS, Listing, scan_folder
+
+
+class FolderSource:
+    """One split of a folder of photographs with tags, see the head of this file.
+
+    Args:
+      root: the folder.
+      split: ``train``, ``val``, or the name of another list in the folder without ``.txt``.
+      masks: whether examples carry masks; only then is a mask opened.
+      missing_images: ``error`` refuses rows without a photograph, ``skip`` leaves them out.
+      **options: of `scan_folder`.
+    Raises:
+      FileNotFoundError: if the folder, a photograph or (with ``masks``) a mask is missing.
+      ValueError: if tags, classes or lists are wrong; the message lists all problems.
+    References:
+      None.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike, split: str, *, masks: bool = False, missing_images: str = "error", **options
+    ):
+        found = scan_folder(root, lists=(*SPLITS, split), **options)
+        _refuse(found, missing_images)
+        if split not in found.splits or not len(found.splits[split]):
+            raise FileNotFoundError(_no_split(found, split))
+        self._found, self._rows = found, found.splits[split]
+        self.split, self.masks, self.class_names = split, masks, found.class_names
+        self.names = tuple(found.images[row] for row in self._rows)
+        self.left_out, self.untagged, self.tag_source = len(found.missing), found.untagged, found.tag_source
+        without = [name for name in self.names if name not in found.masks] if masks else []
+        if without:
+            raise FileNotFoundError(
+                f"{found.root} has no mask for {some(without)} of the split {split!r}; add FOLDER/masks/NAME.png, or take "
+                "them off the list of the split"
+            )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the {len(self)} images of {self._found.root}/{self.split}")
+        name, tags = self.names[index], self._found.tags[self._rows[index]]
+        path, mask = self._found.root / name, None
+        image, turn = read_turned_image(path)
+        if self.masks:
+            mask = read_mask(self._found.masks[name], len(self.class_names), colours=self._found.colours)
+            refuse_black_and_white(mask, tags, self._found.masks[name])
+            mask = fit_mask(mask, image.shape[:2], turn, self._found.masks[name], path)
+        return Example(name, image, tags.copy(), mask)
+
+    @property
+    def tags(self) -> np.ndarray:
+        """[N, K] bool, the tags of all images in order, without opening a photograph."""
+        return self._found.tags[self._rows]
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of the photographs in order."""
+        return tuple(self._found.root / name for name in self.names)
+
+    @property
+    def fingerprint(self) -> tuple:
+        """Tells whether photographs or masks changed: their names, sizes and times, without reading them."""
+        files = [*self.paths, *(self._found.masks[name] for name in self.names if self.masks)]
+        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return ("photographs", str(self._found.root.resolve()), tuple(stats))
+
+
+def _refuse(found: Listing, missing_images: str) -> None:
+    """Raise one error for all that is wrong."""
+    if missing_images not in ("error", "skip"):
+        raise ValueError(f"missing_images: expected 'error' or 'skip', got {missing_images!r}")
+    wrong = [*found.problems, *(found.missing if missing_images == "error" else ())]
+    if len(wrong) == 1:
+        raise ValueError(wrong[0])
+    if wrong:
+        lines = [f"  {line}" for line in wrong[:20]] + ([f"  and {len(wrong) - 20} more"] if len(wrong) > 20 else [])
+        raise ValueError("\n".join([f"{found.root}: {len(wrong)} problems:", *lines]))
+
+
+def _no_split(found: Listing, split: str) -> str:
+    """Why there is no such split."""
+    there = [f"{name} ({len(rows)})" for name, rows in found.splits.items() if len(rows)]
+    if split == "val" and not found.masks:
+        return f"{found.root} has no masks and no list val.txt, so there is no split 'val'"
+    return (
+        f"{found.root} has no photographs of the split {split!r}: the splits there are {', '.join(there) or 'none'}; "
+        f"write {split}.txt with a photograph a line"
+    )

@@ -1,0 +1,338 @@
+"""The embedded data: procedural images whose classes are told by a small emblem on a larger body.
+
+An image holds one to three objects and up to two distractors on a textured background. An object is a
+body of arbitrary shape and colour that carries the emblem of its class; its mask is the whole body. A
+distractor is a body without an emblem, and background. So neither marking only the emblem nor marking
+everything that looks like an object is right, as on photographs.
+
+An image depends on (seed, split, index) alone. Nothing is stored or downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from lcrf_jax.data.example import BACKGROUND, Example, tag_vector
+from lcrf_jax.data.sources.emblems import EMBLEMS, SUPERSAMPLING, drawn_emblem
+
+SPLITS = {"train": 0, "val": 1}
+MIN_VISIBLE = 0.6
+_OBJECT_SEED = 0x7E47
+
+
+class Body(NamedTuple):
+    """A body before it is painted, in pixels of the image."""
+
+    top: int
+    left: int
+    cover: np.ndarray  # [h, w] float32 share of each pixel that is body
+    rim: np.ndarray  # [h, w] float32, 1 at the border, 0 inside
+    emblem: tuple[int, int, np.ndarray] | None  # top, left and [e, e] cover of the emblem within the body
+
+
+# To know the tags of an image is to make it, so they are kept for all sources of a process: from what an image depends on
+# but for its number, to the tags by number.
+_KNOWN_TAGS: dict[tuple, dict[int, np.ndarray]] = {}
+
+
+class TexturesSource:
+    """Procedural images, made on the fly. See the module for what they show.
+
+    Args:
+      split: ``train`` or ``val``; the two never share an image.
+      seed: 0 <= seed < 2**32, names the data set.
+      size: side of the square images in pixels, 96 to 128.
+      num_train: number of training images, at least 1.
+      num_val: number of held-out images, at least 1.
+      masks: whether examples carry masks. The images are the same either way.
+    Raises:
+      ValueError: if an argument is out of its range.
+    References:
+      None.
+    """
+
+    class_names = (BACKGROUND, *EMBLEMS)
+
+    def __init__(
+        self,
+        split: str,
+        *,
+        seed: int = 0,
+        size: int = 112,
+        num_train: int = 2000,
+        num_val: int = 500,
+        masks: bool = False,
+    ):
+        if split not in SPLITS:
+            raise ValueError(f"textures have the splits {', '.join(SPLITS)}, got {split!r}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in 0 .. 2**32 - 1, got {seed}")
+        if not 96 <= size <= 128:
+            raise ValueError(f"size must be 96 to 128 pixels, so that emblems stay visible, got {size}")
+        if num_train < 1 or num_val < 1:
+            raise ValueError(f"num_train and num_val must be at least 1, got {num_train} and {num_val}")
+        self.split = split
+        self.masks = masks
+        self._seed, self._size = int(seed), int(size)
+        self._length = int({"train": num_train, "val": num_val}[split])
+        self._known_tags = _KNOWN_TAGS.setdefault((self._seed, split, self._size), {})
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self._length:
+            raise IndexError(f"index {index} is outside the {self._length} images of textures/{self.split}")
+        words = [_OBJECT_SEED, self._seed, SPLITS[self.split], int(index)]
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
+        image, labels, bodies = _scene(rng, self._size)
+        tags = tag_vector([self.class_names[label] for label in labels if label], self.class_names)
+        mask = _mask(bodies, labels, self._size) if self.masks else None
+        self._known_tags[index] = tags
+        return Example(self._name(index), image, tags.copy(), mask)
+
+    def _name(self, index: int) -> str:
+        return f"{self.split}_{index:05d}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Identifiers of all images in order."""
+        return tuple(self._name(index) for index in range(self._length))
+
+    @property
+    def tags(self) -> np.ndarray:
+        """[N, K] bool, the tags of all images in order; images not seen yet are made for it."""
+        return np.stack([self._tags_of(index) for index in range(self._length)])
+
+    def _tags_of(self, index: int) -> np.ndarray:
+        if index not in self._known_tags:
+            self[index]
+        return self._known_tags[index]
+
+    @property
+    def fingerprint(self) -> tuple:
+        """Tells one set of images from another: the settings, and a hash of the first image for the generator."""
+        first = hashlib.sha256(self[0].image.tobytes()).hexdigest()
+        return ("textures", self._seed, self.split, self._size, self._length, self.masks, first)
+
+
+# --- the scene ------------------------------------------------------------------------------------
+
+
+def _scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[int], list[Body]]:
+    """A uint8 image, and its bodies from back to front with their labels (0 for a distractor)."""
+    num_objects = 1 + int(rng.choice(3, p=(0.35, 0.4, 0.25)))
+    num_distractors = int(rng.choice(3, p=(0.3, 0.4, 0.3)))
+    wanted = [int(label) for label in 1 + rng.choice(len(EMBLEMS), num_objects)] + [0] * num_distractors
+    first = wanted.pop(0)
+    rng.shuffle(wanted)
+    labels, bodies = [], []
+    owner = np.full((size, size), -1, np.int8)
+    for label in [first, *wanted]:
+        body = _place(rng, size, len(wanted) + 1, label, bodies, owner)
+        if body is not None:
+            owner[_window(body)][body.cover > 0.5] = len(bodies)
+            labels.append(label)
+            bodies.append(body)
+    canvas, palette = _background(rng, size)
+    for body in bodies:
+        _paint(rng, canvas, body, palette)
+    canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(1.5, 4.0))
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), labels, bodies
+
+
+def _mask(bodies: list[Body], labels: list[int], size: int) -> np.ndarray:
+    """[size, size] uint8 class indices: the whole bodies, the nearer over the farther."""
+    mask = np.zeros((size, size), np.uint8)
+    for body, label in zip(bodies, labels):
+        mask[_window(body)][body.cover > 0.5] = label
+    return mask
+
+
+def _window(body: Body) -> tuple[slice, slice]:
+    """The rectangle of the image that the body's patch covers."""
+    height, width = body.cover.shape
+    return slice(body.top, body.top + height), slice(body.left, body.left + width)
+
+
+def _place(
+    rng: np.random.Generator, size: int, num_bodies: int, label: int, bodies: list[Body], owner: np.ndarray
+) -> Body | None:
+    """A new body that leaves every earlier one visible, or None where none was found."""
+    areas = [int((body.cover > 0.5).sum()) for body in bodies]
+    largest = 0.6 - 0.05 * (num_bodies - 1)
+    for _ in range(12):
+        diameter = size * rng.uniform(0.33, largest)
+        cover, rim = _shape(rng, diameter)
+        height, width = cover.shape
+        if height > size or width > size:
+            continue
+        emblem = drawn_emblem(rng, label, cover, size) if label else None
+        if label and emblem is None:
+            continue
+        for _ in range(4):
+            top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+            body = Body(top, left, cover, rim, emblem)
+            if _leaves_visible(body, bodies, areas, owner):
+                return body
+    return None
+
+
+def _leaves_visible(new: Body, bodies: list[Body], areas: list[int], owner: np.ndarray) -> bool:
+    """Whether each earlier body keeps 60 % of its area and its whole emblem behind the new one."""
+    inside = new.cover > 0.5
+    hidden = owner[_window(new)][inside]
+    for i, body in enumerate(bodies):
+        left_over = int((owner == i).sum()) - int((hidden == i).sum())
+        if left_over < MIN_VISIBLE * areas[i]:
+            return False
+        if body.emblem is not None:
+            top, left, cover = body.emblem
+            top, left = body.top + top - new.top, body.left + left - new.left
+            if inside[
+                max(top - 1, 0) : max(top + cover.shape[0] + 1, 0),
+                max(left - 1, 0) : max(left + cover.shape[1] + 1, 0),
+            ].any():
+                return False
+    return True
+
+
+# --- bodies and emblems ---------------------------------------------------------------------------
+
+
+def _shape(rng: np.random.Generator, diameter: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cover and rim of a random body with the area of a disc of that diameter."""
+    angles = np.linspace(0, 2 * np.pi, 96, endpoint=False)
+    kind = int(rng.integers(3))
+    if kind == 0:  # ellipse
+        radius = np.ones_like(angles)
+    elif kind == 1:  # polygon with rounded corners
+        sides = int(rng.integers(3, 7))
+        corner = np.mod(angles, 2 * np.pi / sides) - np.pi / sides
+        edge = 1 / np.cos(corner)
+        radius = np.minimum(edge, 1 + 0.45 * (edge.max() - 1))
+    else:  # blob
+        radius = np.ones_like(angles)
+        for order, scale in ((2, 0.16), (3, 0.12), (4, 0.07), (5, 0.05)):
+            radius = radius + scale * rng.uniform(0.3, 1) * np.cos(order * angles + rng.uniform(0, 2 * np.pi))
+    stretch, turn = math.sqrt(rng.uniform(1, 2.2)), rng.uniform(0, 2 * np.pi)
+    points = radius * np.exp(1j * angles)
+    points = (points.real * stretch + 1j * points.imag / stretch) * np.exp(1j * turn)
+    area = 0.5 * abs(np.sum(points.real * np.roll(points.imag, -1) - points.imag * np.roll(points.real, -1)))
+    points = points * (math.sqrt(np.pi / area) * diameter / 2)
+    points = points - (points.real.min() + 1j * points.imag.min()) + (1 + 1j)
+    width, height = (math.ceil(side) + 1 for side in (points.real.max(), points.imag.max()))
+    canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    scaled = points * SUPERSAMPLING
+    ImageDraw.Draw(canvas).polygon(list(zip(scaled.real.tolist(), scaled.imag.tolist())), fill=255)
+    small = canvas.reduce(SUPERSAMPLING)
+    inner = small.filter(ImageFilter.MinFilter(3)).filter(ImageFilter.BoxBlur(1))
+    cover = np.asarray(small, np.float32) / 255
+    return cover, 1 - np.asarray(inner, np.float32) / 255
+
+
+def _paint(rng: np.random.Generator, canvas: np.ndarray, body: Body, palette: np.ndarray) -> None:
+    """Paints the body, lightly shaded and with a visible border, into the image."""
+    height, width = body.cover.shape
+    colour = _body_colour(rng, palette)
+    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0.03, 0.09)
+    ys, xs = np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
+    light = (
+        1 + np.float32(strength * math.sin(angle)) * ys[:, None] + np.float32(strength * math.cos(angle)) * xs
+    )
+    light += 0.05 * (_smooth_noise(rng, 5, height, width) - 0.5)
+    light *= 1 - np.float32(rng.uniform(0.15, 0.3)) * body.rim**2
+    patch = light[..., None] * colour
+    if body.emblem is not None:
+        top, left, drawing = body.emblem
+        dark = colour @ np.float32((0.299, 0.587, 0.114)) > 135
+        ink = np.float32(rng.uniform(5, 40, 3) if dark else rng.uniform(220, 255, 3))
+        part = patch[top : top + drawing.shape[0], left : left + drawing.shape[1]]
+        part += drawing[..., None] * (ink - part)
+    part = canvas[_window(body)]
+    part += body.cover[..., None] * (patch - part)
+
+
+# --- colours and backgrounds ----------------------------------------------------------------------
+
+
+def _colour(rng: np.random.Generator) -> np.ndarray:
+    """A colour, even over hues and away from black and white: [3] float32 in 0..255."""
+    hue, saturation, value = rng.uniform(0, 6), rng.uniform(0.15, 0.9), rng.uniform(0.3, 0.92)
+    wheel = np.clip(np.abs(np.mod(hue + np.array((0.0, 4.0, 2.0)), 6) - 3) - 1, 0, 1)
+    return np.float32(255 * value * (1 - saturation + saturation * wheel))
+
+
+def _body_colour(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
+    """A colour that is, most of the time, far from all colours of the background."""
+    wanted = 75 if rng.random() < 0.9 else 30
+    best, best_distance = None, -1.0
+    for _ in range(8):
+        colour = _colour(rng)
+        distance = float(np.sqrt(((palette - colour) ** 2).sum(1)).min())
+        if distance > best_distance:
+            best, best_distance = colour, distance
+        if distance > wanted:
+            break
+    return best
+
+
+def _smooth_noise(rng: np.random.Generator, cells: int, height: int, width: int) -> np.ndarray:
+    """[height, width] float32 noise in 0..1, smooth at the scale of the image over ``cells``."""
+    grid = Image.fromarray(rng.random((cells, cells), np.float32))
+    return np.clip(np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
+
+
+def _waves(rng: np.random.Generator, size: int, directions: int) -> np.ndarray:
+    """Soft stripes (one direction) or checks (two) in 0..1."""
+    line = np.arange(size, dtype=np.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(0.1, 0.45) * size
+    pattern = np.float32(1)
+    for turn in range(directions):
+        across = (
+            np.float32(math.cos(angle + turn * np.pi / 2)) * line[:, None]
+            + np.float32(math.sin(angle + turn * np.pi / 2)) * line
+        )
+        pattern = pattern * np.sin(
+            across * np.float32(2 * np.pi / period) + np.float32(rng.uniform(0, 2 * np.pi))
+        )
+    return np.clip(0.5 + np.float32(rng.uniform(0.6, 3.0)) * pattern, 0, 1)
+
+
+def _cells(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Patches of random level in 0..1."""
+    cells = int(rng.integers(4, 10))
+    grid = Image.fromarray(rng.random((cells, cells), np.float32))
+    grid = grid.resize((2 * size, 2 * size), Image.Resampling.NEAREST).rotate(rng.uniform(0, 90))
+    return np.asarray(grid.crop((size // 2, size // 2, size // 2 + size, size // 2 + size)))
+
+
+def _background(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A textured [size, size, 3] float32 image and the [3, 3] colours it is mixed from."""
+    colours = [_colour(rng)]
+    for reach in (rng.uniform(25, 75), rng.uniform(15, 50)):
+        step = rng.uniform(-1, 1, 3)
+        colours.append(np.clip(colours[0] + reach * step / np.linalg.norm(step), 10, 245).astype(np.float32))
+    kind = int(rng.integers(5))
+    if kind == 0:
+        pattern = _smooth_noise(rng, int(rng.integers(3, 8)), size, size)
+    elif kind == 1:
+        pattern = _smooth_noise(rng, int(rng.integers(12, 32)), size, size)
+    elif kind == 2:
+        pattern = _waves(rng, size, 1)
+    elif kind == 3:
+        pattern = _waves(rng, size, 2)
+    else:
+        pattern = _cells(rng, size)
+    slow = _smooth_noise(rng, 3, size, size)
+    canvas = (
+        colours[0]
+        + pattern[..., None] * (colours[1] - colours[0])
+        + slow[..., None] * (colours[2] - colours[0])
+    )
+    return canvas, np.stack(colours)

@@ -1,0 +1,195 @@
+"""Arrays kept on disk between runs, found again by what they were made from."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from lcrf_jax.machine.locks import locked, own_folder
+
+_IDENTITY_FILE = "identity.json"
+_PROGRESS_FILE = "progress.json"
+_LOCK_FILE = "lock"
+_SECONDS_BETWEEN_NOTES = 10.0
+
+
+class _Unfit(ValueError):
+    """Rows that cannot be those of the arrays: nothing of them is kept."""
+
+
+def default_directory():
+    """The folder of the caches: $LCRF_JAX_CACHE, or lcrf_jax in the user's cache folder.
+
+    Returns:
+      pathlib.Path; it may not exist yet.
+    """
+    chosen = os.environ.get("LCRF_JAX_CACHE")
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    return pathlib.Path(chosen).expanduser() if chosen else home / "lcrf_jax"
+
+
+def cached_arrays(
+    directory: str | os.PathLike,
+    identity: Mapping,
+    num_records: int,
+    batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
+) -> dict[str, np.ndarray]:
+    """The arrays of that identity, read from disk or made and written there.
+
+    They are written to a hidden folder that is renamed once all is there, so that nothing looks finished that is
+    not. A run that was interrupted, or killed, goes on with the rows that are missing; of several runs that want the
+    same arrays one makes them and the others wait for it.
+
+    Args:
+      directory: folder of all caches; made if it is not there.
+      identity: dict that JSON can hold: everything the arrays depend on (hash of the weights, images, size,
+        ...).
+      num_records: length of the first axis of every array.
+      batches: called with the number of rows that are there already, at an end of one of its batches; yields dicts
+        of arrays, the remaining rows in order.
+
+    Returns:
+      dict from name to a read-only memory-mapped array [num_records, ...].
+
+    Raises:
+      OSError: if the disk is full or cannot be written; the message names the folder and the space needed.
+      ValueError: if `batches` does not yield `num_records` rows, or not the same arrays every time.
+    """
+    text = json.dumps(identity, sort_keys=True, indent=1)
+    folder = pathlib.Path(directory) / hashlib.sha256(f"{num_records}\n{text}".encode()).hexdigest()[:24]
+    while not _is_finished(folder):
+        unfinished = folder.with_name(f".{folder.name}")
+        # Another run may have renamed the folder just before its lock was opened.
+        with contextlib.suppress(FileNotFoundError), locked(unfinished / _LOCK_FILE, wait=True) as held:
+            if _is_finished(folder):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            elif held:
+                _fill(unfinished, folder, text, num_records, batches)
+            else:
+                with own_folder(folder.parent, f".{folder.name}-") as unfinished:
+                    _fill(unfinished, folder, text, num_records, batches)
+    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+
+
+def _is_finished(folder):
+    return (folder / _IDENTITY_FILE).is_file()
+
+
+def _fill(unfinished, folder, text, num_records, batches):
+    """Write what is missing and publish it; a folder from which nothing can be continued is removed."""
+    try:
+        _write(unfinished, folder, num_records, batches)
+    except BaseException:
+        if not (unfinished / _PROGRESS_FILE).exists():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    (unfinished / _PROGRESS_FILE).unlink(missing_ok=True)
+    (unfinished / _IDENTITY_FILE).write_text(text, encoding="utf-8")
+    _publish(unfinished, folder)
+    (folder / _LOCK_FILE).unlink(missing_ok=True)
+
+
+def _write(unfinished, folder, num_records, batches):
+    """One .npy file per array, filled batch by batch, from the rows on that are there."""
+    arrays, row = _begun(unfinished, num_records)
+    noted = time.monotonic()
+    try:
+        for batch in batches(row):
+            arrays = arrays or _new_arrays(unfinished, folder, num_records, batch)
+            count = _num_rows(batch, arrays)
+            if row + count > num_records:
+                raise _Unfit(f"expected {num_records} rows for the cache {folder}, got more")
+            for name, rows in batch.items():
+                arrays[name][row : row + count] = rows
+            row += count
+            if time.monotonic() - noted > _SECONDS_BETWEEN_NOTES:
+                _note(unfinished, arrays, row)
+                noted = time.monotonic()
+        if row != num_records:
+            raise _Unfit(f"expected {num_records} rows for the cache {folder}, got {row}")
+    except _Unfit:
+        (unfinished / _PROGRESS_FILE).unlink(missing_ok=True)
+        raise
+    except BaseException:
+        if arrays:
+            _note(unfinished, arrays, row)
+        raise
+    for array in arrays.values():
+        array.flush()
+
+
+def _begun(unfinished, num_records):
+    """(arrays, number of rows) that an earlier run has written, as far as it noted them."""
+    try:
+        progress = json.loads((unfinished / _PROGRESS_FILE).read_text(encoding="utf-8"))
+        arrays = {name: np.load(unfinished / f"{name}.npy", mmap_mode="r+") for name in progress["arrays"]}
+        if arrays and {len(array) for array in arrays.values()} == {num_records}:
+            return arrays, int(progress["rows"])
+    except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, or a damaged one: from the start
+        pass
+    return {}, 0
+
+
+def _note(unfinished, arrays, row):
+    """Note how far the arrays are written, once these rows are on the disk."""
+    for array in arrays.values():
+        array.flush()
+    new = unfinished / f"{_PROGRESS_FILE}.tmp"
+    new.write_text(json.dumps({"rows": row, "arrays": sorted(arrays)}), encoding="utf-8")
+    os.replace(new, unfinished / _PROGRESS_FILE)
+
+
+def _new_arrays(unfinished, folder, num_records, batch):
+    """Memory-mapped arrays of the names and types of a batch, their space reserved."""
+    sizes = [num_records * math.prod(rows.shape[1:]) * rows.dtype.itemsize for rows in batch.values()]
+    free = shutil.disk_usage(unfinished).free
+    if sum(sizes) > 0.95 * free:
+        raise _no_room(folder, sizes, free)
+    arrays = {}
+    for size, (name, rows) in zip(sizes, batch.items(), strict=True):
+        path, shape = unfinished / f"{name}.npy", (num_records, *rows.shape[1:])
+        arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
+        try:
+            # A disk that fills up under a memory map would kill the process.
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise _no_room(folder, sizes, free) from error
+    return arrays
+
+
+def _no_room(folder, sizes, free):
+    return OSError(
+        f"the cache {folder.parent} needs {sum(sizes) / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left: name another "
+        "folder with the environment variable LCRF_JAX_CACHE, or train without a cache (config.cache.features=False)"
+    )
+
+
+def _num_rows(batch, arrays):
+    """Rows of a batch that has the names, types and shapes of the first one."""
+    counts = {len(rows) for rows in batch.values()}
+    described = [
+        {name: (rows.dtype, rows.shape[1:]) for name, rows in group.items()} for group in (arrays, batch)
+    ]
+    if len(counts) != 1 or described[0] != described[1]:
+        shapes = {name: (str(rows.dtype), rows.shape) for name, rows in batch.items()}
+        raise _Unfit(f"expected arrays of one length, like the first batch {described[0]}, got {shapes}")
+    return counts.pop()
+
+
+def _publish(unfinished, folder):
+    """Rename, unless another run was faster; its arrays are the same."""
+    try:
+        os.rename(unfinished, folder)
+    except OSError:
+        if not (folder / _IDENTITY_FILE).is_file():
+            raise

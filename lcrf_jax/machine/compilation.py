@@ -1,0 +1,113 @@
+"""Compiled programs kept between runs, in JAX's own compilation cache: the second start compiles nothing anew.
+
+JAX writes an entry in place and takes what it finds for whole. A run that is killed while it writes, or a damaged disk,
+would leave an entry that every later start warns of, or runs. So each entry is looked at before JAX is let near the folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import warnings
+import zlib
+
+import jax
+
+from lcrf_jax.machine.files import write_whole
+
+SWITCH = "LCRF_JAX_COMPILE_CACHE"
+MOST_BYTES = 1 << 30
+LEAST_SECONDS = 0.05
+_CHECKED_FILE = "checked.json"
+_ENTRIES = "*-cache"
+
+
+def keep_programs(directory):
+    """Keep what JAX compiles from now on in this process, and take from there what earlier runs have compiled.
+
+    Nothing happens where the user has chosen a folder of JAX's own (JAX_COMPILATION_CACHE_DIR, or its setting in Python),
+    where LCRF_JAX_COMPILE_CACHE is 0, or where the folder cannot be written. The results are the same bits either way.
+
+    Args:
+      directory: folder of all caches, see `lcrf_jax.machine.cache.default_directory`. The programs of one kind of processor
+        lie in a folder of their own in it, since they use its instructions.
+
+    Returns:
+      pathlib.Path of the folder in use, or None.
+
+    Raises:
+      ValueError: if LCRF_JAX_COMPILE_CACHE is neither 0 nor 1.
+    """
+    switch = os.environ.get(SWITCH, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"{SWITCH}: expected 0 (compiled programs are not kept) or 1, got {switch!r}")
+    folder = pathlib.Path(directory) / "programs" / _processor()
+    chosen = jax.config.jax_compilation_cache_dir
+    if switch == "0" or chosen not in (None, "", str(folder)):
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # an entry is code that will be run
+        _drop_unfit(folder)
+    except OSError:
+        return None  # a cache is no reason to fail
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    # Of an entry that another run is just writing, or that the disk has no room for: it is compiled, and all is well.
+    for verb in ("reading", "writing"):
+        warnings.filterwarnings("ignore", f"Error {verb} persistent compilation cache entry")
+    return folder
+
+
+def _processor():
+    """A name for the instructions of this processor: another one may not know those that XLA has chosen for it."""
+    facts = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        facts += sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _drop_unfit(folder):
+    """Delete entries that are cut off or have changed since they were first seen, and the oldest of too many bytes."""
+    before = _checked_before(folder)
+    checked, sizes = {}, []
+    for path in folder.glob(_ENTRIES):
+        with contextlib.suppress(OSError):  # another run may have deleted it
+            content, changed = path.read_bytes(), path.stat().st_mtime
+            digest = hashlib.sha256(content).hexdigest()
+            if before.get(path.name, digest) != digest or path.name not in before and not _is_whole(content):
+                path.unlink()
+                continue
+            checked[path.name] = digest
+            sizes.append((changed, len(content), path))
+    excess = sum(size for _, size, _ in sizes) - MOST_BYTES
+    for _, size, path in sorted(sizes):
+        if excess <= 0:
+            break
+        path.unlink(missing_ok=True)
+        del checked[path.name]
+        excess -= size
+    if checked != before:
+        with contextlib.suppress(OSError):  # runs that start together write it one over the other
+            write_whole(folder / _CHECKED_FILE, json.dumps(checked))
+
+
+def _checked_before(folder):
+    """Name -> sha256 of the entries that were whole at an earlier start."""
+    try:
+        checked = json.loads((folder / _CHECKED_FILE).read_text(encoding="utf-8"))
+        return checked if isinstance(checked, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _is_whole(content):
+    """Whether JAX could unpack an entry."""
+    if content[:4] == b"\x28\xb5\x2f\xfd":  # by zstandard, where that is installed; JAX compiles what it cannot unpack
+        return True
+    try:
+        return bool(zlib.decompress(content))
+    except zlib.error:
+        return False

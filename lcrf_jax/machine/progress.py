@@ -1,0 +1,134 @@
+"""What a program shows while it works: lines and a progress bar, of several processes by the first alone."""
+
+import contextlib
+import io
+import sys
+import time
+
+import numpy as np
+import tqdm
+
+from lcrf_jax.machine.processes import is_first
+
+
+def say(text):
+    """Print a line to the terminal at once; of several processes the first does.
+
+    Args:
+      text: the line, without a newline at its end.
+    """
+    if is_first():
+        print(text, flush=True)
+
+
+class Progress:
+    """A progress bar with loss terms and images per second on a terminal, plain lines elsewhere; of the first process.
+
+    In a file or a CI log a bar that redraws itself is unreadable: there one line is printed at most every
+    `seconds_between_lines`, and one at the end.
+
+    Args:
+      num_steps: number of steps of the whole run.
+      first_step: step the run starts at, > 0 when it was resumed.
+      title: word in front of every line.
+      stream: where to write; None is standard error.
+      seconds_between_lines: least time between two lines where the stream is no terminal.
+      clock: function that returns seconds; for tests.
+      started: when the work began, by that clock; None is now.
+    """
+
+    def __init__(self, num_steps, *, first_step=0, title="train", stream=None, seconds_between_lines=10.0,
+                 clock=time.monotonic, started=None):
+        if not is_first():
+            stream = io.StringIO()
+        self._stream = sys.stderr if stream is None else stream
+        self._num_steps, self._step, self._title = num_steps, first_step, title
+        self._clock, self._every = clock, seconds_between_lines
+        self._last_line = clock()
+        self._started = self._last_line if started is None else started
+        self._num_images, self._terms, self._printed_step = 0, "", None
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm.tqdm(total=num_steps, initial=first_step, desc=title, file=self._stream,
+                                  unit="step", dynamic_ncols=True,
+                                  bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                                             "[{elapsed}<{remaining}]{postfix}")
+
+    def update(self, *, num_images, metrics=None, num_steps=1):
+        """Count steps.
+
+        Args:
+          num_images: images of these steps, over all devices.
+          num_steps: how many steps are done.
+          metrics: dict of scalars to show, already on the host; None shows the last ones again, so that a
+            step need not wait for its values.
+        """
+        self._step += num_steps
+        self._num_images += num_images
+        if metrics is not None:
+            self._terms = ", ".join(f"{name} {as_scalar(name, value):.4g}" for name, value in metrics.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._tail(), refresh=False)
+            self._bar.update(num_steps)
+        elif self._clock() - self._last_line >= self._every:
+            self._print_line()
+
+    def message(self, text):
+        """Print a line of its own without breaking the bar.
+
+        Args:
+          text: the line, without a newline at its end.
+        """
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self):
+        """End the bar, or print the last line; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._printed_step != self._step:
+            self._print_line()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _tail(self):
+        seconds = max(self._clock() - self._started, 1e-9)
+        return ", ".join(part for part in (self._terms, f"{self._num_images / seconds:.1f} images/s") if part)
+
+    def _print_line(self):
+        self._last_line, self._printed_step = self._clock(), self._step
+        print(f"{self._title} {self._step}/{self._num_steps}  {self._tail()}", file=self._stream, flush=True)
+
+
+@contextlib.contextmanager
+def image_progress(title, total):
+    """A callback for images done, shown as a progress bar from its first call on: none where a cache had it all.
+
+    Images that an earlier run has done (`earlier=True`) count, but not for the speed.
+    """
+    with contextlib.ExitStack() as stack:
+        bars, started = [], time.monotonic()
+
+        def done(count, *, earlier=False):
+            if not bars:
+                bars.append(stack.enter_context(Progress(total, title=title, started=started)))
+            bars[0].update(num_images=0 if earlier else count, num_steps=count)
+
+        yield done
+
+
+def as_scalar(name, value):
+    """A Python float of a number or of an array of one element."""
+    if name in ("step", "time"):
+        raise ValueError(f"expected another name than {name!r}, which every line has; rename the metric")
+    array = np.asarray(value)
+    if array.size != 1:
+        raise ValueError(f"expected a scalar for {name!r}, got shape {array.shape}; write its mean, or each "
+                         "of its values under a name of its own")
+    return float(array.reshape(()).astype(np.float64))

@@ -1,0 +1,78 @@
+"""What an image becomes before the first layer, and beside it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import reduce
+from PIL import Image
+
+
+def cell_means(values, shape):
+    """The mean over every cell of a grid that covers an image.
+
+    Args:
+      values: [B, H, W, C].
+      shape: (h, w) of the grid. Cells that do not hold a whole number of pixels share those on their borders.
+
+    Returns:
+      [B, h, w, C], dtype of `values`.
+    """
+    batch, height, width, channels = values.shape
+    if height % shape[0] or width % shape[1]:
+        return jax.image.resize(values, (batch, *shape, channels), "linear", antialias=True)
+    return reduce(values, "b (h i) (w j) c -> b h w c", "mean", h=shape[0], w=shape[1])
+
+
+def guide_image(images, stride):
+    """The colours that the pairwise kernel sees: every cell's mean.
+
+    Args:
+      images: [B, H, W, 3] RGB 0..255.
+      stride: pixels per cell; where it does not divide H or W, cells are a little smaller.
+
+    Returns:
+      [B, ceil(H / stride), ceil(W / stride), 3] float32, 0..255.
+    """
+    shape = [-(-side // stride) for side in images.shape[1:3]]
+    return cell_means(jnp.asarray(images, jnp.float32), shape)
+
+
+def network_inputs(network, variables, images, guide_stride=None):
+    """All that training takes from the images: the taps of the frozen backbone and the guide of the kernel.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      images: [B, S, S, 3] RGB 0..255.
+      guide_stride: pixels per cell of the guide; None is the grid of the logits.
+
+    Returns:
+      dict from tap to [B, h, w, C] float32, and "guide" [B, S / guide_stride, S / guide_stride, 3], see `guide_image`.
+    """
+    guide = guide_image(images, guide_stride or network.stride)
+    return {**network.features(variables, images), "guide": guide}
+
+
+# The programs of this file take the weights as arguments and the network as a static one: a second run, or a second source
+# of the same sizes, compiles nothing.
+
+
+@functools.partial(jax.jit, static_argnames=("network", "guide_stride", "names"))
+def named_inputs(variables, images, *, network, guide_stride, names):
+    inputs = network_inputs(network, variables, images, guide_stride)
+    return {name: inputs[name] for name in names}
+
+
+def square_image(image, size):
+    """The whole image at size x size, as the network sees it.
+
+    Args:
+      image: [H, W, 3] uint8.
+      size: side in pixels.
+
+    Returns:
+      [size, size, 3] uint8, bicubic and antialiased.
+    """
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

@@ -1,0 +1,4 @@
+"""Masks to look at: `palette` has colours, overlays and palette PNGs, `report` the HTML page of a run.
+
+The room imports NumPy and Pillow, and nothing of the house.
+"""

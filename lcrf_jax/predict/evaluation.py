@@ -1,0 +1,148 @@
+"""Scores of a segmenter on images with masks."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lcrf_jax.data.pipeline import prefetched
+from lcrf_jax.machine.processes import is_first, share, total
+from lcrf_jax.machine.progress import image_progress
+from lcrf_jax.metrics import confusion_matrix, mean_iou
+from lcrf_jax.predict.segmenter import segment_batch
+
+_PARTS = 1_000_000_000
+
+
+class Scores(NamedTuple):
+    """Confusion matrices of a split and a few of its images.
+
+    Attributes:
+      plain: [K, K] counts of the network's own labels.
+      refined: [K, K] counts after mean field on the image, or None.
+      smoothed: [K, K] counts after smoothing, or None.
+      samples: list of (image, truth, labels, refined labels); samples are refined in any case.
+      image_scores: [N] mean IoU of each image by itself, over the classes in its mask or its labels, after refinement
+        where there was one; NaN where its mask is void throughout.
+    """
+
+    plain: np.ndarray
+    refined: np.ndarray | None
+    smoothed: np.ndarray | None
+    samples: list
+    image_scores: np.ndarray
+
+
+def sample_positions(length, num_samples):
+    """Which images of a split are kept as samples.
+
+    Args:
+      length: images of the split.
+      num_samples: how many to keep.
+
+    Returns:
+      Increasing list of indices, evenly spaced; fewer if the split has fewer.
+    """
+    return sorted({int(at) for at in np.linspace(0, length - 1, num_samples)}) if num_samples else []
+
+
+def evaluate(
+    segmenter, source, *, crf, num_samples=0, batch_size=8, use_tags=False, features=None, smooth=None
+):
+    """Confusion matrices over all pixels of a source with masks, at the masks' own size.
+
+    Of several processes each scores its share of the images; the counts are added up exactly, and all have them. The
+    samples are those of the first.
+
+    Args:
+      segmenter: lcrf_jax.predict.segmenter.Segmenter.
+      source: images with masks.
+      crf: whether to refine as well.
+      num_samples: pictures to keep, evenly spaced over the split.
+      batch_size: images that the network sees at once.
+      use_tags: whether classes that are not tagged are excluded: the tags are then used at test time.
+      features: for each input size the features of the source, see `lcrf_jax.train.features.test_time_features`; None
+        computes them.
+      smooth: function (image, labels of the network) -> labels, or None.
+
+    Returns:
+      Scores.
+    """
+    num_classes, indices = len(segmenter.class_names), share(len(source))
+    names = ("plain", *(("refined",) if crf else ()), *(() if smooth is None else ("smoothed",)))
+    matrices = {name: np.zeros((num_classes, num_classes), np.int64) for name in names}
+    image_scores = np.zeros(len(source), np.int64)
+    with image_progress("evaluation", len(indices)) as done:
+        for rows, examples in _batches(source, indices, batch_size):
+            known = None if features is None else [_batch_of(taps, rows, batch_size) for taps in features]
+            results = segment_batch(
+                segmenter, [example.image for example in examples], crf=crf, batch_size=batch_size, features=known,
+                tags=[example.tags for example in examples] if use_tags else None,
+            )
+            for row, example, result in zip(rows, examples, results, strict=True):
+                counts = {}
+                for name in names:
+                    labels = result.labels if name == "refined" else result.network_labels
+                    labels = smooth(example.image, labels) if name == "smoothed" else labels
+                    counts[name] = confusion_matrix(labels, example.mask, num_classes)
+                    matrices[name] += counts[name]
+                image_scores[row] = _as_integer(mean_iou(counts["refined" if crf else "plain"]))
+            done(len(examples))
+    totals = {name: total(matrix) for name, matrix in matrices.items()}
+    image_scores = total(image_scores) / _PARTS
+    positions = sample_positions(len(source), num_samples)
+    samples = []
+    if is_first():
+        samples = labelled_samples(
+            segmenter, source, positions, batch_size=batch_size, use_tags=use_tags, features=features
+        )
+    return Scores(
+        *(totals.get(name) for name in ("plain", "refined", "smoothed")), samples, np.where(image_scores < 0, np.nan, image_scores)
+    )
+
+
+def _as_integer(score):
+    """A score as a whole number of parts, which processes can add up exactly; negative for none."""
+    return -1 if np.isnan(score) else round(float(score) * _PARTS)
+
+
+def _batches(source, indices, batch_size):
+    """(indices, examples) of each batch, the last one as long as it is."""
+    examples = prefetched(source, indices=indices)
+    for start in range(0, len(indices), batch_size):
+        rows = list(indices[start : start + batch_size])
+        yield rows, [next(examples) for _ in rows]
+
+
+def labelled_samples(segmenter, source, positions, *, batch_size=1, use_tags=False, features=None):
+    """Images of a source with their masks and labels.
+
+    Args:
+      segmenter: lcrf_jax.predict.segmenter.Segmenter.
+      source: images, with or without masks.
+      positions: indices of the images.
+      batch_size, use_tags, features: see `evaluate`.
+
+    Returns:
+      List of (image, truth or None, labels of the network, refined labels).
+    """
+    samples = []
+    for position in positions:
+        example = source[position]
+        known = None if features is None else [_batch_of(taps, [position], batch_size) for taps in features]
+        [result] = segment_batch(
+            segmenter, [example.image], crf=True, batch_size=batch_size, features=known,
+            tags=[example.tags] if use_tags else None,
+        )
+        samples.append((example.image, example.mask, result.network_labels, result.labels))
+    return samples
+
+
+def _batch_of(taps, rows, batch_size):
+    """Rows of test-time features as the segmenter takes them: images, then mirrored ones, the last repeated to fill."""
+
+    def laid_out(array):
+        part = array[rows]
+        part = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part), axis=0)])
+        return part.swapaxes(0, 1).reshape(-1, *part.shape[2:])
+
+    return {tap: laid_out(array) for tap, array in taps.items()}

@@ -1,0 +1,133 @@
+"""A trained run as one object: a checkpoint in, labels of photographs out."""
+
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lcrf_jax.data.example import tag_vector
+from lcrf_jax.data.files.images import opened_as_rgb, read_image
+from lcrf_jax.machine.cache import default_directory
+from lcrf_jax.machine.compilation import keep_programs
+from lcrf_jax.pictures.palette import palette
+from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
+from lcrf_jax.predict.segmenter import make_segmenter, segment
+from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.description import load_description
+
+
+class Labelling(NamedTuple):
+    """What a model says of one photograph of H x W pixels.
+
+    Attributes:
+      labels: [H, W] uint8, the most probable class of every pixel.
+      confidence: [H, W] float16, the probability of that class.
+      probabilities: [h, w, K] float32, of all classes at the size that the photograph was worked on: H x W, but smaller
+        for a photograph with a side above `Model.max_side`; `lcrf_jax.predict.resizing.resized_map` enlarges it.
+      class_names: names of the K classes, background first.
+      palette: [K, 3] uint8 RGB, the colour of each class.
+    """
+
+    labels: np.ndarray
+    confidence: np.ndarray
+    probabilities: np.ndarray
+    class_names: tuple
+    palette: np.ndarray
+
+
+class Model:
+    """A trained network with its refinement; `load` makes one.
+
+    Args:
+      description: of the run, see `lcrf_jax.runfolder.description`.
+      params: its parameters for inference.
+    """
+
+    def __init__(self, description, params):
+        self.description = description
+        self.segmenter = make_segmenter(description, params)
+        self.class_names = self.segmenter.class_names
+        self.palette = palette(len(self.class_names))
+        self.max_side = self.segmenter.max_side
+
+    def segment(self, image, *, crf=True, tags=None):
+        """Segment one photograph.
+
+        Args:
+          image: a path, a Pillow image, or an array [H, W, 3] or [H, W] of uint8 in 0..255.
+          crf: whether to refine by mean field of the dense CRF.
+          tags: names of the classes that may be in the photograph, or None for all.
+
+        Returns:
+          Labelling.
+
+        Raises:
+          FileNotFoundError: if there is no such file.
+          ValueError: if the image cannot be read, has another shape or type, or a tag is no class.
+        """
+        given = None if tags is None else tag_vector(tags, self.class_names)
+        result = segment(self.segmenter, as_rgb(image), crf=crf, tags=given)
+        labels, confidence = labels_and_confidence(result.best_log_probs, result.size)
+        probabilities = interpolated_probs(result.best_log_probs, result.best_log_probs.shape[:2])
+        return Labelling(labels, confidence, probabilities, self.class_names, self.palette)
+
+
+def load(checkpoint, *, which="best"):
+    """A trained model from the folder of a run; needs the folder alone.
+
+    What it compiles is kept in the user's cache folder, so that the first photograph of the next process is quicker; see
+    `lcrf_jax.machine.compilation.keep_programs`, which also says how that is switched off.
+
+    Args:
+      checkpoint: the --workdir of a training run.
+      which: ``best`` by the validation score, or ``last``, the newest state of the training.
+
+    Returns:
+      Model.
+
+    Raises:
+      lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, or its files are damaged.
+      ValueError: if `which` is another word.
+    """
+    keep_programs(default_directory())
+    description, params = load_description(checkpoint), restore_params(checkpoint)
+    if which != "best":  # the newest state has what is trained alone
+        params = {**params, "decoder": restore_params(checkpoint, which)}
+    return Model(description, params)
+
+
+def as_rgb(image):
+    """A photograph of any form as an RGB array.
+
+    Args:
+      image: a path, a Pillow image, or an array [H, W, 3] or [H, W] of uint8.
+
+    Returns:
+      [H, W, 3] uint8.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it cannot be read, or has another shape or type.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(pathlib.Path(image).expanduser())
+    if isinstance(image, Image.Image):
+        return opened_as_rgb(image, "the image")[0]
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(
+            f"expected an image of uint8 in 0..255, got {array.dtype} in {_range(array)}; scale it and use .astype('uint8')"
+        )
+    if array.ndim == 2:
+        return np.repeat(array[..., None], 3, axis=-1)
+    if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
+        hint = "it looks like [3, H, W]: use .transpose(1, 2, 0)" if array.ndim == 3 and array.shape[0] == 3 else (
+            "take one image of a batch" if array.ndim == 4 else "convert it to RGB")  # fmt: skip
+        raise ValueError(f"expected an image [H, W, 3] or [H, W], got {list(array.shape)}; {hint}")
+    return array
+
+
+def _range(array):
+    return f"{array.min():.4g}..{array.max():.4g}" if array.size and np.issubdtype(array.dtype, np.number) else "no range"

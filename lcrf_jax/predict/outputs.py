@@ -1,0 +1,92 @@
+"""What a method makes of its network's output at test time."""
+
+import jax
+import jax.numpy as jnp
+
+from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
+from lcrf_jax.nets.tag_classifier import TagClassifier
+
+EXCLUDED = -1e4
+
+
+def _mirror_mean(maps, mirrored):
+    """The mean of the first half of the maps and the second half, mirrored back; or all of them if none is mirrored."""
+    if not mirrored:
+        return maps
+    plain, other = jnp.split(maps, 2)
+    return (plain + other[:, :, ::-1]) / 2
+
+
+def _network_output(network, params, features, mirrored, log_probs_of_logits):
+    """The network's log-probabilities, averaged over mirroring."""
+    log_probs = log_probs_of_logits(network.logits(params["decoder"], params["backbone"], features))
+    return jax.nn.log_softmax(_mirror_mean(log_probs, mirrored), axis=-1) if mirrored else log_probs
+
+
+def _softmax(network, params, features, mirrored, options):
+    del options
+    return _network_output(network, params, features, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1))
+
+
+def _ilp(network, params, features, mirrored, options):
+    def one(logits):
+        return ilp_log_probs(logits.reshape(-1, logits.shape[-1]), **options).reshape(logits.shape)
+
+    return _network_output(network, params, features, mirrored, jax.vmap(one))
+
+
+def _class_maps(network, params, features, mirrored, options):
+    """The class maps of the tag classifier in place of the network's logits, averaged over mirroring."""
+    classifier = restored_classifier(params)
+
+    def one(maps):
+        cells = maps.reshape(-1, maps.shape[-1])
+        # The classifier is linear: its logit is the mean of its map, plus the bias.
+        log_probs = cam_log_probs(cells, cells.mean(axis=0) + classifier.bias, **options)
+        return log_probs.reshape(*maps.shape[:2], -1)
+
+    maps = network.head(params["backbone"], features) @ classifier.weights
+    return jax.vmap(one)(_mirror_mean(maps, mirrored))
+
+
+# What is made of the features at test time: (network, params, features, whether mirrored, options) -> log-probabilities.
+OUTPUTS = {"softmax": _softmax, "ilp": _ilp, "class_maps": _class_maps}
+
+
+def superpixels(image, *, scale=100.0, sigma=0.8, min_size=50):
+    """Superpixels of an image by the graph-based method of Felzenszwalb and Huttenlocher.
+
+    Args:
+      image: [H, W, 3] uint8 RGB.
+      scale: larger makes larger superpixels.
+      sigma: width in pixels of the Gaussian that the image is smoothed with.
+      min_size: least size in pixels.
+
+    Returns:
+      [H, W] integers from 0 on.
+
+    Raises:
+      ValueError: if scikit-image is not installed.
+
+    References:
+      Felzenszwalb and Huttenlocher 2004, as scikit-image has it.
+    """
+    try:
+        from skimage.segmentation import felzenszwalb
+    except ImportError as error:
+        raise ValueError(
+            f"superpixels need scikit-image, which is not installed ({error}); pip install '.[superpixels]' in your clone"
+        ) from error
+    return felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
+
+
+def restored_classifier(params):
+    """The tag classifier of a run's parameters.
+
+    Args:
+      params: dict with "classifier": "weights" and "bias".
+
+    Returns:
+      TagClassifier.
+    """
+    return TagClassifier(params["classifier"]["weights"], params["classifier"]["bias"])

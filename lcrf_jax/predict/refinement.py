@@ -1,0 +1,60 @@
+"""Mean field on an image with a network's output as the unary, compiled once for each padded size."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+
+from lcrf_jax.crf.inference import refine as refine_by_mean_field
+from lcrf_jax.crf.lattice_building import default_capacity
+from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.predict.resizing import padded_to
+
+MAX_VERTICES_PER_PIXEL = 6  # of a lattice over two positions and three colours
+
+
+@functools.partial(jax.jit, static_argnames=("kernel_params", "num_iterations", "unary_weight", "capacity"))
+def refined_by_lattice(log_probs, image, valid, *, kernel_params, num_iterations, unary_weight, capacity=None):
+    return refine_by_mean_field(
+        image, unary_weight * log_probs, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
+    )
+
+
+def adjustable_refinement(inference, changed, shape):
+    """A refinement with other settings than those of the run, compiled once for many values of them.
+
+    Args:
+      inference: settings of the run, see `make_segmenter`.
+      changed: dict with new values of "unary_weight", "num_iterations" and fields of the kernel. Only another number of
+        iterations or `gaussian_position_width` compiles anew, or a kernel so narrow that its lattice has to be larger.
+      shape: (h, w) in pixels of the image as it is worked on.
+
+    Returns:
+      Function (log-probabilities, image, valid, capacity=None), as `Segmenter.refine`.
+    """
+    kernel = {**inference["kernel"], **{name: value for name, value in changed.items() if name in KernelParams._fields}}
+    width = kernel.pop("gaussian_position_width")
+    narrow = kernel["bilateral_position_width"] * kernel["bilateral_colour_width"]
+    share = min(1.0, 2.0 ** math.ceil(math.log2(320 / narrow)))
+    own_capacity = default_capacity(padded_to(shape[0]) * padded_to(shape[1]), 5, share=share)
+    numbers = {**kernel, "unary_weight": changed.get("unary_weight", inference["unary_weight"])}
+    numbers = {name: np.float32(value) for name, value in numbers.items()}
+    num_iterations = changed.get("num_iterations", inference["num_iterations"])
+
+    def refine(log_probs, image, valid, capacity=None):
+        return _refined_by(
+            log_probs, image, valid, numbers, width=width, num_iterations=num_iterations, capacity=capacity or own_capacity
+        )
+
+    return refine
+
+
+@functools.partial(jax.jit, static_argnames=("width", "num_iterations", "capacity"))
+def _refined_by(log_probs, image, valid, numbers, *, width, num_iterations, capacity):
+    kernel = {name: value for name, value in numbers.items() if name != "unary_weight"}
+    kernel_params = KernelParams(**kernel, gaussian_position_width=width)
+    unary = numbers["unary_weight"] * log_probs
+    return refine_by_mean_field(
+        image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
+    )

@@ -1,0 +1,275 @@
+"""Images in, masks out: a trained run as a segmenter of images of any size."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.nets.inputs import square_image
+from lcrf_jax.nets.network import build_network
+from lcrf_jax.predict.outputs import EXCLUDED, OUTPUTS
+from lcrf_jax.predict.refinement import MAX_VERTICES_PER_PIXEL, refined_by_lattice
+from lcrf_jax.predict.resizing import (
+    enlarged_grid,
+    interpolation_weights,
+    labels_and_confidence,
+    padded_image,
+    padded_to,
+    working_image,
+)
+
+MAX_SIDE = 640
+
+
+class Segmenter(NamedTuple):
+    """A trained inference network; see `segmenter` for how one is made and `segment` for its use.
+
+    Attributes:
+      class_names: names of the K classes, background first.
+      input_sizes: sides of the square network inputs, whose log-probabilities are averaged.
+      network_features: function from images [B, S, S, 3] RGB 0..255 to the taps of the frozen backbone: a dict of
+        arrays, the rows of the images first, then those of their mirror images where these are used.
+      log_probs_of: function from these to log q(z | x) on the network's grid, [B, h, w, K].
+      enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
+      refine: function (log-probabilities, image, valid, capacity=None) -> log-probabilities after mean field; all
+        are NaN if the kernel's lattice needs more vertices than the capacity.
+      max_side: larger images are worked on at this longer side, in pixels, and their result is enlarged.
+    """
+
+    class_names: tuple
+    input_sizes: tuple
+    network_features: object
+    log_probs_of: object
+    enlarge: object
+    refine: object
+    max_side: int = MAX_SIDE
+
+    def network_log_probs(self, images):
+        """Log q(z | x) on the network's grid, [B, h, w, K], of images [B, S, S, 3] RGB 0..255."""
+        return self.log_probs_of(self.network_features(images))
+
+
+class Segmentation(NamedTuple):
+    """What is known of one image of H x W pixels; h x w is the size it was worked on at, H x W but for large images.
+
+    Attributes:
+      size: (H, W) in pixels.
+      log_probs: [h, w, K] float32, log q(z | x) of the network.
+      refined_log_probs: the same after mean field on the image, or None.
+    """
+
+    size: tuple
+    log_probs: np.ndarray
+    refined_log_probs: np.ndarray | None
+
+    @property
+    def best_log_probs(self):
+        """[h, w, K] float32, after refinement where there was one."""
+        return self.log_probs if self.refined_log_probs is None else self.refined_log_probs
+
+    @property
+    def labels(self):
+        """[H, W] uint8, the most probable class of every pixel, after refinement where there was one."""
+        return labels_and_confidence(self.best_log_probs, self.size)[0]
+
+    @property
+    def network_labels(self):
+        """[H, W] uint8, the most probable class of every pixel before refinement."""
+        return labels_and_confidence(self.log_probs, self.size)[0]
+
+
+def make_segmenter(description, params):
+    """The segmenter of a description and its parameters.
+
+    Args:
+      description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
+        "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
+        "num_iterations", "unary_weight", and where the network's softmax is not the output "output", a key of
+        `OUTPUTS`, and "output_options"; "max_side" is MAX_SIDE where it is not there.
+      params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
+
+    Returns:
+      Segmenter.
+
+    Raises:
+      ValueError: if the network's description is not complete.
+      KeyError: if parameters are missing.
+    """
+    network, settings = build_network(description["network"]), description["inference"]
+    output, options = settings.get("output", "softmax"), settings.get("output_options", {})
+    wanted = "classifier" if output == "class_maps" else "decoder"
+    used = {name: params[name] for name in ("backbone", wanted)}
+    static = {"network": network, "mirrored": settings["mirror"]}
+    placed = {None: jax.device_put(used)}
+
+    def beside(batch):
+        """The weights where a batch lies: where it is spread over devices, each has a copy."""
+        sharding = _replicated_beside(batch)
+        if sharding not in placed:
+            placed[sharding] = jax.device_put(used, sharding)
+        return placed[sharding]
+
+    def network_features(images):
+        return _network_features(beside(images)["backbone"], images, **static)
+
+    def log_probs_of(features):
+        return _log_probs(beside(features), features, output=output, options=tuple(sorted(options.items())), **static)
+
+    refine = functools.partial(
+        refined_by_lattice,
+        kernel_params=KernelParams(**settings["kernel"]),
+        num_iterations=settings["num_iterations"],
+        unary_weight=settings["unary_weight"],
+    )
+    return Segmenter(
+        tuple(description["class_names"]), tuple(settings["input_sizes"]), network_features, log_probs_of, enlarged_grid,
+        refine, settings.get("max_side", MAX_SIDE),
+    )
+
+
+def _replicated_beside(batch):
+    """Where the weights for a batch lie: copied to the devices that it is spread over, or None for the default device."""
+    sharding = getattr(next(iter(jax.tree.leaves(batch))), "sharding", None)
+    spread = isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1
+    return NamedSharding(sharding.mesh, P()) if spread else None
+
+
+# These are compiled once for all segmenters of a process: what differs between runs of one network is an argument.
+
+
+@functools.partial(jax.jit, static_argnames=("network", "mirrored"))
+def _network_features(variables, images, *, network, mirrored):
+    inputs = jnp.concatenate([images, images[:, :, ::-1]]) if mirrored else images
+    return network.features(variables, inputs)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "mirrored", "output", "options"))
+def _log_probs(params, features, *, network, mirrored, output, options):
+    return OUTPUTS[output](network, params, features, mirrored, dict(options))
+
+
+def segment(segmenter, image, *, crf, tags=None):
+    """Segment one image; one with a side above `segmenter.max_side` is worked on at a smaller size.
+
+    Args:
+      segmenter: a Segmenter.
+      image: [H, W, 3] uint8 RGB.
+      crf: whether to refine by mean field on the image.
+      tags: [K] bool, the classes that may occur, or None for all.
+
+    Returns:
+      Segmentation.
+
+    Raises:
+      ValueError: if the image is not [H, W, 3] uint8, or the network's output is not a number.
+    """
+    [result] = segment_batch(segmenter, [image], crf=crf, tags=None if tags is None else [tags])
+    return result
+
+
+def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, features=None):
+    """Segment images of any sizes; the network sees them together, the rest is done one by one.
+
+    All devices of this process take part: the batch is spread over them if it divides by their number, and they take
+    turns with the images after that.
+
+    Args:
+      segmenter: a Segmenter.
+      images: list of [H, W, 3] uint8 RGB.
+      crf: whether to refine by mean field on each image.
+      tags: list of [K] bool, the classes that may occur in each image, or None for all.
+      batch_size: images that the network sees at once; a shorter list is padded to it, so that nothing is compiled
+        anew. By default the length of the list.
+      features: for each input size the network's features of these images, if they are known already; None
+        computes them.
+
+    Returns:
+      List of Segmentation.
+
+    Raises:
+      ValueError: if an image is not [H, W, 3] uint8, or the network's output is not a number.
+    """
+    for image in images:
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            got = f"{image.shape} {image.dtype}"
+            raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {got}; convert it first")
+    if features is None:
+        features = network_features(segmenter, images, batch_size or len(images))
+    grids = [np.asarray(segmenter.log_probs_of(_spread(taps))) for taps in features]
+    if tags is not None:
+        absent = np.where(np.asarray(tags, bool), 0.0, EXCLUDED).astype(np.float32)
+        grids = [grid[: len(images)] + absent[:, None, None, :] for grid in grids]
+    devices, results = jax.local_devices(), []
+    for start in range(0, len(images), len(devices)):
+        under_way = []
+        for device, i in zip(devices, range(start, len(images))):
+            with jax.default_device(device):
+                under_way.append(_at_own_size(segmenter, images[i], [grid[i] for grid in grids], crf))
+        results += [_on_host(segmenter, *each) for each in under_way]
+    return results
+
+
+def _spread(batch):
+    """A batch of arrays over the devices of this process, where it divides by their number."""
+    devices = jax.local_devices()
+    if len(devices) == 1 or any(len(rows) % len(devices) for rows in jax.tree.leaves(batch)):
+        return batch
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.device_put(batch, NamedSharding(mesh, P("data")))
+
+
+def network_features(segmenter, images, batch_size):
+    """The frozen features of a batch at every input size.
+
+    Args:
+      segmenter: a Segmenter.
+      images: list of at most `batch_size` images [H, W, 3] uint8 RGB.
+      batch_size: rows of the result; the last image is repeated to fill them.
+
+    Returns:
+      List of dict from tap to array, see `Segmenter.network_features`, one for each input size.
+    """
+    batches = []
+    for size in segmenter.input_sizes:
+        squares = [square_image(image, size) for image in images]
+        filled = np.stack(squares + squares[-1:] * (batch_size - len(images)))
+        batches.append(segmenter.network_features(_spread(filled)))
+    return batches
+
+
+def _at_own_size(segmenter, image, grids, crf):
+    """(size, image, log-probabilities, refined ones or None) on the way: padded, on the device."""
+    size, image = image.shape[:2], working_image(image, segmenter.max_side)
+    height, width = image.shape[:2]
+    padded = (padded_to(height), padded_to(width))
+    enlarged = [
+        segmenter.enlarge(
+            grid,
+            interpolation_weights(grid.shape[0], height, padded[0]),
+            interpolation_weights(grid.shape[1], width, padded[1]),
+        )
+        for grid in grids
+    ]
+    log_probs = enlarged[0] if len(enlarged) == 1 else jax.nn.log_softmax(sum(enlarged) / len(enlarged), axis=-1)
+    return size, image, log_probs, segmenter.refine(log_probs, *padded_image(image)) if crf else None
+
+
+def _on_host(segmenter, size, image, log_probs, refined):
+    """The Segmentation, once the device has done it."""
+    height, width = image.shape[:2]
+    if refined is not None:
+        refined = np.asarray(refined)
+        if np.isnan(refined).any():  # strong noise: as many vertices as can be needed
+            padded, valid = padded_image(image)
+            capacity = valid.size * MAX_VERTICES_PER_PIXEL
+            refined = np.asarray(segmenter.refine(log_probs, padded, valid, capacity=capacity))
+        refined = refined[:height, :width]
+    log_probs = np.asarray(log_probs)[:height, :width]
+    if np.isnan(log_probs).any() or refined is not None and np.isnan(refined).any():
+        raise ValueError("the network's output is not a number: its training has diverged; use another checkpoint")
+    return Segmentation(size, log_probs, refined)

@@ -1,0 +1,400 @@
+"""Run folders: what is saved, where, and how it comes back; the only file that knows orbax.
+
+    RUN/config.json     the description: network, class names, input, preprocessing, training configuration
+    RUN/last/STEP/      newest training states, two of them: params, rest (optimiser, keys, counters), record
+    RUN/best/STEP/      parameters with the best validation mIoU, one of them: params, record
+    RUN/damaged/        states that could not be read back when the run was taken up again
+
+Arrays are saved as copies on the host under dotted names (`params.decoder.kernel`) with the sha256 of each in
+the record, and every restore checks them: a byte that changed on the disk is an error, not a slightly
+different mask. Since they come back as NumPy arrays and are then put where the new state lies, the number of
+devices may change.
+"""
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lcrf_jax.machine.processes import first_decides
+from lcrf_jax.runfolder.description import CheckpointError
+from lcrf_jax.runfolder.digests import digests_of, is_key, named_leaves, nested, split_leaves
+
+_log = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """What `restore_last` found: number of the step, state on the devices, state of the data iterator."""
+
+    step: int
+    state: Any
+    data_state: Any
+
+
+class RunCheckpoints:
+    """Saves and restores the training states of one run folder, in the background of training.
+
+    A state is any pytree of arrays (typed keys included) with `params` at its top, as a field or a key.
+    Saving copies it to the host first, so that its buffers may be donated to the next step. An interrupted
+    save leaves the ones before it untouched. Of several processes all make the same calls; what is on the disk is
+    read and judged by the first, and the folder must be on a file system that all of them share.
+
+    Args:
+      run_dir: folder of the run; made if it is not there.
+    """
+
+    def __init__(self, run_dir):
+        self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
+        self._last = self._manager("last", max_to_keep=2)
+        self._best = self._manager("best", max_to_keep=1, best_fn=lambda metrics: metrics["miou"], best_mode="max")
+
+    def _manager(self, name, **options):
+        # The processes of a run meet at barriers of these names, the two managers each at their own.
+        processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
+        return ocp.CheckpointManager(self.run_dir / name, options=ocp.CheckpointManagerOptions(
+            create=True, cleanup_tmp_directories=True, multiprocessing_options=processes, **options))
+
+    def save_last(self, step, state, *, data_state=None):
+        """Save a training state; the two newest are kept.
+
+        Args:
+          step: number of steps done, >= 0; a state saved before under the same number is replaced.
+          state: pytree of arrays with `params` at its top.
+          data_state: state of the data iterator, bytes or anything JSON can hold.
+        Raises:
+          TypeError: if a leaf of the state is no array or an empty one, or data_state is neither bytes nor
+            JSON.
+          ValueError: if the state has no `params`.
+          CheckpointError: if the disk is full, or the save before this one failed.
+        """
+        params, rest = split_leaves(named_leaves(state))
+        record = {"data_state": _encode_data_state(data_state)}
+        self._save(self._last, int(step), {"params": params, "rest": rest}, record)
+
+    def save_best(self, step, params, miou):
+        """Save parameters if they are the best so far.
+
+        Args:
+          step: number of steps done, >= 0.
+          params: pytree of arrays: nested dicts with string keys.
+          miou: validation mIoU in 0..1; larger is better.
+        Returns:
+          True if they were saved, False if an earlier mIoU is at least as good.
+        Raises:
+          ValueError: if miou is not finite.
+          CheckpointError: if the disk is full, or the save before this one failed.
+        """
+        step, miou = int(step), float(miou)
+        if not math.isfinite(miou):
+            raise ValueError(f"expected a finite mIoU at step {step}, got {miou}; check that the validation "
+                             "split has masks with pixels that are not void")
+        self._finish(self._best)
+        before = first_decides(lambda: best_miou(self.run_dir))
+        if before is not None and miou <= before:
+            return False
+        items = {"params": named_leaves({"params": params})}
+        self._save(self._best, step, items, {"miou": miou}, {"miou": miou})
+        return True
+
+    def restore_last(self, like):
+        """The newest training state that can be read, on the devices of `like`.
+
+        A damaged newer state is moved to RUN/damaged/ with a warning, so that training goes on from the one
+        before.
+
+        Args:
+          like: state of the same structure, shapes and dtypes, placed where the restored one shall be; its
+            values are not used, so that shapes with a sharding will do (`jax.ShapeDtypeStruct`). The devices need not be
+            those of the saved run.
+        Returns:
+          Restored, or None if the run has saved no state yet.
+        Raises:
+          CheckpointError: if states are there and none can be read, or they belong to another model.
+        """
+        self.wait()
+        step = first_decides(lambda: self._newest_good_step(like))
+        self._last.reload()
+        if step is None:
+            return None
+        folder = self.run_dir / "last" / str(step)
+        arrays, data_state = _read_state(folder)
+        return Restored(step, _placed_like(like, arrays, folder), data_state)
+
+    def _newest_good_step(self, like):
+        """Number of the newest state that can be read, None if there are none; damaged newer ones are moved away."""
+        damaged = {}
+        for step in sorted(_steps(self.run_dir / "last"), reverse=True):
+            folder = self.run_dir / "last" / str(step)
+            try:
+                arrays, _ = _read_state(folder)
+            except CheckpointError as error:
+                damaged[folder] = error
+                continue
+            _check_like(like, arrays, folder)
+            self._move_aside(damaged)
+            return step
+        if damaged:
+            reasons = "\n  ".join(str(error) for error in damaged.values())
+            raise CheckpointError(f"no training state in {self.run_dir / 'last'} can be read; restore the "
+                                  f"folder from a copy, or start again in a new one:\n  {reasons}")
+        return None
+
+    def wait(self):
+        """Return when everything is on the disk; a CheckpointError says what is not."""
+        self._finish(self._last)
+        self._finish(self._best)
+
+    def close(self):
+        """Finish saving and free the background threads."""
+        try:
+            self.wait()
+        finally:
+            for manager in (self._last, self._best):
+                with contextlib.suppress(Exception):  # of a save that failed, which was told above
+                    manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(CheckpointError):  # what ended the block is told, not what came of it
+            self.close()
+
+    def _finish(self, manager):
+        """Wait for the save that is under way."""
+        try:
+            manager.wait_until_finished()
+        except Exception as error:  # whatever orbax meets on a bad disk, of any type
+            raise self._failed(manager.directory, error) from error
+
+    def _save(self, manager, step, items, record, metrics=None):
+        """Hand arrays and record to orbax; a step of the same number makes way."""
+        record = {"step": step, "sha256": {item: digests_of(leaves) for item, leaves in items.items()}, **record}
+        record["sha256_of_record"] = _record_digest(record)
+        self._finish(manager)
+        first_decides(lambda: self._check_space(items))
+        arguments = {item: ocp.args.PyTreeSave(leaves) for item, leaves in items.items() if leaves}
+        arguments["record"] = ocp.args.JsonSave(record)
+        try:
+            if step in manager.all_steps():
+                manager.delete(step)
+            manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics, force=True)
+        except Exception as error:  # as above
+            raise self._failed(manager.directory, error) from error
+
+    def _check_space(self, items):
+        """Refuse before writing what the disk cannot hold."""
+        needed = sum(leaf.nbytes for leaves in items.values() for leaf in leaves.values())
+        free = shutil.disk_usage(self.run_dir).free
+        if 1.1 * needed > free:
+            raise CheckpointError(f"the disk of {self.run_dir} is full: saving needs {needed / 1e6:.1f} MB, "
+                                  f"{free / 1e6:.1f} MB are left; {self._kept()}")
+
+    def _failed(self, directory, error):
+        text = str(error).strip().splitlines()
+        return CheckpointError(f"saving to {directory} failed ({type(error).__name__}: "
+                               f"{text[0][:200] if text else ''}): is the disk full? {self._kept()}")
+
+    def _kept(self):
+        steps = _steps(self.run_dir / "last")
+        kept = f"the state of step {steps[-1]} is kept" if steps else "no state was saved before"
+        return f"{kept}; make room and run the same command again"
+
+    def _move_aside(self, damaged):
+        for folder, error in damaged.items():
+            target = self.run_dir / "damaged" / f"last-{folder.name}-{int(time.time())}"
+            _log.warning("%s; moved to %s, training goes on from the state before it", error, target)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(folder, target)
+
+
+def restore_params(run_dir, which="best"):
+    """The parameters of a run, for inference: nothing else of the training state is read.
+
+    Args:
+      run_dir: folder of the run.
+      which: "best" for the best validation mIoU, "last" for the newest training state.
+    Returns:
+      Nested dicts of NumPy arrays, as saved.
+    Raises:
+      CheckpointError: if there are none, or they are damaged.
+      ValueError: if `which` is another word.
+    """
+    if which not in ("best", "last"):
+        raise ValueError(f"expected which to be 'best' or 'last', got {which!r}")
+    run_dir = pathlib.Path(run_dir).expanduser().resolve()
+    steps = _steps(run_dir / which)
+    if not steps:
+        other = {"best": "last", "last": "best"}[which]
+        hint = f"; there is one in {other}/, ask for which={other!r}" if _steps(run_dir / other) else ""
+        raise CheckpointError(f"expected a checkpoint RUN/{which}/STEP/ in {run_dir}, got none{hint or '; '}"
+                              + ("" if hint else "give the --workdir of a run that has saved one"))
+    step = max(steps) if which == "last" or len(steps) == 1 else _best_step(run_dir, steps)
+    arrays, _ = _read(run_dir / which / str(step), ("params",))
+    return nested(arrays["params"]).get("params", {})
+
+
+def best_miou(run_dir):
+    """Validation mIoU of the best parameters saved so far.
+
+    Args:
+      run_dir: folder of the run.
+    Returns:
+      A number in 0..1, or None if there are none that can be read.
+    """
+    folder = pathlib.Path(run_dir).expanduser().resolve() / "best"
+    scores = []
+    for step in _steps(folder):
+        try:
+            scores.append(float(_read_record(folder / str(step))["miou"]))
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            continue
+    return max(scores, default=None)
+
+
+def _record_digest(record):
+    content = {key: value for key, value in record.items() if key != "sha256_of_record"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _steps(folder):
+    """Numbers of the finished saves in a folder; half-written ones have other names."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def _best_step(run_dir, steps):
+    """Step of the highest mIoU: two are there if a run was killed before the worse one was deleted."""
+    records = [(_read_record(run_dir / "best" / str(step)).get("miou", -1.0), step) for step in steps]
+    return max(records)[1]
+
+
+def _reader(handler):
+    """An orbax checkpointer that reads for this process alone: the others need not read at the same time."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}")
+    return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
+def _read_record(folder):
+    """The record of one step, checked."""
+    if not (folder / "record").is_dir():
+        raise CheckpointError(f"{folder} is incomplete: it has no record; "
+                              "restore it from a copy or remove it")
+    try:
+        record = _reader(ocp.JsonCheckpointHandler).restore(folder / "record")
+        intact = record["sha256_of_record"] == _record_digest(record) and str(record["step"]) == folder.name
+    except Exception as error:  # whatever orbax meets in damaged files, of any type
+        raise CheckpointError(f"{folder / 'record'} is damaged and cannot be read "
+                              f"({type(error).__name__}); restore it from a copy or remove {folder}"
+                              ) from error
+    if not intact:
+        raise CheckpointError(f"{folder / 'record'} is damaged: its content does not match its checksum or "
+                              f"the number of its step; restore it from a copy or remove {folder}")
+    return record
+
+
+def _read(folder, items):
+    """(arrays of each item, record) of one step, all of them checked."""
+    record = _read_record(folder)
+    arrays = {item: _read_arrays(folder / item, record["sha256"].get(item, {})) for item in items}
+    return arrays, record
+
+
+def _read_arrays(folder, digests):
+    """Name -> NumPy array of one item, compared with its checksums."""
+    if not digests:
+        return {}
+    advice = f"restore it from a copy or remove {folder.parent}"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder.parent} is incomplete: it has no {folder.name}; {advice}")
+    as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in digests}
+    try:
+        leaves = _reader(ocp.PyTreeCheckpointHandler).restore(
+            folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        found = digests_of({name: np.asarray(leaf) for name, leaf in leaves.items()})
+    except Exception as error:  # whatever orbax meets in damaged files, of any type
+        raise CheckpointError(f"{folder} is damaged and cannot be read ({type(error).__name__}: "
+                              f"{str(error)[:200]}); {advice}") from error
+    wrong = sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(f"{folder} is damaged: {len(wrong)} of {len(digests)} arrays do not match "
+                              f"their sha256, the first is {wrong[0]!r}; {advice}")
+    return leaves
+
+
+def _read_state(folder):
+    """(name -> array, state of the data iterator) of one training state, checked."""
+    arrays, record = _read(folder, ("params", "rest"))
+    return arrays["params"] | arrays["rest"], _decode_data_state(record.get("data_state"), folder)
+
+
+def _check_like(like, arrays, folder):
+    """Refuse arrays of another structure, shape or dtype than those of `like`; gives the latter by name."""
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf
+              for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
+    advice = "resume with the configuration this run was started with, or use a new folder"
+    if wanted.keys() != arrays.keys():
+        missing, extra = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
+        raise CheckpointError(f"{folder} belongs to another model or optimiser: it lacks {missing[:3]} and "
+                              f"has {extra[:3]} besides; {advice}")
+    for name, leaf in wanted.items():
+        target = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+        array = arrays[name]
+        if (array.shape, array.dtype) != (target.shape, target.dtype):
+            raise CheckpointError(f"{folder} belongs to another model: expected {name!r} of shape "
+                                  f"{target.shape} and dtype {target.dtype}, got {array.shape} "
+                                  f"and {array.dtype}; {advice}")
+    return wanted
+
+
+def _placed_like(like, arrays, folder):
+    """The saved arrays in the structure and on the devices of `like`."""
+    wanted = _check_like(like, arrays, folder)
+    placed = [_on_devices(leaf, arrays[name], is_key(leaf)) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(like), placed)
+
+
+def _on_devices(leaf, array, is_key):
+    if is_key:
+        key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+        return jax.device_put(key, leaf.sharding)
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
+    return array
+
+
+def _encode_data_state(data_state):
+    """Bytes as base64, anything else as it is; both say which they are."""
+    if isinstance(data_state, bytes):
+        return {"base64": base64.b64encode(data_state).decode()}
+    try:
+        return {"json": json.loads(json.dumps(data_state, allow_nan=False))}
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected bytes or JSON as data_state, got "
+                        f"{type(data_state).__name__} ({error})") from error
+
+
+def _decode_data_state(stored, folder):
+    try:
+        return base64.b64decode(stored["base64"], validate=True) if "base64" in stored else stored["json"]
+    except (KeyError, TypeError, binascii.Error) as error:
+        raise CheckpointError(f"{folder / 'record'} holds no readable state of the data iterator") from error

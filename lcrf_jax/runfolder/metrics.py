@@ -1,0 +1,119 @@
+"""The numbers of a run: JSON lines and TensorBoard scalars in its folder."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import time
+
+import tensorboardX
+
+from lcrf_jax.machine.processes import is_first
+from lcrf_jax.machine.progress import as_scalar
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends scalars to RUN/metrics.jsonl and to TensorBoard files in RUN/tensorboard/.
+
+    One line of JSON for each call of `write`: {"step": 7, "time": 1700000000.0, "train/loss": 0.5}; a value
+    that is not finite is written as null, since JSON has no NaN. A line cut short by a crash is ended when
+    the run is taken up again, and lines of steps that the resumed run will repeat are removed, so that each
+    step stands once. Of several processes the first writes.
+
+    Args:
+      run_dir: folder of the run; made if it is not there.
+      resume_step: first step the run will write again; lines at or after it are dropped. None keeps all of
+        them.
+    """
+
+    def __init__(self, run_dir, *, resume_step=None):
+        self.path, self._lines = pathlib.Path(run_dir) / METRICS_FILE, None
+        if not is_first():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_lines(self.path, resume_step)
+        self._lines = self.path.open("a", encoding="utf-8")
+        purge = None if resume_step is None else int(resume_step)
+        self._board = tensorboardX.SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
+
+    def write(self, step, metrics):
+        """Write one line of scalars; it is on disk when this returns.
+
+        Args:
+          step: number of the training step, >= 0.
+          metrics: dict from name to a scalar: Python number, or array of one element on host or device. A
+            slash in a name groups it: "train/loss", "val/miou".
+        Raises:
+          ValueError: if a value is not a scalar, or a name is "step" or "time".
+          OSError: if the disk is full; the message names the file.
+        """
+        step, scalars = int(step), {name: as_scalar(name, value) for name, value in metrics.items()}
+        record = {"step": step, "time": round(time.time(), 3)}
+        record |= {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        if self._lines is None:
+            return
+        try:
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; make room and run the same command again", str(self.path)
+                          ) from error
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self):
+        """Flush and close both files; a second call does nothing."""
+        if self._lines is not None:
+            with contextlib.suppress(OSError):  # a full disk, which `write` has told of
+                self._lines.close()
+            self._board.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def metrics_history(run_dir):
+    """The metrics a run has written so far.
+
+    Args:
+      run_dir: folder of the run.
+    Returns:
+      List of dicts, one for each line in order, with "step", "time" and the metrics; null comes back as NaN.
+      A last line that was cut short is left out. Empty if nothing was written yet.
+    Raises:
+      ValueError: if a line before the last one is not JSON.
+    """
+    path = pathlib.Path(run_dir) / METRICS_FILE
+    return [record for _, record in _records(path)] if path.exists() else []
+
+
+def _records(path):
+    """(text, record) of each complete line; NaN for null."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(lines, 1):
+        try:
+            record = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise ValueError(f"{path}, line {number}: expected JSON, got {text[:60]!r}; remove the line"
+                             ) from error
+        yield text, {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def _drop_lines(path, resume_step):
+    """Leave complete lines before resume_step, replacing the file in one move."""
+    if not path.exists():
+        return
+    kept = [text for text, record in _records(path) if resume_step is None or record["step"] < resume_step]
+    content = "".join(text + "\n" for text in kept)
+    if content != path.read_text(encoding="utf-8"):
+        new = path.with_suffix(".tmp")
+        new.write_text(content, encoding="utf-8")
+        os.replace(new, path)

@@ -1,0 +1,189 @@
+"""Class maps of the frozen tag classifier for every image of a source."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
+from lcrf_jax.machine.cache import cached_arrays
+from lcrf_jax.nets.tag_classifier import fit_tag_classifier
+from lcrf_jax.train.features import in_batches, no_progress, square_batches
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _pooled(variables, s32, *, network):
+    return network.head(variables, {"s32": s32}).mean(axis=(1, 2))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "grid"))
+def _maps_of_tap(variables, weights, s32, *, network, grid):
+    maps = network.head(variables, {"s32": s32}) @ weights
+    return jax.image.resize(maps, (len(maps), grid, grid, maps.shape[-1]), "linear")
+
+
+@functools.partial(jax.jit, static_argnames=("network", "grid"))
+def _maps_of_images(variables, weights, images, *, network, grid):
+    return _maps_of_tap(variables, weights, network.features(variables, images)["s32"], network=network, grid=grid)
+
+
+class ClassMaps(NamedTuple):
+    """Maps of the frozen tag classifier for every image of a source.
+
+    Attributes:
+      maps: [N, g, g, K - 1] float16, averaged over scales and mirroring, without bias.
+      peaks: [N, K - 1] float32, the maximum of each map.
+    """
+
+    maps: np.ndarray
+    peaks: np.ndarray
+
+
+def pooled_head(network, variables, s32, batch_size=64):
+    """Spatial mean of the head's features.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      s32: [N, h, w, C] array of the tap "s32".
+      batch_size: images at once.
+
+    Returns:
+      [N, C'] float32 NumPy array.
+    """
+    pool = functools.partial(_pooled, jax.device_put(variables), network=network)
+    return in_batches(pool, s32, batch_size)
+
+
+def map_functions(network, variables, weights, grid):
+    """Jitted functions to class maps on a g x g grid: from a tap, and from images of any one size.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights: [C, K - 1] of the tag classifier.
+      grid: g, cells along a side of the result.
+
+    Returns:
+      (function from the tap "s32" [B, h, w, C], function from images [B, S, S, 3] RGB 0..255), both to
+      [B, g, g, K - 1] float32, without bias.
+    """
+    given = jax.device_put((variables, weights))
+    return tuple(functools.partial(maps, *given, network=network, grid=grid) for maps in (_maps_of_tap, _maps_of_images))
+
+
+def mean_map(plain, mirrored, others):
+    """One map from those of several inputs: the mean over sizes, the size with a mirror image counting once.
+
+    Args:
+      plain: [..., g, g, K - 1] maps of the image at the main size.
+      mirrored: maps of the mirrored image at the main size, not mirrored back; or None.
+      others: list of maps at other sizes.
+
+    Returns:
+      [..., g, g, K - 1].
+    """
+    main = plain if mirrored is None else (plain + mirrored[..., ::-1, :]) / 2
+    return sum(others, main) / (1 + len(others))
+
+
+def class_maps(
+    source,
+    views,
+    network,
+    variables,
+    weights,
+    *,
+    extra_sizes,
+    grid,
+    identity,
+    directory,
+    batch_size=8,
+    progress=no_progress,
+):
+    """Class maps of every image of a source, averaged over input sizes, and over mirroring at the main size.
+
+    Args:
+      source: images; its masks are not used.
+      views: `CachedViews` of it: view 0 and, where there is one, view 1 (mirrored) give the maps at the main size.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights: [C, K - 1] of the tag classifier.
+      extra_sizes: sides of further square inputs in pixels; these go through the backbone once more.
+      grid: cells along a side of the maps.
+      identity: dict that JSON can hold: what identifies the images, the backbone's weights and the classifier.
+      directory: folder of the caches.
+      batch_size: images at once.
+      progress: called with the number of images after each batch, once for each extra size.
+
+    Returns:
+      ClassMaps.
+    """
+    from_tap, from_images = map_functions(network, variables, weights, grid)
+
+    def at_size(size):
+        records = square_batches(source, size, batch_size, progress)
+        return np.concatenate([np.asarray(from_images(batch["image"]))[:count] for count, batch in records])
+
+    def batches(first):
+        del first  # all at once
+        plain = in_batches(from_tap, views.tap("s32", 0))
+        mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
+        maps = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes])
+        yield {"maps": maps.astype(np.float16)}
+
+    key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
+    stored = cached_arrays(directory, key, len(source), batches)["maps"]
+    return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)))
+
+
+class MappedViews:
+    """Records of views with the class maps of their images, cut out by the same view.
+
+    Args:
+      records: `CachedViews` or a `ViewDataset`: records with "index" and "view".
+      maps: dict from name to an array of maps over the whole image: [N, g, g, C] of floats, or [N, g, g] of uint8
+        labels, which are cut out by nearest neighbour.
+      constants: dict from name to [N, ...] array that does not depend on the view.
+      grid: cells along a side of the cut-out maps.
+      view_options: seed, scale_range and ratio_range of the views.
+    """
+
+    def __init__(self, records, *, maps, constants, grid, view_options):
+        self._records, self._maps, self._constants, self._grid = records, maps, constants, grid
+        self._view_options = dict(view_options)
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, position):
+        record = self._records[position]
+        index = int(record["index"])
+        view = sample_view(index=index, view_number=int(record["view"]), **self._view_options)
+        size = (self._grid, self._grid)
+        cut = {
+            name: apply_view_to_mask(maps[index], view, size)
+            if maps.dtype == np.uint8
+            else apply_view(np.asarray(maps[index], np.float32), view, size)
+            for name, maps in self._maps.items()
+        }
+        return {**record, **cut, **{name: values[index] for name, values in self._constants.items()}}
+
+
+def fitted_classifier(network, variables, s32, tags, *, l2):
+    """The tag classifier fitted on the pooled head of the training images.
+
+    Args:
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      s32: [N, h, w, C] array of the tap "s32" of the whole images.
+      tags: [N, K] bool.
+      l2: see `fit_tag_classifier`.
+
+    Returns:
+      (TagClassifier, [N, K - 1] float32 logits on the training images).
+    """
+    pooled = pooled_head(network, variables, s32)
+    classifier, _, _ = fit_tag_classifier(pooled, tags, l2=l2)
+    return classifier, pooled @ np.asarray(classifier.weights) + np.asarray(classifier.bias)

@@ -1,0 +1,203 @@
+"""Frozen features of a whole source: views for the decoder, class maps of the tag classifier."""
+
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcrf_jax.data.loader import stack_records
+from lcrf_jax.machine.cache import cached_arrays
+from lcrf_jax.nets.inputs import named_inputs, square_image
+from lcrf_jax.nets.network import feature_identity
+
+
+@functools.partial(jax.jit, static_argnames=("network", "mirror"))
+def _test_time_taps(variables, images, *, network, mirror):
+    views = (images, images[:, :, ::-1]) if mirror else (images,)
+    taps = [network.features(variables, view) for view in views]
+    return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *taps)
+
+
+def no_progress(count, *, earlier=False):
+    """Says nothing of the images that are done.
+
+    Args:
+      count: images.
+      earlier: whether an earlier run had done them.
+    """
+    del count, earlier
+
+
+def _batched(records, batch_size, progress, first=0):
+    """Batches of records from the first on, all of the same size (the last one padded), with the number of true rows."""
+    if first:
+        progress(first, earlier=True)
+    for start in range(first, len(records), batch_size):
+        rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+        count = len(rows)
+        yield count, stack_records(rows + rows[-1:] * (batch_size - count))
+        progress(count)
+
+
+class CachedViews:
+    """The records of a `ViewDataset` with frozen features in place of images, kept on disk.
+
+    Records and their order are those of the views; instead of "image" they hold the taps (float16) and "guide"
+    (uint8), and "mask" where masks are given.
+
+    Args:
+      views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`; its masks, if it has some, are not used.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights_digest: sha256 of the backbone's weights.
+      directory: folder of the caches.
+      guide_stride: pixels of the view per cell of the guide; None is the grid of the logits.
+      batch_size: images that pass the backbone at once.
+      progress: called with the number of images after each batch.
+      masks: the same views of a source with masks, or None. They are kept by themselves, so that methods with and without
+        them share the features.
+      taps: names of the taps to keep; None for all that the network takes.
+    """
+
+    def __init__(
+        self,
+        views,
+        network,
+        variables,
+        weights_digest,
+        *,
+        directory,
+        guide_stride=None,
+        batch_size=16,
+        progress=no_progress,
+        masks=None,
+        taps=None,
+    ):
+        self.num_views, self._length = views.num_views, len(views)
+        kept = network.taps if taps is None else tuple(taps)
+        named = network.description["taps"] if taps is None else list(taps)
+        description = {**feature_identity(network.description), "taps": named}
+        identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
+        if guide_stride not in (None, network.stride):
+            identity["guide_stride"] = guide_stride
+
+        variables, wanted = jax.device_put(variables), (*kept, "guide")
+
+        run = functools.partial(named_inputs, network=network, guide_stride=guide_stride, names=wanted)
+
+        def batches(first):
+            for count, batch in _batched(views, batch_size, progress, first):
+                inputs = {name: np.asarray(array)[:count] for name, array in run(variables, batch["image"]).items()}
+                rows = {"guide": np.round(inputs.pop("guide")).astype(np.uint8)}
+                yield rows | {tap: inputs[tap].astype(np.float16) for tap in kept}
+
+        self._arrays = cached_arrays(directory, identity, len(views), batches)
+        if masks is not None:
+            self._arrays |= _cached_masks(masks, directory, batch_size)
+        self._names, self._tags = views.source.names, views.source.tags
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, position):
+        view, index = divmod(int(position), len(self._names))
+        annotation = {"name": self._names[index], "tags": self._tags[index]}
+        annotation |= {"index": np.int32(index), "view": np.int32(view)}
+        return annotation | {name: array[position] for name, array in self._arrays.items()}
+
+    def tap(self, name, view=0):
+        """[N, h, w, C] features of one tap of all images in the given view, memory-mapped."""
+        count = len(self) // self.num_views
+        return self._arrays[name][view * count : (view + 1) * count]
+
+
+def _cached_masks(views, directory, batch_size):
+    """The masks of views, kept on disk."""
+
+    def batches(first):
+        for start in range(first, len(views), batch_size):
+            stop = min(start + batch_size, len(views))
+            yield {"mask": np.stack([views[i]["mask"] for i in range(start, stop)])}
+
+    return cached_arrays(directory, {"kind": "masks", "views": views.identity}, len(views), batches)
+
+
+def in_batches(function, rows, batch_size=64):
+    """A function of a batch applied to many rows, part by part.
+
+    Args:
+      function: from a batch of rows to an array with the same leading axis.
+      rows: array [N, ...], or tuple of such arrays.
+      batch_size: rows at once.
+
+    Returns:
+      NumPy array [N, ...].
+    """
+    count = len(rows[0]) if isinstance(rows, tuple) else len(rows)
+    slices = (slice(start, start + batch_size) for start in range(0, count, batch_size))
+    parts = (tuple(array[part] for array in rows) if isinstance(rows, tuple) else rows[part] for part in slices)
+    return np.concatenate([np.asarray(function(part)) for part in parts])
+
+
+class _Squares:
+    """Records of the images of a source at one square size."""
+
+    def __init__(self, source, size):
+        self._source, self._size = source, size
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        example = self._source[index]
+        return {"image": square_image(example.image, self._size), "tags": example.tags}
+
+
+def square_batches(source, size, batch_size, progress=no_progress, first=0):
+    """The images of a source in order, each as a square, in batches of one size.
+
+    Args:
+      source: images; masks are not used.
+      size: side of the squares in pixels.
+      batch_size: images in a batch; the last one is padded with its last image.
+      progress: called with the number of images after each batch was used.
+      first: image to begin with; those before it are told to `progress` at once.
+
+    Returns:
+      Iterator over (number of true rows, dict with "image" [B, size, size, 3] uint8 and "tags" [B, K] bool).
+    """
+    return _batched(_Squares(source, size), batch_size, progress, first)
+
+
+def test_time_features(source, network, variables, weights_digest, *, size, mirror, directory, batch_size=8,
+                       progress=no_progress):
+    """Frozen features of every image as `lcrf_jax.predict.segmenter` needs them at one input size, kept on disk.
+
+    Args:
+      source: images; masks are not used.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      weights_digest: sha256 of the backbone's weights.
+      size: side of the square input in pixels.
+      mirror: whether the features of the mirrored images are wanted as well.
+      directory: folder of the caches.
+      batch_size: images at once.
+      progress: called with the number of images after each batch.
+
+    Returns:
+      dict from tap to [N, 1 or 2, h, w, C] float32, memory-mapped; the mirrored image second.
+    """
+    features = functools.partial(_test_time_taps, jax.device_put(variables), network=network, mirror=mirror)
+
+    def batches(first):
+        for count, batch in square_batches(source, size, batch_size, progress, first):
+            yield {tap: np.asarray(array)[:count] for tap, array in features(batch["image"]).items()}
+
+    description = {**feature_identity(network.description), "taps": list(network.taps)}
+    identity = {
+        "kind": "test time", "weights": weights_digest, "network": description,
+        "size": size, "mirror": mirror, "source": hashlib.sha256(repr(source.fingerprint).encode()).hexdigest(),
+    }
+    return cached_arrays(directory, identity, len(source), batches)

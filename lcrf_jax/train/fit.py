@@ -1,0 +1,313 @@
+"""Training from what was prepared: rounds, checkpoints, validation, resuming."""
+
+import collections
+import contextlib
+import pathlib
+import shutil
+from typing import NamedTuple
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lcrf_jax.bound.objective import empty_chains, uses_chains
+from lcrf_jax.data.loader import device_prefetch, make_loader
+from lcrf_jax.data.pipeline import ImageSubset
+from lcrf_jax.machine.cache import cached_arrays
+from lcrf_jax.machine.locks import locked
+from lcrf_jax.machine.processes import first_decides, largest
+from lcrf_jax.machine.progress import Progress, say
+from lcrf_jax.machine.signals import Interrupted, StopRequest
+from lcrf_jax.metrics import mean_iou
+from lcrf_jax.predict.evaluation import evaluate
+from lcrf_jax.predict.segmenter import make_segmenter
+from lcrf_jax.runfolder.checkpoints import RunCheckpoints
+from lcrf_jax.runfolder.description import save_description
+from lcrf_jax.runfolder.metrics import MetricsWriter
+from lcrf_jax.train.methods import make_objective, method_of
+from lcrf_jax.train.plan import guide_stride, images_of_round, planned_rounds, segmenter_description
+from lcrf_jax.train.posteriors import posterior_evidence
+from lcrf_jax.train.preparation import inference_params, training_records, validation_features
+from lcrf_jax.train.step import (
+    check_batch_size,
+    data_mesh,
+    initial_state,
+    make_optimizer,
+    make_train_step,
+    numeric_arrays,
+    replicated,
+)
+
+
+def train(prepared, workdir, *, devices=None):
+    """Train the decoder, round after round; a folder that holds a run continues it.
+
+    A method that trains nothing, such as CAM, is saved as it is. SIGTERM and Ctrl-C save the state after the step that
+    is under way and end the run. Of several processes (see `lcrf_jax.machine.processes`) all call this with the same arguments.
+
+    Writes checkpoints (last/ and best/), config.json and the metrics to the folder.
+
+    Args:
+      prepared: Prepared.
+      workdir: folder of the run; with several processes on a file system that all share.
+      devices: devices to spread the batch over; by default all.
+
+    Returns:
+      Path of the folder.
+
+    Raises:
+      Interrupted: after the state was saved, if SIGTERM or Ctrl-C asked for it.
+      lcrf_jax.machine.locks.Locked: if another run is at work in the folder.
+      CheckpointError: if the disk is full, or the folder holds another run or none that can be read.
+      ValueError: if too many losses in a row were not finite; the message names the images.
+    """
+    workdir, config = pathlib.Path(workdir), prepared.config
+    rounds = planned_rounds(config, len(prepared.train))
+    key, mesh = jax.random.key(config["seed"]), data_mesh(devices)
+    check_batch_size(config["batch_size"], mesh.size, config["accumulation_steps"])
+    description = segmenter_description(config, prepared.train.class_names, prepared.digest)
+    with contextlib.ExitStack() as stack:
+        first_decides(lambda: stack.enter_context(locked(workdir / "lock")))
+        for line in save_description(workdir, description):
+            say(line)
+        checkpoints = stack.enter_context(RunCheckpoints(workdir))
+        if not rounds:
+            checkpoints.save_best(0, inference_params(prepared, {}), 0.0)
+            return workdir
+        state, data_state, done = _newest_state(prepared, checkpoints, rounds, key, mesh)
+        if not done:
+            first_decides(lambda: shutil.rmtree(workdir / "posteriors", ignore_errors=True))
+        writer = stack.enter_context(MetricsWriter(workdir, resume_step=done + 1))
+        stop = stack.enter_context(StopRequest())
+        for this in rounds:
+            if done >= this.last_step:
+                continue
+            evidence = _evidence_of(prepared, workdir, this, state, done)
+            if this.number and done == this.first_step:
+                state = _fresh_state(prepared, this, key, mesh)._replace(params=state.params)
+                data_state = None
+            state = _train_round(
+                prepared, this, state, data_state, evidence, _Outputs(checkpoints, writer, stop), key, mesh
+            )
+            done = this.last_step
+    return workdir
+
+
+class _Outputs(NamedTuple):
+    """Where a round leaves what it makes, and who may ask it to end."""
+
+    checkpoints: RunCheckpoints
+    writer: MetricsWriter
+    stop: StopRequest
+
+
+def first_step(prepared):
+    """The train step of the first round and what it takes, for measurements.
+
+    Args:
+      prepared: Prepared, of a method that trains.
+
+    Returns:
+      (jitted step, state that begins, frozen weights, batch on the devices, key), see
+        `lcrf_jax.train.step.make_train_step`.
+    """
+    this, mesh, key = _beginning(prepared)
+    step, state = _step_function(prepared, this, mesh), _fresh_state(prepared, this, key, mesh)
+    return step, state, replicated(prepared.variables, mesh), _first_batch(prepared, this, mesh), key
+
+
+def _beginning(prepared):
+    """(first round, mesh of all devices, key of the run)."""
+    this = planned_rounds(prepared.config, len(prepared.train))[0]
+    return this, data_mesh(), jax.random.key(prepared.config["seed"])
+
+
+def _first_batch(prepared, this, mesh):
+    return numeric_arrays(next(_round_batches(prepared, this, None, mesh)))
+
+
+def step_bytes(prepared):
+    """Memory that the compiled train step of the first round needs: what XLA plans for arguments, results and between.
+
+    Args:
+      prepared: Prepared.
+
+    Returns:
+      int, bytes on each device; None if the method trains nothing or the platform does not tell.
+    """
+    if not planned_rounds(prepared.config, len(prepared.train)):
+        return None
+    this, mesh, key = _beginning(prepared)
+    state = _state_shapes(prepared, this, key, mesh)
+    variables, batch = replicated(prepared.variables, mesh), _first_batch(prepared, this, mesh)
+    return planned_bytes(_step_function(prepared, this, mesh).lower(state, variables, batch, key).compile())
+
+
+def planned_bytes(program):
+    """Memory that XLA plans for a compiled program, donated arguments once.
+
+    Args:
+      program: compiled function.
+
+    Returns:
+      int, bytes on each device; None if the platform does not tell.
+    """
+    plan = program.memory_analysis()
+    if plan is None:
+        return None
+    used = plan.argument_size_in_bytes + plan.output_size_in_bytes + plan.temp_size_in_bytes
+    return int(used - plan.alias_size_in_bytes)
+
+
+def _step_function(prepared, this, mesh):
+    config, network = prepared.config, prepared.network
+    objective = make_objective(config, stride=network.stride, steps_per_epoch=this.steps_per_epoch)
+    return make_train_step(
+        network, objective, _optimizer(config, this), mesh, guide_stride(config, network),
+        accumulation_steps=config["accumulation_steps"], max_skipped=config["max_skipped_in_a_row"],
+    )
+
+
+def _optimizer(config, this):
+    return make_optimizer(num_steps=this.last_step - this.first_step, **config["optimizer"])
+
+
+def _fresh_state(prepared, this, key, mesh):
+    optimizer = _optimizer(prepared.config, this)
+    config, round_key = prepared.config, jax.random.fold_in(key, this.number)
+    chains = None
+    if uses_chains(config):
+        chains = empty_chains(prepared.views.num_views, len(prepared.train), prepared.grid)
+    return initial_state(
+        round_key, prepared.network, prepared.variables, optimizer, config["input_size"], mesh, chains
+    )
+
+
+def _state_shapes(prepared, this, key, mesh):
+    """The state of a round that begins, of shapes that know where they lie; nothing is computed."""
+    shapes = jax.eval_shape(lambda: _fresh_state(prepared, this, key, mesh))
+    everywhere = NamedSharding(mesh, P())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+
+
+def _newest_state(prepared, checkpoints, rounds, key, mesh):
+    """(state, state of the data, steps done) of the run in the folder, or of a run that begins."""
+    restored = checkpoints.restore_last(_state_shapes(prepared, rounds[0], key, mesh))
+    if restored is None:
+        return _fresh_state(prepared, rounds[0], key, mesh), None, 0
+    say(f"continuing after step {restored.step}")
+    return restored.state, restored.data_state, restored.step
+
+
+def _evidence_of(prepared, workdir, this, state, done):
+    """The evidence of a round after the first, from the state that the one before ended with; kept on disk."""
+    if this.number == 0:
+        return None
+
+    def batches(first):
+        del first  # all at once
+        if done != this.first_step:
+            raise ValueError(
+                f"{workdir / 'posteriors'} has no posteriors that round {this.number + 1} was begun with: restore the "
+                "folder and the settings of its rounds, or start again in a new one"
+            )
+        yield {"evidence": posterior_evidence(prepared, state.params, posterior)}
+
+    config = prepared.config
+    method = method_of(config)
+    posterior = method.posterior(config)
+    identity = {
+        "round": this.number,
+        "posterior": posterior,
+        "before": list(method.round_epochs(config)[: this.number]),
+        "seed": config["seed"],
+    }
+    return cached_arrays(workdir / "posteriors", identity, len(prepared.train), batches)["evidence"]
+
+
+def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh):
+    config, round_key = prepared.config, jax.random.fold_in(key, this.number)
+    step_function, variables = _step_function(prepared, this, mesh), replicated(prepared.variables, mesh)
+    batches = _round_batches(prepared, this, evidence, mesh)
+    if data_state is not None:
+        batches.set_state(data_state)
+    first = this.first_step + int(state.step)
+    several = len(planned_rounds(config, len(prepared.train))) > 1
+    title = f"round {this.number + 1}" if several else "train"
+    # The names of the images of the last steps, for a message.
+    recent = collections.deque(maxlen=config["log_every_steps"] + config["max_skipped_in_a_row"])
+    with Progress(this.last_step, first_step=first, title=title) as bar:
+        for step in range(first + 1, this.last_step + 1):
+            batch = next(batches)
+            recent.append((step, batch["name"]))
+            state, metrics = step_function(state, variables, numeric_arrays(batch), round_key)
+            epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
+            scoring = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
+            saving = scoring or step % config["save_every_steps"] == 0
+            shown = None
+            if saving or step % config["log_every_steps"] == 0:
+                shown = {name: float(value) for name, value in metrics.items()}
+                _check_skipped(state, step, recent, config["max_skipped_in_a_row"])
+                outputs.writer.write(step, {f"train/{name}": value for name, value in shown.items()})
+            bar.update(num_images=config["batch_size"], metrics=shown)
+            if scoring:
+                _validate(prepared, state.params, step, outputs, bar)
+            signum = _asked_to_stop(outputs.stop, shown is not None)
+            if saving or signum:
+                outputs.checkpoints.save_last(step, state, data_state=batches.get_state())
+            if signum:
+                outputs.checkpoints.wait()
+                raise Interrupted(f"saved after step {step}; the same command continues from there", signum)
+    return state
+
+
+def _round_batches(prepared, this, evidence, mesh):
+    """The batches of a round, on the devices ahead of time."""
+    config, num_views = prepared.config, prepared.views.num_views
+    records = training_records(prepared, evidence)
+    chosen = images_of_round(method_of(config), this, prepared.train.tags)
+    if chosen is not None:
+        records = ImageSubset(records, chosen, num_views)
+    # Fewer images come more often: a round is as many steps as with all of them.
+    num_epochs = -(-this.epochs * this.passes * len(prepared.train) * num_views // len(records))
+    loader = make_loader(
+        records, batch_size=config["batch_size"], seed=config["seed"] + this.number, num_epochs=num_epochs,
+        num_threads=config["num_threads"], num_views=num_views,
+    )
+    return device_prefetch(loader, NamedSharding(mesh, P("data")))
+
+
+def _asked_to_stop(stop, synchronised):
+    """Number of the signal that asks for the end, or 0; several processes agree on it where they wait anyway."""
+    if jax.process_count() == 1:
+        return stop.signum
+    return largest(stop.signum) if synchronised else 0
+
+
+def _check_skipped(state, step, recent, most):
+    """End a run that has diverged, before it is saved over a good one."""
+    in_a_row = int(state.skipped[1])
+    if in_a_row < most:
+        return
+    start = step - in_a_row + 1
+    batches = "\n".join(
+        f"  step {number}: {', '.join(map(str, names))}" for number, names in recent if start <= number < start + most
+    )
+    raise ValueError(
+        f"the losses or gradients of {most} steps in a row, from step {start} on, were not finite; these steps changed "
+        f"nothing, and what was saved before is kept. Look at the images, or lower optimizer.learning_rate, and run the "
+        f"same command again. The batches were:\n{batches}"
+    )
+
+
+def _validate(prepared, params, step, outputs, bar):
+    """Score the parameters on the validation masks, where there are some, and keep the best so far."""
+    stored, miou = inference_params(prepared, params), None
+    if prepared.val is not None:
+        description = segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)
+        segmenter = make_segmenter(description, stored)
+        features = validation_features(prepared, prepared.val)
+        miou = mean_iou(evaluate(segmenter, prepared.val, crf=False, features=features).plain)
+        outputs.writer.write(step, {"val/miou": miou})
+        bar.message(f"step {step}: mIoU {miou:.3f} on {prepared.val.split}, without refinement")
+    outputs.checkpoints.save_best(step, stored, float(step) if miou is None else miou)

@@ -1,0 +1,82 @@
+"""Labels of the training images under a trained network: the evidence of the next round."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcrf_jax.crf.exact import dense_kernel
+from lcrf_jax.crf.inference import mean_field
+from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.machine.progress import image_progress
+from lcrf_jax.nets.inputs import guide_image, network_inputs
+from lcrf_jax.train.plan import guide_stride
+
+
+def posterior_evidence(prepared, params, settings):
+    """Mean-field posteriors of the training images under a trained network, given their tags.
+
+    The network's log-probabilities of the whole image and of its mirror image are averaged, classes that are not tagged
+    are excluded, and mean field runs on the grid of the logits.
+
+    Args:
+      prepared: Prepared; with cached features of at least the views 0 and 1, or with images.
+      params: decoder parameters.
+      settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations",
+        "unary_weight" and "tempering": the log-posterior is multiplied by it.
+
+    Returns:
+      [N, g, g, K] float16, positive, summing to one over the classes.
+    """
+    network, views, tags = prepared.network, prepared.views, prepared.train.tags
+    stride, variables = guide_stride(prepared.config, network), jax.device_put(prepared.variables)
+    posterior = functools.partial(
+        _posteriors, network=network, guide_ratio=network.stride // stride,
+        kernel_params=scaled(KernelParams(**settings["kernel"]), network.stride),
+        **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
+    )
+
+    def inputs(part):
+        if prepared.config["cache"]["features"]:
+            taps = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
+            return *taps, views.tap("guide")[part]
+        records = [views[row] for row in range(part.start, min(part.stop, len(tags)))]  # view 0 comes first
+        images = np.stack([record["image"] for record in records])
+        return _inputs_of_images(variables, images, network=network, guide_stride=stride)
+
+    params = jax.device_put(jax.tree.map(np.asarray, params))  # of all devices and processes; the rest is done by this one
+    rows = []
+    with image_progress("posteriors", len(tags)) as done:
+        for start in range(0, len(tags), 32):
+            part = slice(start, start + 32)
+            rows.append(np.asarray(posterior(params, variables, *inputs(part), tags[part]), np.float16))
+            done(len(rows[-1]))
+    return np.concatenate(rows)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("network", "guide_ratio", "kernel_params", "unary_weight", "num_iterations", "tempering")
+)
+def _posteriors(
+    params, variables, plain, mirrored, guide, present, *, network, guide_ratio, kernel_params, unary_weight,
+    num_iterations, tempering,
+):
+    """[B, g, g, K] posteriors of the features of images and of their mirror images, given their tags [B, K]."""
+
+    def one(plain, mirrored, guide, present):
+        log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
+        unary = jnp.where(present, unary_weight * log_probs, -1e4).reshape(-1, log_probs.shape[-1])
+        posterior = mean_field(unary, dense_kernel(guide, kernel_params), num_iterations=num_iterations)
+        return jax.nn.softmax(tempering * posterior).reshape(log_probs.shape)
+
+    both = [network.logits(params, variables, features) for features in (plain, mirrored)]
+    return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, guide_ratio), present))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "guide_stride"))
+def _inputs_of_images(variables, images, *, network, guide_stride):
+    """(features of images, features of their mirror images, guide)."""
+    plain = network_inputs(network, variables, images, guide_stride)
+    guide = plain.pop("guide")
+    return plain, network.features(variables, images[:, :, ::-1]), guide

@@ -1,0 +1,269 @@
+"""From a configuration to what training starts from: data, frozen features, classifier, evidence."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcrf_jax.bound.objective import uses_chains
+from lcrf_jax.data.pipeline import ViewDataset
+from lcrf_jax.machine.cache import default_directory
+from lcrf_jax.machine.processes import from_first
+from lcrf_jax.machine.progress import image_progress, say
+from lcrf_jax.nets.network import Network, backbone_variables, build_network, feature_identity
+from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
+from lcrf_jax.runfolder.digests import params_digest
+from lcrf_jax.train.class_maps import MappedViews, class_maps, fitted_classifier
+from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
+from lcrf_jax.train.features import CachedViews, test_time_features
+from lcrf_jax.train.methods import inputs_of, make_objective, method_of
+from lcrf_jax.train.plan import guide_stride, images_of_round, output_settings, planned_rounds
+from lcrf_jax.train.splits import open_data, without_masks
+from lcrf_jax.train.step import check_batch_size, count_parameters
+
+
+class Prepared(NamedTuple):
+    """What training starts from: everything that does not change in it.
+
+    Attributes:
+      config: the configuration, a plain dict.
+      train, val: sources; `val` has masks, or is None where there are none.
+      network: the inference network.
+      variables: of its frozen backbone.
+      digest: sha256 of the backbone's weights.
+      views: records of the training images: cached features or images.
+      classifier: the frozen tag classifier, or None where the method needs none.
+      maps: ClassMaps of the training images, or None.
+      cues: [N, g, g] uint8 localisation cues of the training images, or None.
+      saliency: [N, g, g, 1] saliency of the training images, or None.
+      gradient_saliency: [N, g, g, 1] float16, `saliency_rank` of that of the tag classifier's gradient, or None.
+    """
+
+    config: dict
+    train: Any
+    val: Any
+    network: Network
+    variables: Any
+    digest: str
+    views: Any
+    classifier: TagClassifier | None
+    maps: Any
+    cues: Any = None
+    saliency: Any = None
+    gradient_saliency: Any = None
+
+    @property
+    def grid(self):
+        """Cells along a side of the logits."""
+        return self.network.grid(self.config["input_size"])
+
+
+def prepare(config):
+    """Open the data, load the backbone, cache its features, fit the tag classifier and compute the class maps.
+
+    Args:
+      config: dict, see `experiments/configs`.
+
+    Returns:
+      Prepared.
+
+    Raises:
+      FileNotFoundError, ValueError: if data or weights are missing or unfit; the message says which and what to do.
+    """
+    train, val = open_data(config)
+    description = {**config["network"], "num_classes": len(train.class_names)}
+    network = build_network(description)
+    method = method_of(config)
+    size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
+    if size < 32 or size % network.size_step:
+        multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
+        raise ValueError(f"input_size: expected {multiple}, got {size}")
+    variables, digest = backbone_variables(description, config.get("weights", ""))
+    say(f"backbone {description['backbone']}, weights sha256 {digest}")
+    rounds = planned_rounds(config, len(train))
+    check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
+    # Made only to refuse wrong settings now, and not after the features.
+    make_objective(
+        config, stride=network.stride, steps_per_epoch=rounds[0].steps_per_epoch if rounds else 1
+    )
+    if uses_chains(config) and config["views"]["num_views"] < 2:
+        # With one view an image can be in a batch twice where two epochs meet.
+        raise ValueError("objective.estimator: 'mcmc' needs views.num_views of at least 2, one chain for each view")
+    several = len(rounds) > 1
+    if several and config["views"]["num_views"] < 2 and config["cache"]["features"]:
+        raise ValueError("rounds on posteriors need views.num_views of at least 2, or cache.features=False")
+    for this in rounds:
+        images_of_round(method, this, train.tags)
+    views = ViewDataset(train, size=size, **config["views"])
+    whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
+    if not config["cache"]["features"]:
+        whole = ViewDataset(whole.source, 1, size)
+    with image_progress("features", len(whole)) as done:
+        stride = guide_stride(config, network)
+        cached = CachedViews(
+            whole, network, variables, digest, directory=directory, guide_stride=stride, progress=done,
+            masks=views if train.masks and config["cache"]["features"] else None,
+            taps=None if config["cache"]["features"] else ("s32",),
+        )
+    views = cached if config["cache"]["features"] else views
+    prepared = Prepared(config, train, val, network, variables, digest, views, None, None)
+    inputs = inputs_of(config)
+    if {"class_maps", "gradient_saliency", "cues"} & set(inputs):
+        prepared = _with_class_maps(prepared, cached, whole.identity, directory)
+    if "saliency" in inputs:
+        with image_progress("saliency", len(train)) as done:
+            saliency = image_saliency(
+                train, **config["baselines"]["saliency"], grid=prepared.grid, directory=directory, progress=done
+            )
+        prepared = prepared._replace(saliency=saliency)
+    if "gradient_saliency" in inputs:
+        ranks = saliency_rank(_gradient_saliency(prepared, directory))
+        prepared = prepared._replace(gradient_saliency=np.asarray(ranks, np.float16)[..., None])
+    return prepared._replace(cues=_cues(prepared, directory)) if "cues" in inputs else prepared
+
+
+def _with_class_maps(prepared, cached, views_identity, directory):
+    """With the tag classifier and its maps."""
+    config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
+    # Hosts of different kinds would differ in the last bits.
+    classifier, scores = from_first(
+        fitted_classifier(network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"])
+    )
+    say(precision_line("training", train, scores))
+    identity = {**_classifier_identity(prepared, classifier), "views": views_identity}
+    with image_progress("class maps", len(train) * len(config["class_maps"]["extra_sizes"])) as done:
+        maps = class_maps(
+            train, cached, network, variables, classifier.weights, **config["class_maps"], identity=identity,
+            directory=directory, progress=done,
+        )
+    return prepared._replace(classifier=classifier, maps=maps)
+
+
+def _classifier_identity(prepared, classifier):
+    """What the maps and gradients of a classifier depend on, beside the images."""
+    return {
+        "weights": prepared.digest,
+        "network": feature_identity(prepared.network.description),
+        "classifier": params_digest(classifier._asdict()),
+    }
+
+
+def _cues(prepared, directory):
+    """Localisation cues: from a file, or of the tag classifier's maps and gradients."""
+    train, settings = prepared.train, prepared.config["baselines"]["cues"]
+    if settings["file"]:
+        return read_cues(settings["file"], train.names, len(train.class_names), prepared.grid)
+    levels = {name: settings[name] for name in ("foreground_level", "background_share")}
+    return classifier_cues(prepared.maps, train.tags, _gradient_saliency(prepared, directory), **levels)
+
+
+def _gradient_saliency(prepared, directory):
+    """[N, g, g] of the tag classifier on the training images."""
+    train, size = prepared.train, prepared.config["input_size"]
+    with image_progress("gradient saliency", len(train)) as done:
+        return gradient_saliency(
+            train, prepared.network, prepared.variables, prepared.classifier, size=size, grid=prepared.grid,
+            identity=_classifier_identity(prepared, prepared.classifier), directory=directory, progress=done,
+        )
+
+
+def num_trainable(prepared):
+    """Number of weights that training changes.
+
+    Args:
+      prepared: Prepared.
+
+    Returns:
+      int; 0 for a method that trains nothing.
+    """
+    if method_of(prepared.config).objective is None:
+        return 0
+    network, size = prepared.network, prepared.config["input_size"]
+
+    def params(images):
+        return network.init(jax.random.key(0), prepared.variables, network.features(prepared.variables, images))
+
+    return count_parameters(jax.eval_shape(params, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)))
+
+
+def precision_line(split, source, scores):
+    """The tag classifier's average precision in one line.
+
+    Args:
+      split: name of the split, for the line.
+      source: images; only their tags are used.
+      scores: [N, K - 1] logits of the classifier.
+
+    Returns:
+      str.
+    """
+    values = average_precision(scores, source.tags[:, 1:])
+    each = ", ".join(f"{name} {value:.3f}" for name, value in zip(source.class_names[1:], values))
+    return f"tag classifier, average precision on {split} tags: mean {np.nanmean(values):.3f} ({each})"
+
+
+def training_records(prepared, evidence=None):
+    """The records of a round: views with the maps that its likelihood needs.
+
+    Args:
+      prepared: Prepared.
+      evidence: [N, g, g, K] per-pixel evidence of an earlier round, or None for the class maps.
+
+    Returns:
+      Random access to records.
+    """
+    inputs, maps, constants = inputs_of(prepared.config), {}, {}
+    if evidence is not None:
+        maps = {"pixel_evidence": evidence}
+    else:
+        if "class_maps" in inputs:
+            bias = np.asarray(prepared.classifier.bias, np.float32)
+            maps["class_maps"] = prepared.maps.maps
+            constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
+        maps |= {name: getattr(prepared, name) for name in ("gradient_saliency", "cues", "saliency") if name in inputs}
+    if not maps:
+        return prepared.views
+    options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}
+    return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.grid, view_options=options)
+
+
+def validation_features(prepared, source):
+    """The frozen features of a source at test time, for scoring many networks on it; None where they are not cached.
+
+    Args:
+      prepared: Prepared.
+      source: images.
+
+    Returns:
+      List of dict from tap to array, one for each input size, see `lcrf_jax.train.features.test_time_features`; or None.
+    """
+    config = prepared.config
+    if not config["cache"]["features"]:
+        return None
+    inference = {**config["inference"], **output_settings(config, method_of(config))}
+    sizes, directory = inference["input_sizes"], config["cache"]["directory"] or default_directory()
+    with image_progress(f"features of {source.split}", len(source) * len(sizes)) as done:
+        return [
+            test_time_features(
+                source, prepared.network, prepared.variables, prepared.digest, size=size, mirror=inference["mirror"],
+                directory=directory, progress=done,
+            )
+            for size in sizes
+        ]
+
+
+def inference_params(prepared, params):
+    """All that a checkpoint for inference holds.
+
+    Args:
+      prepared: Prepared.
+      params: decoder parameters.
+
+    Returns:
+      dict of NumPy arrays: "backbone", "decoder" and, where there is one, "classifier".
+    """
+    stored = {"backbone": prepared.variables, "decoder": params}
+    if prepared.classifier is not None:
+        stored["classifier"] = prepared.classifier._asdict()
+    return jax.tree.map(np.asarray, stored)

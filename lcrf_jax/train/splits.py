@@ -1,0 +1,99 @@
+"""The splits of the data that a configuration names, looked at before anything is computed from them."""
+
+from lcrf_jax.data.check import listed, usable
+from lcrf_jax.data.example import PartOfSource
+from lcrf_jax.data.opening import open_source
+from lcrf_jax.machine.progress import image_progress, say
+from lcrf_jax.train.methods import method_of
+
+
+def open_split(config, split, *, masks):
+    """A split as it is, without a look at its files.
+
+    Args:
+      config: dict with "data" ("kind", "root", "options" and, if it is not "error", "on_bad_image").
+      split: its name.
+      masks: whether examples carry masks.
+
+    Returns:
+      lcrf_jax.data.example.Source.
+
+    Raises:
+      FileNotFoundError: if the data is missing.
+      ValueError: if it is not as expected; the message names the file.
+    """
+    data = config["data"]
+    options = dict(data["options"])
+    if data["kind"] == "folder" and data.get("on_bad_image") == "skip":
+        options["missing_images"] = "skip"
+    return open_source(data["kind"], split, root=data["root"], masks=masks, **options)
+
+
+def checked_split(config, split, *, masks):
+    """A split that can be read, as far as that is cheap to tell: heads of photographs, and all of those with masks.
+
+    With "on_bad_image" of "skip" every file is decoded, those that cannot be read are left out, and all are named.
+
+    Args:
+      config: see `open_split`.
+      split: its name.
+      masks: whether examples carry masks.
+
+    Returns:
+      lcrf_jax.data.example.Source.
+
+    Raises:
+      FileNotFoundError: if the data is missing.
+      ValueError: if it is not as expected, or files cannot be read and are not to be skipped; the message names them.
+    """
+    source = open_split(config, split, masks=masks)
+    with image_progress(f"reading {split}", len(source)) as done:
+        source, problems = usable(source, config["data"].get("on_bad_image", "error"), decode=masks, progress=done)
+    if problems:
+        say(f"{split}: {len(problems)} photographs cannot be used and are left out:\n{listed(problems)}")
+    missing = getattr(source, "left_out", 0)
+    if missing:
+        say(f"{split}: {missing} rows of tag file or lists have no photograph and are left out")
+    return source
+
+
+def open_data(config):
+    """The training source (tags only, unless the method needs masks) and the source of the validation masks.
+
+    Args:
+      config: dict with "data" ("train_split", "val_split" and what `open_split` needs) and "method".
+
+    Returns:
+      (train, val); val is None if the data has no such split or no masks for it.
+
+    Raises:
+      FileNotFoundError: if the training data is missing.
+      ValueError: if it is not as expected; the message names the file.
+    """
+    data = config["data"]
+    train = checked_split(config, data["train_split"], masks="masks" in method_of(config).inputs)
+    try:
+        val = checked_split(config, data["val_split"], masks=True) if data["val_split"] else None
+    except FileNotFoundError as error:
+        say(f"no validation: {error}")
+        val = None
+    return train, val
+
+
+def without_masks(config, train):
+    """The training source as methods that learn from tags have it: features know nothing of masks.
+
+    Args:
+      config: see `open_split`.
+      train: the training source.
+
+    Returns:
+      The same examples without masks.
+    """
+    if not train.masks:
+        return train
+    plain = open_split(config, config["data"]["train_split"], masks=False)
+    if plain.names == train.names:
+        return plain
+    position = {name: row for row, name in enumerate(plain.names)}
+    return PartOfSource(plain, [position[name] for name in train.names])

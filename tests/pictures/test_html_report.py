@@ -1,0 +1,110 @@
+"""The HTML report: what is in it, that nothing breaks out of it, and that a browser shows it without a network."""
+
+import html.parser
+import re
+
+import numpy as np
+import pytest
+from browsers import browser, console, fetched, pixels
+
+from lcrf_jax.pictures import report
+
+NAMES = ("background", "cat", "<b>dog</b>")
+EVIL = '"><script>alert(1)</script><img src=http://example.com/x.png>.jpg'
+
+
+def sample(name="a photograph.jpg", **layers):
+    image = np.full((40, 60, 3), (250, 0, 0), np.uint8)
+    layers = layers or {"truth": np.full((40, 60), 2), "prediction": np.full((40, 60), 1), "refined prediction": np.full((40, 60), 2)}
+    return report.Sample(name, image, layers, "tags: cat", "Worst")
+
+
+def whole_page():
+    iou = {"network": [0.9, 0.5, np.nan], "refined": [0.95, None, 0.25]}
+    return report.page("Run <1>", [
+        ("Photographs", report.gallery([sample(), sample(EVIL)], NAMES)),
+        ("IoU", report.bars(NAMES, iou)),
+        ("Confusion", report.confusion(NAMES, [[90, 10, 0], [5, 15, 0], [0, 0, 0]])),
+        ("Training", report.curves({"loss": [(1, 2.0), (5, float("nan")), (9, 1.0)], "none": [(1, float("nan"))]})),
+        ("Settings", report.settings({"data.root": EVIL, "seed": 0})),
+        ("Table", report.table(["method", "mIoU"], [["ours", "61.0"]])),
+    ], summary=report.figures([("mIoU", "61.0 %")]) + report.paragraph("a & b"))  # fmt: skip
+
+
+UNCLOSED = {"meta", "link", "img", "input", "br", "path", "circle", "polyline"}
+
+
+class Tags(html.parser.HTMLParser):
+    """Counts tags and checks that they are closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in UNCLOSED:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in UNCLOSED:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_names_cannot_break_out_of_it():
+    tags = Tags(whole_page())
+    assert tags.open == []
+    assert [tag for tag, _ in tags.found].count("script") == 1 and not [a for t, a in tags.found if t == "b" and a]
+    for tag, attributes in tags.found:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "default-src 'none'" in str(tags.found) and not re.search(r"https?://(?!example)", whole_page())
+    assert "&lt;b&gt;dog&lt;/b&gt;" in whole_page() and "a &amp; b" in whole_page()
+
+
+def test_numbers_of_the_page():
+    text = whole_page()
+    for shown in ("90.0", "50.0", "–", "25.0", "70.0", "60.0"):  # IoU in per cent, none, and the means .7 and .6
+        assert f"<b>{shown}</b>" in text, shown
+    assert 'title="cat called background: 5 pixels">25<' in text and 'title="background called cat: 10 pixels">10<' in text
+    assert text.count('<figure class="chart">') == 1 and "step 9: 1" in text and "step 5" not in text
+    assert report.curves({}) == "" and report.gallery([], NAMES) == ""
+
+
+def test_a_browser_shows_it_without_a_network(tmp_path):
+    path = tmp_path / "report ä.html"
+    path.write_text(whole_page(), encoding="utf-8")
+    for width in (1200, 420):
+        with browser(width) as page:
+            page.get(path.as_uri())
+            assert console(page) == [] and fetched(page) == [path.as_uri()]
+            images = "return [...document.images].map(image => image.complete && image.naturalWidth > 0)"
+            assert page.execute_script(images) == [True] * 8
+            assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+            left, right = pixels(page, ".compare")
+            assert left[0] > 200 and left[1] < 60 and right[1] > 60  # the photograph is red, class 2 green
+            page.execute_script("""const slider = document.querySelector('.compare input');
+                slider.value = 100; slider.dispatchEvent(new Event('input', {bubbles: true}))""")
+            assert page.execute_script("return document.querySelector('.compare').style.getPropertyValue('--at')") == "100%"
+            assert np.allclose(*pixels(page, ".compare"), atol=8)  # all photograph
+            page.find_element("css selector", ".compare input").send_keys("\ue011")  # the key Home
+            left, right = pixels(page, ".compare")
+            assert left[1] > 60 and np.allclose(left, right, atol=8)  # all mask
+            shown = "return [...document.querySelectorAll('.layer')].filter(layer => !layer.hidden).map(layer => layer.dataset.layer)"
+            assert page.execute_script(shown) == ["refined prediction"] * 2
+            page.execute_script("document.querySelector('input[value=truth]').click()")
+            assert page.execute_script(shown) == ["truth"] * 2
+            assert console(page) == []
+
+
+@pytest.mark.parametrize("side", [10, 2000])
+def test_pictures_are_small_whatever_the_photographs_are(side):
+    image = np.zeros((side, side // 2, 3), np.uint8)
+    text = report.gallery([report.Sample("x", image, {"prediction": np.zeros(image.shape[:2], np.uint8)})], NAMES)
+    assert f"aspect-ratio:{min(side, report.PICTURE_SIDE) // 2}/{min(side, report.PICTURE_SIDE)}" in text
+    assert len(text) < 30_000

@@ -1,0 +1,144 @@
+import io
+import json
+import math
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+
+from lcrf_jax.machine.progress import Progress
+from lcrf_jax.runfolder.metrics import MetricsWriter, metrics_history
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Clock:
+    """Time that passes only when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def board_scalars(run):
+    """(step, name, value) in the TensorBoard files: of length, checksum, content, checksum."""
+    found = []
+    for path in sorted((run / "tensorboard").iterdir()):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            length = int.from_bytes(content[at:at + 8], "little")
+            event = event_pb2.Event.FromString(content[at + 12:at + 12 + length])
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            at += 12 + length + 4
+    return found
+
+
+def test_each_write_is_a_line_at_once_and_a_point_on_the_board(tmp_path):
+    with MetricsWriter(tmp_path / "run") as writer:
+        writer.write(1, {"train/loss": 0.5, "train/kl": jnp.float32(0.25)})
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 1
+        record = json.loads(lines[0])
+        assert record.pop("time") > 1e9
+        assert record == {"step": 1, "train/loss": 0.5, "train/kl": 0.25}
+        writer.write(jnp.asarray(2), {"val/miou": np.array([0.75])})
+    assert [record["step"] for record in metrics_history(tmp_path / "run")] == [1, 2]
+    assert board_scalars(tmp_path / "run") == [
+        (1, "train/loss", 0.5), (1, "train/kl", 0.25), (2, "val/miou", 0.75)]
+
+
+def test_values_that_are_not_finite_stay_json(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, {"loss": math.nan, "other": -math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["loss"] is None
+    assert math.isnan(metrics_history(tmp_path)[0]["loss"])
+
+
+def test_a_resumed_run_appends_and_each_step_stands_once(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(5):
+            writer.write(step, {"loss": float(step)})
+    with MetricsWriter(tmp_path, resume_step=3) as writer:
+        for step in range(3, 6):
+            writer.write(step, {"loss": 10.0 + step})
+    history = metrics_history(tmp_path)
+    assert [(record["step"], record["loss"]) for record in history] == [
+        (0, 0.0), (1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0), (5, 15.0)]
+    with MetricsWriter(tmp_path):
+        assert len(metrics_history(tmp_path)) == 6
+
+
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, {"loss": 1.0})
+        writer.write(1, {"loss": 2.0})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert [record["step"] for record in metrics_history(tmp_path)] == [0]
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 3.0})
+    assert [record["loss"] for record in metrics_history(tmp_path)] == [1.0, 3.0]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_a_line_that_is_not_json_is_named_and_nothing_written_is_no_history(tmp_path):
+    assert metrics_history(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected JSON, got 'nonsense'"):
+        metrics_history(tmp_path)
+
+
+def test_refuses_what_is_no_scalar_and_taken_names(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        with pytest.raises(ValueError, match=r"expected a scalar for 'iou', got shape \(3,\)"):
+            writer.write(0, {"iou": np.zeros(3)})
+        with pytest.raises(ValueError, match="another name than 'step'"):
+            writer.write(0, {"step": 1.0})
+    assert metrics_history(tmp_path) == []
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    stream, clock = io.StringIO(), Clock()
+    with Progress(100, first_step=90, stream=stream, seconds_between_lines=2.0, clock=clock) as progress:
+        for step in range(10):
+            clock.now += 0.5
+            metrics = {"loss": 1.0 / (step + 1), "kl": 0.125} if step < 4 else None
+            progress.update(num_images=8, metrics=metrics)
+        progress.message("val mIoU 0.500")
+    assert stream.getvalue().splitlines() == [
+        "train 94/100  loss 0.25, kl 0.125, 16.0 images/s",
+        "train 98/100  loss 0.25, kl 0.125, 16.0 images/s",
+        "val mIoU 0.500",
+        "train 100/100  loss 0.25, kl 0.125, 16.0 images/s",
+    ]
+    assert "\r" not in stream.getvalue()
+
+
+def test_the_last_line_is_printed_once():
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(1, stream=stream, clock=clock)
+    clock.now += 20
+    progress.update(num_images=4)
+    progress.close()
+    progress.close()
+    assert stream.getvalue() == "train 1/1  0.2 images/s\n"
+
+
+def test_a_bar_on_a_terminal_shows_terms_and_speed():
+    stream, clock = Terminal(), Clock()
+    with Progress(4, stream=stream, clock=clock, title="fit") as progress:
+        for _ in range(4):
+            clock.now += 1
+            progress.update(num_images=2, metrics={"loss": 0.5})
+        progress.message("a line of its own")
+    text = stream.getvalue()
+    assert "\r" in text and "fit" in text and "4/4" in text
+    assert "loss 0.5, 2.0 images/s" in text and "a line of its own\n" in text
