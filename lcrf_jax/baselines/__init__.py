@@ -8,7 +8,8 @@
     cam        CAM                cam_log_probs
     labels                        label_cross_entropy (full supervision, too), soft_cross_entropy
 
-`lcrf_jax.train.methods` says how each is trained.
+`saliency` is one that needs no training. `lcrf_jax.train.methods` says how each method is trained. The room imports jax, numpy,
+einops, `lcrf_jax.numerics`, `lcrf_jax.crf` and `lcrf_jax.bound`, nothing else.
 """
 
 from lcrf_jax.baselines.cam import cam_log_probs

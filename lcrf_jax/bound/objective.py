@@ -14,7 +14,7 @@ from lcrf_jax.crf.energy import pairwise_energy
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, image_kernel
 from lcrf_jax.crf.params import KernelParams, scaled
-from lcrf_jax.numerics import check_number, entropy
+from lcrf_jax.numerics import check_number, entropy, promote_float
 
 _NO_CHAIN = 255
 
@@ -223,7 +223,7 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
     warmup_steps = config["pairwise_warmup_epochs"] * steps_per_epoch
 
     def pairwise_weight(step):
-        return config["pairwise_weight"] * (jnp.minimum(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0)
+        return config["pairwise_weight"] * (jnp.minimum(1.0, promote_float(step + 1) / warmup_steps) if warmup_steps else 1.0)
 
     if config["estimator"] == "mcmc":
         return functools.partial(_chain_objective, config, kernel_params, pairwise_weight)
@@ -266,7 +266,7 @@ def _temperature(config, step, steps_per_epoch):
     num_steps = config["anneal_epochs"] * steps_per_epoch
     if first == last or not num_steps:
         return last
-    return first * (last / first) ** jnp.minimum(1.0, step / num_steps)
+    return first * (last / first) ** jnp.minimum(1.0, promote_float(step) / num_steps)
 
 
 def _chain_objective(config, kernel_params, pairwise_weight, key, logits, record, step):

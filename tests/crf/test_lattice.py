@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import reference
 
-from lcrf_jax.crf import lattice as module
+from lcrf_jax.crf import lattice as lattice_module
+from lcrf_jax.crf import lattice_building
 from lcrf_jax.crf.lattice import (
     apply_lattice,
     blur_lattice,
@@ -83,8 +84,10 @@ def test_equals_a_lattice_of_dictionaries(num_features):
 ])
 def test_cells_and_blocks_and_pixels_that_do_not_count(cell_sizes, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr(module, "CELL_BLOCK", blocks[0])
-        monkeypatch.setattr(module, "VERTEX_BLOCK", blocks[1])
+        for module in (lattice_module, lattice_building):
+            monkeypatch.setattr(module, "CELL_BLOCK", blocks[0])
+            monkeypatch.setattr(module, "VERTEX_BLOCK", blocks[1])
+        jax.clear_caches()  # parts that were traced with blocks of another size
     rng = np.random.default_rng(6)
     # Away from the origin, where float32 has fewer digits for a mean.
     features, values = rng.normal(size=(100, 3)) * 1.5 + [40, -30, 20], rng.normal(size=(100, 2))
@@ -134,7 +137,7 @@ def test_one_pixel_by_hand():
     lattice = build(np.zeros((1, 1)), 2)
     assert int(lattice.num_vertices) == 2
     np.testing.assert_allclose(np.sort(lattice.weights[:, 0]), [0, 1])
-    mass = 2**2 * (1.5 / module.NARROWING**2) ** 0.5 / 2**0.5
+    mass = 2**2 * (1.5 / lattice_module.NARROWING**2) ** 0.5 / 2**0.5
     np.testing.assert_allclose(apply(lattice, np.ones((1, 1))), 1.25 * (2 * np.pi) ** 0.5 / mass, rtol=1e-6)
 
 

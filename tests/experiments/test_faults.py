@@ -144,7 +144,7 @@ def test_a_lock_goes_with_its_process(tmp_path):
     code = f"""
         import os, sys, time
         sys.path.insert(0, {str(ROOT)!r})
-        from lcrf_jax.locks import locked, own_folder
+        from lcrf_jax.machine.locks import locked, own_folder
         with locked({str(tmp_path / "lock")!r}), own_folder({str(tmp_path)!r}, ".unfinished-") as folder:
             (folder / "half").write_text("x")
             print("held", flush=True)
@@ -190,7 +190,7 @@ def test_a_save_that_fails_in_the_background_is_an_error_and_loses_nothing(tmp_p
         import resource, sys
         sys.path.insert(0, {str(ROOT)!r})
         import numpy as np
-        from lcrf_jax.checkpoints import CheckpointError, RunCheckpoints
+        from lcrf_jax.runfolder.checkpoints import CheckpointError, RunCheckpoints
         state = lambda size: {{"params": {{"w": np.random.default_rng(0).normal(size=size)}}}}
         try:
             with RunCheckpoints({str(tmp_path)!r}) as checkpoints:
@@ -317,7 +317,7 @@ def test_a_coordinator_that_does_not_answer_is_named():
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from lcrf_jax import processes
+        from lcrf_jax.machine import processes
         try:
             processes.join("127.0.0.1:9", 2, 1, timeout=1)
         except processes.ProcessError as error:
@@ -333,7 +333,7 @@ def test_processes_that_do_not_come_are_waited_for_with_a_word():
     code = f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        from lcrf_jax import processes
+        from lcrf_jax.machine import processes
         processes.join("127.0.0.1:{free_port()}", 3, 0, timeout=1)
     """
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120,

@@ -102,7 +102,7 @@ def test_the_oldest_entries_go_where_there_are_too_many_bytes(folder, tmp_path, 
 START = """
     import sys
     import jax, jax.numpy as jnp
-    from lcrf_jax import compilation
+    from lcrf_jax.machine import compilation
     hits, compilation.LEAST_SECONDS = [], 0  # on a fast machine this program takes less than is worth keeping
     jax.monitoring.register_event_listener(lambda name, **kw: hits.append(name) if name.endswith("cache_hits") else None)
     compilation.keep_programs(sys.argv[1])

@@ -302,7 +302,7 @@ def test_refuses_what_cannot_be_saved(tmp_path):
 def test_killed_at_any_moment_a_good_state_remains(tmp_path):
     code = textwrap.dedent(f"""
         import sys, jax.numpy as jnp
-        from lcrf_jax.checkpoints import RunCheckpoints
+        from lcrf_jax.runfolder.checkpoints import RunCheckpoints
         checkpoints = RunCheckpoints({str(tmp_path)!r})
         for step in range(1, 1000):
             checkpoints.save_last(step, {{"params": {{"w": jnp.full((64, 1024), step, jnp.float32)}}}})
