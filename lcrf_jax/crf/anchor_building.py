@@ -100,16 +100,16 @@ def _inverse_root(centres):
 
 
 def build_anchors(image, *, position_width, colour_width, num_anchors=None, block_size=None, valid=None):
-    r"""The bilateral Gaussian of an image, for `splat_anchors`, `blur_anchors` and `slice_anchors`.
+    r"""The bilateral Gaussian of an image, as a form of the kernel, see `lcrf_jax.crf.kernel`.
 
     .. math:: K_{ij} = \exp(-|p_i-p_j|^2 / 2 s_a^2 - |I_i-I_j|^2 / 2 s_b^2) \approx (S^T B S)_{ij}
 
-    with S the splat, B the blur and S^T the slice. The self-pair is part of it, `anchors_diagonal` has its share.
+    with S the splat, B the blur and S^T the slice. The self-pair is part of it, `Anchors.diagonal` has its share.
 
     With the defaults, on 24 photographs of 81x81 and 161x161 pixels at position widths of 10 to 100 pixels and
     colour widths of 13 and 15, filtered probabilities of 21 classes are 1 to 2.4 % off (relative L2 error,
     self-pairs left out; 4.7 % for the worst photograph), energies .1 to .6 % (2.6 %). 96 anchors take 30 % less
-    time and have up to 7.5 % (4.2 %). The mean of `anchors_diagonal` tells how many colours are covered: .75 to
+    time and have up to 7.5 % (4.2 %). The mean of `Anchors.diagonal` tells how many colours are covered: .75 to
     .99 on these photographs, .1 on noise, whose colours fill the space and which is 77 % off; 1 is all.
 
     What lies between splat and slice grows with the number of blocks: about 3 P K (3 / 2 s_a)^2 numbers a pixel,

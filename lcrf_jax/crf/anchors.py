@@ -55,23 +55,138 @@ class Anchors(NamedTuple):
     row_kernel: jax.Array
     column_kernel: jax.Array
 
+    def scaled(self, scale):
+        r"""The anchors of the kernel with rows and columns scaled, diag(s) K diag(s).
 
-def scaled_anchors(anchors, scale):
-    r"""The anchors of the kernel with rows and columns scaled, diag(s) K diag(s).
+        Args:
+          scale: [m] factors s.
+        Returns:
+          An `Anchors`.
+        Raises:
+          ValueError: if `scale` does not have one factor per pixel.
+        """
+        check_shape("scale", scale, (self.weights.size,), "give one factor per pixel")
+        scale = promote_float(scale).astype(self.weights.dtype)
+        return self._replace(weights=self.weights * scale.reshape(self.weights.shape))
 
-    Args:
-      anchors: an `Anchors` for m pixels.
-      scale: [m] factors s.
-    Returns:
-      An `Anchors`.
-    Raises:
-      ValueError: if `scale` does not have one factor per pixel.
-    References:
-      None.
-    """
-    check_shape("scale", scale, (anchors.weights.size,), "give one factor per pixel")
-    scale = promote_float(scale).astype(anchors.weights.dtype)
-    return anchors._replace(weights=anchors.weights * scale.reshape(anchors.weights.shape))
+    def splat(self, values):
+        """Values summed over the pixels of each block, for each anchor and each of the three functions of the block.
+
+        Args:
+          values: [m, K] values.
+        Returns:
+          [r, c, 3, P, K] sums.
+        Raises:
+          ValueError: if `values` is not [m, K].
+        """
+        height, width = self.weights.shape
+        _, channels = check_shape("values", values, (height * width, "K"), _FLATTEN)
+        blocks = _blocks(self)
+        values = promote_float(values).astype(self.weights.dtype).reshape(height, width, channels)
+
+        # The affinities are computed again for a gradient, too, rather than kept.
+        @jax.checkpoint
+        def block_sums(colours, basis, values):
+            columns = (basis[:, None] * values).reshape(3 * channels, -1)
+            sums = jnp.matmul(columns, _affinity(colours, self.centres), precision=_HIGHEST)
+            sums = jnp.matmul(sums, self.root.T, precision=_HIGHEST)
+            return sums.reshape(3, channels, -1).swapaxes(1, 2)
+
+        def strip_sums(strip):
+            colours, basis, values = strip
+            return _map_blocks(block_sums, self, colours, basis, in_blocks(values, blocks))
+
+        return jax.lax.map(strip_sums, (self.colours, _basis(self), in_strips(values, blocks)))
+
+    def blur(self, coarse):
+        """The Gaussian over rows and columns between the sums; symmetric and positive semi-definite.
+
+        Args:
+          coarse: [r, c, 3, P, K] sums of `splat`.
+        Returns:
+          [r, c, 3, P, K] weights for `slice`.
+        Raises:
+          ValueError: if `coarse` does not fit the anchors.
+        """
+        coarse = _checked_coarse(self, coarse, "splat")
+        table = coarse.reshape(*coarse.shape[:3], -1)
+        blurred = _dense_blur if math.prod(table.shape[:3]) <= _DENSE_BLUR else _separable_blur
+        return blurred(self, table).reshape(coarse.shape)
+
+    def slice(self, coarse):
+        """The values at the pixels; the transpose of `splat`.
+
+        Args:
+          coarse: [r, c, 3, P, K] weights of `blur`.
+        Returns:
+          [m, K] values.
+        Raises:
+          ValueError: if `coarse` does not fit the anchors.
+        """
+        coarse = _checked_coarse(self, coarse, "blur")
+        *_, num_anchors, channels = coarse.shape
+        down, across, rows, columns = _blocks(self)
+        height, width = self.weights.shape
+        # Matrix products on CPU are up to a third faster where rows are whole vectors.
+        missing = -3 * channels % 16
+
+        @jax.checkpoint
+        def block_values(colours, basis, coarse):
+            coarse = jnp.pad(coarse.swapaxes(1, 2).reshape(3 * channels, num_anchors), ((0, missing), (0, 0)))
+            coarse = jnp.matmul(coarse, self.root, precision=_HIGHEST)
+            terms = jnp.matmul(_affinity(colours, self.centres), coarse.T, precision=_HIGHEST)
+            terms = jnp.split(terms[:, : 3 * channels], 3, axis=1)
+            return sum(function[:, None] * term for function, term in zip(basis, terms, strict=True))
+
+        def strip_values(strip):
+            values = _map_blocks(block_values, self, *strip)
+            return values.reshape(across, rows, columns, channels).swapaxes(0, 1)
+
+        values = jax.lax.map(strip_values, (self.colours, _basis(self), coarse))
+        values = values.reshape(down * rows, across * columns, channels)[:height, :width]
+        return values.reshape(height * width, channels)
+
+    def apply(self, values, *, backwards=False):
+        """The kernel times values [m, K], self-pairs included; symmetric, so that there is one order only."""
+        del backwards
+        return self.slice(self.blur(self.splat(values)))
+
+    def row_sums(self, counted):
+        """Sums of the kernel's rows over the pixels that count.
+
+        A pixel far from all anchors lacks most of its self-pair, which is known to be the square of its factor.
+
+        Args:
+          counted: [m] 1 for a pixel that counts, 0 for another.
+        Returns:
+          [m] sums, self-pairs included.
+        """
+        sums = self.apply(counted[:, None])[:, 0]
+        return jnp.maximum(sums - self.diagonal(), 0) + jnp.square(self.weights).reshape(-1)
+
+    def diagonal(self):
+        """The diagonal of the kernel: what each pixel adds to its own result, near 1 where colours are not rare.
+
+        Returns:
+          [m] the diagonal of slice(blur(splat(.))).
+        """
+        down, across, rows, columns = _blocks(self)
+        height, width = self.weights.shape
+        row = self.row_kernel.reshape(down, 2, down, 2)[np.arange(down), :, np.arange(down)]
+        column = self.column_kernel.reshape(across, 2, across, 2)[np.arange(across), :, np.arange(across)]
+        within = _between_functions(row[:, None], column[None, :])
+
+        def block_diagonal(colours, basis, within):
+            features = jnp.matmul(_affinity(colours, self.centres), self.root.T, precision=_HIGHEST)
+            space = jnp.sum(basis * jnp.matmul(within, basis, precision=_HIGHEST), axis=0)
+            return jnp.square(features).sum(axis=1) * space
+
+        def strip_diagonal(strip):
+            diagonal = _map_blocks(block_diagonal, self, *strip)
+            return diagonal.reshape(across, rows, columns).swapaxes(0, 1)
+
+        diagonal = jax.lax.map(strip_diagonal, (self.colours, _basis(self), within))
+        return diagonal.reshape(down * rows, across * columns)[:height, :width].reshape(height * width)
 
 
 def _blocks(anchors):
@@ -140,39 +255,6 @@ def _checked_coarse(anchors, coarse, source):
     return promote_float(coarse).astype(anchors.weights.dtype)
 
 
-def splat_anchors(anchors, values):
-    """Values summed over the pixels of each block, for each anchor and each of the three functions of the block.
-
-    Args:
-      anchors: an `Anchors` for m pixels.
-      values: [m, K] values.
-    Returns:
-      [r, c, 3, P, K] sums.
-    Raises:
-      ValueError: if `values` is not [m, K].
-    References:
-      None.
-    """
-    height, width = anchors.weights.shape
-    _, channels = check_shape("values", values, (height * width, "K"), _FLATTEN)
-    blocks = _blocks(anchors)
-    values = promote_float(values).astype(anchors.weights.dtype).reshape(height, width, channels)
-
-    # The affinities are computed again for a gradient, too, rather than kept.
-    @jax.checkpoint
-    def block_sums(colours, basis, values):
-        columns = (basis[:, None] * values).reshape(3 * channels, -1)
-        sums = jnp.matmul(columns, _affinity(colours, anchors.centres), precision=_HIGHEST)
-        sums = jnp.matmul(sums, anchors.root.T, precision=_HIGHEST)
-        return sums.reshape(3, channels, -1).swapaxes(1, 2)
-
-    def strip_sums(strip):
-        colours, basis, values = strip
-        return _map_blocks(block_sums, anchors, colours, basis, in_blocks(values, blocks))
-
-    return jax.lax.map(strip_sums, (anchors.colours, _basis(anchors), in_strips(values, blocks)))
-
-
 def _between_functions(row, column):
     """[..., 3, 3] between the three functions, from [..., 2, 2] between those of rows and of columns."""
     full = row[..., :, None, :, None] * column[..., None, :, None, :]
@@ -197,90 +279,3 @@ def _separable_blur(anchors, table):
     table = jnp.matmul(anchors.column_kernel, table.reshape(2 * down, 2 * across, -1), precision=_HIGHEST)
     table = jnp.matmul(anchors.row_kernel, table.reshape(2 * down, -1), precision=_HIGHEST)
     return table.reshape(down, 2, across, 2, -1).swapaxes(1, 2).reshape(down, across, 4, -1)[:, :, :3]
-
-
-def blur_anchors(anchors, coarse):
-    """The Gaussian over rows and columns between the sums; symmetric and positive semi-definite.
-
-    Args:
-      anchors: an `Anchors`.
-      coarse: [r, c, 3, P, K] sums of `splat_anchors`.
-    Returns:
-      [r, c, 3, P, K] weights for `slice_anchors`.
-    Raises:
-      ValueError: if `coarse` does not fit the anchors.
-    References:
-      None.
-    """
-    coarse = _checked_coarse(anchors, coarse, "splat_anchors")
-    table = coarse.reshape(*coarse.shape[:3], -1)
-    blurred = _dense_blur if math.prod(table.shape[:3]) <= _DENSE_BLUR else _separable_blur
-    return blurred(anchors, table).reshape(coarse.shape)
-
-
-def slice_anchors(anchors, coarse):
-    """The values at the pixels; the transpose of `splat_anchors`.
-
-    Args:
-      anchors: an `Anchors` for m pixels.
-      coarse: [r, c, 3, P, K] weights of `blur_anchors`.
-    Returns:
-      [m, K] values.
-    Raises:
-      ValueError: if `coarse` does not fit the anchors.
-    References:
-      None.
-    """
-    coarse = _checked_coarse(anchors, coarse, "blur_anchors")
-    *_, num_anchors, channels = coarse.shape
-    down, across, rows, columns = _blocks(anchors)
-    height, width = anchors.weights.shape
-    # Matrix products on CPU are up to a third faster where rows are whole vectors.
-    missing = -3 * channels % 16
-
-    @jax.checkpoint
-    def block_values(colours, basis, coarse):
-        coarse = jnp.pad(coarse.swapaxes(1, 2).reshape(3 * channels, num_anchors), ((0, missing), (0, 0)))
-        coarse = jnp.matmul(coarse, anchors.root, precision=_HIGHEST)
-        terms = jnp.matmul(_affinity(colours, anchors.centres), coarse.T, precision=_HIGHEST)
-        terms = jnp.split(terms[:, : 3 * channels], 3, axis=1)
-        return sum(function[:, None] * term for function, term in zip(basis, terms, strict=True))
-
-    def strip_values(strip):
-        values = _map_blocks(block_values, anchors, *strip)
-        return values.reshape(across, rows, columns, channels).swapaxes(0, 1)
-
-    values = jax.lax.map(strip_values, (anchors.colours, _basis(anchors), coarse))
-    values = values.reshape(down * rows, across * columns, channels)[:height, :width]
-    return values.reshape(height * width, channels)
-
-
-def anchors_diagonal(anchors):
-    """The diagonal of the kernel: what each pixel adds to its own result, near 1 where colours are not rare.
-
-    Args:
-      anchors: an `Anchors` for m pixels.
-    Returns:
-      [m] the diagonal of slice(blur(splat(.))).
-    Raises:
-      None.
-    References:
-      None.
-    """
-    down, across, rows, columns = _blocks(anchors)
-    height, width = anchors.weights.shape
-    row = anchors.row_kernel.reshape(down, 2, down, 2)[np.arange(down), :, np.arange(down)]
-    column = anchors.column_kernel.reshape(across, 2, across, 2)[np.arange(across), :, np.arange(across)]
-    within = _between_functions(row[:, None], column[None, :])
-
-    def block_diagonal(colours, basis, within):
-        features = jnp.matmul(_affinity(colours, anchors.centres), anchors.root.T, precision=_HIGHEST)
-        space = jnp.sum(basis * jnp.matmul(within, basis, precision=_HIGHEST), axis=0)
-        return jnp.square(features).sum(axis=1) * space
-
-    def strip_diagonal(strip):
-        diagonal = _map_blocks(block_diagonal, anchors, *strip)
-        return diagonal.reshape(across, rows, columns).swapaxes(0, 1)
-
-    diagonal = jax.lax.map(strip_diagonal, (anchors.colours, _basis(anchors), within))
-    return diagonal.reshape(down * rows, across * columns)[:height, :width].reshape(height * width)

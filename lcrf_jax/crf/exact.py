@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -180,3 +181,44 @@ def _exp_by_polynomial(x):
     bits = jax.lax.bitcast_convert_type(value, jnp.int32) + (whole.astype(jnp.int32) << 23)
     value = jnp.where(power > -126, jax.lax.bitcast_convert_type(bits, jnp.float32), 0)
     return jnp.where(jnp.isnan(x), x, value)
+
+
+class ExactGaussian(NamedTuple):
+    """The Gaussian between features, summed over all pairs.
+
+    Attributes:
+      features: [m, d] features in units of their widths.
+      scale: [m] factors s of diag(s) K diag(s).
+    """
+
+    features: jax.Array
+    scale: jax.Array
+
+    def splat(self, values):
+        """The values [m, K] themselves."""
+        return values
+
+    def blur(self, values):
+        """The kernel times values [m, K], self-pairs included."""
+        return self.apply(values)
+
+    def slice(self, values):
+        """The values [m, K] themselves."""
+        return values
+
+    def apply(self, values, *, backwards=False):
+        """The kernel times values [m, K], self-pairs included; symmetric, so that there is one order only."""
+        del backwards
+        return self.scale[:, None] * filter_exact(self.features, self.scale[:, None] * values)
+
+    def diagonal(self):
+        """[m] the self-pairs."""
+        return jnp.square(self.scale)
+
+    def scaled(self, scale):
+        """The kernel with rows and columns scaled by [m] factors, diag(s) K diag(s)."""
+        return self._replace(scale=self.scale * scale)
+
+    def row_sums(self, counted):
+        """[m] sums of the rows over the pixels that count [m], self-pairs included."""
+        return self.apply(counted[:, None])[:, 0]

@@ -11,16 +11,14 @@ is
   symmetric part where the form is not symmetric of itself. Such a form has two orders to work in, each the
   transpose of the other, and `backwards`, which may be traced, takes the second.
 
-`DenseKernel` has them for a matrix. `ImageKernel` has them for the two Gaussians of an image; its bilateral
-one takes one of three forms, and each function below builds one:
+`DenseKernel` has them for a matrix, `ImageKernel` for the two Gaussians of an image. Its bilateral one takes one of
+three forms, `ExactGaussian`, `Anchors` and `Lattice`, and each has these four methods *with* self-pairs, and three more:
 
-* `exact_image_kernel`: every pair, block by block; time quadratic in the pixels;
-* `anchor_image_kernel`: dense matrix products through blocks of space and anchors in colour; right to a few per
-  cent without any normalisation;
-* `lattice_image_kernel`: the permutohedral lattice; the fastest for large images, right to a few per cent
-  after normalisation.
+* `diagonal()`: the self-pairs [m];
+* `scaled(scale [m])`: the form of diag(s) K diag(s);
+* `row_sums(counted [m])`: the sums of its rows over the pixels that count, which normalise it.
 
-`image_kernel` chooses by the number of pixels and the normalisation.
+`lcrf_jax.crf.image_kernels` builds them.
 """
 
 from typing import NamedTuple
@@ -28,34 +26,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lcrf_jax.crf.anchors import Anchors, anchors_diagonal, blur_anchors, scaled_anchors, slice_anchors, splat_anchors
-from lcrf_jax.crf.exact import filter_exact
-from lcrf_jax.crf.lattice import (
-    Lattice,
-    apply_lattice,
-    blur_lattice,
-    lattice_diagonal,
-    reversed_lattice,
-    scaled_lattice,
-    slice_lattice,
-    splat_lattice,
-)
+from lcrf_jax.crf.anchors import Anchors
+from lcrf_jax.crf.exact import ExactGaussian
+from lcrf_jax.crf.lattice import Lattice
 from lcrf_jax.crf.spatial import separable_filter
 from lcrf_jax.numerics import check_shape, promote_float
 
 _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
-
-
-class ExactGaussian(NamedTuple):
-    """The Gaussian between features, summed over all pairs.
-
-    Attributes:
-      features: [m, d] features in units of their widths.
-      scale: [m] factors s of diag(s) K diag(s).
-    """
-
-    features: jax.Array
-    scale: jax.Array
 
 
 class SpatialGaussian(NamedTuple):
@@ -68,43 +45,6 @@ class SpatialGaussian(NamedTuple):
 
     taps: jax.Array
     scale: jax.Array
-
-
-class _Form(NamedTuple):
-    """What `ImageKernel` needs of a form. `apply` is all three steps, with a blur that need not be symmetric."""
-
-    splat: object
-    blur: object
-    slice: object
-    apply: object
-    diagonal: object
-    scaled: object
-
-
-def _same(_, values):
-    return values
-
-
-def _applied_anchors(anchors, values):
-    return slice_anchors(anchors, blur_anchors(anchors, splat_anchors(anchors, values)))
-
-
-def _applied_exact(exact, values):
-    return exact.scale[:, None] * filter_exact(exact.features, exact.scale[:, None] * values)
-
-
-FORM_OF_TYPE = {
-    Lattice: _Form(splat_lattice, blur_lattice, slice_lattice, apply_lattice, lattice_diagonal, scaled_lattice),
-    Anchors: _Form(splat_anchors, blur_anchors, slice_anchors, _applied_anchors, anchors_diagonal, scaled_anchors),
-    ExactGaussian: _Form(
-        _same,
-        _applied_exact,
-        _same,
-        _applied_exact,
-        lambda exact: jnp.square(exact.scale),
-        lambda exact, scale: exact._replace(scale=exact.scale * scale),
-    ),
-}
 
 
 class ImageKernel(NamedTuple):
@@ -138,8 +78,7 @@ class ImageKernel(NamedTuple):
         bilateral_scale, gaussian_scale = self.row_scales or (None, None)
         bilateral, gaussian = (), ()
         if self.bilateral is not None:
-            form = FORM_OF_TYPE[type(self.bilateral)]
-            bilateral = tuple(form.splat(self.bilateral, side) for side in _sides(values, bilateral_scale))
+            bilateral = tuple(self.bilateral.splat(side) for side in _sides(values, bilateral_scale))
         if self.gaussian is not None:
             gaussian = _sides(values, gaussian_scale)
         return bilateral, gaussian, values
@@ -148,8 +87,7 @@ class ImageKernel(NamedTuple):
         """The symmetric part of the kernel between the sums that `splat` returns; of the same structure."""
         bilateral, gaussian, values = splatted
         if self.bilateral is not None:
-            form = FORM_OF_TYPE[type(self.bilateral)]
-            blurred = _crossed(lambda table: form.blur(self.bilateral, table), bilateral)
+            blurred = _crossed(self.bilateral.blur, bilateral)
             bilateral = tuple(self.bilateral_weight * part for part in blurred)
         if self.gaussian is not None:
             blurred = _crossed(lambda table: _spatial_sum(self.gaussian, table), gaussian)
@@ -161,8 +99,7 @@ class ImageKernel(NamedTuple):
         bilateral, gaussian, values = blurred
         bilateral_scale, gaussian_scale = self.row_scales or (None, None)
         if self.bilateral is not None:
-            form = FORM_OF_TYPE[type(self.bilateral)]
-            values = values + _joined([form.slice(self.bilateral, part) for part in bilateral], bilateral_scale)
+            values = values + _joined([self.bilateral.slice(part) for part in bilateral], bilateral_scale)
         if self.gaussian is not None:
             values = values + _joined(gaussian, gaussian_scale)
         return values
@@ -174,11 +111,7 @@ class ImageKernel(NamedTuple):
         bilateral_scale, gaussian_scale = self.row_scales or (None, None)
         total = -self.bilateral_weight * self.bilateral_diagonal[:, None] * values
         if self.bilateral is not None:
-            form = FORM_OF_TYPE[type(self.bilateral)]
-            bilateral = self.bilateral
-            if isinstance(bilateral, Lattice):
-                bilateral = reversed_lattice(bilateral, backwards)
-            product = form.apply(bilateral, _sides(values, bilateral_scale)[-1])
+            product = self.bilateral.apply(_sides(values, bilateral_scale)[-1], backwards=backwards)
             total = total + self.bilateral_weight * _joined([product], bilateral_scale)
         if self.gaussian is not None:
             product = _spatial_sum(self.gaussian, _sides(values, gaussian_scale)[-1])

@@ -46,7 +46,7 @@ class Lattice(NamedTuple):
     Attributes:
       cells: [m] int32, the cell of each pixel, n for a pixel that does not count.
       vertices: [d + 1, n] int32, the vertex of each corner of each cell's simplex; c for a dropped one.
-      weights: [d + 1, n] barycentric weights of the corners, summing to 1 over them until `scaled_lattice`.
+      weights: [d + 1, n] barycentric weights of the corners, summing to 1 over them until they are `scaled`.
       neighbours: [d + 1, 2, c] int32, the vertices before and after each vertex in every direction; c for
         none.
       order: [d + 1] int32, the directions in the order of the blur.
@@ -61,6 +61,141 @@ class Lattice(NamedTuple):
     order: jax.Array
     num_cells: jax.Array
     num_vertices: jax.Array
+
+    def splat(self, values):
+        r"""The splat S: what every vertex of the lattice gets of the pixels' values.
+
+        Args:
+          values: [m, K] values to filter.
+        Returns:
+          [c, K] values of the vertices, 0 for those not in use.
+        Raises:
+          ValueError: if `values` is not [m, K].
+        References:
+          Adams, Baek and Davis 2010, section 3.1.
+        """
+        check_shape("values", values, (*self.cells.shape, "K"), _FLATTEN)
+        return _splat(self, promote_float(values))
+
+    def blur(self, table, *, symmetric=True):
+        r"""The blur B: the Gaussian between vertices of the self, along its directions in turn.
+
+        The constant that the blur lacks is set by the integral of the Gaussian, which is right where features fill
+        their space and too small where they are sparse; after normalisation it cancels.
+
+        Args:
+          table: [c, K] values of the vertices.
+          symmetric: whether to average the blur over the directions forwards and backwards. One order alone gives
+            a kernel that differs from its transpose by a few per cent; the average is symmetric, for a second
+            blur's time.
+        Returns:
+          [c, K] values of the vertices.
+        Raises:
+          ValueError: if `table` is not [c, K].
+        References:
+          Adams, Baek and Davis 2010, section 3.2.
+        """
+        check_shape("table", table, (self.neighbours.shape[-1], "K"), "give what splat returns")
+        blur = _blur_both_ways if symmetric else _blur_forwards
+        return _mass_correction(len(self.weights) - 1) * blur(self, promote_float(table))
+
+    def slice(self, table):
+        r"""The slice S^T: the lattice read at every pixel, with the weights of the splat.
+
+        Args:
+          table: [c, K] values of the vertices.
+        Returns:
+          [m, K] values, 0 for pixels that do not count.
+        Raises:
+          ValueError: if `table` is not [c, K].
+        References:
+          Adams, Baek and Davis 2010, section 3.3.
+        """
+        check_shape("table", table, (self.neighbours.shape[-1], "K"), "give what blur returns")
+        return _slice(self, promote_float(table))
+
+    def apply(self, values, *, backwards=False):
+        r"""The Gaussian-weighted sum over all pixels, approximately.
+
+        .. math:: v'_i \approx \sum_j \exp(-|f_i - f_j|^2 / 2)\, v_j
+
+        The self-pair j = i is part of the sum (`diagonal` says with which weight). Not normalised: see `row_sums`.
+
+        Args:
+          values: [m, K] values to filter.
+          backwards: whether to blur in the reverse order of directions, see `reversed`; may be traced.
+        Returns:
+          [m, K] filtered values.
+        Raises:
+          ValueError: if `values` is not [m, K].
+        References:
+          Adams, Baek and Davis 2010, section 3.
+        """
+        check_shape("values", values, (*self.cells.shape, "K"), _FLATTEN)
+        lattice = self if backwards is False else self.reversed(backwards)
+        return _mass_correction(len(self.weights) - 1) * _filter(lattice, promote_float(values))
+
+    def row_sums(self, counted):
+        """Sums of the symmetric kernel's rows over the pixels that count.
+
+        Args:
+          counted: [m] 1 for a pixel that counts, 0 for another.
+        Returns:
+          [m] sums, self-pairs included.
+        """
+        return self.slice(self.blur(self.splat(counted[:, None])))[:, 0]
+
+    def reversed(self, backwards=True):
+        """The lattice that is blurred in the reverse order of directions: without `symmetric`, the transposed kernel.
+
+        One order alone is a few per cent off the other one. Who filters repeatedly, as mean field does, takes the
+        two in turn, and most of that cancels without a second blur.
+
+        Args:
+          backwards: whether to reverse it at all; may be traced.
+        Returns:
+          A `Lattice`.
+        """
+        return self._replace(order=jnp.where(backwards, self.order[::-1], self.order))
+
+    def scaled(self, scale):
+        r"""The lattice of the kernel with rows and columns scaled, diag(s) K diag(s).
+
+        The scale is folded into the weights of the cells: filtering costs nothing more.
+
+        Args:
+          scale: [m] factors s, the same for all pixels of a cell, as everything that the lattice returns is.
+        Returns:
+          A `Lattice`.
+        Raises:
+          ValueError: if `scale` is not [m].
+        """
+        check_shape("scale", scale, self.cells.shape, "give one factor per pixel")
+        scale = promote_float(scale)
+        of_cells = varying_like(jnp.zeros(self.weights.shape[1], scale.dtype), scale)
+        return self._replace(weights=self.weights * of_cells.at[self.cells].set(scale, mode="drop"))
+
+    def diagonal(self):
+        r"""The weight of each pixel's own value in `apply`.
+
+        Corners k and l of a simplex are |k - l| steps apart in different directions, and d + 1 steps in all
+        directions lead back: the blur connects them with 2^-|k-l| + 2^-(d+1-|k-l|). Paths over missing vertices
+        are counted as well, so this is an upper bound, in practice within a few per cent.
+
+        Where the lattice has overflowed it is NaN, so that no result of a kernel looks like one.
+
+        Returns:
+          [m] weights, positive; 0 for pixels that do not count.
+        References:
+          Adams, Baek and Davis 2010, section 3.
+        """
+        corners = len(self.weights)
+        steps = np.abs(np.subtract.outer(np.arange(corners), np.arange(corners)))
+        connection = 2.0**-steps + np.where(steps == 0, 2.0**-corners, 0) + 2.0 ** (steps - corners)
+        weights = jnp.where(self.vertices < self.neighbours.shape[-1], self.weights, 0)
+        of_cells = jnp.einsum("kn,kl,ln->n", weights, connection.astype(weights.dtype), weights)
+        diagonal = _mass_correction(corners - 1) * of_cells.at[self.cells].get(mode="fill", fill_value=0)
+        return jnp.where(self.num_vertices > self.neighbours.shape[-1], jnp.nan, diagonal)
 
 
 def lattice_overflowed(lattice):
@@ -157,7 +292,7 @@ def _filtered(lattice, values):
 
 
 def _filtered_backwards(lattice, values):
-    return _filtered(reversed_lattice(lattice), values)
+    return _filtered(lattice.reversed(), values)
 
 
 def _sliced_over(cells, lattice, table):
@@ -176,7 +311,7 @@ def _sliced_over(cells, lattice, table):
 
 
 def _blurred_backwards(lattice, table):
-    return _blurred(reversed_lattice(lattice), table)
+    return _blurred(lattice.reversed(), table)
 
 
 def _blurred_both_ways(lattice, table):
@@ -205,150 +340,3 @@ _blur_forwards = _linear_in_values(_blurred, _blurred_backwards)
 _filter = _linear_in_values(_filtered, _filtered_backwards)
 
 _blur_both_ways = _linear_in_values(_blurred_both_ways, _blurred_both_ways)
-
-
-def splat_lattice(lattice, values):
-    r"""The splat S: what every vertex of the lattice gets of the pixels' values.
-
-    Args:
-      lattice: a `Lattice` for m pixels with c vertices.
-      values: [m, K] values to filter.
-    Returns:
-      [c, K] values of the vertices, 0 for those not in use.
-    Raises:
-      ValueError: if `values` is not [m, K].
-    References:
-      Adams, Baek and Davis 2010, section 3.1.
-    """
-    check_shape("values", values, (*lattice.cells.shape, "K"), _FLATTEN)
-    return _splat(lattice, promote_float(values))
-
-
-def blur_lattice(lattice, table, *, symmetric=True):
-    r"""The blur B: the Gaussian between vertices of the lattice, along its directions in turn.
-
-    The constant that the blur lacks is set by the integral of the Gaussian, which is right where features fill
-    their space and too small where they are sparse; after normalisation it cancels.
-
-    Args:
-      lattice: a `Lattice` with c vertices.
-      table: [c, K] values of the vertices.
-      symmetric: whether to average the blur over the directions forwards and backwards. One order alone gives
-        a kernel that differs from its transpose by a few per cent; the average is symmetric, for a second
-        blur's time.
-    Returns:
-      [c, K] values of the vertices.
-    Raises:
-      ValueError: if `table` is not [c, K].
-    References:
-      Adams, Baek and Davis 2010, section 3.2.
-    """
-    check_shape("table", table, (lattice.neighbours.shape[-1], "K"), "give what splat_lattice returns")
-    blur = _blur_both_ways if symmetric else _blur_forwards
-    return _mass_correction(len(lattice.weights) - 1) * blur(lattice, promote_float(table))
-
-
-def slice_lattice(lattice, table):
-    r"""The slice S^T: the lattice read at every pixel, with the weights of the splat.
-
-    Args:
-      lattice: a `Lattice` for m pixels with c vertices.
-      table: [c, K] values of the vertices.
-    Returns:
-      [m, K] values, 0 for pixels that do not count.
-    Raises:
-      ValueError: if `table` is not [c, K].
-    References:
-      Adams, Baek and Davis 2010, section 3.3.
-    """
-    check_shape("table", table, (lattice.neighbours.shape[-1], "K"), "give what blur_lattice returns")
-    return _slice(lattice, promote_float(table))
-
-
-def apply_lattice(lattice, values, *, symmetric=False):
-    r"""The Gaussian-weighted sum over all pixels, approximately.
-
-    .. math:: v'_i \approx \sum_j \exp(-|f_i - f_j|^2 / 2)\, v_j
-
-    The self-pair j = i is part of the sum (`lattice_diagonal` says with which weight). Not normalised: filter
-    ones to get row sums.
-
-    Args:
-      lattice: a `Lattice` for m pixels.
-      values: [m, K] values to filter.
-      symmetric: see `blur_lattice`.
-    Returns:
-      [m, K] filtered values.
-    Raises:
-      ValueError: if `values` is not [m, K].
-    References:
-      Adams, Baek and Davis 2010, section 3.
-    """
-    if symmetric:
-        return slice_lattice(lattice, blur_lattice(lattice, splat_lattice(lattice, values)))
-    check_shape("values", values, (*lattice.cells.shape, "K"), _FLATTEN)
-    return _mass_correction(len(lattice.weights) - 1) * _filter(lattice, promote_float(values))
-
-
-def reversed_lattice(lattice, backwards=True):
-    """The lattice that is blurred in the reverse order of directions: without `symmetric`, the transposed kernel.
-
-    One order alone is a few per cent off the other one. Who filters repeatedly, as mean field does, takes the
-    two in turn, and most of that cancels without a second blur.
-
-    Args:
-      lattice: a `Lattice`.
-      backwards: whether to reverse it at all; may be traced.
-    Returns:
-      A `Lattice`.
-    Raises:
-      None.
-    References:
-      None.
-    """
-    return lattice._replace(order=jnp.where(backwards, lattice.order[::-1], lattice.order))
-
-
-def scaled_lattice(lattice, scale):
-    r"""The lattice of the kernel with rows and columns scaled, diag(s) K diag(s).
-
-    The scale is folded into the weights of the cells: filtering costs nothing more.
-
-    Args:
-      lattice: a `Lattice` for m pixels.
-      scale: [m] factors s, the same for all pixels of a cell, as everything that the lattice returns is.
-    Returns:
-      A `Lattice`.
-    Raises:
-      ValueError: if `scale` is not [m].
-    References:
-      None.
-    """
-    check_shape("scale", scale, lattice.cells.shape, "give one factor per pixel")
-    scale = promote_float(scale)
-    of_cells = varying_like(jnp.zeros(lattice.weights.shape[1], scale.dtype), scale)
-    return lattice._replace(weights=lattice.weights * of_cells.at[lattice.cells].set(scale, mode="drop"))
-
-
-def lattice_diagonal(lattice):
-    r"""The weight of each pixel's own value in `apply_lattice`.
-
-    Corners k and l of a simplex are |k - l| steps apart in different directions, and d + 1 steps in all
-    directions lead back: the blur connects them with 2^-|k-l| + 2^-(d+1-|k-l|). Paths over missing vertices
-    are counted as well, so this is an upper bound, in practice within a few per cent.
-
-    Args:
-      lattice: a `Lattice` for m pixels.
-    Returns:
-      [m] weights, positive; 0 for pixels that do not count.
-    Raises:
-      None.
-    References:
-      Adams, Baek and Davis 2010, section 3.
-    """
-    corners = len(lattice.weights)
-    steps = np.abs(np.subtract.outer(np.arange(corners), np.arange(corners)))
-    connection = 2.0**-steps + np.where(steps == 0, 2.0**-corners, 0) + 2.0 ** (steps - corners)
-    weights = jnp.where(lattice.vertices < lattice.neighbours.shape[-1], lattice.weights, 0)
-    of_cells = jnp.einsum("kn,kl,ln->n", weights, connection.astype(weights.dtype), weights)
-    return _mass_correction(corners - 1) * of_cells.at[lattice.cells].get(mode="fill", fill_value=0)

@@ -7,18 +7,17 @@ from compiled import compiled
 from jax.sharding import PartitionSpec
 
 from lcrf_jax.crf.anchor_building import build_anchors
-from lcrf_jax.crf.anchors import anchors_diagonal, blur_anchors, scaled_anchors, slice_anchors, splat_anchors
+from lcrf_jax.crf.anchors import Anchors
 
-anchors_diagonal, blur_anchors, build_anchors = map(compiled, (anchors_diagonal, blur_anchors, build_anchors))
-scaled_anchors, slice_anchors, splat_anchors = map(compiled, (scaled_anchors, slice_anchors, splat_anchors))
+build_anchors = compiled(build_anchors)
 
 STATIC = ("position_width", "colour_width", "num_anchors", "block_size")
 build = jax.jit(build_anchors, static_argnames=STATIC)
-diagonal = jax.jit(anchors_diagonal)
+diagonal = jax.jit(Anchors.diagonal)
 
 
 def filtered(anchors, values):
-    return slice_anchors(anchors, blur_anchors(anchors, splat_anchors(anchors, values)))
+    return anchors.slice(anchors.blur(anchors.splat(values)))
 
 
 apply = jax.jit(filtered)
@@ -114,11 +113,11 @@ def test_is_symmetric_and_positive_with_the_diagonal_it_says(shape, block_size):
 def test_slice_is_the_transpose_of_splat_and_the_splat_has_the_energy(textured):
     image, probs, _ = textured
     anchors = build(image, position_width=10.0, colour_width=13.0, num_anchors=64)
-    coarse = jax.jit(splat_anchors)(anchors, probs)
+    coarse = jax.jit(Anchors.splat)(anchors, probs)
     other = np.random.default_rng(2).normal(size=coarse.shape).astype(np.float32)
-    sliced = jax.jit(slice_anchors)(anchors, other)
+    sliced = jax.jit(Anchors.slice)(anchors, other)
     np.testing.assert_allclose(np.vdot(np.float64(coarse), other), np.vdot(probs, np.float64(sliced)), rtol=1e-4)
-    energy = np.vdot(np.float64(coarse), blur_anchors(anchors, coarse))
+    energy = np.vdot(np.float64(coarse), anchors.blur(coarse))
     np.testing.assert_allclose(energy, np.vdot(probs, np.float64(apply(anchors, probs))), rtol=1e-4)
 
 
@@ -134,7 +133,7 @@ def test_scaled_anchors_scale_rows_and_columns():
     image = reference.smooth_image(1, 12, 10)
     anchors = build(image, position_width=5.0, colour_width=13.0, num_anchors=32)
     scale = np.random.default_rng(4).uniform(0.1, 2, size=120)
-    scaled = scaled_anchors(anchors, scale)
+    scaled = anchors.scaled(scale)
     expected = scale[:, None] * matrix(anchors) * scale
     np.testing.assert_allclose(matrix(scaled), expected, atol=1e-5)
     np.testing.assert_allclose(diagonal(scaled), np.diagonal(expected), atol=1e-5)
@@ -163,7 +162,7 @@ def test_everything_large_goes_block_by_block_through_the_cache(monkeypatch):
     expected, expected_diagonal = apply(anchors, values), diagonal(anchors)
     monkeypatch.setattr("lcrf_jax.crf.anchors._CACHED", 2 * 48 * 36)
     np.testing.assert_allclose(jax.jit(lambda v: filtered(anchors, v))(values), expected, atol=1e-4)
-    np.testing.assert_allclose(jax.jit(lambda: anchors_diagonal(anchors))(), expected_diagonal, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda: anchors.diagonal())(), expected_diagonal, atol=1e-5)
 
 
 @pytest.mark.slow_except("image2-*", "image5-*")
@@ -220,7 +219,7 @@ def test_float64_is_computed_in_float64():
 
 def built_and_filtered(image, values):
     anchors = build_anchors(image, position_width=7.0, colour_width=13.0, num_anchors=32)
-    return filtered(anchors, values), anchors_diagonal(anchors)
+    return filtered(anchors, values), anchors.diagonal()
 
 
 def batch(size):
@@ -268,11 +267,11 @@ def build_with(**changes):
     (lambda: build_with(block_size=0), ValueError, "block_size"),
     (lambda: build_with(valid=np.ones((4, 3), bool)), ValueError, r"valid: expected shape \[4, 4\]"),
     (lambda: jax.jit(lambda w: build_with(position_width=w))(2.0), TypeError, "position_width.*block_size"),
-    (lambda: splat_anchors(build_with(), np.zeros((4, 4, 2))), ValueError, r"values: expected shape \[16, K\]"),
-    (lambda: splat_anchors(build_with(), np.zeros((15, 2))), ValueError, r"values: expected shape \[16, K\]"),
-    (lambda: blur_anchors(build_with(), np.zeros((1, 2, 3, 4, 2))), ValueError, "coarse.*splat_anchors"),
-    (lambda: slice_anchors(build_with(), np.zeros((2, 2, 3, 5, 2))), ValueError, "coarse.*blur_anchors"),
-    (lambda: scaled_anchors(build_with(), np.ones((4, 4))), ValueError, r"scale: expected shape \[16\]"),
+    (lambda: build_with().splat(np.zeros((4, 4, 2))), ValueError, r"values: expected shape \[16, K\]"),
+    (lambda: build_with().splat(np.zeros((15, 2))), ValueError, r"values: expected shape \[16, K\]"),
+    (lambda: build_with().blur(np.zeros((1, 2, 3, 4, 2))), ValueError, "coarse.*splat"),
+    (lambda: build_with().slice(np.zeros((2, 2, 3, 5, 2))), ValueError, "coarse.*blur"),
+    (lambda: build_with().scaled(np.ones((4, 4))), ValueError, r"scale: expected shape \[16\]"),
 ])
 def test_bad_arguments_are_told(call, error, message):
     with pytest.raises(error, match=message):

@@ -8,16 +8,7 @@ import reference
 
 from lcrf_jax.crf import lattice as lattice_module
 from lcrf_jax.crf import lattice_building
-from lcrf_jax.crf.lattice import (
-    apply_lattice,
-    blur_lattice,
-    lattice_diagonal,
-    lattice_overflowed,
-    reversed_lattice,
-    scaled_lattice,
-    slice_lattice,
-    splat_lattice,
-)
+from lcrf_jax.crf.lattice import Lattice, lattice_overflowed
 from lcrf_jax.crf.lattice_building import build_lattice, default_capacity
 
 # The sizes of the cells that the kernels of images use, in widths: rows, columns, colours.
@@ -25,7 +16,12 @@ CELLS = (0.2, 0.2, 0.5, 0.5, 0.5)
 SMALL_CELLS = (0.7, 0.7, 0.7)
 
 build = jax.jit(build_lattice, static_argnums=1, static_argnames="cell_sizes")
-apply = jax.jit(apply_lattice, static_argnames="symmetric")
+apply = jax.jit(Lattice.apply)
+
+
+@jax.jit
+def apply_symmetric(lattice, values):
+    return lattice.slice(lattice.blur(lattice.splat(values)))
 
 
 def relative(got, expected):
@@ -60,7 +56,7 @@ def small():
     features, valid = rng.normal(size=(60, 3)) * 1.2, rng.uniform(size=60) < 0.9
     lattice = build(features, 240, cell_sizes=SMALL_CELLS, valid=valid)
     assert int(lattice.num_cells) < valid.sum() < 60
-    forwards, both = (np.asarray(apply(lattice, np.eye(60), symmetric=symmetric)) for symmetric in (False, True))
+    forwards, both = (np.asarray(function(lattice, np.eye(60))) for function in (apply, apply_symmetric))
     return features, valid, lattice, forwards, both
 
 
@@ -97,7 +93,7 @@ def test_cells_and_blocks_and_pixels_that_do_not_count(cell_sizes, blocks, monke
     @jax.jit
     def filtered(features, values, valid):
         lattice = build_lattice(features, 400, cell_sizes=cell_sizes, valid=valid)
-        return lattice, apply_lattice(lattice, values), lattice_diagonal(lattice)
+        return lattice, lattice.apply(values), lattice.diagonal()
 
     lattice, got, diagonal = filtered(features, values, valid)
     expected, num_cells, num_vertices = expected_filter(features, values, cell_sizes, valid)
@@ -117,7 +113,7 @@ def test_approximates_the_exact_filter_on_a_picture(photograph):
     filtered = np.asarray(apply(lattice, values))
     assert relative(filtered[:, :-1] / filtered[:, -1:], exact[:, :-1] / exact[:, -1:]) < 0.03
     assert relative(filtered, exact) < 0.35
-    both = np.asarray(apply(lattice, values, symmetric=True))
+    both = np.asarray(apply_symmetric(lattice, values))
     assert relative(both[:, :-1] / both[:, -1:], exact[:, :-1] / exact[:, -1:]) < 0.03
     num_cells = int(lattice.num_cells)
     assert num_cells == len(features) or 0.05 < num_cells / len(features) < 0.9
@@ -184,9 +180,9 @@ def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(small):
 
     @jax.jit
     def products(lattice, values, one, other):
-        splatted, sliced = splat_lattice(lattice, values), slice_lattice(lattice, one)
-        blurred = blur_lattice(lattice, one), blur_lattice(lattice, other), blur_lattice(lattice, one, symmetric=False)
-        return splatted, sliced, blurred, slice_lattice(lattice, blur_lattice(lattice, splatted))
+        splatted, sliced = lattice.splat(values), lattice.slice(one)
+        blurred = lattice.blur(one), lattice.blur(other), lattice.blur(one, symmetric=False)
+        return splatted, sliced, blurred, lattice.slice(lattice.blur(splatted))
 
     splatted, sliced, (of_one, of_other, one_way), filtered = products(lattice, values, one, other)
     assert 10 < int(lattice.num_vertices) < 240
@@ -200,23 +196,23 @@ def test_slice_is_the_transpose_of_splat_and_the_blur_is_symmetric(small):
 def test_scaled_lattice_is_the_kernel_with_rows_and_columns_scaled(small):
     _, _, lattice, matrix, _ = small
     scale = np.random.default_rng(9).uniform(0.5, 2, 61).astype(np.float32)[np.asarray(lattice.cells)]
-    scaled = scaled_lattice(lattice, scale)
+    scaled = lattice.scaled(scale)
     np.testing.assert_allclose(apply(scaled, np.eye(60)), scale[:, None] * matrix * scale, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(lattice_diagonal(scaled), scale**2 * lattice_diagonal(lattice), rtol=1e-5)
+    np.testing.assert_allclose(scaled.diagonal(), scale**2 * lattice.diagonal(), rtol=1e-5)
 
 
 def test_the_symmetric_form_is_symmetric_and_the_gradient_is_the_transpose(small):
     _, _, lattice, forwards, both = small
     assert relative(forwards, forwards.T) > 1e-3
     np.testing.assert_allclose(both, (forwards + forwards.T) / 2, atol=1e-5)
-    np.testing.assert_allclose(apply(reversed_lattice(lattice, True), np.eye(60)), forwards.T, atol=1e-5)
-    np.testing.assert_array_equal(apply(reversed_lattice(lattice, False), np.eye(60)), forwards)
+    np.testing.assert_allclose(apply(lattice.reversed(True), np.eye(60)), forwards.T, atol=1e-5)
+    np.testing.assert_array_equal(apply(lattice.reversed(False), np.eye(60)), forwards)
     rng = np.random.default_rng(2)
     values, cotangent = rng.normal(size=(2, 60, 4)).astype(np.float32)
 
     @jax.jit
     def products(values):
-        return [jnp.sum(cotangent * apply_lattice(lattice, values, symmetric=symmetric)) for symmetric in (False, True)]
+        return [jnp.sum(cotangent * function(lattice, values)) for function in (apply, apply_symmetric)]
 
     for gradient, matrix in zip(jax.jacrev(products)(values), (forwards, both), strict=True):
         np.testing.assert_allclose(gradient, matrix.T @ cotangent, atol=1e-4)
@@ -228,8 +224,8 @@ def test_diagonal_is_the_weight_of_the_pixel_itself():
     lattice = build(dense, 1024, cell_sizes=(0.2, 0.3))
     inside = np.abs(dense).max(axis=1) < 1
     diagonal = np.diagonal(apply(lattice, np.eye(600)))
-    np.testing.assert_allclose(lattice_diagonal(lattice)[inside], diagonal[inside], rtol=1e-4)
-    assert np.all(lattice_diagonal(lattice) >= diagonal - 1e-5)
+    np.testing.assert_allclose(lattice.diagonal()[inside], diagonal[inside], rtol=1e-4)
+    assert np.all(lattice.diagonal() >= diagonal - 1e-5)
 
 
 def test_float64_stays_float64():
@@ -254,7 +250,7 @@ def test_vmap_does_every_image_by_itself_in_value_and_gradient():
     @functools.partial(jax.value_and_grad, has_aux=True)
     def square(values, features, valid):
         lattice = build_lattice(features, 120, cell_sizes=SMALL_CELLS, valid=valid)
-        filtered = apply_lattice(lattice, values)
+        filtered = lattice.apply(values)
         return jnp.sum(jnp.square(filtered)), (filtered, lattice.num_cells)
 
     (_, (filtered, num_cells)), gradients = square(values, features, valid)
@@ -288,11 +284,11 @@ def lattice_of_one():
     (lambda: build_lattice(np.zeros((2, 3)), valid=np.ones(3, bool)), r"valid: expected shape \[2\]"),
     (lambda: build_lattice(np.zeros((2, 3)), cell_sizes=(1.0, 1.0)), r"cell_sizes: expected shape \[3\], got \[2\]"),
     (lambda: build_lattice(np.zeros((2, 3)), cell_sizes=(1.0, 0.0, 1.0)), "cell_sizes.*> 0, got 0.0"),
-    (lambda: apply_lattice(lattice_of_one(), np.zeros((3, 1))), r"values: expected shape \[1, K\]"),
-    (lambda: splat_lattice(lattice_of_one(), np.zeros(1)), r"values: expected shape \[1, K\]"),
-    (lambda: blur_lattice(lattice_of_one(), np.zeros((1, 1))), r"table: expected shape \[2, K\].*splat_lattice"),
-    (lambda: slice_lattice(lattice_of_one(), np.zeros((1, 1))), r"table: expected shape \[2, K\]"),
-    (lambda: scaled_lattice(lattice_of_one(), np.zeros((1, 1))), r"scale: expected shape \[1\]"),
+    (lambda: lattice_of_one().apply(np.zeros((3, 1))), r"values: expected shape \[1, K\]"),
+    (lambda: lattice_of_one().splat(np.zeros(1)), r"values: expected shape \[1, K\]"),
+    (lambda: lattice_of_one().blur(np.zeros((1, 1))), r"table: expected shape \[2, K\].*splat"),
+    (lambda: lattice_of_one().slice(np.zeros((1, 1))), r"table: expected shape \[2, K\]"),
+    (lambda: lattice_of_one().scaled(np.zeros((1, 1))), r"scale: expected shape \[1\]"),
     (lambda: default_capacity(0, 5), "num_pixels"),
     (lambda: default_capacity(5, 0), "num_features"),
     (lambda: default_capacity(5, 5, share=0), "share"),
