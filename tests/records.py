@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import reference
 
+from lcrf_jax.bound.record import Record
 from lcrf_jax.nets.inputs import network_inputs
 from lcrf_jax.nets.network import backbone_variables, build_network
 
@@ -41,26 +42,25 @@ def image_batch():
     tags = rng.random((BATCH, NUM_CLASSES)) < 0.5
     tags[:, 0], tags[0], tags[1, 1:] = True, True, False
     maps = rng.normal(0.4, 0.5, (BATCH, GRID, GRID, NUM_CLASSES - 1)).astype(np.float32)
-    return {
-        "image": np.stack([reference.smooth_image(i, SIZE, SIZE) for i in range(BATCH)]).astype(np.uint8),
-        "tags": tags,
-        "class_maps": maps,
-        "peaks": maps.max(axis=(1, 2)) + 0.1,
-        "bias": np.tile(np.float32([-0.5, 0.2, -1.0]), (BATCH, 1)),
-        "mask": rng.integers(0, NUM_CLASSES, (BATCH, SIZE, SIZE)).astype(np.uint8),
-        "index": np.arange(BATCH, dtype=np.int32),
-    }
+    return Record(
+        tags=tags,
+        image=np.stack([reference.smooth_image(i, SIZE, SIZE) for i in range(BATCH)]).astype(np.uint8),
+        class_maps=maps,
+        peaks=maps.max(axis=(1, 2)) + 0.1,
+        bias=np.tile(np.float32([-0.5, 0.2, -1.0]), (BATCH, 1)),
+        mask=rng.integers(0, NUM_CLASSES, (BATCH, SIZE, SIZE)).astype(np.uint8),
+        index=np.arange(BATCH, dtype=np.int32),
+    )
 
 
 @functools.cache
 def feature_batch():
     """The same with float16 taps and a uint8 guide in place of the images, as the cache gives them."""
     network, variables = network_and_variables()
-    batch = dict(image_batch())
-    inputs = jax.jit(functools.partial(network_inputs, network, variables))(batch.pop("image"))
-    guide = np.round(np.asarray(inputs.pop("guide"))).astype(np.uint8)
-    return {**batch, "guide": guide, **{tap: np.asarray(x, np.float16) for tap, x in inputs.items()}}
+    features, guide = jax.jit(functools.partial(network_inputs, network, variables))(image_batch().image)
+    features = {tap: np.asarray(x, np.float16) for tap, x in features.items()}
+    return image_batch()._replace(image=None, features=features, guide=np.round(np.asarray(guide)).astype(np.uint8))
 
 
 def record(index):
-    return {name: value[index] for name, value in feature_batch().items()}
+    return jax.tree.map(lambda value: value[index], feature_batch())

@@ -2,7 +2,8 @@
 
 Read `sampling` first, the draws of labels z from q; then `likelihoods`, log p(y | z, x) in several forms, and `pixel_evidence`,
 what a frozen classifier says of each pixel; then `estimators`, the bound and the four ways to its gradient. `chains`
-samples the posterior itself. `objective` puts these together by configuration: one function of one image.
+samples the posterior itself. `record` is what training knows of one view of an image, and `objective` puts all this together by
+configuration: one function of a record.
 
 The room imports jax, numpy, einops, `lcrf_jax.numerics` and `lcrf_jax.crf`, nothing else.
 """

@@ -82,7 +82,7 @@ def _product(factors):
 
 
 def _factor(name, config, record):
-    tags = record["tags"]
+    tags = record.tags
     options = config["likelihood_options"].get(name, {})
     if name == "evidence":
         evidence = _pixel_evidence(record, options, config["cue_confidence"])
@@ -92,8 +92,8 @@ def _factor(name, config, record):
             log_evidence(evidence),
         )
     if name == "frozen_classifier":
-        maps = _pixels(record["class_maps"])
-        options = {"bias": record["bias"], **options}
+        maps = _pixels(record.class_maps)
+        options = {"bias": record.bias, **options}
         return _Observed(lambda labels: likelihoods.frozen_classifier(labels, tags, maps, **options), None, None)
     likelihood, expectation = likelihoods.TAG_LIKELIHOODS[name], likelihoods.EXPECTATIONS.get(name)
     return _Observed(
@@ -105,15 +105,15 @@ def _factor(name, config, record):
 
 def _pixel_evidence(record, options, cue_confidence):
     """[m, K], that of an earlier round or made of the class maps, and of cues where these are used."""
-    if "pixel_evidence" in record:
-        return _pixels(record["pixel_evidence"])
-    tags = record["tags"]
+    if record.pixel_evidence is not None:
+        return _pixels(record.pixel_evidence)
+    tags = record.tags
     if options.get("saliency_weight"):
-        options = {**options, "saliency": record["gradient_saliency"].reshape(-1)}
-    evidence = class_evidence(_pixels(record["class_maps"]), record["peaks"], tags, **options)
+        options = {**options, "saliency": record.gradient_saliency.reshape(-1)}
+    evidence = class_evidence(_pixels(record.class_maps), record.peaks, tags, **options)
     if not cue_confidence:
         return evidence
-    evidence *= cue_evidence(record["cues"].reshape(-1), tags, confidence=cue_confidence)
+    evidence *= cue_evidence(record.cues.reshape(-1), tags, confidence=cue_confidence)
     return evidence / evidence.sum(axis=-1, keepdims=True)
 
 
@@ -250,7 +250,7 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
         estimator = estimator_at(step, observed, grid)
         terms = estimators.elbo(key, _pixels(logits), None, observed.log_likelihood, estimator=estimator)
         num_cells = grid[0] * grid[1]
-        terms = terms._replace(pairwise_energy=num_cells * energy_per_cell(logits, record["guide"]))
+        terms = terms._replace(pairwise_energy=num_cells * energy_per_cell(logits, record.guide))
         loss = -terms.reweighted(
             likelihood=config["likelihood_weight"], entropy=config["entropy_weight"], pairwise=pairwise_weight(step)
         )
@@ -274,10 +274,10 @@ def _chain_objective(config, kernel_params, pairwise_weight, key, logits, record
     observed, (height, width, _) = _observed(config, record), logits.shape
     start_key, chain_key = jax.random.split(key)
     logits = _pixels(logits)
-    chain = record["chain"].reshape(-1)
+    chain = record.chain.reshape(-1)
     start = jnp.where(chain == _NO_CHAIN, jax.random.categorical(start_key, logits), chain.astype(jnp.int32))
     weight, potentials = config["likelihood_weight"], observed.log_potentials
-    kernel = pairwise_weight(step) * dense_kernel(record["guide"], kernel_params)
+    kernel = pairwise_weight(step) * dense_kernel(record.guide, kernel_params)
     samples = gibbs(
         chain_key,
         start,

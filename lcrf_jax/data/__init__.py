@@ -5,5 +5,5 @@ files, `sources` has one file for each kind of data, and `opening` is the one li
 source before it is used. `views` cuts views out of an image, `pipeline` makes records of them and `loader` batches on the
 devices, in an order that a resumed run repeats.
 
-The room imports of the house `numerics` and `machine` alone.
+The room imports of the house `numerics`, the type of a record in `bound`, and `machine`.
 """

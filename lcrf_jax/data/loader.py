@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from lcrf_jax.data.pipeline import Record
+from lcrf_jax.bound.record import Record
 
 _FOR_EVER = 1 << 60
 
@@ -34,11 +34,11 @@ def make_loader(
 
     ``items`` are ``num_views`` runs of n records; epoch e takes every record of run ``e % num_views``
     once. Epochs follow each other without a gap, so a batch may straddle two of them; every record
-    carries its ``epoch`` (int32). With several processes each makes its share of every batch: one after
+    carries its epoch. With several processes each makes its share of every batch: one after
     the other the shares are the batch of one process.
 
     Args:
-      items: random access to records (dicts of arrays, numbers and strings), such as a `ViewDataset`;
+      items: random access to records, such as a `ViewDataset`;
         read from several threads.
       batch_size: records in a batch, of all processes together; a multiple of their number.
       seed: of the order, 0 <= seed < 2**32.
@@ -48,7 +48,7 @@ def make_loader(
       num_threads: threads that read records ahead; 0 reads in the caller's thread.
       num_views: number of runs in ``items``, a divisor of its length.
     Returns:
-      An iterator over dicts of arrays with a leading batch axis, strings as an array of str. It has
+      An iterator over records with a leading batch axis, names as an array of str. It has
       `get_state` and `set_state`; a state is a small dict that JSON can hold, and is good for any number of
       processes.
     Raises:
@@ -80,7 +80,7 @@ def make_loader(
     def read(position: int, index: int) -> Record:
         epoch = position // num_records
         record = items[(epoch % num_views) * num_records + index]
-        return {**record, "epoch": np.int32(epoch)}
+        return record._replace(epoch=np.int32(epoch))
 
     order = grain.MapDataset.range(num_records).seed(seed)
     order = order.shuffle() if shuffle else order
@@ -139,41 +139,38 @@ class Loader:
 
 
 def stack_records(records: Sequence[Record]) -> Record:
-    """One dict of arrays with a leading batch axis.
+    """One record with a leading batch axis on every array.
 
     Args:
-      records: dicts with the same keys, and arrays of the same shape under each key.
+      records: records with the same fields, and arrays of the same shape in each.
     Returns:
-      A dict with the same keys; strings become an array of str.
+      A Record; names become an array of str.
     Raises:
-      ValueError: if keys or shapes differ; the message names the key and the records.
-    References:
-      None.
+      ValueError: if fields or shapes differ; the message names the field and the records.
     """
-    batch = {}
-    for key in records[0]:
-        try:
-            values = [np.asarray(record[key]) for record in records]
-        except KeyError:
-            raise ValueError(
-                f"the records of a batch must have the same keys; {key!r} is missing in one"
-            ) from None
-        shapes = sorted({value.shape for value in values})
+    if len({jax.tree.structure(record) for record in records}) > 1:
+        missing = [name for name, *values in zip(Record._fields, *records) if len({jax.tree.structure(v) for v in values}) > 1]
+        raise ValueError(f"the records of a batch must have the same fields; {missing} are missing in some")
+
+    def stacked(path: Any, *values: Any) -> np.ndarray:
+        arrays = [np.asarray(value) for value in values]
+        shapes = sorted({array.shape for array in arrays})
         if len(shapes) > 1:
-            names = [str(record.get("name", "?")) for record in records[:4]]
+            names = [str(record.name) for record in records[:4]]
             raise ValueError(
-                f"{key!r} has the shapes {shapes} within one batch (records {', '.join(names)}, ...); "
-                "bring them to one size first"
+                f"{jax.tree_util.keystr(path, simple=True, separator='.')!r} has the shapes {shapes} within one batch "
+                f"(records {', '.join(names)}, ...); bring them to one size first"
             )
-        batch[key] = np.stack(values)
-    return batch
+        return np.stack(arrays)
+
+    return jax.tree_util.tree_map_with_path(stacked, *records)
 
 
 class DevicePrefetch:
-    """An iterator whose batches are on the devices ahead of time; strings stay on the host.
+    """An iterator whose batches are on the devices ahead of time; names stay on the host.
 
     Args:
-      iterator: gives dicts of host arrays, each process its share of the batch.
+      iterator: gives records of host arrays, each process its share of the batch.
       sharding: how the batch axis is spread over the devices.
       depth: batches that are under way, at least 1.
     Raises:
@@ -222,7 +219,7 @@ def device_prefetch(
     """Puts batches on the devices while the step before is still running.
 
     Args:
-      iterator: gives dicts of host arrays, each process its share of the batch, such as `make_loader`.
+      iterator: gives records of host arrays, each process its share of the batch, such as `make_loader`.
       sharding: how the batch axis is spread over the devices, such as ``NamedSharding(mesh, P("data"))``.
       depth: batches that are under way, at least 1.
     Returns:
@@ -235,33 +232,29 @@ def device_prefetch(
     return DevicePrefetch(iterator, sharding, depth)
 
 
-def to_devices(batch: Mapping[str, Any], sharding: jax.sharding.Sharding) -> Record:
-    """The batch with its arrays on the devices and its strings on the host.
+def to_devices(batch: Record, sharding: jax.sharding.Sharding) -> Record:
+    """The batch with its arrays on the devices and its names on the host.
 
     Args:
-      batch: dict of arrays with a leading batch axis, this process' share.
+      batch: Record with a leading batch axis, this process' share.
       sharding: how the batch axis is spread over the devices of all processes.
     Returns:
-      A dict with the same keys; numeric arrays are global `jax.Array`.
+      A Record of global `jax.Array`.
     Raises:
       ValueError: if the batch does not divide by the number of devices.
-    References:
-      None.
     """
-    placed = {}
-    for key, value in batch.items():
-        value = np.asarray(value)
-        if value.dtype.kind not in "biuf":
-            placed[key] = value
-            continue
-        size = value.shape[0] * jax.process_count() if value.ndim else 1
+
+    def placed(path: Any, value: np.ndarray) -> jax.Array:
+        size = value.shape[0] * jax.process_count()
         try:
-            sharding.shard_shape((size, *value.shape[1:]) if value.ndim else ())
+            sharding.shard_shape((size, *value.shape[1:]))
         except ValueError as error:
             num_devices = len(sharding.device_set)
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(
-                f"a batch of {size} ({key!r}) cannot be spread over {num_devices} devices: choose a batch "
+                f"a batch of {size} ({name!r}) cannot be spread over {num_devices} devices: choose a batch "
                 f"size that is a multiple of {num_devices}, and drop the remainder ({error})"
             ) from error
-        placed[key] = jax.make_array_from_process_local_data(sharding, value)
-    return placed
+        return jax.make_array_from_process_local_data(sharding, value)
+
+    return jax.tree_util.tree_map_with_path(placed, batch._replace(name=None))._replace(name=batch.name)

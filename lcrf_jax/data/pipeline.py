@@ -10,18 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from lcrf_jax.bound.record import Record
 from lcrf_jax.data.example import Example, Source
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
-
-Record = dict[str, Any]
 
 
 class ViewDataset:
     """The views of a source's images as records of arrays, one after the other.
 
     Record ``view * len(source) + index`` shows view number ``view`` of image ``index``. A record holds
-    ``name``, ``image`` [size, size, 3] uint8, ``tags`` [K] bool, ``index`` and ``view`` (int32 scalars)
-    and, where the source has masks, ``mask`` [size, size] uint8.
+    name, image, tags, index and view and, where the source has masks, the mask; see `lcrf_jax.bound.record`.
 
     Args:
       source: the images.
@@ -60,7 +58,7 @@ class ViewDataset:
         return {"seed": self._seed, **self._ranges}
 
     @property
-    def identity(self) -> Record:
+    def identity(self) -> dict[str, Any]:
         """What the arrays of the records depend on, for keying a cache."""
         source = hashlib.sha256(repr(self._source.fingerprint).encode()).hexdigest()
         return {"source": source, "num_views": self.num_views, "size": self._size, **self.options}
@@ -74,16 +72,15 @@ class ViewDataset:
         number, index = divmod(int(position), len(self._source))
         example = self._source[index]
         view = sample_view(self._seed, index, number, **self._ranges)
-        record = {
-            "name": example.name,
-            "image": apply_view(example.image, view, (self._size, self._size)),
-            "tags": example.tags,
-            "index": np.int32(index),
-            "view": np.int32(number),
-        }
-        if example.mask is not None:
-            record["mask"] = apply_view_to_mask(example.mask, view, (self._size, self._size))
-        return record
+        size = self._size, self._size
+        return Record(
+            tags=example.tags,
+            name=example.name,
+            index=np.int32(index),
+            view=np.int32(number),
+            image=apply_view(example.image, view, size),
+            mask=None if example.mask is None else apply_view_to_mask(example.mask, view, size),
+        )
 
 
 class ImageSubset:

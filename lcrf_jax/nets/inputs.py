@@ -49,20 +49,20 @@ def network_inputs(network, variables, images, guide_stride=None):
       guide_stride: pixels per cell of the guide; None is the grid of the logits.
 
     Returns:
-      dict from tap to [B, h, w, C] float32, and "guide" [B, S / guide_stride, S / guide_stride, 3], see `guide_image`.
+      (dict from tap to [B, h, w, C] float32, guide [B, S / guide_stride, S / guide_stride, 3], see `guide_image`).
     """
-    guide = guide_image(images, guide_stride or network.stride)
-    return {**network.features(variables, images), "guide": guide}
+    return network.features(variables, images), guide_image(images, guide_stride or network.stride)
 
 
 # The programs of this file take the weights as arguments and the network as a static one: a second run, or a second source
 # of the same sizes, compiles nothing.
 
 
-@functools.partial(jax.jit, static_argnames=("network", "guide_stride", "names"))
-def named_inputs(variables, images, *, network, guide_stride, names):
-    inputs = network_inputs(network, variables, images, guide_stride)
-    return {name: inputs[name] for name in names}
+@functools.partial(jax.jit, static_argnames=("network", "guide_stride", "taps"))
+def chosen_inputs(variables, images, *, network, guide_stride, taps):
+    """`network_inputs` of these taps alone."""
+    features, guide = network_inputs(network, variables, images, guide_stride)
+    return {tap: features[tap] for tap in taps}, guide
 
 
 def square_image(image, size):

@@ -124,7 +124,7 @@ def class_maps(
 
     def at_size(size):
         records = square_batches(source, size, batch_size, progress)
-        return np.concatenate([np.asarray(from_images(batch["image"]))[:count] for count, batch in records])
+        return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
 
     def batches(first):
         del first  # all at once
@@ -159,8 +159,8 @@ class MappedViews:
 
     def __getitem__(self, position):
         record = self._records[position]
-        index = int(record["index"])
-        view = sample_view(index=index, view_number=int(record["view"]), **self._view_options)
+        index = int(record.index)
+        view = sample_view(index=index, view_number=int(record.view), **self._view_options)
         size = (self._grid, self._grid)
         cut = {
             name: apply_view_to_mask(maps[index], view, size)
@@ -168,7 +168,7 @@ class MappedViews:
             else apply_view(np.asarray(maps[index], np.float32), view, size)
             for name, maps in self._maps.items()
         }
-        return {**record, **cut, **{name: values[index] for name, values in self._constants.items()}}
+        return record._replace(**cut, **{name: values[index] for name, values in self._constants.items()})
 
 
 def fitted_classifier(network, variables, s32, tags, *, l2):

@@ -36,7 +36,7 @@ def image_saliency(source, *, image_size, contrast, level, grid, directory, batc
 
     def batches(first):
         for count, batch in square_batches(source, image_size, batch_size, progress, first):
-            yield {"saliency": np.asarray(maps(batch["image"]), np.float16)[:count]}
+            yield {"saliency": np.asarray(maps(batch.image), np.float16)[:count]}
 
     settings = {"image_size": image_size, "contrast": contrast, "level": level, "grid": grid}
     identity = {"kind": "barrier saliency, centred", **settings, "source": _fingerprint(source)}
@@ -79,7 +79,7 @@ def gradient_saliency(
 
     def batches(first):
         for count, batch in square_batches(source, size, batch_size, progress, first):
-            yield {"saliency": np.asarray(maps(batch["image"], batch["tags"]))[:count]}
+            yield {"saliency": np.asarray(maps(batch.image, batch.tags))[:count]}
 
     key = {"kind": "gradient saliency", "size": size, "grid": grid, "source": _fingerprint(source), **identity}
     return cached_arrays(directory, key, len(source), batches)["saliency"]

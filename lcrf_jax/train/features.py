@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcrf_jax.bound.record import Record
 from lcrf_jax.data.loader import stack_records
 from lcrf_jax.machine.cache import cached_arrays
-from lcrf_jax.nets.inputs import named_inputs, square_image
+from lcrf_jax.nets.inputs import chosen_inputs, square_image
 from lcrf_jax.nets.network import feature_identity
 
 
@@ -44,8 +45,8 @@ def _batched(records, batch_size, progress, first=0):
 class CachedViews:
     """The records of a `ViewDataset` with frozen features in place of images, kept on disk.
 
-    Records and their order are those of the views; instead of "image" they hold the taps (float16) and "guide"
-    (uint8), and "mask" where masks are given.
+    Records and their order are those of the views; instead of the image they hold the features (float16) and the guide
+    (uint8), and the mask where masks are given.
 
     Args:
       views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`; its masks, if it has some, are not used.
@@ -83,19 +84,19 @@ class CachedViews:
         if guide_stride not in (None, network.stride):
             identity["guide_stride"] = guide_stride
 
-        variables, wanted = jax.device_put(variables), (*kept, "guide")
-
-        run = functools.partial(named_inputs, network=network, guide_stride=guide_stride, names=wanted)
+        run = functools.partial(
+            chosen_inputs, jax.device_put(variables), network=network, guide_stride=guide_stride, taps=kept
+        )
 
         def batches(first):
             for count, batch in _batched(views, batch_size, progress, first):
-                inputs = {name: np.asarray(array)[:count] for name, array in run(variables, batch["image"]).items()}
-                rows = {"guide": np.round(inputs.pop("guide")).astype(np.uint8)}
-                yield rows | {tap: inputs[tap].astype(np.float16) for tap in kept}
+                features, guide = run(batch.image)
+                rows = {"guide": np.round(np.asarray(guide)[:count]).astype(np.uint8)}
+                yield rows | {tap: np.asarray(features[tap])[:count].astype(np.float16) for tap in kept}
 
-        self._arrays = cached_arrays(directory, identity, len(views), batches)
-        if masks is not None:
-            self._arrays |= _cached_masks(masks, directory, batch_size)
+        arrays = cached_arrays(directory, identity, len(views), batches)
+        self._guide, self._features = arrays.pop("guide"), arrays
+        self._masks = None if masks is None else _cached_masks(masks, directory, batch_size)
         self._names, self._tags = views.source.names, views.source.tags
 
     def __len__(self):
@@ -103,14 +104,27 @@ class CachedViews:
 
     def __getitem__(self, position):
         view, index = divmod(int(position), len(self._names))
-        annotation = {"name": self._names[index], "tags": self._tags[index]}
-        annotation |= {"index": np.int32(index), "view": np.int32(view)}
-        return annotation | {name: array[position] for name, array in self._arrays.items()}
+        return Record(
+            tags=self._tags[index],
+            name=self._names[index],
+            index=np.int32(index),
+            view=np.int32(view),
+            features={tap: array[position] for tap, array in self._features.items()},
+            guide=self._guide[position],
+            mask=None if self._masks is None else self._masks[position],
+        )
 
     def tap(self, name, view=0):
         """[N, h, w, C] features of one tap of all images in the given view, memory-mapped."""
+        return self._features[name][self._rows(view)]
+
+    def guide(self, view=0):
+        """[N, s, s, 3] uint8 guides of all images in the given view, memory-mapped."""
+        return self._guide[self._rows(view)]
+
+    def _rows(self, view):
         count = len(self) // self.num_views
-        return self._arrays[name][view * count : (view + 1) * count]
+        return slice(view * count, (view + 1) * count)
 
 
 def _cached_masks(views, directory, batch_size):
@@ -119,9 +133,9 @@ def _cached_masks(views, directory, batch_size):
     def batches(first):
         for start in range(first, len(views), batch_size):
             stop = min(start + batch_size, len(views))
-            yield {"mask": np.stack([views[i]["mask"] for i in range(start, stop)])}
+            yield {"mask": np.stack([views[i].mask for i in range(start, stop)])}
 
-    return cached_arrays(directory, {"kind": "masks", "views": views.identity}, len(views), batches)
+    return cached_arrays(directory, {"kind": "masks", "views": views.identity}, len(views), batches)["mask"]
 
 
 def in_batches(function, rows, batch_size=64):
@@ -152,7 +166,7 @@ class _Squares:
 
     def __getitem__(self, index):
         example = self._source[index]
-        return {"image": square_image(example.image, self._size), "tags": example.tags}
+        return Record(example.tags, image=square_image(example.image, self._size))
 
 
 def square_batches(source, size, batch_size, progress=no_progress, first=0):
@@ -166,7 +180,7 @@ def square_batches(source, size, batch_size, progress=no_progress, first=0):
       first: image to begin with; those before it are told to `progress` at once.
 
     Returns:
-      Iterator over (number of true rows, dict with "image" [B, size, size, 3] uint8 and "tags" [B, K] bool).
+      Iterator over (number of true rows, Record with images [B, size, size, 3] uint8 and tags [B, K] bool).
     """
     return _batched(_Squares(source, size), batch_size, progress, first)
 
@@ -193,7 +207,7 @@ def test_time_features(source, network, variables, weights_digest, *, size, mirr
 
     def batches(first):
         for count, batch in square_batches(source, size, batch_size, progress, first):
-            yield {tap: np.asarray(array)[:count] for tap, array in features(batch["image"]).items()}
+            yield {tap: np.asarray(array)[:count] for tap, array in features(batch.image).items()}
 
     description = {**feature_identity(network.description), "taps": list(network.taps)}
     identity = {

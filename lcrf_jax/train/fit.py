@@ -34,7 +34,6 @@ from lcrf_jax.train.step import (
     initial_state,
     make_optimizer,
     make_train_step,
-    numeric_arrays,
     replicated,
 )
 
@@ -123,7 +122,7 @@ def _beginning(prepared):
 
 
 def _first_batch(prepared, this, mesh):
-    return numeric_arrays(next(_round_batches(prepared, this, None, mesh)))
+    return next(_round_batches(prepared, this, None, mesh))._replace(name=None)
 
 
 def step_bytes(prepared):
@@ -239,8 +238,8 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
     with Progress(this.last_step, first_step=first, title=title) as bar:
         for step in range(first + 1, this.last_step + 1):
             batch = next(batches)
-            recent.append((step, batch["name"]))
-            state, metrics = step_function(state, variables, numeric_arrays(batch), round_key)
+            recent.append((step, batch.name))
+            state, metrics = step_function(state, variables, batch._replace(name=None), round_key)
             epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
             scoring = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
             saving = scoring or step % config["save_every_steps"] == 0

@@ -15,6 +15,7 @@ import numpy as np
 
 from lcrf_jax import baselines
 from lcrf_jax.bound.objective import latent_crf_objective
+from lcrf_jax.bound.record import Record
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.params import KernelParams, scaled
 
@@ -77,7 +78,7 @@ def _by_loss(name, loss):
         options = config["baselines"][name]
         _check_options(
             lambda logits, tags: loss(
-                jax.random.key(0), logits, {"tags": tags, "saliency": logits[:, :1, None]}, options
+                jax.random.key(0), logits, Record(tags, saliency=logits[:, :1, None]), options
             )
         )
 
@@ -93,11 +94,11 @@ def _by_loss(name, loss):
 
 def _mil(key, logits, record, options):
     del key
-    return baselines.mil_lse_loss(logits, record["tags"], **options)
+    return baselines.mil_lse_loss(logits, record.tags, **options)
 
 
 def _em_adapt(key, logits, record, options):
-    labels = baselines.em_adapt_labels(key, logits, record["tags"], **options)
+    labels = baselines.em_adapt_labels(key, logits, record.tags, **options)
     return baselines.label_cross_entropy(logits, labels)
 
 
@@ -109,7 +110,7 @@ def _ccnn(config, *, stride, steps_per_epoch):
     def objective(key, logits, record, step):
         del key, step
         logits = _cells(logits)
-        latent = baselines.ccnn_distribution(logits, record["tags"], **options)
+        latent = baselines.ccnn_distribution(logits, record.tags, **options)
         loss = baselines.soft_cross_entropy(logits, jnp.exp(latent.log_probs))
         return loss, {"ccnn": loss, "residual": latent.residual}
 
@@ -130,10 +131,10 @@ def _sec(config, *, stride, steps_per_epoch):
     def objective(key, logits, record, step):
         del key, step
         probs = baselines.floored_probs(_cells(logits), min_prob=options["min_prob"])
-        kernel = jax.lax.stop_gradient(dense_kernel(record["guide"], kernel_params))
+        kernel = jax.lax.stop_gradient(dense_kernel(record.guide, kernel_params))
         terms = {
-            "seed": baselines.seed_loss(probs, _cells(record["cues"])),
-            "expand": baselines.expand_loss(probs, record["tags"], **decays),
+            "seed": baselines.seed_loss(probs, _cells(record.cues)),
+            "expand": baselines.expand_loss(probs, record.tags, **decays),
             "constrain": baselines.constrain_loss(probs, kernel, num_iterations=options["num_iterations"]),
         }
         return sum(terms.values()), terms
@@ -143,10 +144,10 @@ def _sec(config, *, stride, steps_per_epoch):
 
 def _stc(key, logits, record, options):
     del key, options
-    if "pixel_evidence" in record:
-        labels = baselines.tagged_labels(_cells(record["pixel_evidence"]), record["tags"])
+    if record.pixel_evidence is not None:
+        labels = baselines.tagged_labels(_cells(record.pixel_evidence), record.tags)
         return baselines.label_cross_entropy(logits, labels)
-    target = baselines.saliency_target(_cells(record["saliency"])[:, 0], record["tags"])
+    target = baselines.saliency_target(_cells(record.saliency)[:, 0], record.tags)
     return baselines.soft_cross_entropy(logits, target)
 
 
@@ -155,8 +156,8 @@ def _full_supervision(config, *, stride, steps_per_epoch):
 
     def objective(key, logits, record, step):
         del key, step
-        rows, columns = (_centres(*sides) for sides in zip(logits.shape[:2], record["mask"].shape))
-        labels = record["mask"][rows][:, columns]
+        rows, columns = (_centres(*sides) for sides in zip(logits.shape[:2], record.mask.shape))
+        labels = record.mask[rows][:, columns]
         loss = baselines.label_cross_entropy(_cells(logits), labels.reshape(-1))
         return loss, {"cross_entropy": loss}
 

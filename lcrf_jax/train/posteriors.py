@@ -40,9 +40,9 @@ def posterior_evidence(prepared, params, settings):
     def inputs(part):
         if prepared.config["cache"]["features"]:
             taps = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
-            return *taps, views.tap("guide")[part]
+            return *taps, views.guide()[part]
         records = [views[row] for row in range(part.start, min(part.stop, len(tags)))]  # view 0 comes first
-        images = np.stack([record["image"] for record in records])
+        images = np.stack([record.image for record in records])
         return _inputs_of_images(variables, images, network=network, guide_stride=stride)
 
     params = jax.device_put(jax.tree.map(np.asarray, params))  # of all devices and processes; the rest is done by this one
@@ -77,6 +77,5 @@ def _posteriors(
 @functools.partial(jax.jit, static_argnames=("network", "guide_stride"))
 def _inputs_of_images(variables, images, *, network, guide_stride):
     """(features of images, features of their mirror images, guide)."""
-    plain = network_inputs(network, variables, images, guide_stride)
-    guide = plain.pop("guide")
+    plain, guide = network_inputs(network, variables, images, guide_stride)
     return plain, network.features(variables, images[:, :, ::-1]), guide

@@ -5,7 +5,6 @@ one image, (key, logits, record, step) -> (loss, terms), mapped over the batch h
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -119,21 +118,22 @@ def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, a
       max_skipped: steps in a row that may be skipped.
 
     Returns:
-      Function (state, variables, batch, key) -> (state, metrics), metrics being scalars averaged over the batch, and
+      Function (state, variables, batch, key) -> (state, metrics), `batch` being a `Record` of a batch without names, metrics being scalars averaged over the batch, and
         "skipped_steps". `state` is donated; `variables` are those of the frozen backbone. The key of the step is
         fold_in(key, state.step), so a resumed run draws the same numbers.
     """
 
     def image_loss(params, variables, key, record, step):
         dropout_key, sample_key = jax.random.split(key)
-        taps = {tap: record[tap][None] for tap in network.taps}
+        taps = {tap: record.features[tap][None] for tap in network.taps}
         logits = network.logits(params, variables, taps, dropout_key)[0]
         return objective(sample_key, logits, record, step)
 
     def gradient(params, variables, keys, batch, step):
-        records = {name: value for name, value in batch.items() if name != "image"}
-        if "image" in batch:
-            records.update(network_inputs(network, variables, batch["image"], guide_stride))
+        records = batch
+        if batch.image is not None:
+            features, guide = network_inputs(network, variables, batch.image, guide_stride)
+            records = batch._replace(image=None, features=features, guide=guide)
 
         def batch_loss(params):
             losses, terms = jax.vmap(image_loss, in_axes=(None, None, 0, 0, None))(params, variables, keys, records, step)
@@ -170,14 +170,14 @@ def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, a
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, variables, batch, key):
-        batch_size = len(batch["tags"])
+        batch_size = len(batch.tags)
         keys = jax.random.split(jax.random.fold_in(key, state.step), batch_size)
         chains = state.chains
         if chains is not None:
-            batch = {**batch, "chain": chains[batch["view"], batch["index"]]}
+            batch = batch._replace(chain=chains[batch.view, batch.index])
         (grads, metrics), ends = spread(state.params, variables, keys, batch, state.step)
         if chains is not None:
-            chains = chains.at[batch["view"], batch["index"]].set(ends)
+            chains = chains.at[batch.view, batch.index].set(ends)
             chains = jax.lax.with_sharding_constraint(chains, NamedSharding(mesh, P()))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics["gradient_norm"] = optax.tree.norm(grads)
@@ -250,15 +250,3 @@ def count_parameters(params):
       int.
     """
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-
-
-def numeric_arrays(batch: Mapping):
-    """The part of a batch that a step can take: everything but strings.
-
-    Args:
-      batch: dict from name to array.
-
-    Returns:
-      dict without names and other text.
-    """
-    return {name: value for name, value in batch.items() if np.dtype(value.dtype).kind in "biuf"}

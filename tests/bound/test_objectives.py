@@ -25,6 +25,7 @@ from records import (
 
 from lcrf_jax.bound import estimators, likelihoods, objective
 from lcrf_jax.bound.chains import gibbs
+from lcrf_jax.bound.record import Record
 from lcrf_jax.bound.sampling import block_groups
 from lcrf_jax.crf.params import KernelParams, scaled
 from lcrf_jax.nets.inputs import guide_image
@@ -63,20 +64,20 @@ def mean_objective(name):
 
 
 def evidence_of(given):
-    maps = given["class_maps"].reshape(-1, given["class_maps"].shape[-1])
-    return reference.class_evidence(maps, given["peaks"], given["tags"], **EVIDENCE)
+    maps = given.class_maps.reshape(-1, given.class_maps.shape[-1])
+    return reference.class_evidence(maps, given.peaks, given.tags, **EVIDENCE)
 
 
 def expected_terms(name, logits, given):
     """(log-likelihood of the probabilities, entropy, pairwise energy) in float64, in nats of the image."""
     probs = reference.softmax(logits).reshape(-1, NUM_CLASSES)
-    kernel = reference.dense_kernel(given["guide"], scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
     if name == "evidence":
         log_likelihood = np.log((probs * evidence_of(given)).sum(axis=1)).sum()
     else:
-        maps = given["class_maps"].reshape(-1, NUM_CLASSES - 1)
-        seen = {"class_maps": maps, "bias": given["bias"]} if name == "frozen_classifier" else {}
-        log_likelihood = reference.tag_log_likelihood(name, probs, given["tags"], **OPTIONS[name], **seen)
+        maps = given.class_maps.reshape(-1, NUM_CLASSES - 1)
+        seen = {"class_maps": maps, "bias": given.bias} if name == "frozen_classifier" else {}
+        log_likelihood = reference.tag_log_likelihood(name, probs, given.tags, **OPTIONS[name], **seen)
     return log_likelihood, -(probs * np.log(probs)).sum(), reference.pairwise_energy(probs, kernel)
 
 
@@ -118,9 +119,9 @@ def test_further_likelihoods_are_multiplied_in_their_powers(name, index):
 
 def test_further_likelihoods_stay_when_evidence_of_an_earlier_round_takes_over():
     logits, evidence = random_logits(3), reference.softmax(random_logits(4)).astype(np.float32)
-    given = {**record(2), "pixel_evidence": evidence}
+    given = record(2)._replace(pixel_evidence=evidence)
     area, gwrp = (expected_terms(name, logits, given)[0] for name in ("area", "gwrp"))
-    del given["class_maps"], given["peaks"]
+    given = given._replace(class_maps=None, peaks=None)
     _, terms = objective_of(product_config(estimator="mean"))(jax.random.key(0), logits, given, jnp.int32(0))
     of_pixels = np.log((reference.softmax(logits) * np.float64(evidence)).sum(axis=-1)).sum()
     np.testing.assert_allclose(terms["log_likelihood"], (of_pixels + 2 * area + 0.5 * gwrp) / GRID**2, rtol=1e-5)
@@ -129,27 +130,27 @@ def test_further_likelihoods_stay_when_evidence_of_an_earlier_round_takes_over()
 def test_cues_are_multiplied_to_the_evidence_of_the_class_maps():
     logits, given = random_logits(3), record(2)
     cues = np.random.default_rng(0).choice([0, 1, 2, 255], (GRID, GRID)).astype(np.uint8)
-    given = {**given, "cues": cues}
+    given = given._replace(cues=cues)
     objective = objective_of(config_with(estimator="mean", cue_confidence=0.9))
     _, terms = objective(jax.random.key(0), logits, given, jnp.int32(0))
-    evidence = evidence_of(given) * reference.cue_evidence(cues.reshape(-1), given["tags"], 0.9, 0.01)
+    evidence = evidence_of(given) * reference.cue_evidence(cues.reshape(-1), given.tags, 0.9, 0.01)
     evidence /= evidence.sum(axis=1, keepdims=True)
     expected = np.log((reference.softmax(logits).reshape(evidence.shape) * evidence).sum(axis=1)).mean()
     np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
     # An earlier round's evidence knows the cues already.
-    given["pixel_evidence"] = reference.softmax(random_logits(4)).astype(np.float32)
+    given = given._replace(pixel_evidence=reference.softmax(random_logits(4)).astype(np.float32))
     _, terms = objective(jax.random.key(0), logits, given, jnp.int32(0))
-    expected = np.log((reference.softmax(logits) * given["pixel_evidence"]).sum(axis=-1)).mean()
+    expected = np.log((reference.softmax(logits) * given.pixel_evidence).sum(axis=-1)).mean()
     np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
 
 
 def test_saliency_of_the_record_moves_the_background_of_the_evidence():
     logits, saliency = random_logits(3), np.random.default_rng(1).random((GRID, GRID, 1)).astype(np.float32)
-    given, options = {**record(2), "gradient_saliency": saliency}, {**EVIDENCE, "saliency_weight": 2.0}
+    given, options = record(2)._replace(gradient_saliency=saliency), {**EVIDENCE, "saliency_weight": 2.0}
     config = config_with(estimator="mean", likelihood_options={"evidence": options})
     _, terms = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(0))
-    maps = given["class_maps"].reshape(-1, NUM_CLASSES - 1)
-    of_pixels = reference.class_evidence(maps, given["peaks"], given["tags"], saliency=saliency.reshape(-1), **options)
+    maps = given.class_maps.reshape(-1, NUM_CLASSES - 1)
+    of_pixels = reference.class_evidence(maps, given.peaks, given.tags, saliency=saliency.reshape(-1), **options)
     expected = np.log((reference.softmax(logits).reshape(of_pixels.shape) * of_pixels).sum(axis=1)).mean()
     np.testing.assert_allclose(terms["log_likelihood"], expected, rtol=1e-5)
 
@@ -196,8 +197,8 @@ def test_the_gradient_is_that_of_the_definition():
 
 def test_evidence_of_an_earlier_round_takes_the_place_of_the_class_maps():
     logits, evidence = random_logits(3), reference.softmax(random_logits(4)).astype(np.float32)
-    given = {**record(2), "pixel_evidence": evidence}
-    del given["class_maps"], given["peaks"]
+    given = record(2)._replace(pixel_evidence=evidence)
+    given = given._replace(class_maps=None, peaks=None)
     config = config_with(estimator="mean")
     _, terms = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(0))
     expected = np.log((reference.softmax(logits) * np.float64(evidence)).sum(axis=-1)).mean()
@@ -235,12 +236,12 @@ def bilinear(values, size):
 @pytest.mark.slow_except("8-exact")
 @pytest.mark.parametrize(("stride", "form"), [(STRIDE // 2, "exact"), (STRIDE // 4, ""), (STRIDE // 4, "lattice")])
 def test_the_pairwise_term_on_a_finer_grid_than_the_logits(stride, form):
-    logits, given = random_logits(8), dict(record(2))
-    given["guide"] = np.asarray(guide_image(image_batch()["image"][2:3], stride)[0])
+    guide = np.asarray(guide_image(image_batch().image[2:3], stride)[0])
+    logits, given = random_logits(8), record(2)._replace(guide=guide)
     config = config_with(estimator="mean", pairwise_stride=stride, pairwise_form=form)
     loss, terms = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(4))
     fine = reference.softmax(bilinear(logits, SIZE // stride)).reshape(-1, NUM_CLASSES)
-    kernel = reference.dense_kernel(given["guide"], scaled(KernelParams(**KERNEL), stride), "symmetric")
+    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), stride), "symmetric")
     energy = reference.pairwise_energy(fine, kernel) / len(fine)
     np.testing.assert_allclose(terms["pairwise_energy"], energy, rtol=0.1 if form == "lattice" else 2e-4)
     rest = -1.7 * terms["log_likelihood"] - 0.9 * terms["entropy"]
@@ -297,11 +298,11 @@ def test_the_temperature_falls_along_a_geometric_path_and_stays_there(schedule, 
 
 def log_likelihood_of(name, given):
     """log p(y | z, x) of a record as a function of the labels, from `lcrf_jax.bound.likelihoods`."""
-    tags, maps, function = given["tags"], given["class_maps"], getattr(likelihoods, name)
+    tags, maps, function = given.tags, given.class_maps, getattr(likelihoods, name)
     if name == "evidence":
         return lambda labels: function(labels, tags, np.float32(evidence_of(given)))
     if name == "frozen_classifier":
-        options = {"bias": given["bias"], **OPTIONS[name]}
+        options = {"bias": given.bias, **OPTIONS[name]}
         return lambda labels: function(labels, tags, maps.reshape(-1, maps.shape[-1]), **options)
     return lambda labels: function(labels, tags, **OPTIONS[name])
 
@@ -366,7 +367,7 @@ def exact_by_hand(name, logits, given):
     if name == "evidence":
         return np.sum(probs * np.log(evidence_of(given)))
     absent = np.prod(1 - probs, axis=0)
-    right = np.where(given["tags"], 1 - absent, absent)
+    right = np.where(given.tags, 1 - absent, absent)
     return np.sum(right * np.log(0.9) + (1 - right) * np.log(0.1))
 
 
@@ -378,7 +379,7 @@ def test_exact_is_the_closed_form_of_the_expectation(name):
     config = config_with(likelihood=name, likelihood_options=options, estimator="exact")
     found = jax.jit(likelihood_term(config, given, jax.random.key(0)))(logits)
     seen = {"pixel_evidence": np.float32(evidence_of(given))} if name == "evidence" else options[name]
-    closed_form = functools.partial(likelihoods.EXPECTATIONS[name], tags=given["tags"], **seen)
+    closed_form = functools.partial(likelihoods.EXPECTATIONS[name], tags=given.tags, **seen)
     assert_same_term(found, jax.jit(of_pixels(closed_form))(logits))
     np.testing.assert_allclose(found[0][0], exact_by_hand(name, logits, given), rtol=1e-5)
 
@@ -398,7 +399,7 @@ def test_exact_adds_the_closed_forms_of_the_factors():
 def test_the_cells_of_a_noise_block_share_their_noise(estimator):
     """On a grid of four rows and two columns, so that exchanged sides would be noticed."""
     given, logits, key = record(2), random_logits(14)[:, :2], jax.random.key(5)
-    given = {**given, "guide": given["guide"][:, :2], "class_maps": given["class_maps"][:, :2]}
+    given = given._replace(guide=given.guide[:, :2], class_maps=given.class_maps[:, :2])
     groups = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     np.testing.assert_array_equal(block_groups(4, 2, 2), groups)
     config = with_likelihood("evidence", estimator=estimator, noise_block=2)
@@ -419,9 +420,9 @@ def chain_functions(name):
     """The objective with its gradient, and the sampler called by itself."""
     objective = objective_from(with_likelihood(name, **CHAIN))
 
-    def sampled(key, start, kernel, given):
+    def sampled(key, start, kernel, given, log_potentials):
         if name == "evidence":
-            return gibbs(key, start, kernel, given["log_potentials"], num_sweeps=3)
+            return gibbs(key, start, kernel, log_potentials, num_sweeps=3)
         weighted = log_likelihood_of(name, given)
         none = jnp.zeros((GRID * GRID, NUM_CLASSES))
         return gibbs(key, start, kernel, none, log_likelihood=lambda z: 1.7 * weighted(z), num_sweeps=3)
@@ -437,15 +438,15 @@ def test_mcmc_fits_q_to_the_marginals_of_a_chain(name, begun, step, ramp):
     """-E log q under the marginals of a Gibbs sampler of p(y | z, x)^1.7 p(z | x)^(6 ramp), which are constants."""
     objective, sampled = chain_functions(name)
     logits, key = random_logits(15), jax.random.key(6)
-    given = {**record(2), "log_potentials": np.float32(1.7 * np.log(evidence_of(record(2))))}
     chain = np.random.default_rng(0).integers(0, NUM_CLASSES, (GRID, GRID)) if begun else np.full((GRID, GRID), 255)
-    given["chain"] = chain.astype(np.uint8)
+    given = record(2)._replace(chain=chain.astype(np.uint8))
     (loss, terms), gradient = objective(key, logits, given, jnp.int32(step))
 
     start_key, chain_key = jax.random.split(key)
     start = chain.reshape(-1) if begun else jax.random.categorical(start_key, logits.reshape(-1, NUM_CLASSES))
-    kernel = reference.dense_kernel(given["guide"], scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
-    samples = sampled(chain_key, jnp.asarray(start, jnp.int32), np.float32(6 * ramp * kernel), given)
+    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    samples = sampled(chain_key, jnp.asarray(start, jnp.int32), np.float32(6 * ramp * kernel), given,
+                      np.float32(1.7 * np.log(evidence_of(given))))
     marginals, probs = np.float64(samples.marginals), reference.softmax(logits).reshape(-1, NUM_CLASSES)
     np.testing.assert_allclose(loss, -np.sum(marginals * np.log(probs)) / GRID**2, rtol=1e-4)
     expected = (probs - marginals) / GRID**2
@@ -459,20 +460,20 @@ def test_mcmc_fits_q_to_the_marginals_of_a_chain(name, begun, step, ramp):
 def small_record():
     """Three by three cells and three classes, one of them not tagged: 19,683 labellings."""
     maps = np.random.default_rng(1).normal(0.4, 0.4, (3, 3, 2)).astype(np.float32)
-    return {"guide": reference.smooth_image(3, 3, 3).astype(np.uint8), "class_maps": maps, "peaks": np.ones(2),
-            "tags": np.array([True, True, False])}
+    return Record(np.array([True, True, False]), guide=reference.smooth_image(3, 3, 3).astype(np.uint8), class_maps=maps,
+                  peaks=np.ones(2))
 
 
 def posterior_marginals(name, given, likelihood_weight, pairwise_weight):
     """[9, 3] of p(y | z, x)^a p(z | x)^b, by enumeration."""
-    kernel = reference.dense_kernel(given["guide"], scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
     one_hot = np.eye(3)[reference.labellings(9, 3)]
     log_likelihood = 0.0
     if "evidence" in name:
         log_likelihood += np.einsum("zik,ik->z", one_hot, np.log(evidence_of(given)))
     if "area" in name:
         pi = reference.sigmoid(15 * (one_hot.mean(axis=1) - [0.4, 0.2, 0.2]))
-        log_likelihood += np.log(np.where(given["tags"], pi, 1 - pi)).sum(axis=1)
+        log_likelihood += np.log(np.where(given.tags, pi, 1 - pi)).sum(axis=1)
     energies = reference.labelling_energies(kernel, 3)
     weights = reference.softmax(likelihood_weight * log_likelihood - pairwise_weight * energies)
     return np.einsum("z,zik->ik", weights, one_hot)
@@ -490,7 +491,7 @@ def test_chains_that_go_on_reach_the_weighted_posterior(name):
     config = config_with(**CHAIN | settings | options | product)
     gradient = jax.grad(objective_from(config), argnums=1, has_aux=True)
     step = jax.jit(jax.vmap(
-        lambda key, chain: gradient(key, jnp.zeros((3, 3, 3)), {**given, "chain": chain}, jnp.int32(100))))
+        lambda key, chain: gradient(key, jnp.zeros((3, 3, 3)), given._replace(chain=chain), jnp.int32(100))))
     chains = jnp.full((num_chains, 3, 3), 255, jnp.uint8)
     for seed in range(2):
         gradients, terms = step(jax.random.split(jax.random.key(seed), num_chains), chains)
@@ -573,7 +574,7 @@ def test_settings_that_do_not_go_together_are_refused(changes, message):
 
 def full_supervision(mask, logits):
     objective = make_objective({"method": "full_supervision"}, stride=STRIDE, steps_per_epoch=1)
-    run = jax.jit(jax.value_and_grad(lambda x: objective(jax.random.key(0), x, {"mask": mask}, 0)[0]))
+    run = jax.jit(jax.value_and_grad(lambda x: objective(jax.random.key(0), x, Record(np.ones(NUM_CLASSES, bool), mask=mask), 0)[0]))
     return run(jnp.asarray(logits))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from lcrf_jax.bound.record import Record
 from lcrf_jax.data.example import Example
 from lcrf_jax.data.loader import device_prefetch, make_loader, stack_records, to_devices
 from lcrf_jax.data.pipeline import ImageSubset, ViewDataset, prefetched
@@ -155,14 +156,15 @@ def test_view_dataset_records():
     items = ViewDataset(Numbers(3), num_views=4, size=8, seed=1)
     assert len(items) == 12
     record = items[3 * 3 + 1]
-    assert set(record) == {"name", "image", "tags", "index", "view"}
-    assert (record["name"], record["index"], record["view"]) == ("n1", 1, 3)
-    assert record["image"].shape == (8, 8, 3) and (record["image"] == 1).all()
-    assert record["tags"].tolist() == [True, True]
+    given = {name for name, value in record._asdict().items() if value is not None}
+    assert given == {"name", "image", "tags", "index", "view"}
+    assert (record.name, record.index, record.view) == ("n1", 1, 3)
+    assert record.image.shape == (8, 8, 3) and (record.image == 1).all()
+    assert record.tags.tolist() == [True, True]
     with pytest.raises(IndexError):
         items[12]
     masked = ViewDataset(Numbers(3, masks=True), num_views=1, size=8)[1]
-    assert masked["mask"].shape == (8, 8) and (masked["mask"] == 1).all()
+    assert masked.mask.shape == (8, 8) and (masked.mask == 1).all()
     with pytest.raises(ValueError, match="at least 1"):
         ViewDataset(Numbers(3), num_views=0, size=8)
 
@@ -171,18 +173,18 @@ def test_view_dataset_records():
 
 
 def records(length):
-    return [{"index": np.int32(i), "x": np.full((2,), i, np.float32), "name": f"n{i}"} for i in range(length)]
+    return [Record(np.full((2,), i, np.float32), name=f"n{i}", index=np.int32(i)) for i in range(length)]
 
 
 def indices(batches):
-    return [batch["index"].tolist() for batch in batches]
+    return [batch.index.tolist() for batch in batches]
 
 
 def test_a_subset_has_the_images_in_all_of_their_views():
     items = ViewDataset(Numbers(4), num_views=3, size=8, seed=1)
     subset = ImageSubset(items, np.array([1, 3]), 3)
     assert len(subset) == 6
-    assert [(r["name"], int(r["view"])) for r in (subset[i] for i in range(6))] == [
+    assert [(r.name, int(r.view)) for r in (subset[i] for i in range(6))] == [
         ("n1", 0), ("n3", 0), ("n1", 1), ("n3", 1), ("n1", 2), ("n3", 2)]
     with pytest.raises(ValueError, match="at least one image to keep"):
         ImageSubset(items, np.array([], int), 3)
@@ -195,10 +197,10 @@ def test_every_record_once_an_epoch_and_another_order_each(num_threads):
     epochs = np.array(indices(batches)).reshape(3, 10)
     assert np.sort(epochs).tolist() == [list(range(10))] * 3
     assert len({tuple(epoch) for epoch in epochs.tolist()} | {tuple(range(10))}) == 4
-    assert np.concatenate([batch["epoch"] for batch in batches]).tolist() == np.repeat([0, 1, 2], 10).tolist()
+    assert np.concatenate([batch.epoch for batch in batches]).tolist() == np.repeat([0, 1, 2], 10).tolist()
     for batch in batches:
-        assert batch["name"].tolist() == [f"n{i}" for i in batch["index"]]
-        np.testing.assert_array_equal(batch["x"], np.stack([batch["index"]] * 2, 1))
+        assert batch.name.tolist() == [f"n{i}" for i in batch.index]
+        np.testing.assert_array_equal(batch.tags, np.stack([batch.index] * 2, 1))
 
 
 def test_the_order_depends_on_the_seed_alone():
@@ -223,7 +225,7 @@ def test_remainders_and_plain_order():
 def test_an_epoch_that_does_not_fill_its_last_batch_goes_on_into_the_next():
     loader = make_loader(records(5), batch_size=2, seed=0, num_epochs=None, num_threads=2)
     batches = [next(loader) for _ in range(10)]
-    drawn, epochs = (np.concatenate([batch[key] for batch in batches]) for key in ("index", "epoch"))
+    drawn, epochs = (np.concatenate([getattr(batch, key) for batch in batches]) for key in ("index", "epoch"))
     assert epochs.tolist() == np.repeat(range(4), 5).tolist()
     assert np.sort(drawn.reshape(4, 5)).tolist() == [list(range(5))] * 4
 
@@ -235,7 +237,7 @@ def test_resume_in_the_middle_of_an_epoch_equals_no_interruption(stop):
 
     whole = indices(loader())
     first = loader()
-    start = [next(first)["index"].tolist() for _ in range(stop)]
+    start = [next(first).index.tolist() for _ in range(stop)]
     state = json.loads(json.dumps(first.get_state()))
     second = loader()
     next(second)
@@ -246,7 +248,7 @@ def test_resume_in_the_middle_of_an_epoch_equals_no_interruption(stop):
 def test_the_state_is_good_for_another_number_of_processes(monkeypatch):
     whole = indices(make_loader(records(12), batch_size=4, seed=2, num_epochs=2))
     one = make_loader(records(12), batch_size=4, seed=2, num_epochs=2)
-    start = [next(one)["index"].tolist() for _ in range(4)]
+    start = [next(one).index.tolist() for _ in range(4)]
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     shares = []
     for process in range(2):
@@ -274,10 +276,10 @@ def test_views_change_with_the_epoch():
     items = ViewDataset(source, num_views=3, size=4)
     loader = make_loader(items, batch_size=4, seed=0, num_epochs=5, num_views=3)
     for epoch, batch in enumerate(loader):
-        assert batch["view"].tolist() == [epoch % 3] * 4
-        assert sorted(batch["index"].tolist()) == [0, 1, 2, 3]
-        assert batch["image"].dtype == np.uint8 and batch["image"].shape == (4, 4, 4, 3)
-        assert batch["image"][:, 0, 0, 0].tolist() == batch["index"].tolist()
+        assert batch.view.tolist() == [epoch % 3] * 4
+        assert sorted(batch.index.tolist()) == [0, 1, 2, 3]
+        assert batch.image.dtype == np.uint8 and batch.image.shape == (4, 4, 4, 3)
+        assert batch.image[:, 0, 0, 0].tolist() == batch.index.tolist()
 
 
 def test_shares_of_two_processes_make_one_batch(monkeypatch):
@@ -289,9 +291,9 @@ def test_shares_of_two_processes_make_one_batch(monkeypatch):
         shares.append(list(make_loader(records(12), batch_size=4, seed=2, num_epochs=2)))
     assert len(whole) == len(shares[0]) == len(shares[1]) == 6
     for batch, first, second in zip(whole, *shares):
-        assert first["index"].shape == (2,)
+        assert first.index.shape == (2,)
         for name in ("index", "epoch"):
-            assert batch[name].tolist() == [*first[name], *second[name]]
+            assert getattr(batch, name).tolist() == [*getattr(first, name), *getattr(second, name)]
     with pytest.raises(ValueError, match="multiple of the 2 process"):
         make_loader(records(12), batch_size=3)
 
@@ -312,10 +314,12 @@ def test_loader_rejections(options, message):
 
 
 def test_records_that_do_not_stack():
-    with pytest.raises(ValueError, match=r"'x' has the shapes \[\(1,\), \(2,\)\].*a, b"):
-        stack_records([{"x": np.zeros(1), "name": "a"}, {"x": np.zeros(2), "name": "b"}])
-    with pytest.raises(ValueError, match="'x' is missing"):
-        stack_records([{"x": np.zeros(1)}, {}])
+    with pytest.raises(ValueError, match=r"'tags' has the shapes \[\(1,\), \(2,\)\].*a, b"):
+        stack_records([Record(np.zeros(1), name="a"), Record(np.zeros(2), name="b")])
+    with pytest.raises(ValueError, match=r"'features.s8' has the shapes \[\(1,\), \(2,\)\]"):
+        stack_records([Record(np.zeros(1), features={"s8": np.zeros(1 + i)}) for i in range(2)])
+    with pytest.raises(ValueError, match=r"the same fields; \['guide'\] are missing in some"):
+        stack_records([Record(np.zeros(1), guide=np.zeros(1)), Record(np.zeros(1))])
 
 
 # --- devices --------------------------------------------------------------------------------------
@@ -335,9 +339,9 @@ def test_device_prefetch_gives_the_same_batches_on_the_devices():
     placed = list(device_prefetch(loader, data_sharding(), depth=3))
     assert len(placed) == len(host) == 6
     for batch, expected in zip(placed, host):
-        assert isinstance(batch["x"], jax.Array) and batch["x"].sharding == data_sharding()
-        np.testing.assert_array_equal(batch["x"], expected["x"])
-        assert batch["name"].tolist() == expected["name"].tolist()
+        assert isinstance(batch.tags, jax.Array) and batch.tags.sharding == data_sharding()
+        np.testing.assert_array_equal(batch.tags, expected.tags)
+        assert batch.name.tolist() == expected.name.tolist()
 
 
 def test_device_prefetch_state_counts_what_was_handed_out():
@@ -370,10 +374,10 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch):
     with pytest.raises(
         ValueError, match="batch of 6 .* 4 devices: choose a batch size that is a multiple of 4"
     ):
-        to_devices({"x": np.zeros((6, 2))}, Four())
+        to_devices(Record(np.zeros((6, 2))), Four())
     if len(jax.devices()) > 1:
         with pytest.raises(ValueError, match="multiple of"):
-            to_devices({"x": np.zeros((len(jax.devices()) + 1, 2))}, data_sharding())
+            to_devices(Record(np.zeros((len(jax.devices()) + 1, 2))), data_sharding())
     with pytest.raises(ValueError, match="depth"):
         device_prefetch(iter(()), data_sharding(), depth=0)
 

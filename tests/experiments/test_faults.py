@@ -234,8 +234,8 @@ class Poisoned:
 
     def __getitem__(self, position):
         record = self._records[position]
-        if int(record["index"]) in self._images:
-            record = {**record, "s16": np.full_like(record["s16"], np.nan)}
+        if int(record.index) in self._images:
+            record = record._replace(features={**record.features, "s16": np.full_like(record.features["s16"], np.nan)})
         return record
 
 

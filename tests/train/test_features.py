@@ -94,18 +94,18 @@ def test_cells_that_do_not_hold_whole_pixels_cover_the_image_evenly(size, stride
 def test_cached_records_are_those_of_the_network(tmp_path, masks):
     views, records = cached(tmp_path, Pictures(masks=masks))
     assert len(records) == len(views) == 3 * NUM_IMAGES
-    taken = {"name", "tags", "index", "view", "guide", "s32", "s16", "s8"} | ({"mask"} if masks else set())
+    shared = {"name", "tags", "index", "view"} | ({"mask"} if masks else set())
     for position in range(len(views)):
         plain, record = views[position], records[position]
-        assert set(record) == taken
-        for name in taken & set(plain):
-            np.testing.assert_array_equal(record[name], plain[name])
-        expected = network_inputs()(plain["image"][None])
-        assert record["guide"].dtype == np.uint8
-        np.testing.assert_allclose(record["guide"], expected["guide"][0], atol=0.501)
+        assert {name for name, value in record._asdict().items() if value is not None} == shared | {"features", "guide"}
+        for name in shared:
+            np.testing.assert_array_equal(getattr(record, name), getattr(plain, name))
+        expected, guide = network_inputs()(plain.image[None])
+        assert record.guide.dtype == np.uint8
+        np.testing.assert_allclose(record.guide, guide[0], atol=0.501)
         for tap in ("s32", "s16", "s8"):
-            assert record[tap].dtype == np.float16
-            np.testing.assert_allclose(record[tap], expected[tap][0], rtol=2e-3, atol=1e-3)
+            assert record.features[tap].dtype == np.float16
+            np.testing.assert_allclose(record.features[tap], expected[tap][0], rtol=2e-3, atol=1e-3)
 
 
 def test_the_guide_can_be_finer_than_the_logits(tmp_path):
@@ -113,10 +113,10 @@ def test_the_guide_can_be_finer_than_the_logits(tmp_path):
     views = ViewDataset(Pictures(), 1, SIZE, **VIEWS)
     network, variables = network_and_variables()
     fine = features.CachedViews(views, network, variables, "weights", directory=tmp_path, guide_stride=1)
-    assert fine[0]["guide"].shape == (SIZE, SIZE, 3)
-    np.testing.assert_array_equal(fine[2]["guide"], views[2]["image"])
-    assert coarse[0]["guide"].shape[0] == SIZE // network.stride
-    np.testing.assert_array_equal(fine[2]["s16"], coarse[2]["s16"])
+    assert fine[0].guide.shape == (SIZE, SIZE, 3)
+    np.testing.assert_array_equal(fine[2].guide, views[2].image)
+    assert coarse[0].guide.shape[0] == SIZE // network.stride
+    np.testing.assert_array_equal(fine[2].features["s16"], coarse[2].features["s16"])
 
 
 def test_a_tap_of_all_images_in_one_view(tmp_path):
@@ -125,7 +125,7 @@ def test_a_tap_of_all_images_in_one_view(tmp_path):
         taps = records.tap("s16", view)
         assert taps.shape == (NUM_IMAGES, 4, 4, 32)
         for index in range(NUM_IMAGES):
-            np.testing.assert_array_equal(taps[index], records[view * NUM_IMAGES + index]["s16"])
+            np.testing.assert_array_equal(taps[index], records[view * NUM_IMAGES + index].features["s16"])
 
 
 def test_the_second_time_neither_images_nor_backbone_are_needed(tmp_path):
@@ -139,16 +139,16 @@ def test_the_second_time_neither_images_nor_backbone_are_needed(tmp_path):
     source, network = Pictures(), network_and_variables()[0]._replace(features=fail)
     _, again = cached(tmp_path, source, network=network, counted=counted)
     assert len(counted) == 4 and source.times_read == 0
-    np.testing.assert_array_equal(first[7]["s8"], again[7]["s8"])
+    np.testing.assert_array_equal(first[7].features["s8"], again[7].features["s8"])
 
 
 def test_methods_with_and_without_masks_share_the_features(tmp_path):
     cached(tmp_path, Pictures())
     counted = []
     _, records = cached(tmp_path, Pictures(masks=True), counted=counted)
-    assert not counted and "mask" in records[0]
+    assert not counted and records[0].mask is not None
     _, plain = cached(tmp_path, Pictures(), counted=counted)
-    assert not counted and "mask" not in plain[0]
+    assert not counted and plain[0].mask is None
 
 
 def test_features_of_an_interrupted_run_are_continued(tmp_path):
@@ -168,8 +168,7 @@ def test_features_of_an_interrupted_run_are_continued(tmp_path):
     _, found = cached(tmp_path / "broken", Pictures(), counted=counted)
     assert counted[1] == 4 and sum(counted) == 4 + len(found)  # four were there already
     for position in range(len(found)):
-        for name in ("guide", "s32", "s16", "s8"):
-            np.testing.assert_array_equal(found[position][name], expected[position][name])
+        jax.tree.map(np.testing.assert_array_equal, found[position], expected[position])
 
 
 @pytest.mark.parametrize("change", [
@@ -205,16 +204,16 @@ def test_maps_are_cut_out_by_the_view_of_the_image(tmp_path):
     pictures = np.stack([inputs.square_image(source[i].image, 64) for i in range(NUM_IMAGES)])
     maps = inputs.guide_image(pictures, 4) / 255
     views = ViewDataset(source, 5, SIZE, **VIEWS)
-    records = mapped(views, {"picture": np.asarray(maps, np.float16)}, 16, {"number": np.arange(NUM_IMAGES)})
+    records = mapped(views, {"class_maps": np.asarray(maps, np.float16)}, 16, {"peaks": np.arange(NUM_IMAGES)})
     assert len(records) == len(views)
     for position in range(len(views)):
         record = records[position]
-        assert record["number"] == record["index"] and record["picture"].dtype == np.float32
-        expected = inputs.guide_image(record["image"][None], 4)[0] / 255
+        assert record.peaks == record.index and record.class_maps.dtype == np.float32
+        expected = inputs.guide_image(record.image[None], 4)[0] / 255
         # Bilinear sampling of means is not the mean of pixels, but a view off by a cell would miss by more.
-        assert np.abs(record["picture"] - expected).mean() < 0.02
+        assert np.abs(record.class_maps - expected).mean() < 0.02
         np.testing.assert_array_equal(
-            record["picture"],
+            record.class_maps,
             apply_view(np.float32(np.float16(maps[position % NUM_IMAGES])),
                        sample_view(3, position % NUM_IMAGES, position // NUM_IMAGES,
                                    scale_range=(0.3, 0.6), ratio_range=(0.8, 1.25)), (16, 16)))
@@ -226,19 +225,19 @@ def test_labels_are_cut_out_by_nearest_neighbour(tmp_path):
     for position in range(len(records)):
         number, index = divmod(position, NUM_IMAGES)
         view = sample_view(3, index, number, scale_range=(0.3, 0.6), ratio_range=(0.8, 1.25))
-        found = records[position]["cues"]
+        found = records[position].cues
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(found, apply_view_to_mask(labels[index], view, (8, 8)))
-    np.testing.assert_array_equal(records[NUM_IMAGES]["cues"], labels[0][:, ::-1])
+    np.testing.assert_array_equal(records[NUM_IMAGES].cues, labels[0][:, ::-1])
 
 
 def test_the_mirrored_view_has_mirrored_maps(tmp_path):
     maps = np.random.default_rng(0).random((NUM_IMAGES, 8, 8, 3)).astype(np.float16)
     _, records = cached(tmp_path, Pictures())
-    whole = mapped(records, {"maps": maps}, 8)
+    whole = mapped(records, {"class_maps": maps}, 8)
     for index in range(NUM_IMAGES):
-        np.testing.assert_array_equal(whole[index]["maps"], maps[index])
-        np.testing.assert_array_equal(whole[NUM_IMAGES + index]["maps"], maps[index][:, ::-1])
+        np.testing.assert_array_equal(whole[index].class_maps, maps[index])
+        np.testing.assert_array_equal(whole[NUM_IMAGES + index].class_maps, maps[index][:, ::-1])
 
 
 def test_mean_map():
@@ -282,7 +281,7 @@ def test_class_maps_are_averaged_over_sizes_and_mirroring(tmp_path):
     np.testing.assert_array_equal(result.peaks, np.float32(result.maps).max(axis=(1, 2)))
     views = ViewDataset(source, 2, SIZE)
     for index in (0, 4):
-        plain, mirrored = (map_by_hand(views[index + view * NUM_IMAGES]["image"], 8) for view in (0, 1))
+        plain, mirrored = (map_by_hand(views[index + view * NUM_IMAGES].image, 8) for view in (0, 1))
         larger = map_by_hand(inputs.square_image(source[index].image, 96), 8)
         expected = ((plain + mirrored[:, ::-1]) / 2 + larger) / 2
         np.testing.assert_allclose(result.maps[index], expected, atol=3e-3 * np.abs(expected).max())
@@ -291,7 +290,7 @@ def test_class_maps_are_averaged_over_sizes_and_mirroring(tmp_path):
 def test_class_maps_of_one_view_and_one_size_are_those_of_the_whole_image(tmp_path):
     source = Pictures()
     result = maps_of(tmp_path, source, num_views=1, extra_sizes=())
-    expected = map_by_hand(ViewDataset(source, 1, SIZE)[2]["image"], 8)
+    expected = map_by_hand(ViewDataset(source, 1, SIZE)[2].image, 8)
     np.testing.assert_allclose(result.maps[2], expected, atol=3e-3 * np.abs(expected).max())
 
 
@@ -321,7 +320,7 @@ def test_the_maps_average_to_the_logits_of_the_classifier(tmp_path):
     from_tap, from_images = class_maps.map_functions(network, variables, classifier.weights, s32.shape[1])
     logits = from_tap(s32).mean(axis=(1, 2)) + classifier.bias
     np.testing.assert_allclose(logits, scores, rtol=1e-3, atol=1e-3)
-    images = np.stack([ViewDataset(source, 1, SIZE)[i]["image"] for i in range(NUM_IMAGES)])
+    images = np.stack([ViewDataset(source, 1, SIZE)[i].image for i in range(NUM_IMAGES)])
     maps = from_tap(s32)
     np.testing.assert_allclose(from_images(images), maps, atol=1e-2 * np.abs(maps).max())  # float16 taps
 

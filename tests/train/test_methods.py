@@ -12,6 +12,7 @@ from records import BATCH, GRID, KERNEL, NUM_CLASSES, STRIDE, config_with, featu
 
 from experiments.configs import base, textures
 from lcrf_jax import baselines
+from lcrf_jax.bound.record import Record
 from lcrf_jax.crf.params import KernelParams, scaled
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.metrics import mean_iou
@@ -40,11 +41,11 @@ def batch():
     rng = np.random.default_rng(1)
     cues = rng.choice(np.uint8([0, 1, 2, 3, 255]), (BATCH, GRID, GRID))
     cues[0] = 255
-    return {**feature_batch(), "cues": cues, "saliency": rng.random((BATCH, GRID, GRID, 1)).astype(np.float16)}
+    return feature_batch()._replace(cues=cues, saliency=rng.random((BATCH, GRID, GRID, 1)).astype(np.float16))
 
 
 def record(index):
-    return {name: value[index] for name, value in batch().items()}
+    return jax.tree.map(lambda value: value[index], batch())
 
 
 def logits_of(seed, scale=1.5):
@@ -87,14 +88,14 @@ def test_gradient_saliency_is_an_input_where_the_evidence_asks_for_it():
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["every tag", "no tag", "some tags"])
 def test_objectives_are_the_losses_of_the_record(index):
     given, logits = record(index), logits_of(index)
-    cells, tags = logits.reshape(-1, NUM_CLASSES), given["tags"]
-    kernel = reference.dense_kernel(given["guide"], scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
-    target = baselines.saliency_target(given["saliency"].reshape(-1), tags)
+    cells, tags = logits.reshape(-1, NUM_CLASSES), given.tags
+    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    target = baselines.saliency_target(given.saliency.reshape(-1), tags)
     expected = {
         "mil_ilp": baselines.mil_lse_loss(cells, tags),
         "em_adapt": baselines.label_cross_entropy(cells, baselines.em_adapt_labels(jax.random.key(3), cells, tags)),
         "ccnn": baselines.ccnn_loss(cells, tags),
-        "sec": baselines.sec_loss(cells, tags, given["cues"].reshape(-1), kernel),
+        "sec": baselines.sec_loss(cells, tags, given.cues.reshape(-1), kernel),
         "stc": baselines.soft_cross_entropy(cells, target),
     }
     for name, value in expected.items():
@@ -111,11 +112,11 @@ def test_terms_that_are_reported():
 
 def test_a_later_round_of_stc_fits_the_tagged_labels_of_the_round_before():
     evidence, logits = reference.softmax(logits_of(5)).astype(np.float32), logits_of(6)
-    given = {**record(2), "pixel_evidence": evidence}
-    labels = baselines.tagged_labels(evidence.reshape(-1, NUM_CLASSES), given["tags"])
+    given = record(2)._replace(pixel_evidence=evidence)
+    labels = baselines.tagged_labels(evidence.reshape(-1, NUM_CLASSES), given.tags)
     expected = baselines.label_cross_entropy(logits.reshape(-1, NUM_CLASSES), labels)
     np.testing.assert_allclose(value_of("stc", logits, given)[0], expected, rtol=1e-5)
-    assert set(np.asarray(labels).tolist()) <= set(np.flatnonzero(given["tags"]).tolist())
+    assert set(np.asarray(labels).tolist()) <= set(np.flatnonzero(given.tags).tolist())
 
 
 @pytest.mark.slow
@@ -123,8 +124,8 @@ def test_a_later_round_of_stc_fits_the_tagged_labels_of_the_round_before():
 def test_the_train_step_of_every_method_lowers_its_loss(name):
     """Linear logits of the features of a batch, fitted by forty steps of Adam."""
     objective = make_objective(config_of(name), stride=STRIDE, steps_per_epoch=1)
-    records = {key: value for key, value in batch().items() if np.dtype(value.dtype).kind in "biuf"}
-    features = jnp.asarray(records["s16"], jnp.float32)
+    records = batch()
+    features = jnp.asarray(records.features["s16"], jnp.float32)
     weights = jnp.zeros((features.shape[-1] + 1, NUM_CLASSES))
     keys = jax.random.split(jax.random.key(0), BATCH)
     optimizer = optax.adam(0.05)
@@ -232,6 +233,6 @@ def test_full_supervision_looks_at_the_middle_of_each_cell(cells, pixels, expect
     logits = jnp.zeros((cells, cells, 3))
     objective = methods.make_objective(config_of("full_supervision"), stride=1, steps_per_epoch=1)
     labels = mask[np.ix_(expected, expected)]
-    loss = objective(jax.random.key(0), logits.at[..., 1].set(2.0), {"mask": jnp.asarray(mask, jnp.uint8)}, 0)[0]
+    loss = objective(jax.random.key(0), logits.at[..., 1].set(2.0), Record(jnp.ones(3, bool), mask=jnp.asarray(mask, jnp.uint8)), 0)[0]
     log_probs = np.log(reference.softmax(np.array([0.0, 2.0, 0.0])))
     np.testing.assert_allclose(loss, -log_probs[labels].mean(), rtol=1e-5)

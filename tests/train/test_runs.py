@@ -247,11 +247,11 @@ def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_
     assert given.cues.shape == (24, 6, 6) and given.gradient_saliency.shape == (24, 6, 6, 1)
     assert given.gradient_saliency.min() == 0 and given.gradient_saliency.max() == 1
     record = preparation.training_records(given)[24 + 3]  # the mirror image of the fourth
-    np.testing.assert_array_equal(record["gradient_saliency"], given.gradient_saliency[3][:, ::-1])
-    np.testing.assert_array_equal(record["cues"], given.cues[3][:, ::-1])
-    assert {"class_maps", "peaks"} <= set(record)
+    np.testing.assert_array_equal(record.gradient_saliency, given.gradient_saliency[3][:, ::-1])
+    np.testing.assert_array_equal(record.cues, given.cues[3][:, ::-1])
+    assert record.class_maps is not None and record.peaks is not None
     later = preparation.training_records(given, np.full((24, 6, 6, 7), 1 / 7, np.float16))[0]
-    assert not {"cues", "gradient_saliency", "class_maps"} & set(later)
+    assert later.cues is later.gradient_saliency is later.class_maps is None
     fit.train(given, tmp_path / "run")
     assert (tmp_path / "run" / "last").is_dir()
 
@@ -262,7 +262,7 @@ def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
         given = preparation.prepare(small_config(cache, method="sec", epochs=(1,)))
     assert given.cues.shape == (24, 6, 6) and given.cues.dtype == np.uint8
     record = preparation.training_records(given)[24 + 3]
-    np.testing.assert_array_equal(record["cues"], given.cues[3][:, ::-1])
+    np.testing.assert_array_equal(record.cues, given.cues[3][:, ::-1])
     np.savez(tmp_path / "cues.npz", ids=np.array(given.train.names), cues=np.full((24, 41, 41), 255, np.uint8))
     config = small_config(cache, method="sec", epochs=(1,))
     config["baselines"]["cues"]["file"] = str(tmp_path / "cues.npz")
@@ -329,14 +329,14 @@ def test_masks_of_the_training_images_are_never_made(cache, monkeypatch):
     again = preparation.prepare(small_config(cache / "fresh"))
     assert not again.train.masks and again.val.masks
     records = preparation.training_records(again)
-    assert all("mask" not in records[i] for i in range(len(records)))
+    assert all(records[i].mask is None for i in range(len(records)))
 
 
 def test_full_supervision_has_masks_and_needs_no_classifier(cache):
     given = preparation.prepare(small_config(cache, method="full_supervision", epochs=(1,)))
     assert given.classifier is None and given.maps is None and given.train.masks
     record = preparation.training_records(given)[3]
-    np.testing.assert_array_equal(record["mask"], given.train[3].mask)
+    np.testing.assert_array_equal(record.mask, given.train[3].mask)
     description = plan.segmenter_description(given.config, given.train.class_names, given.digest)
     assert description["supervision"] == "masks"
 
@@ -344,23 +344,23 @@ def test_full_supervision_has_masks_and_needs_no_classifier(cache):
 def test_records_hold_what_the_likelihoods_need(prepared):
     number = len(prepared.train) + 5  # the mirrored view of image 5
     record = preparation.training_records(prepared)[number]
-    np.testing.assert_array_equal(record["class_maps"], np.float32(prepared.maps.maps[5])[:, ::-1])
-    np.testing.assert_array_equal(record["peaks"], np.float32(prepared.maps.maps[5]).max(axis=(0, 1)))
-    np.testing.assert_array_equal(record["bias"], prepared.classifier.bias)
-    np.testing.assert_array_equal(record["tags"], prepared.train.tags[5])
-    assert "image" not in record and record["s16"].shape == (6, 6, 32)
+    np.testing.assert_array_equal(record.class_maps, np.float32(prepared.maps.maps[5])[:, ::-1])
+    np.testing.assert_array_equal(record.peaks, np.float32(prepared.maps.maps[5]).max(axis=(0, 1)))
+    np.testing.assert_array_equal(record.bias, prepared.classifier.bias)
+    np.testing.assert_array_equal(record.tags, prepared.train.tags[5])
+    assert record.image is None and record.features["s16"].shape == (6, 6, 32)
     evidence = np.random.default_rng(0).random((24, 6, 6, 7)).astype(np.float16)
     record = preparation.training_records(prepared, evidence)[number]
-    np.testing.assert_array_equal(record["pixel_evidence"], np.float32(evidence[5])[:, ::-1])
-    assert "class_maps" not in record
+    np.testing.assert_array_equal(record.pixel_evidence, np.float32(evidence[5])[:, ::-1])
+    assert record.class_maps is None
 
 
 def test_without_a_feature_cache_records_hold_images(cache):
     config = small_config(cache, cache__features=False, epochs=(1,), views__num_views=3)
     given = preparation.prepare(config)
     record = preparation.training_records(given)[2 * 24 + 5]
-    assert record["image"].shape == (96, 96, 3) and record["class_maps"].shape == (6, 6, 6)
-    assert "s16" not in record
+    assert record.image.shape == (96, 96, 3) and record.class_maps.shape == (6, 6, 6)
+    assert record.features is None
 
 
 @pytest.mark.slow
@@ -384,7 +384,7 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
             each.append(np.log(reference.softmax(network.logits(params, prepared.variables, taps)[0])))
         unary = 0.8 * (each[0] + each[1][:, ::-1]) / 2
         unary = np.where(tags[index], unary, -1e4).reshape(-1, 7)
-        kernel = reference.dense_kernel(views.tap("guide")[index], kernel_params, "symmetric")
+        kernel = reference.dense_kernel(views.guide()[index], kernel_params, "symmetric")
         probs = reference.mean_field(unary, kernel, 3)
         expected = probs**1.5 / (probs**1.5).sum(axis=-1, keepdims=True)
         np.testing.assert_allclose(result[index].reshape(-1, 7), expected, atol=2e-3)
@@ -415,9 +415,9 @@ def test_two_rounds_without_cached_features(cache, tmp_path):
 @pytest.mark.slow
 def test_a_run_with_a_pairwise_term_finer_than_the_logits(prepared, cache, tmp_path):
     fine = preparation.prepare(small_config(cache, objective__pairwise_stride=4))
-    assert fine.views.tap("guide").shape == (24, 24, 24, 3) and prepared.views.tap("guide").shape == (24, 6, 6, 3)
-    averaged = fine.views.tap("guide").reshape(24, 6, 4, 6, 4, 3).mean(axis=(2, 4))
-    np.testing.assert_allclose(averaged, prepared.views.tap("guide"), atol=1)
+    assert fine.views.guide().shape == (24, 24, 24, 3) and prepared.views.guide().shape == (24, 6, 6, 3)
+    averaged = fine.views.guide().reshape(24, 6, 4, 6, 4, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(averaged, prepared.views.guide(), atol=1)
     fit.train(fine._replace(val=None), tmp_path)  # both rounds: the posteriors stay on the grid of the logits
     energies = [record["train/pairwise_energy"] for record in lines(tmp_path)]
     assert len(energies) > 2 and np.all(np.isfinite(energies)) and min(energies) > 0
