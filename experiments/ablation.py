@@ -105,7 +105,7 @@ def main(argv):
         for seed in range(_SEEDS.value):
             say(f"\n{name}, seed {seed}")
             folder = workdir / name.replace(" ", "_").replace(":", "") / f"seed_{seed}"
-            scores.append(trained_score(prepared._replace(config=varied(config, settings, seed)), folder))
+            scores.append(trained_score(prepared.with_config(varied(config, settings, seed)), folder))
         flag = " ".join(f"--config.objective.{key}={value}" for key, value in settings.items())
         rows.append((name, flag, *scores))
         write_table(workdir, rows, prepared.val)

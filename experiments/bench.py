@@ -109,7 +109,7 @@ def train(report):
     checks = train_measurements.finite_checks(prepared, repetitions)
     begun, whole, size = train_measurements.saving(prepared, repetitions)
     table = report.table(
-        f"Train step of {config['method']}: {config['batch_size']} images at {prepared.grid} x {prepared.grid} logits, "
+        f"Train step of {config['method']}: {config['batch_size']} images at {prepared.plan.grid} x {prepared.plan.grid} logits, "
         f"{jax.device_count()} device(s), {num_trainable(prepared):,} trainable weights, products in "
         f"{config['network']['compute_dtype']}, {config['accumulation_steps']} part(s). Wall time in ms as median (least) "
         f"of up to {repetitions} calls, then the CPU time of all threads.",

@@ -30,7 +30,7 @@ from lcrf_jax.predict import evaluation
 from lcrf_jax.predict.outputs import superpixels
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.train import fit, plan, preparation
+from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.methods import METHODS, localisation
 from lcrf_jax.train.splits import checked_split
 
@@ -69,7 +69,7 @@ class Preparations:
         method, seed = key
         if method not in self._made:
             self._made[method] = preparation.prepare(run_config(self._config, method, seed))
-        return self._made[method]._replace(config=run_config(self._config, method, seed))
+        return self._made[method].with_config(run_config(self._config, method, seed))
 
 
 def train(prepared, folder):
@@ -88,7 +88,7 @@ def train(prepared, folder):
 def score(prepared, folder, val):
     """Score the run of a folder on val and write comparison.json and the labels of the pictures."""
     method = METHODS[prepared.config["method"]]
-    description = plan.segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)
+    description = prepared.plan.description(prepared.digest)
     segmenter = make_segmenter(description, restore_params(folder))
     smooth = None
     if method.smoothed_title:
@@ -101,7 +101,7 @@ def score(prepared, folder, val):
     scores = evaluation.evaluate(
         segmenter, val, crf=True, num_samples=NUM_PICTURES, features=features, smooth=smooth
     )
-    rounds = plan.planned_rounds(prepared.config, len(prepared.train))
+    rounds = prepared.plan.rounds
     matrices = {"plain": scores.plain, "refined": scores.refined, "smoothed": scores.smoothed}
     result = {
         "method": prepared.config["method"],

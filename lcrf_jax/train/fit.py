@@ -24,15 +24,12 @@ from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import RunCheckpoints
 from lcrf_jax.runfolder.description import save_description
 from lcrf_jax.runfolder.metrics import MetricsWriter
-from lcrf_jax.train.methods import make_objective, method_of
-from lcrf_jax.train.plan import guide_stride, images_of_round, planned_rounds, segmenter_description
 from lcrf_jax.train.posteriors import posterior_evidence
 from lcrf_jax.train.preparation import inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
     check_batch_size,
     data_mesh,
     initial_state,
-    make_optimizer,
     make_train_step,
     replicated,
 )
@@ -61,10 +58,10 @@ def train(prepared, workdir, *, devices=None):
       ValueError: if too many losses in a row were not finite; the message names the images.
     """
     workdir, config = pathlib.Path(workdir), prepared.config
-    rounds = planned_rounds(config, len(prepared.train))
+    rounds = prepared.plan.rounds
     key, mesh = jax.random.key(config["seed"]), data_mesh(devices)
     check_batch_size(config["batch_size"], mesh.size, config["accumulation_steps"])
-    description = segmenter_description(config, prepared.train.class_names, prepared.digest)
+    description = prepared.plan.description(prepared.digest)
     with contextlib.ExitStack() as stack:
         first_decides(lambda: stack.enter_context(locked(workdir / "lock")))
         for line in save_description(workdir, description):
@@ -117,8 +114,7 @@ def first_step(prepared):
 
 def _beginning(prepared):
     """(first round, mesh of all devices, key of the run)."""
-    this = planned_rounds(prepared.config, len(prepared.train))[0]
-    return this, data_mesh(), jax.random.key(prepared.config["seed"])
+    return prepared.plan.rounds[0], data_mesh(), jax.random.key(prepared.config["seed"])
 
 
 def _first_batch(prepared, this, mesh):
@@ -134,7 +130,7 @@ def step_bytes(prepared):
     Returns:
       int, bytes on each device; None if the method trains nothing or the platform does not tell.
     """
-    if not planned_rounds(prepared.config, len(prepared.train)):
+    if not prepared.plan.rounds:
         return None
     this, mesh, key = _beginning(prepared)
     state = _state_shapes(prepared, this, key, mesh)
@@ -159,24 +155,19 @@ def planned_bytes(program):
 
 
 def _step_function(prepared, this, mesh):
-    config, network = prepared.config, prepared.network
-    objective = make_objective(config, stride=network.stride, steps_per_epoch=this.steps_per_epoch)
+    config, plan = prepared.config, prepared.plan
     return make_train_step(
-        network, objective, _optimizer(config, this), mesh, guide_stride(config, network),
+        plan.network, plan.objective(this), plan.optimizer(this), mesh, plan.guide_stride,
         accumulation_steps=config["accumulation_steps"], max_skipped=config["max_skipped_in_a_row"],
     )
 
 
-def _optimizer(config, this):
-    return make_optimizer(num_steps=this.last_step - this.first_step, **config["optimizer"])
-
-
 def _fresh_state(prepared, this, key, mesh):
-    optimizer = _optimizer(prepared.config, this)
+    optimizer = prepared.plan.optimizer(this)
     config, round_key = prepared.config, jax.random.fold_in(key, this.number)
     chains = None
     if uses_chains(config):
-        chains = empty_chains(prepared.views.num_views, len(prepared.train), prepared.grid)
+        chains = empty_chains(prepared.views.num_views, len(prepared.train), prepared.plan.grid)
     return initial_state(
         round_key, prepared.network, prepared.variables, optimizer, config["input_size"], mesh, chains
     )
@@ -212,8 +203,7 @@ def _evidence_of(prepared, workdir, this, state, done):
             )
         yield {"evidence": posterior_evidence(prepared, state.params, posterior)}
 
-    config = prepared.config
-    method = method_of(config)
+    config, method = prepared.config, prepared.plan.method
     posterior = method.posterior(config)
     identity = {
         "round": this.number,
@@ -231,8 +221,7 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
     if data_state is not None:
         batches.set_state(data_state)
     first = this.first_step + int(state.step)
-    several = len(planned_rounds(config, len(prepared.train))) > 1
-    title = f"round {this.number + 1}" if several else "train"
+    title = f"round {this.number + 1}" if len(prepared.plan.rounds) > 1 else "train"
     # The names of the images of the last steps, for a message.
     recent = collections.deque(maxlen=config["log_every_steps"] + config["max_skipped_in_a_row"])
     with Progress(this.last_step, first_step=first, title=title) as bar:
@@ -264,7 +253,7 @@ def _round_batches(prepared, this, evidence, mesh):
     """The batches of a round, on the devices ahead of time."""
     config, num_views = prepared.config, prepared.views.num_views
     records = training_records(prepared, evidence)
-    chosen = images_of_round(method_of(config), this, prepared.train.tags)
+    chosen = prepared.plan.images[this.number]
     if chosen is not None:
         records = ImageSubset(records, chosen, num_views)
     # Fewer images come more often: a round is as many steps as with all of them.
@@ -303,8 +292,7 @@ def _validate(prepared, params, step, outputs, bar):
     """Score the parameters on the validation masks, where there are some, and keep the best so far."""
     stored, miou = inference_params(prepared, params), None
     if prepared.val is not None:
-        description = segmenter_description(prepared.config, prepared.train.class_names, prepared.digest)
-        segmenter = make_segmenter(description, stored)
+        segmenter = make_segmenter(prepared.plan.description(prepared.digest), stored)
         features = validation_features(prepared, prepared.val)
         miou = mean_iou(evaluate(segmenter, prepared.val, crf=False, features=features).plain)
         outputs.writer.write(step, {"val/miou": miou})

@@ -1,13 +1,18 @@
-"""What a configuration means, before anything is computed."""
+"""What a configuration means: resolved once, refused here if it cannot be trained with, and handed on."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+import optax
 
-from lcrf_jax.nets.network import preprocessing
+from lcrf_jax.bound.objective import uses_chains
+from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.runfolder.description import library_versions
-from lcrf_jax.train.methods import method_of
+from lcrf_jax.train.methods import Method, inputs_of, make_objective, method_of
+from lcrf_jax.train.step import check_batch_size, make_optimizer
 
 
 class Round(NamedTuple):
@@ -27,6 +32,106 @@ class Round(NamedTuple):
     steps_per_epoch: int
     epochs: int
     passes: int = 1
+
+
+class Plan(NamedTuple):
+    """What a configuration means for a data set.
+
+    Attributes:
+      config: the configuration, a plain dict.
+      class_names: names of the K classes, background first.
+      method: what is trained, see `lcrf_jax.train.methods`.
+      inputs: what its records hold beside features and tags, keys of `lcrf_jax.train.methods.INPUTS`.
+      network: the inference network.
+      grid: g, cells along a side of the logits.
+      guide_stride: pixels of the input per cell of the image that the pairwise term sees.
+      rounds: tuple of Round; empty for a method that trains nothing.
+      images: for each round the numbers of the images that take part, in order, or None for all.
+      inference: settings of test time, with what the method makes of its network's output.
+    """
+
+    config: dict
+    class_names: tuple[str, ...]
+    method: Method
+    inputs: tuple[str, ...]
+    network: Network
+    grid: int
+    guide_stride: int
+    rounds: tuple[Round, ...]
+    images: tuple[np.ndarray | None, ...]
+    inference: dict
+
+    def objective(self, this: Round) -> Callable:
+        """What a round minimises, see `lcrf_jax.train.methods.make_objective`."""
+        return make_objective(self.config, stride=self.network.stride, steps_per_epoch=this.steps_per_epoch)
+
+    def optimizer(self, this: Round) -> optax.GradientTransformation:
+        """The optimiser of a round."""
+        return make_optimizer(num_steps=this.last_step - this.first_step, **self.config["optimizer"])
+
+    def description(self, digest: str) -> dict:
+        """What inference has to know beside the parameters; it is stored as config.json.
+
+        Args:
+          digest: sha256 of the backbone's weights.
+
+        Returns:
+          dict that JSON can hold.
+        """
+        return {
+            "class_names": list(self.class_names),
+            "network": {**self.config["network"], "num_classes": len(self.class_names)},
+            "preprocessing": preprocessing(self.config["network"]),
+            "inference": self.inference,
+            "backbone_sha256": digest,
+            "supervision": self.method.supervision,
+            "training": self.config,
+            "versions": library_versions(),
+        }
+
+
+def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) -> Plan:
+    """What a configuration means for the images of a training split; nothing is computed.
+
+    Args:
+      config: the configuration, see `experiments/configs`.
+      class_names: names of the K classes, background first.
+      tags: [N, K] bool, of the training images.
+
+    Returns:
+      Plan.
+
+    Raises:
+      ValueError: if it cannot be trained with; the message names the setting.
+    """
+    method, size = method_of(config), config["input_size"]
+    network = build_network({**config["network"], "num_classes": len(class_names)})
+    if size < 32 or size % network.size_step:
+        multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
+        raise ValueError(f"input_size: expected {multiple}, got {size}")
+    rounds = planned_rounds(config, len(tags))
+    check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
+    num_views = config["views"]["num_views"]
+    if uses_chains(config) and num_views < 2:
+        # With one view an image can be in a batch twice where two epochs meet.
+        raise ValueError("objective.estimator: 'mcmc' needs views.num_views of at least 2, one chain for each view")
+    if len(rounds) > 1 and num_views < 2 and config["cache"]["features"]:
+        raise ValueError("rounds on posteriors need views.num_views of at least 2, or cache.features=False")
+    plan = Plan(
+        config=config,
+        class_names=tuple(class_names),
+        method=method,
+        inputs=inputs_of(config),
+        network=network,
+        grid=network.grid(size),
+        guide_stride=guide_stride(config, network),
+        rounds=tuple(rounds),
+        images=tuple(images_of_round(method, this, tags) for this in rounds),
+        inference={**config["inference"], **_output_settings(config, method)},
+    )
+    for this in rounds:
+        plan.objective(this)  # it refuses settings that do not go together
+    return plan
 
 
 def planned_rounds(config, num_images):
@@ -112,31 +217,7 @@ def guide_stride(config, network):
     return stride
 
 
-def segmenter_description(config, class_names, digest):
-    """What inference has to know beside the parameters; it is stored as config.json.
-
-    Args:
-      config: the configuration of the run.
-      class_names: names of the K classes, background first.
-      digest: sha256 of the backbone's weights.
-
-    Returns:
-      dict that JSON can hold.
-    """
-    method = method_of(config)
-    return {
-        "class_names": list(class_names),
-        "network": {**config["network"], "num_classes": len(class_names)},
-        "preprocessing": preprocessing(config["network"]),
-        "inference": {**config["inference"], **output_settings(config, method)},
-        "backbone_sha256": digest,
-        "supervision": method.supervision,
-        "training": config,
-        "versions": library_versions(),
-    }
-
-
-def output_settings(config, method):
+def _output_settings(config, method):
     """What a method makes of its network's output at test time, and the settings of that; nothing for a softmax."""
     if method.output == "softmax":
         return {}

@@ -11,7 +11,6 @@ from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams, scaled
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.nets.inputs import guide_image, network_inputs
-from lcrf_jax.train.plan import guide_stride
 
 
 def posterior_evidence(prepared, params, settings):
@@ -30,7 +29,7 @@ def posterior_evidence(prepared, params, settings):
       [N, g, g, K] float16, positive, summing to one over the classes.
     """
     network, views, tags = prepared.network, prepared.views, prepared.train.tags
-    stride, variables = guide_stride(prepared.config, network), jax.device_put(prepared.variables)
+    stride, variables = prepared.plan.guide_stride, jax.device_put(prepared.variables)
     posterior = functools.partial(
         _posteriors, network=network, guide_ratio=network.stride // stride,
         kernel_params=scaled(KernelParams(**settings["kernel"]), network.stride),

@@ -6,31 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.bound.objective import uses_chains
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.processes import from_first
 from lcrf_jax.machine.progress import image_progress, say
-from lcrf_jax.nets.network import Network, backbone_variables, build_network, feature_identity
+from lcrf_jax.nets.network import backbone_variables, feature_identity
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.class_maps import MappedViews, class_maps, fitted_classifier
 from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.train.features import CachedViews, test_time_features
-from lcrf_jax.train.methods import inputs_of, make_objective, method_of
-from lcrf_jax.train.plan import guide_stride, images_of_round, output_settings, planned_rounds
+from lcrf_jax.train.plan import Plan, resolved_plan
 from lcrf_jax.train.splits import open_data, without_masks
-from lcrf_jax.train.step import check_batch_size, count_parameters
+from lcrf_jax.train.step import count_parameters
 
 
 class Prepared(NamedTuple):
     """What training starts from: everything that does not change in it.
 
     Attributes:
-      config: the configuration, a plain dict.
+      plan: what the configuration means.
       train, val: sources; `val` has masks, or is None where there are none.
-      network: the inference network.
-      variables: of its frozen backbone.
+      variables: of the network's frozen backbone.
       digest: sha256 of the backbone's weights.
       views: records of the training images: cached features or images.
       classifier: the frozen tag classifier, or None where the method needs none.
@@ -40,10 +37,9 @@ class Prepared(NamedTuple):
       gradient_saliency: [N, g, g, 1] float16, `saliency_rank` of that of the tag classifier's gradient, or None.
     """
 
-    config: dict
+    plan: Plan
     train: Any
     val: Any
-    network: Network
     variables: Any
     digest: str
     views: Any
@@ -54,9 +50,18 @@ class Prepared(NamedTuple):
     gradient_saliency: Any = None
 
     @property
-    def grid(self):
-        """Cells along a side of the logits."""
-        return self.network.grid(self.config["input_size"])
+    def config(self):
+        """The configuration, a plain dict."""
+        return self.plan.config
+
+    @property
+    def network(self):
+        """The inference network."""
+        return self.plan.network
+
+    def with_config(self, config):
+        """The same data and features with other settings, of those that do not change them."""
+        return self._replace(plan=resolved_plan(config, self.train.class_names, self.train.tags))
 
 
 def prepare(config):
@@ -72,49 +77,29 @@ def prepare(config):
       FileNotFoundError, ValueError: if data or weights are missing or unfit; the message says which and what to do.
     """
     train, val = open_data(config)
-    description = {**config["network"], "num_classes": len(train.class_names)}
-    network = build_network(description)
-    method = method_of(config)
-    size, directory = config["input_size"], config["cache"]["directory"] or default_directory()
-    if size < 32 or size % network.size_step:
-        multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
-        raise ValueError(f"input_size: expected {multiple}, got {size}")
-    variables, digest = backbone_variables(description, config.get("weights", ""))
-    say(f"backbone {description['backbone']}, weights sha256 {digest}")
-    rounds = planned_rounds(config, len(train))
-    check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
-    # Made only to refuse wrong settings now, and not after the features.
-    make_objective(
-        config, stride=network.stride, steps_per_epoch=rounds[0].steps_per_epoch if rounds else 1
-    )
-    if uses_chains(config) and config["views"]["num_views"] < 2:
-        # With one view an image can be in a batch twice where two epochs meet.
-        raise ValueError("objective.estimator: 'mcmc' needs views.num_views of at least 2, one chain for each view")
-    several = len(rounds) > 1
-    if several and config["views"]["num_views"] < 2 and config["cache"]["features"]:
-        raise ValueError("rounds on posteriors need views.num_views of at least 2, or cache.features=False")
-    for this in rounds:
-        images_of_round(method, this, train.tags)
+    plan = resolved_plan(config, train.class_names, train.tags)
+    network, size, directory = plan.network, config["input_size"], config["cache"]["directory"] or default_directory()
+    variables, digest = backbone_variables(network.description, config.get("weights", ""))
+    say(f"backbone {network.description['backbone']}, weights sha256 {digest}")
     views = ViewDataset(train, size=size, **config["views"])
     whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
     if not config["cache"]["features"]:
         whole = ViewDataset(whole.source, 1, size)
     with image_progress("features", len(whole)) as done:
-        stride = guide_stride(config, network)
         cached = CachedViews(
-            whole, network, variables, digest, directory=directory, guide_stride=stride, progress=done,
+            whole, network, variables, digest, directory=directory, guide_stride=plan.guide_stride, progress=done,
             masks=views if train.masks and config["cache"]["features"] else None,
             taps=None if config["cache"]["features"] else ("s32",),
         )
     views = cached if config["cache"]["features"] else views
-    prepared = Prepared(config, train, val, network, variables, digest, views, None, None)
-    inputs = inputs_of(config)
+    prepared = Prepared(plan, train, val, variables, digest, views, None, None)
+    inputs = plan.inputs
     if {"class_maps", "gradient_saliency", "cues"} & set(inputs):
         prepared = _with_class_maps(prepared, cached, whole.identity, directory)
     if "saliency" in inputs:
         with image_progress("saliency", len(train)) as done:
             saliency = image_saliency(
-                train, **config["baselines"]["saliency"], grid=prepared.grid, directory=directory, progress=done
+                train, **config["baselines"]["saliency"], grid=prepared.plan.grid, directory=directory, progress=done
             )
         prepared = prepared._replace(saliency=saliency)
     if "gradient_saliency" in inputs:
@@ -153,7 +138,7 @@ def _cues(prepared, directory):
     """Localisation cues: from a file, or of the tag classifier's maps and gradients."""
     train, settings = prepared.train, prepared.config["baselines"]["cues"]
     if settings["file"]:
-        return read_cues(settings["file"], train.names, len(train.class_names), prepared.grid)
+        return read_cues(settings["file"], train.names, len(train.class_names), prepared.plan.grid)
     levels = {name: settings[name] for name in ("foreground_level", "background_share")}
     return classifier_cues(prepared.maps, train.tags, _gradient_saliency(prepared, directory), **levels)
 
@@ -163,7 +148,7 @@ def _gradient_saliency(prepared, directory):
     train, size = prepared.train, prepared.config["input_size"]
     with image_progress("gradient saliency", len(train)) as done:
         return gradient_saliency(
-            train, prepared.network, prepared.variables, prepared.classifier, size=size, grid=prepared.grid,
+            train, prepared.network, prepared.variables, prepared.classifier, size=size, grid=prepared.plan.grid,
             identity=_classifier_identity(prepared, prepared.classifier), directory=directory, progress=done,
         )
 
@@ -177,7 +162,7 @@ def num_trainable(prepared):
     Returns:
       int; 0 for a method that trains nothing.
     """
-    if method_of(prepared.config).objective is None:
+    if not prepared.plan.rounds:
         return 0
     network, size = prepared.network, prepared.config["input_size"]
 
@@ -213,7 +198,7 @@ def training_records(prepared, evidence=None):
     Returns:
       Random access to records.
     """
-    inputs, maps, constants = inputs_of(prepared.config), {}, {}
+    inputs, maps, constants = prepared.plan.inputs, {}, {}
     if evidence is not None:
         maps = {"pixel_evidence": evidence}
     else:
@@ -225,7 +210,7 @@ def training_records(prepared, evidence=None):
     if not maps:
         return prepared.views
     options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}
-    return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.grid, view_options=options)
+    return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.plan.grid, view_options=options)
 
 
 def validation_features(prepared, source):
@@ -241,8 +226,8 @@ def validation_features(prepared, source):
     config = prepared.config
     if not config["cache"]["features"]:
         return None
-    inference = {**config["inference"], **output_settings(config, method_of(config))}
-    sizes, directory = inference["input_sizes"], config["cache"]["directory"] or default_directory()
+    inference, directory = prepared.plan.inference, config["cache"]["directory"] or default_directory()
+    sizes = inference["input_sizes"]
     with image_progress(f"features of {source.split}", len(source) * len(sizes)) as done:
         return [
             test_time_features(

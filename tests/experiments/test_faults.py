@@ -173,7 +173,7 @@ def test_a_full_disk_is_told_before_anything_is_written(prepared, uninterrupted,
     def shrinking(path):
         return disk_usage(path)._replace(free=next(space, 1000))
 
-    frequent = prepared._replace(config={**prepared.config, "save_every_steps": 1})
+    frequent = prepared.with_config({**prepared.config, "save_every_steps": 1})
     with monkeypatch.context() as patch:
         patch.setattr("lcrf_jax.runfolder.checkpoints.shutil.disk_usage", shrinking)
         with pytest.raises(CheckpointError, match=rf"disk of {tmp_path} is full: .*the state of step 3 is kept; make room"):
@@ -246,7 +246,7 @@ def with_poison(patch, images):
 
 @pytest.mark.slow
 def test_a_batch_without_a_finite_loss_changes_nothing_and_is_counted(prepared, tmp_path, monkeypatch):
-    often = prepared._replace(config={**prepared.config, "log_every_steps": 1, "save_every_steps": 1}, val=None)
+    often = prepared.with_config({**prepared.config, "log_every_steps": 1, "save_every_steps": 1})._replace(val=None)
     with monkeypatch.context() as patch:
         with_poison(patch, {5})
         fit.train(often, tmp_path)
@@ -262,7 +262,7 @@ def test_a_diverged_run_ends_with_the_names_of_its_images_and_keeps_what_it_has(
     with monkeypatch.context() as patch:
         with_poison(patch, set(range(24)))
         with pytest.raises(ValueError, match="of 2 steps in a row, from step 1 on, were not finite") as raised:
-            fit.train(prepared._replace(config=config), tmp_path)
+            fit.train(prepared.with_config(config), tmp_path)
     names = [name for name in prepared.train.names if name in str(raised.value)]
     assert len(names) == 16 and "step 1: " in str(raised.value) and "step 3: " not in str(raised.value)
     assert "learning_rate" in str(raised.value)
@@ -276,13 +276,13 @@ def test_a_diverged_run_ends_with_the_names_of_its_images_and_keeps_what_it_has(
 def test_settings_that_make_another_run_are_refused(prepared, uninterrupted, name, value):
     config = {**prepared.config, name: value}
     with pytest.raises(CheckpointError, match=rf"{uninterrupted} holds a run of other settings \(config.{name} was"):
-        fit.train(prepared._replace(config=config), uninterrupted)
+        fit.train(prepared.with_config(config), uninterrupted)
 
 
 def test_other_settings_are_told(prepared, uninterrupted, capsys):
     config = copy.deepcopy(prepared.config)
     config["optimizer"]["learning_rate"] = 0.5
-    fit.train(prepared._replace(config=config), uninterrupted)
+    fit.train(prepared.with_config(config), uninterrupted)
     assert "other setting than before: config.optimizer.learning_rate was 0.001, is 0.5" in capsys.readouterr().out
     fit.train(prepared, uninterrupted)
     capsys.readouterr()

@@ -139,7 +139,7 @@ def test_every_configuration_can_be_trained_with(name, tfds, weights, tmp_path):
     # Narrower, as it is the losses that are of interest here.
     config["network"]["widths"] = tuple(width // 64 for width in config["network"]["widths"])
     network = build_network({**config["network"], "num_classes": 21})
-    run_dir = fit.train(given._replace(network=network, val=None), tmp_path)
+    run_dir = fit.train(given._replace(plan=given.plan._replace(network=network), val=None), tmp_path)
     assert lines(run_dir)[-1]["step"] == 3
 
 

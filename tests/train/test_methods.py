@@ -216,7 +216,7 @@ def test_every_method_learns_to_segment(caches, tmp_path, name):
         assert mean_iou(confusion) > mean_iou(nothing) + 0.03
     if METHODS[name].objective is None:
         return
-    rounds = plan.planned_rounds(prepared.config, len(prepared.train))
+    rounds = prepared.plan.rounds
     untrained = fit._fresh_state(prepared, rounds[0], jax.random.key(0), data_mesh()).params
     assert mean_iou(confusion) > mean_iou(confusion_of(preparation.inference_params(prepared, untrained)))
     losses = [record["train/loss"] for record in metrics_history(tmp_path) if "train/loss" in record]

@@ -136,7 +136,7 @@ def test_a_second_run_a_resumed_one_and_a_second_segmenter_compile_nothing(prepa
 
 
 def newest_state(prepared, workdir):
-    rounds = plan.planned_rounds(prepared.config, len(prepared.train))
+    rounds = prepared.plan.rounds
     with RunCheckpoints(workdir) as checkpoints:
         state, _, _ = fit._newest_state(prepared, checkpoints, rounds, jax.random.key(0), step_module.data_mesh())
     return state
@@ -147,7 +147,7 @@ def with_chains(prepared):
     changes = {"estimator": "mcmc", "num_sweeps": 1, "pairwise_weight": 100.0, "pairwise_warmup_epochs": 0}
     config = copy.deepcopy(prepared.config) | {"epochs": (3,)}
     config["objective"] |= changes
-    return prepared._replace(config=config, val=None)
+    return prepared.with_config(config)._replace(val=None)
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def simple_to_complex(cache):
 @pytest.mark.slow
 def test_rounds_on_a_part_of_the_images_continue_to_the_same_bits(simple_to_complex, tmp_path, monkeypatch):
     config = copy.deepcopy(simple_to_complex.config) | {"eval_every_epochs": 1}
-    given = simple_to_complex._replace(config=config)
+    given = simple_to_complex.with_config(config)
     seen, subset = [], fit.ImageSubset
 
     def watched(records, images, num_views):
@@ -196,7 +196,7 @@ def test_rounds_on_a_part_of_the_images_continue_to_the_same_bits(simple_to_comp
 @pytest.mark.slow
 def test_targets_between_rounds_of_stc_are_unrefined_and_restricted_to_the_tags(simple_to_complex):
     given, rng = simple_to_complex, np.random.default_rng(0)
-    state = fit._fresh_state(given, plan.planned_rounds(given.config, 24)[0], jax.random.key(0), step_module.data_mesh())
+    state = fit._fresh_state(given, given.plan.rounds[0], jax.random.key(0), step_module.data_mesh())
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), state.params)
     found = posteriors.posterior_evidence(given, params, METHODS["stc"].posterior(given.config))
     assert (np.float32(found)[~np.broadcast_to(given.train.tags[:, None, None], found.shape)] == 0).all()
@@ -271,7 +271,7 @@ def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
 
 @pytest.mark.slow
 def test_the_memory_of_a_step_is_at_least_that_of_its_state(prepared):
-    rounds = plan.planned_rounds(prepared.config, 24)
+    rounds = prepared.plan.rounds
     state = fit._fresh_state(prepared, rounds[0], jax.random.key(0), step_module.data_mesh())
     least = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
     assert least < fit.step_bytes(prepared) < 50 * least + 1e8
@@ -308,11 +308,11 @@ def test_a_folder_with_another_model_is_refused(prepared, uninterrupted):
     config = copy.deepcopy(prepared.config)
     config["network"]["widths"] = [8, 8]
     with pytest.raises(CheckpointError, match="belongs to another model: network differ"):
-        fit.train(prepared._replace(config=config), uninterrupted)
+        fit.train(prepared.with_config(config), uninterrupted)
 
 
 def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
-    second = plan.planned_rounds(prepared.config, len(prepared.train))[1]
+    second = prepared.plan.rounds[1]
     with pytest.raises(ValueError, match="has no posteriors that round 2 was begun with"):
         fit._evidence_of(prepared, tmp_path, second, None, done=second.first_step + 1)
 
@@ -337,7 +337,7 @@ def test_full_supervision_has_masks_and_needs_no_classifier(cache):
     assert given.classifier is None and given.maps is None and given.train.masks
     record = preparation.training_records(given)[3]
     np.testing.assert_array_equal(record.mask, given.train[3].mask)
-    description = plan.segmenter_description(given.config, given.train.class_names, given.digest)
+    description = given.plan.description(given.digest)
     assert description["supervision"] == "masks"
 
 
