@@ -1,9 +1,6 @@
 """A page where one drops a photograph and sees its mask: the network behind it, the requests, and the server."""
 
-import html
 import io
-import json
-import pathlib
 import threading
 
 import numpy as np
@@ -12,12 +9,11 @@ from PIL import Image
 from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.images import opened_as_rgb
 from lcrf_jax.pictures.palette import index_picture, overlay, palette
-from lcrf_jax.pictures.report import data_url
+from lcrf_jax.pictures.report import data_url, templates
 from lcrf_jax.predict.refinement import adjustable_refinement
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence, working_size
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 
-PAGE = pathlib.Path(__file__).with_suffix(".html")
 # Of the refinement: (name, title, least, greatest, step).
 SLIDERS = (
     ("bilateral_weight", "weight of position and colour", 0.0, 20.0, 0.5),
@@ -150,16 +146,11 @@ def answer(labeller, image, labels, confidence):
 def page(labeller):
     """The HTML of the page."""
     facts = {
-        "sliders": [
-            {"name": name, "title": title, "least": least, "greatest": greatest, "step": step}
-            for name, title, least, greatest, step in SLIDERS
-        ],
+        "sliders": [dict(zip(("name", "title", "least", "greatest", "step"), slider, strict=True)) for slider in SLIDERS],
         "values": slider_defaults(labeller.description["inference"]),
         "classes": list(labeller.class_names[1:]),
     }
-    text = json.dumps(facts).replace("<", "\\u003c")
-    title = html.escape(", ".join(labeller.class_names[1:]))
-    return PAGE.read_text(encoding="utf-8").replace("{{facts}}", text).replace("{{classes}}", title)
+    return templates(__package__).get_template("photograph_page.html.jinja").render(facts=facts)
 
 
 def make_app(labeller, *, max_bytes, hosts):
