@@ -48,8 +48,9 @@ def templates(package: str) -> jinja2.Environment:
       The environment, the same one at every call.
     """
     return jinja2.Environment(
-        loader=jinja2.PackageLoader(package), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.PackageLoader(package), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
 
 
 def page(
@@ -113,7 +114,7 @@ def bars(class_names: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[
     shown = {
         heading: {title: _bars(values) for title, values in columns.items()} for heading, columns in groups.items() if columns
     }
-    return _part("bars", class_names=list(class_names), colours=_colours(), groups=shown) if shown else ""
+    return _part("bars", names=[*class_names, "mean"], colours=_colours(), groups=shown) if shown else ""
 
 
 def confusion(class_names: Sequence[str], matrix: np.ndarray) -> str:
