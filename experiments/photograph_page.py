@@ -14,7 +14,8 @@ from lcrf_jax.predict.refinement import adjustable_refinement
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence, working_size
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 
-# Of the refinement: (name, title, least, greatest, step).
+SLIDER = ("name", "title", "least", "greatest", "step")
+# Of the refinement, each with what SLIDER names.
 SLIDERS = (
     ("bilateral_weight", "weight of position and colour", 0.0, 20.0, 0.5),
     ("bilateral_position_width", "width of position, pixels", 5.0, 160.0, 5.0),
@@ -90,8 +91,9 @@ class Labeller:
             with Image.open(io.BytesIO(content)) as image:
                 if image.width * image.height > self._max_pixels:
                     raise Refused(
-                        f"the photograph has {image.width} x {image.height} pixels; at most {self._max_pixels / 1e6:.0f} million "
-                        "are taken here: scale it down, or use experiments.predict"
+                        f"the photograph has {image.width} x {image.height} pixels; at most "
+                        f"{self._max_pixels / 1e6:.0f} million are taken here: scale it down, "
+                        "or use experiments.predict"
                     )
                 return opened_as_rgb(image, "the photograph")[0]
         except Refused:
@@ -146,7 +148,7 @@ def answer(labeller, image, labels, confidence):
 def page(labeller):
     """The HTML of the page."""
     facts = {
-        "sliders": [dict(zip(("name", "title", "least", "greatest", "step"), slider, strict=True)) for slider in SLIDERS],
+        "sliders": [dict(zip(SLIDER, slider, strict=True)) for slider in SLIDERS],
         "values": slider_defaults(labeller.description["inference"]),
         "classes": list(labeller.class_names[1:]),
     }
@@ -168,13 +170,16 @@ def make_app(labeller, *, max_bytes, hosts):
 
     app = flask.Flask("lcrf_jax", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=max_bytes, TRUSTED_HOSTS=hosts)
-    policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+    policy = (
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
 
     @app.after_request
     def _headers(response):
         response.headers.update({
-            "Content-Security-Policy": policy + "; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+            "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
         })  # fmt: skip
         return response
 

@@ -53,9 +53,7 @@ def templates(package: str) -> jinja2.Environment:
     )  # fmt: skip
 
 
-def page(
-    title: str, sections: Iterable[tuple[str, str]], *, note: str, figures: Iterable[tuple[str, str]] = ()
-) -> str:
+def page(title: str, sections: Iterable[tuple[str, str]], *, note: str, figures: Sequence[tuple[str, str]] = ()) -> str:
     """The whole file.
 
     Args:
@@ -106,14 +104,15 @@ def bars(class_names: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[
 
     Args:
       class_names: names of the K classes.
-      groups: dict from a heading, "" for none, to a dict from a title to [K] values in 0..1, NaN or None where there is none.
+      groups: dict from a heading, "" for none, to a dict from a title to [K] values in 0..1, NaN or None for no value.
 
     Returns:
       HTML; empty without values.
     """
     shown = {
-        heading: {title: _bars(values) for title, values in columns.items()} for heading, columns in groups.items() if columns
-    }
+        heading: {title: _bars(values) for title, values in columns.items()}
+        for heading, columns in groups.items() if columns
+    }  # fmt: skip
     return _part("bars", names=[*class_names, "mean"], colours=_colours(), groups=shown) if shown else ""
 
 
@@ -192,10 +191,9 @@ def _bars(values):
     """Text and width of the bar of each class and of their mean; what is no number has no width."""
     values = np.array(values, np.float64)
     mean = np.nanmean(values) if np.isfinite(values).any() else math.nan
-    return [
-        {"text": "–", "width": 0} if math.isnan(value) else {"text": f"{100 * value:.1f}", "width": 100 * min(max(value, 0), 1)}
-        for value in [*values.tolist(), mean]
-    ]
+    widths = 100 * np.clip(np.nan_to_num([*values, mean]), 0, 1)
+    texts = ["–" if math.isnan(value) else f"{100 * value:.1f}" for value in [*values, mean]]
+    return [{"text": text, "width": width} for text, width in zip(texts, widths, strict=True)]
 
 
 def _card(sample):
@@ -225,5 +223,6 @@ def _chart(name, points):
         {"step": x, "value": y, "right": (x - first) / span, "down": (high - y) / (high - low)} for x, y in points
     ]
     return {
-        "name": name, "points": places, "last": values[-1], "low": low, "high": high, "first_step": first, "last_step": max(steps)
+        "name": name, "points": places, "last": values[-1], "low": low, "high": high,
+        "first_step": first, "last_step": max(steps),
     }  # fmt: skip
