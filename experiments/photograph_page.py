@@ -1,9 +1,6 @@
 """A page where one drops a photograph and sees its mask: the network behind it, the requests, and the server."""
 
-import html
 import io
-import json
-import pathlib
 import threading
 
 import numpy as np
@@ -12,13 +9,13 @@ from PIL import Image
 from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.images import opened_as_rgb
 from lcrf_jax.pictures.palette import index_picture, overlay, palette
-from lcrf_jax.pictures.report import data_url
+from lcrf_jax.pictures.report import data_url, templates
 from lcrf_jax.predict.refinement import adjustable_refinement
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence, working_size
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 
-PAGE = pathlib.Path(__file__).with_suffix(".html")
-# Of the refinement: (name, title, least, greatest, step).
+SLIDER = ("name", "title", "least", "greatest", "step")
+# Of the refinement, each with what SLIDER names.
 SLIDERS = (
     ("bilateral_weight", "weight of position and colour", 0.0, 20.0, 0.5),
     ("bilateral_position_width", "width of position, pixels", 5.0, 160.0, 5.0),
@@ -94,8 +91,9 @@ class Labeller:
             with Image.open(io.BytesIO(content)) as image:
                 if image.width * image.height > self._max_pixels:
                     raise Refused(
-                        f"the photograph has {image.width} x {image.height} pixels; at most {self._max_pixels / 1e6:.0f} million "
-                        "are taken here: scale it down, or use experiments.predict"
+                        f"the photograph has {image.width} x {image.height} pixels; at most "
+                        f"{self._max_pixels / 1e6:.0f} million are taken here: scale it down, "
+                        "or use experiments.predict"
                     )
                 return opened_as_rgb(image, "the photograph")[0]
         except Refused:
@@ -150,16 +148,11 @@ def answer(labeller, image, labels, confidence):
 def page(labeller):
     """The HTML of the page."""
     facts = {
-        "sliders": [
-            {"name": name, "title": title, "least": least, "greatest": greatest, "step": step}
-            for name, title, least, greatest, step in SLIDERS
-        ],
+        "sliders": [dict(zip(SLIDER, slider, strict=True)) for slider in SLIDERS],
         "values": slider_defaults(labeller.description["inference"]),
         "classes": list(labeller.class_names[1:]),
     }
-    text = json.dumps(facts).replace("<", "\\u003c")
-    title = html.escape(", ".join(labeller.class_names[1:]))
-    return PAGE.read_text(encoding="utf-8").replace("{{facts}}", text).replace("{{classes}}", title)
+    return templates(__package__).get_template("photograph_page.html.jinja").render(facts=facts)
 
 
 def make_app(labeller, *, max_bytes, hosts):
@@ -177,13 +170,16 @@ def make_app(labeller, *, max_bytes, hosts):
 
     app = flask.Flask("lcrf_jax", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=max_bytes, TRUSTED_HOSTS=hosts)
-    policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+    policy = (
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
 
     @app.after_request
     def _headers(response):
         response.headers.update({
-            "Content-Security-Policy": policy + "; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
-            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
+            "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
         })  # fmt: skip
         return response
 

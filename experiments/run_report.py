@@ -12,10 +12,14 @@ from lcrf_jax.runfolder.metrics import metrics_history
 NUM_EXTREMES = 4
 NUM_SPREAD = 8
 CURVES = {
-    "val/miou": "mIoU on the validation split", "train/loss": "loss", "train/log_likelihood": "log p(y | z, x) of the bound",
-    "train/entropy": "entropy of q", "train/pairwise_energy": "pairwise energy", "train/gradient_norm": "norm of the gradient",
+    "val/miou": "mIoU on the validation split",
+    "train/loss": "loss",
+    "train/log_likelihood": "log p(y | z, x) of the bound",
+    "train/entropy": "entropy of q",
+    "train/pairwise_energy": "pairwise energy",
+    "train/gradient_norm": "norm of the gradient",
     "train/skipped_steps": "steps without a finite loss",
-}  # fmt: skip
+}
 
 
 def write_run_report(
@@ -38,19 +42,19 @@ def write_run_report(
     names = segmenter.class_names
     scores = [(f"mIoU, {title}", f"{100 * mean_iou(matrix):.1f} %") for title, matrix in matrices.items()]
     data = description["training"]["data"]
-    summary = report.figures(
-        [*scores, ("images", f"{len(source)} of {source.split}"), ("method", description["training"]["method"])]
-    ) + report.paragraph(f"Supervision: {used}. Data: {data['kind']} {data['root']}".rstrip() + ".")
+    figures = [*scores, ("images", f"{len(source)} of {source.split}"), ("method", description["training"]["method"])]
+    note = f"Supervision: {used}. Data: {data['kind']} {data['root']}".rstrip() + "."
+    samples = _samples(segmenter, source, image_scores, tags_given, known_samples or {})
     ious = {title: np.asarray(iou_per_class(matrix), np.float64) for title, matrix in matrices.items()}
     sections = [
-        ("Photographs", report.gallery(_samples(segmenter, source, image_scores, tags_given, known_samples or {}), names)),
-        ("Intersection over union", report.bars(names, ious) if ious else ""),
+        ("Photographs", report.gallery(samples, names)),
+        ("Intersection over union", report.bars(names, {"": ious})),
         ("Confusion", report.confusion(names, list(matrices.values())[-1]) if matrices else ""),
         ("Training", report.curves(_series(metrics_history(run_dir)))),
         ("Settings", report.settings({**flat_settings(description["training"]), **{
             f"version of {name}": version for name, version in description["versions"].items()}})),
     ]  # fmt: skip
-    write_whole(path, report.page(f"Run {run_dir.resolve().name}", sections, summary=summary))
+    write_whole(path, report.page(f"Run {run_dir.resolve().name}", sections, note=note, figures=figures))
 
 
 def _samples(segmenter, source, image_scores, tags_given, known_samples):
@@ -68,7 +72,8 @@ def _samples(segmenter, source, image_scores, tags_given, known_samples):
             sample = known_samples.get(at) or labelled_samples(segmenter, source, [at], use_tags=tags_given)[0]
             image, truth, labels, refined = sample
             layers = {"truth": truth, "prediction": labels, "refined prediction": refined}
-            score = "" if image_scores is None or np.isnan(image_scores[at]) else f"mIoU of its classes {100 * image_scores[at]:.0f} %"
+            scored = image_scores is not None and not np.isnan(image_scores[at])
+            score = f"mIoU of its classes {100 * image_scores[at]:.0f} %" if scored else ""
             present = ", ".join(name for name, tag in zip(source.class_names[1:], tags[at][1:], strict=True) if tag)
             caption = "; ".join(part for part in (f"tags: {present or 'none'}", score) if part)
             known = {title: layer for title, layer in layers.items() if layer is not None}
@@ -89,7 +94,7 @@ def write_comparison_report(path, title, header, rows, columns, samples, class_n
       path: HTML file.
       title: heading.
       header, rows: the table.
-      columns: dict from a method to [K] intersection over union.
+      columns: dict from a method to a dict from a title to [K] intersection over union.
       samples: list of lcrf_jax.pictures.report.Sample.
       class_names: names of the K classes.
       note: what was compared on what.
@@ -97,7 +102,6 @@ def write_comparison_report(path, title, header, rows, columns, samples, class_n
     sections = [
         ("Methods", report.table(header, rows)),
         ("Photographs", report.gallery(samples, class_names)),
-        ("Intersection over union", "".join(
-            f"<h3>{report.escaped(name)}</h3>{report.bars(class_names, values)}" for name, values in columns.items())),
-    ]  # fmt: skip
-    write_whole(path, report.page(title, sections, summary=report.paragraph(note)))
+        ("Intersection over union", report.bars(class_names, columns)),
+    ]
+    write_whole(path, report.page(title, sections, note=note))

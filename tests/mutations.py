@@ -251,7 +251,7 @@ MUTATIONS = [
     Mutation("data: large photographs are enlarged by the corner", "predict/resizing.py",
              "centres = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)",
              "centres = np.clip(np.arange(pixels) * cells / pixels, 0, cells - 1)"),
-    Mutation("data: names break out of the report", "pictures/report.py", "html.escape(str(value), quote=True)", "str(value)"),
+    Mutation("data: names break out of the report", "pictures/report.py", "autoescape=True", "autoescape=False"),
     Mutation("nets: depthwise kernels transposed", "nets/weights.py", "kernel[:, 0].transpose(1, 2, 0)", "kernel[:, 0].transpose(2, 1, 0)"),
     Mutation("nets: kernels transposed", "nets/weights.py", "else kernel.transpose(2, 3, 1, 0)", "else kernel.transpose(3, 2, 1, 0)"),
     Mutation("nets: bias without the mean", "nets/weights.py", "shift - mean * gain", "shift"),

@@ -2,6 +2,9 @@
 
 import base64
 import io
+import json
+import pathlib
+import re
 import threading
 
 import numpy as np
@@ -14,7 +17,8 @@ from small_segmenter import NETWORK, SETTINGS, parameters, picture
 from experiments import photograph_page
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 
-DESCRIPTION = {"network": NETWORK, "class_names": ["background", "a", "b", "</script><b>c</b>"], "inference": SETTINGS}
+NAMES = ["background", "a", "b", "</script><b>c</b> \"&amp;\" '\n"]
+DESCRIPTION = {"network": NETWORK, "class_names": NAMES, "inference": SETTINGS}
 OWN = {"X-Requested-With": "lcrf_jax"}
 HOME = "http://localhost"
 
@@ -93,7 +97,17 @@ def test_other_pages_and_other_hosts_cannot_use_it(client):
     shown = client.get("/", base_url=HOME)
     assert shown.status_code == 200 and "default-src 'none'" in shown.headers["Content-Security-Policy"]
     assert shown.headers["X-Content-Type-Options"] == "nosniff"
-    assert "</script><b>c" not in shown.text and "&lt;/script&gt;&lt;b&gt;c" in shown.text
+
+
+def test_the_page_is_one_file_with_every_name_escaped(client):
+    text = client.get("/", base_url=HOME).get_data(as_text=True)
+    [facts] = re.findall(r'<script type="application/json" id="facts">(.*)</script>', text)
+    assert json.loads(facts)["classes"] == NAMES[1:] and not set("<>&'") & set(facts)
+    assert text.count("a, b, &lt;/script&gt;&lt;b&gt;c&lt;/b&gt; &#34;&amp;amp;&#34; &#39;\n</") == 2  # title and heading
+    assert text.count("</script>") == 2 and not re.search("src=|href=\"(?!data:)|@import|url\\(|{[{%]|[%}]}\n<", text)
+    folder = pathlib.Path(photograph_page.__file__).parent / "templates"
+    for name in ("photograph_page.css", "photograph_page.js"):
+        assert f">\n{(folder / name).read_text(encoding='utf-8')}</" in text
 
 
 def test_a_photograph_is_uploaded_in_a_browser(labeller, tmp_path):

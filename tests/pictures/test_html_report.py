@@ -1,8 +1,12 @@
 """The HTML report: what is in it, that nothing breaks out of it, and that a browser shows it without a network."""
 
+import configparser
 import html.parser
+import pathlib
 import re
 
+import jinja2
+import jinja2.meta
 import numpy as np
 import pytest
 from browsers import browser, console, fetched, pixels
@@ -11,6 +15,7 @@ from lcrf_jax.pictures import report
 
 NAMES = ("background", "cat", "<b>dog</b>")
 EVIL = '"><script>alert(1)</script><img src=http://example.com/x.png>.jpg'
+ODD = """a "b" 'c' <d> &amp; {{ e }}\nf</script>"""
 
 
 def sample(name="a photograph.jpg", **layers):
@@ -23,12 +28,12 @@ def whole_page():
     iou = {"network": [0.9, 0.5, np.nan], "refined": [0.95, None, 0.25]}
     return report.page("Run <1>", [
         ("Photographs", report.gallery([sample(), sample(EVIL)], NAMES)),
-        ("IoU", report.bars(NAMES, iou)),
+        ("IoU", report.bars(NAMES, {"": iou})),
         ("Confusion", report.confusion(NAMES, [[90, 10, 0], [5, 15, 0], [0, 0, 0]])),
         ("Training", report.curves({"loss": [(1, 2.0), (5, float("nan")), (9, 1.0)], "none": [(1, float("nan"))]})),
         ("Settings", report.settings({"data.root": EVIL, "seed": 0})),
         ("Table", report.table(["method", "mIoU"], [["ours", "61.0"]])),
-    ], summary=report.figures([("mIoU", "61.0 %")]) + report.paragraph("a & b"))  # fmt: skip
+    ], figures=[("mIoU", "61.0 %")], note="a & b")  # fmt: skip
 
 
 UNCLOSED = {"meta", "link", "img", "input", "br", "path", "circle", "polyline"}
@@ -39,7 +44,7 @@ class Tags(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.found = [], []
+        self.open, self.found, self.texts = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -54,6 +59,9 @@ class Tags(html.parser.HTMLParser):
         if tag not in UNCLOSED:
             assert self.open.pop() == tag
 
+    def handle_data(self, data):
+        self.texts.append(data)
+
 
 def test_the_page_is_whole_and_names_cannot_break_out_of_it():
     tags = Tags(whole_page())
@@ -67,13 +75,64 @@ def test_the_page_is_whole_and_names_cannot_break_out_of_it():
     assert "&lt;b&gt;dog&lt;/b&gt;" in whole_page() and "a &amp; b" in whole_page()
 
 
+def odd_parts():
+    """Every part with names that mean something in HTML, and how often they stand in its attributes and in its text."""
+    names, labels = [ODD] * 2, {ODD: np.ones((4, 6), int)}
+    yield report.gallery([report.Sample(ODD, np.zeros((4, 6, 3), np.uint8), labels, ODD, ODD)], names), 5, 5
+    yield report.bars(names, {ODD: {ODD: [1, 0]}}), 3, 4
+    yield report.confusion(names, np.eye(2)), 4, 4
+    yield report.curves({ODD: [(1, 2.0)]}), 1, 1
+    yield report.settings({ODD: ODD}), 0, 2
+    yield report.table([ODD], [[ODD, ODD]]), 0, 3
+    yield report.page(ODD, [(ODD, ODD), ("left out", "")], figures=[(ODD, ODD)], note=ODD), 0, 7
+
+
+def test_a_name_is_read_as_it_was_written():
+    for text, in_attributes, in_text in odd_parts():
+        tags = Tags(text)
+        assert tags.open == [] and not [tag for tag, _ in tags.found if tag == "d"]
+        attributes = [value or "" for _, found in tags.found for value in found.values()]
+        assert sum(ODD in value for value in attributes) == in_attributes, text
+        assert sum(ODD in shown for shown in tags.texts) == in_text, text
+
+
+def test_templates_use_what_they_are_given_and_miss_nothing():
+    environment = report.templates("lcrf_jax.pictures")
+    assert environment is report.templates("lcrf_jax.pictures")
+    values = {"title": "x", "sections": [], "figures": [], "note": "x"}
+    for file, used in (("report.html.jinja", set(values)), ("parts.html.jinja", set())):
+        source, _, _ = environment.loader.get_source(environment, file)
+        assert jinja2.meta.find_undeclared_variables(environment.parse(source)) == used
+    for name in values:
+        with pytest.raises(jinja2.UndefinedError, match=name):
+            given = {other: values[other] for other in set(values) - {name}}
+            environment.get_template("report.html.jinja").render(given)
+    for part in ("curves", "bars", "confusion", "gallery", "settings", "table"):
+        with pytest.raises(jinja2.UndefinedError):
+            report._part(part)
+
+
+def test_the_templates_are_shipped():
+    config = configparser.ConfigParser()
+    config.read(pathlib.Path(__file__).parents[2] / "setup.cfg")
+    folder = pathlib.Path(report.__file__).parent
+    shipped = set(folder.glob(config["options.package_data"]["lcrf_jax.pictures"]))
+    assert shipped == {path for path in folder.rglob("*.*") if path.suffix not in (".py", ".pyc")}
+
+
+def test_style_and_script_stand_in_the_page_as_in_their_files():
+    folder = pathlib.Path(report.__file__).parent / "templates"
+    for name in ("report.css", "report.js"):
+        assert f">\n{(folder / name).read_text(encoding='utf-8')}</" in whole_page()
+
+
 def test_numbers_of_the_page():
     text = whole_page()
     for shown in ("90.0", "50.0", "–", "25.0", "70.0", "60.0"):  # IoU in per cent, none, and the means .7 and .6
         assert f"<b>{shown}</b>" in text, shown
     assert 'title="cat called background: 5 pixels">25<' in text and 'title="background called cat: 10 pixels">10<' in text
     assert text.count('<figure class="chart">') == 1 and "step 9: 1" in text and "step 5" not in text
-    assert report.curves({}) == "" and report.gallery([], NAMES) == ""
+    assert report.curves({}) == report.gallery([], NAMES) == report.bars(NAMES, {"": {}}) == ""
 
 
 def test_a_browser_shows_it_without_a_network(tmp_path):
