@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -36,94 +36,124 @@ def default_directory():
     return pathlib.Path(chosen).expanduser() if chosen else home / "lcrf_jax"
 
 
-def cached_arrays(
-    directory: str | os.PathLike,
-    identity: Mapping,
-    num_records: int,
-    batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
-) -> dict[str, np.ndarray]:
-    """The arrays of that identity, read from disk or made and written there.
+class CachedArrays:
+    """Arrays of one identity while they are made, and when they are there; see `cached_arrays`.
+
+    Attributes:
+      num_records: length of the first axis of every array.
+      first: rows that are there; those from here on are missing.
+    """
+
+    def __init__(self, folder: pathlib.Path, unfinished: pathlib.Path | None, num_records: int):
+        self.num_records = num_records
+        self._folder, self._unfinished = folder, unfinished
+        self._open, self.first = ({}, num_records) if unfinished is None else _begun(unfinished, num_records)
+        self._noted = time.monotonic()
+
+    def write(self, **rows: np.ndarray) -> None:
+        """The next rows of all arrays, by name.
+
+        Raises:
+          OSError: if the disk has no room; the message names the folder and the space needed.
+          ValueError: if these are more rows than there are to be, or not the same arrays as before.
+        """
+        self._open = self._open or _new_arrays(self._unfinished, self._folder, self.num_records, rows)
+        count = _num_rows(rows, self._open)
+        if self.first + count > self.num_records:
+            raise _Unfit(f"expected {self.num_records} rows for the cache {self._folder}, got more")
+        for name, values in rows.items():
+            self._open[name][self.first : self.first + count] = values
+        self.first += count
+        if time.monotonic() - self._noted > _SECONDS_BETWEEN_NOTES:
+            self.note()
+            self._noted = time.monotonic()
+
+    def note(self) -> None:
+        """Note how many rows are there, for a run that goes on from here."""
+        if self._open:
+            _note(self._unfinished, self._open, self.first)
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        for array in self._open.values():
+            array.flush()
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Name -> read-only memory-mapped array [num_records, ...], once all rows are there."""
+        return {path.stem: np.load(path, mmap_mode="r") for path in sorted(self._folder.glob("*.npy"))}
+
+
+@contextlib.contextmanager
+def cached_arrays(directory: str | os.PathLike, identity: Mapping, num_records: int) -> Iterator[CachedArrays]:
+    """The arrays of that identity, to be completed by the caller and read from then on::
+
+        with cached_arrays(directory, identity, len(images)) as cache:
+            for batch in batches_from(cache.first):
+                cache.write(features=batch)
+        cache.arrays["features"]
 
     They are written to a hidden folder that is renamed once all is there, so that nothing looks finished that is
     not. A run that was interrupted, or killed, goes on with the rows that are missing; of several runs that want the
-    same arrays one makes them and the others wait for it.
+    same arrays one makes them and the others wait for it at the beginning.
 
     Args:
       directory: folder of all caches; made if it is not there.
       identity: dict that JSON can hold: everything the arrays depend on (hash of the weights, images, size,
         ...).
       num_records: length of the first axis of every array.
-      batches: called with the number of rows that are there already, at an end of one of its batches; yields dicts
-        of arrays, the remaining rows in order.
 
     Returns:
-      dict from name to a read-only memory-mapped array [num_records, ...].
+      Context manager of a CachedArrays.
 
     Raises:
       OSError: if the disk is full or cannot be written; the message names the folder and the space needed.
-      ValueError: if `batches` does not yield `num_records` rows, or not the same arrays every time.
+      ValueError: if rows are missing at the end.
     """
     text = json.dumps(identity, sort_keys=True, indent=1)
     folder = pathlib.Path(directory) / hashlib.sha256(f"{num_records}\n{text}".encode()).hexdigest()[:24]
+    with contextlib.ExitStack() as stack:
+        unfinished = _own_unfinished(folder, stack)
+        cache = CachedArrays(folder, unfinished, num_records)
+        if unfinished is None:
+            yield cache
+            return
+        try:
+            yield cache
+            if cache.first != num_records:
+                raise _Unfit(f"expected {num_records} rows for the cache {folder}, got {cache.first}")
+        except BaseException as error:
+            if isinstance(error, _Unfit):
+                (unfinished / _PROGRESS_FILE).unlink(missing_ok=True)
+            else:
+                cache.note()
+            if not (unfinished / _PROGRESS_FILE).exists():  # nothing can be continued
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        cache.flush()
+        (unfinished / _PROGRESS_FILE).unlink(missing_ok=True)
+        (unfinished / _IDENTITY_FILE).write_text(text, encoding="utf-8")
+        _publish(unfinished, folder)
+        (folder / _LOCK_FILE).unlink(missing_ok=True)
+
+
+def _own_unfinished(folder: pathlib.Path, stack: contextlib.ExitStack) -> pathlib.Path | None:
+    """The folder to write to, locked until the stack is closed; None where the arrays are there."""
     while not _is_finished(folder):
         unfinished = folder.with_name(f".{folder.name}")
-        # Another run may have renamed the folder just before its lock was opened.
-        with contextlib.suppress(FileNotFoundError), locked(unfinished / _LOCK_FILE, wait=True) as held:
-            if _is_finished(folder):
-                shutil.rmtree(unfinished, ignore_errors=True)
-            elif held:
-                _fill(unfinished, folder, text, num_records, batches)
-            else:
-                with own_folder(folder.parent, f".{folder.name}-") as unfinished:
-                    _fill(unfinished, folder, text, num_records, batches)
-    return {path.stem: np.load(path, mmap_mode="r") for path in sorted(folder.glob("*.npy"))}
+        try:
+            held = stack.enter_context(locked(unfinished / _LOCK_FILE, wait=True))
+        except FileNotFoundError:  # another run has renamed the folder just before its lock was opened
+            continue
+        if _is_finished(folder):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            return unfinished if held else stack.enter_context(own_folder(folder.parent, f".{folder.name}-"))
+    return None
 
 
 def _is_finished(folder):
     return (folder / _IDENTITY_FILE).is_file()
-
-
-def _fill(unfinished, folder, text, num_records, batches):
-    """Write what is missing and publish it; a folder from which nothing can be continued is removed."""
-    try:
-        _write(unfinished, folder, num_records, batches)
-    except BaseException:
-        if not (unfinished / _PROGRESS_FILE).exists():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    (unfinished / _PROGRESS_FILE).unlink(missing_ok=True)
-    (unfinished / _IDENTITY_FILE).write_text(text, encoding="utf-8")
-    _publish(unfinished, folder)
-    (folder / _LOCK_FILE).unlink(missing_ok=True)
-
-
-def _write(unfinished, folder, num_records, batches):
-    """One .npy file per array, filled batch by batch, from the rows on that are there."""
-    arrays, row = _begun(unfinished, num_records)
-    noted = time.monotonic()
-    try:
-        for batch in batches(row):
-            arrays = arrays or _new_arrays(unfinished, folder, num_records, batch)
-            count = _num_rows(batch, arrays)
-            if row + count > num_records:
-                raise _Unfit(f"expected {num_records} rows for the cache {folder}, got more")
-            for name, rows in batch.items():
-                arrays[name][row : row + count] = rows
-            row += count
-            if time.monotonic() - noted > _SECONDS_BETWEEN_NOTES:
-                _note(unfinished, arrays, row)
-                noted = time.monotonic()
-        if row != num_records:
-            raise _Unfit(f"expected {num_records} rows for the cache {folder}, got {row}")
-    except _Unfit:
-        (unfinished / _PROGRESS_FILE).unlink(missing_ok=True)
-        raise
-    except BaseException:
-        if arrays:
-            _note(unfinished, arrays, row)
-        raise
-    for array in arrays.values():
-        array.flush()
 
 
 def _begun(unfinished, num_records):

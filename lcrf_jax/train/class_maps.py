@@ -126,15 +126,13 @@ def class_maps(
         records = square_batches(source, size, batch_size, progress)
         return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
 
-    def batches(first):
-        del first  # all at once
-        plain = in_batches(from_tap, views.tap("s32", 0))
-        mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
-        maps = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes])
-        yield {"maps": maps.astype(np.float16)}
-
     key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
-    stored = cached_arrays(directory, key, len(source), batches)["maps"]
+    with cached_arrays(directory, key, len(source)) as cache:
+        if cache.first < len(source):  # all at once
+            plain = in_batches(from_tap, views.tap("s32", 0))
+            mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
+            cache.write(maps=mean_map(plain, mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16))
+    stored = cache.arrays["maps"]
     return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)))
 
 

@@ -34,13 +34,12 @@ def image_saliency(source, *, image_size, contrast, level, grid, directory, batc
     """
     maps = functools.partial(_barrier_maps, contrast=contrast, level=level, grid=grid)
 
-    def batches(first):
-        for count, batch in square_batches(source, image_size, batch_size, progress, first):
-            yield {"saliency": np.asarray(maps(batch.image), np.float16)[:count]}
-
     settings = {"image_size": image_size, "contrast": contrast, "level": level, "grid": grid}
     identity = {"kind": "barrier saliency, centred", **settings, "source": _fingerprint(source)}
-    return cached_arrays(directory, identity, len(source), batches)["saliency"]
+    with cached_arrays(directory, identity, len(source)) as cache:
+        for count, batch in square_batches(source, image_size, batch_size, progress, cache.first):
+            cache.write(saliency=np.asarray(maps(batch.image), np.float16)[:count])
+    return cache.arrays["saliency"]
 
 
 @functools.partial(jax.jit, static_argnames=("contrast", "level", "grid"))
@@ -77,12 +76,11 @@ def gradient_saliency(
     """
     maps = functools.partial(_gradient_maps, *jax.device_put((variables, classifier)), network=network, grid=grid)
 
-    def batches(first):
-        for count, batch in square_batches(source, size, batch_size, progress, first):
-            yield {"saliency": np.asarray(maps(batch.image, batch.tags))[:count]}
-
     key = {"kind": "gradient saliency", "size": size, "grid": grid, "source": _fingerprint(source), **identity}
-    return cached_arrays(directory, key, len(source), batches)["saliency"]
+    with cached_arrays(directory, key, len(source)) as cache:
+        for count, batch in square_batches(source, size, batch_size, progress, cache.first):
+            cache.write(saliency=np.asarray(maps(batch.image, batch.tags))[:count])
+    return cache.arrays["saliency"]
 
 
 @functools.partial(jax.jit, static_argnames=("network", "grid"))

@@ -33,7 +33,7 @@ def no_progress(count, *, earlier=False):
 
 def _batched(records, batch_size, progress, first=0):
     """Batches of records from the first on, all of the same size (the last one padded), with the number of true rows."""
-    if first:
+    if 0 < first < len(records):
         progress(first, earlier=True)
     for start in range(first, len(records), batch_size):
         rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
@@ -88,13 +88,12 @@ class CachedViews:
             chosen_inputs, jax.device_put(variables), network=network, guide_stride=guide_stride, taps=kept
         )
 
-        def batches(first):
-            for count, batch in _batched(views, batch_size, progress, first):
+        with cached_arrays(directory, identity, len(views)) as cache:
+            for count, batch in _batched(views, batch_size, progress, cache.first):
                 features, guide = run(batch.image)
-                rows = {"guide": np.round(np.asarray(guide)[:count]).astype(np.uint8)}
-                yield rows | {tap: np.asarray(features[tap])[:count].astype(np.float16) for tap in kept}
-
-        arrays = cached_arrays(directory, identity, len(views), batches)
+                halved = {tap: np.asarray(features[tap])[:count].astype(np.float16) for tap in kept}
+                cache.write(guide=np.round(np.asarray(guide)[:count]).astype(np.uint8), **halved)
+        arrays = cache.arrays
         self._guide, self._features = arrays.pop("guide"), arrays
         self._masks = None if masks is None else _cached_masks(masks, directory, batch_size)
         self._names, self._tags = views.source.names, views.source.tags
@@ -129,13 +128,11 @@ class CachedViews:
 
 def _cached_masks(views, directory, batch_size):
     """The masks of views, kept on disk."""
-
-    def batches(first):
-        for start in range(first, len(views), batch_size):
+    with cached_arrays(directory, {"kind": "masks", "views": views.identity}, len(views)) as cache:
+        for start in range(cache.first, len(views), batch_size):
             stop = min(start + batch_size, len(views))
-            yield {"mask": np.stack([views[i].mask for i in range(start, stop)])}
-
-    return cached_arrays(directory, {"kind": "masks", "views": views.identity}, len(views), batches)["mask"]
+            cache.write(mask=np.stack([views[i].mask for i in range(start, stop)]))
+    return cache.arrays["mask"]
 
 
 def in_batches(function, rows, batch_size=64):
@@ -205,13 +202,12 @@ def test_time_features(source, network, variables, weights_digest, *, size, mirr
     """
     features = functools.partial(_test_time_taps, jax.device_put(variables), network=network, mirror=mirror)
 
-    def batches(first):
-        for count, batch in square_batches(source, size, batch_size, progress, first):
-            yield {tap: np.asarray(array)[:count] for tap, array in features(batch.image).items()}
-
     description = {**feature_identity(network.description), "taps": list(network.taps)}
     identity = {
         "kind": "test time", "weights": weights_digest, "network": description,
         "size": size, "mirror": mirror, "source": hashlib.sha256(repr(source.fingerprint).encode()).hexdigest(),
     }
-    return cached_arrays(directory, identity, len(source), batches)
+    with cached_arrays(directory, identity, len(source)) as cache:
+        for count, batch in square_batches(source, size, batch_size, progress, cache.first):
+            cache.write(**{tap: np.asarray(array)[:count] for tap, array in features(batch.image).items()})
+    return cache.arrays

@@ -194,15 +194,6 @@ def _evidence_of(prepared, workdir, this, state, done):
     if this.number == 0:
         return None
 
-    def batches(first):
-        del first  # all at once
-        if done != this.first_step:
-            raise ValueError(
-                f"{workdir / 'posteriors'} has no posteriors that round {this.number + 1} was begun with: restore the "
-                "folder and the settings of its rounds, or start again in a new one"
-            )
-        yield {"evidence": posterior_evidence(prepared, state.params, posterior)}
-
     config, method = prepared.config, prepared.plan.method
     posterior = method.posterior(config)
     identity = {
@@ -211,7 +202,15 @@ def _evidence_of(prepared, workdir, this, state, done):
         "before": list(method.round_epochs(config)[: this.number]),
         "seed": config["seed"],
     }
-    return cached_arrays(workdir / "posteriors", identity, len(prepared.train), batches)["evidence"]
+    with cached_arrays(workdir / "posteriors", identity, len(prepared.train)) as cache:
+        if cache.first < cache.num_records:  # all at once
+            if done != this.first_step:
+                raise ValueError(
+                    f"{workdir / 'posteriors'} has no posteriors that round {this.number + 1} was begun with: restore "
+                    "the folder and the settings of its rounds, or start again in a new one"
+                )
+            cache.write(evidence=posterior_evidence(prepared, state.params, posterior))
+    return cache.arrays["evidence"]
 
 
 def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh):
