@@ -45,8 +45,6 @@ def read_all(
       A Reading of each example, in order.
     Raises:
       OSError: if the disk fails; what is wrong with a single file is in its Reading.
-    References:
-      None.
     """
 
     def one(index):
@@ -69,8 +67,6 @@ def head_problems(source: Source, *, num_threads: int = 4) -> list[str]:
       num_threads: threads that read.
     Returns:
       One line for each file that is missing, empty, no image or too large.
-    References:
-      None.
     """
     paths = getattr(source, "paths", ())
 
@@ -98,8 +94,6 @@ def usable(
       (source, one line for each example that was left out).
     Raises:
       ValueError: if on_bad_image is not one of these, or files are bad and it is ``error``, or none is good.
-    References:
-      None.
     """
     if on_bad_image not in MODES:
         raise ValueError(f"on_bad_image: expected one of {', '.join(MODES)}, got {on_bad_image!r}")
@@ -137,8 +131,6 @@ def notes(source: Source, readings: list[Reading], *, few: int) -> list[str]:
       few: fewer photographs of a class than that are told; 0 for a split that is not trained on.
     Returns:
       One line for each.
-    References:
-      None.
     """
     lines, tags, names = [], source.tags[:, 1:], source.class_names[1:]
     counts = tags.sum(axis=0)
@@ -173,8 +165,6 @@ def equal_pictures(splits: list[tuple[Source, list[Reading]]]) -> list[str]:
       splits: pairs of source and readings.
     Returns:
       One line for each group of them.
-    References:
-      None.
     """
     groups: dict[bytes, list[str]] = {}
     for source, readings in splits:

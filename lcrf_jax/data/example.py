@@ -65,8 +65,6 @@ class PartOfSource:
     Args:
       source: the source.
       rows: indices of the examples to keep, in order.
-    References:
-      None.
     """
 
     def __init__(self, source: Source, rows: np.ndarray):
@@ -104,8 +102,6 @@ def tag_vector(names: tuple[str, ...] | list[str] | set[str], class_names: tuple
       [K] bool.
     Raises:
       ValueError: if a name is not a class.
-    References:
-      None.
     """
     tags = np.zeros(len(class_names), bool)
     tags[0] = True

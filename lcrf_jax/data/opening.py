@@ -22,8 +22,6 @@ def open_textures(
       The source.
     Raises:
       ValueError: if a folder is given, or an option is out of its range.
-    References:
-      None; the images are made up.
     """
     from lcrf_jax.data.sources.textures import TexturesSource
 
@@ -79,8 +77,6 @@ def open_folder(
     Raises:
       ValueError: if no folder is given, or what it holds does not fit together.
       FileNotFoundError: if the folder or one of its files is missing.
-    References:
-      None.
     """
     from lcrf_jax.data.sources.folder import FolderSource
 
@@ -111,8 +107,6 @@ def open_tfds(
     Raises:
       ValueError: if tensorflow-datasets is not installed, or a feature is missing or of another kind.
       FileNotFoundError: if the data set is not prepared in this folder, or has no such split.
-    References:
-      None.
     """
     try:
         from lcrf_jax.data.sources.tfds import TfdsSource
@@ -143,8 +137,6 @@ def open_source(
     Raises:
       ValueError: if the kind is not known, or the arguments do not fit it.
       FileNotFoundError: if a folder or one of its files is missing.
-    References:
-      None.
     """
     if kind not in SOURCES:
         raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}")

@@ -94,8 +94,6 @@ def apply_view(image: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarr
       [height, width, C] of the same dtype.
     Raises:
       ValueError: if the shape, the dtype, the box or the size is not one of these.
-    References:
-      None.
     """
     image = np.asarray(image)
     _check_geometry(image, view, size, ndim=3)
@@ -129,8 +127,6 @@ def apply_view_to_mask(mask: np.ndarray, view: View, size: tuple[int, int]) -> n
       [height, width] uint8; no index occurs that is not in the mask.
     Raises:
       ValueError: if the shape, the dtype, the box or the size is not one of these.
-    References:
-      None.
     """
     mask = np.asarray(mask)
     _check_geometry(mask, view, size, ndim=2)

@@ -37,8 +37,6 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is cut short, or has more than 160 million pixels.
-    References:
-      None.
     """
     return read_turned_image(path)[0]
 
@@ -53,8 +51,6 @@ def read_turned_image(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is cut short, or has more than 160 million pixels.
-    References:
-      None.
     """
     with opened(path) as image:
         return opened_as_rgb(image, path)
@@ -70,8 +66,6 @@ def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarr
       [H, W, 3] uint8, RGB, and the EXIF orientation (1 to 8) that was undone.
     Raises:
       ValueError: if the range of its values is not known.
-    References:
-      None.
     """
     image.load()
     turn = _orientation(image)
@@ -97,8 +91,6 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, or has more than 160 million pixels.
-    References:
-      None.
     """
     with opened(path) as image:
         width, height = image.size
@@ -114,8 +106,6 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is damaged, or has more than 160 million pixels.
-    References:
-      None.
     """
     path = Path(path)
     if not path.is_file():

@@ -35,8 +35,6 @@ def read_mask(
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, holds a colour that is not known, or an index is out of range.
-    References:
-      None.
     """
     with opened(path) as image:
         image.load()
@@ -75,8 +73,6 @@ def read_colours(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[
       dict from (red, green, blue) to class index, 255 for void.
     Raises:
       ValueError: if a row is wrong, a class not known, or a colour stands twice; the message names the line.
-    References:
-      None.
     """
     labels = {name: index for index, name in enumerate(class_names)} | {"void": VOID}
     rows = csv.reader(io.StringIO(read_text(path)))

@@ -125,8 +125,6 @@ class Devkit:
           The ids; None if the kit does not have them.
         Raises:
           ValueError: if a line is wrong, or an image stands twice in a list.
-        References:
-          None.
         """
         for name in LISTS[split].files:
             path = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
@@ -160,8 +158,6 @@ class Devkit:
         Raises:
           FileNotFoundError: if a file is missing.
           ValueError: if a file is damaged, or its mask has another size or labels above 20.
-        References:
-          None.
         """
         photograph = self.root / "JPEGImages" / f"{name}.jpg"
         image, turn = read_turned_image(photograph)
@@ -185,8 +181,6 @@ def listed(path: Path) -> tuple[str, ...]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if a line is no id, or an image stands twice.
-    References:
-      None.
     """
     if not path.is_file():
         raise FileNotFoundError(f"the list {path} does not exist")
@@ -211,8 +205,6 @@ def list_problem(split: str, ids: tuple[str, ...]) -> str:
       ids: its images.
     Returns:
       A sentence, or "" if they are the same images.
-    References:
-      None.
     """
     known = LISTS[split]
     if len(ids) != known.length:
@@ -233,8 +225,6 @@ def box_tags(path: str | os.PathLike) -> tuple[str, ...]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is no annotation, or an object has another class.
-    References:
-      None.
     """
     path = Path(path)
     if not path.is_file():
@@ -291,8 +281,6 @@ def archive_problem(path: str | os.PathLike) -> str:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if nothing is known of a file of that name.
-    References:
-      None.
     """
     path = Path(path).expanduser()
     if path.name not in ARCHIVES:

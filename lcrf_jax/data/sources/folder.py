@@ -42,8 +42,6 @@ class FolderSource:
     Raises:
       FileNotFoundError: if the folder, a photograph or (with ``masks``) a mask is missing.
       ValueError: if tags, classes or lists are wrong; the message lists all problems.
-    References:
-      None.
     """
 
     def __init__(

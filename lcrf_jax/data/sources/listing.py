@@ -82,8 +82,6 @@ def scan_folder(
     Raises:
       FileNotFoundError: if the folder or a file that was named does not exist.
       ValueError: if val_share is not in [0, 1), or a file cannot be read as what it should be.
-    References:
-      None.
     """
     root = Path(root).expanduser()
     if not root.is_dir():

@@ -52,8 +52,6 @@ class TexturesSource:
       masks: whether examples carry masks. The images are the same either way.
     Raises:
       ValueError: if an argument is out of its range.
-    References:
-      None.
     """
 
     class_names = (BACKGROUND, *EMBLEMS)

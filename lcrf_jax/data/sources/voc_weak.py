@@ -106,8 +106,6 @@ def checked_lists(devkit: Devkit, *, any_lists: bool) -> dict[str, tuple[str, ..
       dict from split to ids.
     Raises:
       ValueError: if a list is another one, all of them named; or none is there.
-    References:
-      None.
     """
     found = {split: devkit.ids(split) for split in LISTS}
     found = {split: ids for split, ids in found.items() if ids}
@@ -141,8 +139,6 @@ def prepared(
       tfds.core.DatasetInfo.
     Raises:
       FileNotFoundError, ValueError: if the kit is not as expected; the message names the file. Nothing is left then.
-    References:
-      None.
     """
     if tags_from not in TAGS_FROM:
         raise ValueError(f"tags: expected one of {', '.join(TAGS_FROM)}, got {tags_from!r}")
