@@ -24,7 +24,7 @@ _CHECKED_FILE = "checked.json"
 _ENTRIES = "*-cache"
 
 
-def keep_programs(directory):
+def keep_programs(directory: str | os.PathLike) -> pathlib.Path | None:
     """Keep what JAX compiles from now on in this process, and take from there what earlier runs have compiled.
 
     Nothing happens where the user has chosen a folder of JAX's own (JAX_COMPILATION_CACHE_DIR, or its setting in Python),

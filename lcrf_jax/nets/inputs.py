@@ -1,6 +1,8 @@
 """What an image becomes before the first layer, and beside it."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,10 @@ import numpy as np
 from einops import reduce
 from PIL import Image
 
+from lcrf_jax.nets.network import Network
 
-def cell_means(values, shape):
+
+def cell_means(values: jax.Array, shape: Sequence[int]) -> jax.Array:
     """The mean over every cell of a grid that covers an image.
 
     Args:
@@ -25,7 +29,7 @@ def cell_means(values, shape):
     return reduce(values, "b (h i) (w j) c -> b h w c", "mean", h=shape[0], w=shape[1])
 
 
-def guide_image(images, stride):
+def guide_image(images: jax.Array | np.ndarray, stride: int) -> jax.Array:
     """The colours that the pairwise kernel sees: every cell's mean.
 
     Args:
@@ -39,7 +43,9 @@ def guide_image(images, stride):
     return cell_means(jnp.asarray(images, jnp.float32), shape)
 
 
-def network_inputs(network, variables, images, guide_stride=None):
+def network_inputs(
+    network: Network, variables: Mapping[str, Any], images: jax.Array | np.ndarray, guide_stride: int | None = None
+) -> dict[str, jax.Array]:
     """All that training takes from the images: the taps of the frozen backbone and the guide of the kernel.
 
     Args:
@@ -60,12 +66,28 @@ def network_inputs(network, variables, images, guide_stride=None):
 
 
 @functools.partial(jax.jit, static_argnames=("network", "guide_stride", "names"))
-def named_inputs(variables, images, *, network, guide_stride, names):
+def named_inputs(
+    variables: Mapping[str, Any],
+    images: jax.Array | np.ndarray,
+    *,
+    network: Network,
+    guide_stride: int | None,
+    names: tuple[str, ...],
+) -> dict[str, jax.Array]:
+    """Some of `network_inputs`, compiled.
+
+    Args:
+      variables, images, network, guide_stride: see `network_inputs`.
+      names: of the inputs that are wanted; static, as the network and the stride are.
+
+    Returns:
+      dict from name to array.
+    """
     inputs = network_inputs(network, variables, images, guide_stride)
     return {name: inputs[name] for name in names}
 
 
-def square_image(image, size):
+def square_image(image: np.ndarray, size: int) -> np.ndarray:
     """The whole image at size x size, as the network sees it.
 
     Args:

@@ -10,11 +10,13 @@ A network is described by a dict that JSON can hold, which is stored with every 
 
 import json
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.nets import efficientnet_lite, vgg
 from lcrf_jax.nets.decoder import Decoder
@@ -36,12 +38,12 @@ class Backbone(NamedTuple):
       weights: the source of the weights where none is named.
     """
 
-    module: Callable
-    preprocess: Callable
+    module: Callable[..., nn.Module]
+    preprocess: Callable[[ArrayLike], jax.Array]
     normalisation: str
-    last_strides: tuple
+    last_strides: tuple[int, ...]
     size_step: int
-    head: Callable
+    head: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
     weights: str = ""
 
 
@@ -51,8 +53,8 @@ class SmallBackbone(nn.Module):
     last_stride: int = 32
 
     @nn.compact
-    def __call__(self, x):
-        taps = {}
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        taps: dict[str, jax.Array] = {}
         x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 2), name="stem")(x))
         for tap, width in (("s4", 16), ("s8", 24), ("s16", 32), ("s32", 48)):
             strides = (1, 1) if tap == "s32" and self.last_stride == 16 else (2, 2)
@@ -89,10 +91,10 @@ BACKBONES = {
 class _DecoderKind(NamedTuple):
     """A decoder, and how many taps and widths it takes."""
 
-    module: Callable
+    module: Callable[..., nn.Module]
     least_taps: int
     most_taps: int
-    num_widths: Callable
+    num_widths: Callable[[int], int]
 
 
 DECODERS = {
@@ -120,25 +122,25 @@ class Network(NamedTuple):
       size_step: sides of the input are multiples of it.
     """
 
-    description: Mapping
-    taps: tuple
-    features: Callable
-    head: Callable
-    init: Callable
-    logits: Callable
+    description: Mapping[str, Any]
+    taps: tuple[str, ...]
+    features: Callable[[Mapping[str, Any], jax.Array | np.ndarray], dict[str, jax.Array]]
+    head: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
+    init: Callable[[jax.Array, Mapping[str, Any], Mapping[str, jax.Array]], dict[str, Any]]
+    logits: Callable[..., jax.Array]
     stride: int
     size_step: int
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Network) and self._key() == other._key()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key())
 
     def _key(self):
         return json.dumps(self.description, sort_keys=True)
 
-    def grid(self, size):
+    def grid(self, size: int) -> int:
         """Cells along a side of the logits of an input of that side."""
         return -(-size // self.stride)
 
@@ -183,7 +185,7 @@ def _check_description(description):
         raise ValueError(f"network.num_classes: expected the background and another class, got {num_classes}")
 
 
-def build_network(description):
+def build_network(description: Mapping[str, Any]) -> Network:
     """The network of a description.
 
     Args:
@@ -231,7 +233,7 @@ def build_network(description):
     return Network(dict(description), kept, features, backbone.head, init, logits, stride, backbone.size_step)
 
 
-def feature_identity(description):
+def feature_identity(description: Mapping[str, Any]) -> dict[str, Any]:
     """What the backbone's features depend on, beside its weights and the images.
 
     Args:
@@ -245,7 +247,7 @@ def feature_identity(description):
     return identity if dtype == "float32" else {**identity, "compute_dtype": dtype}
 
 
-def preprocessing(description):
+def preprocessing(description: Mapping[str, Any]) -> str:
     """What happens to a photograph before the network sees it, in words.
 
     Args:
@@ -257,7 +259,7 @@ def preprocessing(description):
     return f"RGB in 0..255, resized to a square (bicubic), {_backbone(description).normalisation}"
 
 
-def backbone_variables(description, weights=""):
+def backbone_variables(description: Mapping[str, Any], weights: str = "") -> tuple[dict[str, Any], str]:
     """Frozen weights of the description's backbone, with the hash by which caches and checkpoints know them.
 
     Args:

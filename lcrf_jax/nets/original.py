@@ -28,7 +28,7 @@ class TransposedConv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", _HE, (3, 3, x.shape[-1], self.width))
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
         parts = jnp.einsum("bhwc,ijcd->ijbhwd", x.astype(self.dtype), kernel.astype(self.dtype))
@@ -74,7 +74,7 @@ class OriginalDecoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Mapping[str, jnp.ndarray], *, train: bool = False):
+    def __call__(self, features: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         x = _standardised(features[self.taps[0]])
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         for tap, up, merged in zip(self.taps[1:], self.widths[::2], self.widths[1::2], strict=True):
@@ -114,7 +114,7 @@ class LargeField(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Mapping[str, jnp.ndarray], *, train: bool = False):
+    def __call__(self, features: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         x = _standardised(features[self.taps[0]])
         for name, width, size, dilation in (("fc6", self.widths[0], 3, 12), ("fc7", self.widths[1], 1, 1)):
             layer = nn.Conv(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 
 class TagClassifier(NamedTuple):
@@ -46,7 +47,9 @@ def _minimised(start, inputs, targets, l2, max_iterations, tolerance):
     return params, optax.tree.get(state, "count"), loss(params)
 
 
-def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1e-5):
+def fit_tag_classifier(
+    pooled: np.ndarray, tags: np.ndarray, *, l2: float = 1e-3, max_iterations: int = 200, tolerance: float = 1e-5
+) -> tuple[TagClassifier, int, float]:
     """Fit the classifier by L-BFGS on the mean binary cross-entropy, every class weighted the same.
 
     The features are centred and divided by their standard deviation while fitting, so that the penalty treats
@@ -82,7 +85,7 @@ def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1
     return classifier, int(count), float(value)
 
 
-def average_precision(scores, targets):
+def average_precision(scores: ArrayLike, targets: ArrayLike) -> np.ndarray:
     """Average precision of each class: the mean precision at the rank of every positive.
 
     Args:

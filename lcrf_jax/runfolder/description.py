@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+from collections.abc import Collection, Mapping
 from importlib import metadata
+from typing import Any
 
 from lcrf_jax.machine.processes import first_decides
 
@@ -19,7 +21,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint or description that is missing, damaged or of another model; the message says where."""
 
 
-def save_description(run_dir, description, *, may_differ=("training", "versions")):
+def save_description(
+    run_dir: str | os.PathLike, description: Mapping[str, Any], *, may_differ: Collection[str] = ("training", "versions")
+) -> list[str]:
     """Write RUN/config.json: all that inference has to know beside the parameters.
 
     Args:
@@ -63,7 +67,7 @@ def _save_description(run_dir, description, may_differ):
     return changes
 
 
-def load_description(run_dir):
+def load_description(run_dir: str | os.PathLike) -> dict[str, Any]:
     """Read RUN/config.json.
 
     Args:
@@ -86,7 +90,7 @@ def load_description(run_dir):
     return description
 
 
-def library_versions():
+def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide a run's numbers.
 
     Returns:
@@ -119,7 +123,7 @@ def _changes(run_dir, old, new):
     return lines
 
 
-def flat_settings(settings, prefix=""):
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted names, as they are written on the command line.
 
     Args:
@@ -129,7 +133,7 @@ def flat_settings(settings, prefix=""):
     Returns:
       dict.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

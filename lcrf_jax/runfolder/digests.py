@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def params_digest(params):
+def params_digest(params: Any) -> str:
     """sha256 of a pytree of arrays: names, shapes, dtypes and values.
 
     Args:
@@ -20,9 +22,9 @@ def params_digest(params):
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def named_leaves(tree):
+def named_leaves(tree: Any) -> dict[str, np.ndarray]:
     """Dotted name -> copy on the host; typed keys as their data."""
-    leaves = {}
+    leaves: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -40,7 +42,7 @@ def named_leaves(tree):
     return leaves
 
 
-def split_leaves(leaves):
+def split_leaves(leaves: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(params, rest) of named leaves."""
     params = {name: leaf for name, leaf in leaves.items() if name.split(".")[0] == "params"}
     if not params:
@@ -48,9 +50,9 @@ def split_leaves(leaves):
     return params, {name: leaf for name, leaf in leaves.items() if name not in params}
 
 
-def nested(leaves):
+def nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Nested dicts of dotted names."""
-    tree = {}
+    tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split(".")
         node = tree
@@ -60,7 +62,7 @@ def nested(leaves):
     return tree
 
 
-def digests_of(leaves):
+def digests_of(leaves: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Name -> sha256 of dtype, shape and bytes."""
     digests = {}
     for name, leaf in sorted(leaves.items()):
@@ -70,5 +72,6 @@ def digests_of(leaves):
     return digests
 
 
-def is_key(leaf):
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds random keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
