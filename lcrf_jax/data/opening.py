@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lcrf_jax.data.example import Source
 
 
 def open_textures(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """The procedural set of `lcrf_jax.data.sources.textures.TexturesSource`; it has no folder.
 
@@ -34,7 +35,7 @@ def open_textures(
 
 
 def open_voc(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """A folder in the layout of PASCAL VOC, see `lcrf_jax.data.sources.voc.VocSource`.
 
@@ -61,7 +62,7 @@ def open_voc(
 
 
 def open_folder(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """A folder of photographs with a tag file or folders of classes, see `lcrf_jax.data.sources.folder.FolderSource`.
 
@@ -93,7 +94,7 @@ def open_folder(
 
 
 def open_tfds(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """A data set of TensorFlow Datasets, see `lcrf_jax.data.sources.tfds.TfdsSource`.
 
@@ -122,7 +123,7 @@ SOURCES = {"folder": open_folder, "textures": open_textures, "tfds": open_tfds, 
 
 
 def open_source(
-    kind: str, split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    kind: str, split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """The source of that kind, by name.
 

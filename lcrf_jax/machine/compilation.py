@@ -44,7 +44,7 @@ def keep_programs(directory: str | os.PathLike) -> pathlib.Path | None:
     if switch not in ("0", "1"):
         raise ValueError(f"{SWITCH}: expected 0 (compiled programs are not kept) or 1, got {switch!r}")
     folder = pathlib.Path(directory) / "programs" / _processor()
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX makes its settings at run time
     if switch == "0" or chosen not in (None, "", str(folder)):
         return None
     try:

@@ -1,6 +1,8 @@
 """A trained run as one function of images, and as a file that needs JAX alone: StableHLO, by `jax.export`."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,9 @@ from lcrf_jax.predict.segmenter import make_segmenter
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def image_function(description, params, *, crf):
+def image_function(
+    description: Mapping[str, Any], params: Mapping[str, Any], *, crf: bool
+) -> Callable[[jax.Array], jax.Array]:
     """Segmentation of a batch of images of one size as a pure function.
 
     What `lcrf_jax.predict.segmenter.segment` does, in JAX from end to end: images become squares (bicubic, as Pillow has it but
@@ -46,7 +50,7 @@ def image_function(description, params, *, crf):
     return function
 
 
-def squares(images, size):
+def squares(images: jax.Array, size: int) -> jax.Array:
     """Images as the network sees them.
 
     Args:
@@ -77,7 +81,9 @@ def _refined(segmenter, log_probs, image):
     return jax.lax.cond(jnp.isnan(refined).any(), lambda: again(log_probs, image, valid), lambda: refined)
 
 
-def exported(function, *, size=None, platforms=PLATFORMS):
+def exported(
+    function: Callable[[jax.Array], jax.Array], *, size: tuple[int, int] | None = None, platforms: Sequence[str] = PLATFORMS
+) -> jax_export.Exported:
     """A function of images as `jax.export` has it; the batch is of any number of images.
 
     Args:

@@ -1,13 +1,15 @@
 """Images in, masks out: a trained run as a segmenter of images of any size."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.nets.inputs import square_image
@@ -41,15 +43,15 @@ class Segmenter(NamedTuple):
       max_side: larger images are worked on at this longer side, in pixels, and their result is enlarged.
     """
 
-    class_names: tuple
-    input_sizes: tuple
-    network_features: object
-    log_probs_of: object
-    enlarge: object
-    refine: object
+    class_names: tuple[str, ...]
+    input_sizes: tuple[int, ...]
+    network_features: Callable[[ArrayLike], dict[str, jax.Array]]
+    log_probs_of: Callable[[Mapping[str, Any]], jax.Array]
+    enlarge: Callable[[ArrayLike, ArrayLike, ArrayLike], jax.Array]
+    refine: Callable[..., jax.Array]
     max_side: int = MAX_SIDE
 
-    def network_log_probs(self, images):
+    def network_log_probs(self, images: ArrayLike) -> jax.Array:
         """Log q(z | x) on the network's grid, [B, h, w, K], of images [B, S, S, 3] RGB 0..255."""
         return self.log_probs_of(self.network_features(images))
 
@@ -63,27 +65,27 @@ class Segmentation(NamedTuple):
       refined_log_probs: the same after mean field on the image, or None.
     """
 
-    size: tuple
+    size: tuple[int, int]
     log_probs: np.ndarray
     refined_log_probs: np.ndarray | None
 
     @property
-    def best_log_probs(self):
+    def best_log_probs(self) -> np.ndarray:
         """[h, w, K] float32, after refinement where there was one."""
         return self.log_probs if self.refined_log_probs is None else self.refined_log_probs
 
     @property
-    def labels(self):
+    def labels(self) -> np.ndarray:
         """[H, W] uint8, the most probable class of every pixel, after refinement where there was one."""
         return labels_and_confidence(self.best_log_probs, self.size)[0]
 
     @property
-    def network_labels(self):
+    def network_labels(self) -> np.ndarray:
         """[H, W] uint8, the most probable class of every pixel before refinement."""
         return labels_and_confidence(self.log_probs, self.size)[0]
 
 
-def make_segmenter(description, params):
+def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) -> Segmenter:
     """The segmenter of a description and its parameters.
 
     Args:
@@ -153,7 +155,9 @@ def _log_probs(params, features, *, network, mirrored, output, options):
     return OUTPUTS[output](network, params, features, mirrored, dict(options))
 
 
-def segment(segmenter, image, *, crf, tags=None):
+def segment(
+    segmenter: Segmenter, image: np.ndarray, *, crf: bool, tags: np.ndarray | None = None
+) -> Segmentation:
     """Segment one image; one with a side above `segmenter.max_side` is worked on at a smaller size.
 
     Args:
@@ -172,7 +176,15 @@ def segment(segmenter, image, *, crf, tags=None):
     return result
 
 
-def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, features=None):
+def segment_batch(
+    segmenter: Segmenter,
+    images: Sequence[np.ndarray],
+    *,
+    crf: bool,
+    tags: Sequence[np.ndarray] | None = None,
+    batch_size: int | None = None,
+    features: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Segmentation]:
     """Segment images of any sizes; the network sees them together, the rest is done one by one.
 
     All devices of this process take part: the batch is spread over them if it divides by their number, and they take
@@ -204,7 +216,8 @@ def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, feature
     if tags is not None:
         absent = np.where(np.asarray(tags, bool), 0.0, EXCLUDED).astype(np.float32)
         grids = [grid[: len(images)] + absent[:, None, None, :] for grid in grids]
-    devices, results = jax.local_devices(), []
+    devices = jax.local_devices()
+    results: list[Segmentation] = []
     for start in range(0, len(images), len(devices)):
         under_way = []
         for device, i in zip(devices, range(start, len(images))):
@@ -223,7 +236,9 @@ def _spread(batch):
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
-def network_features(segmenter, images, batch_size):
+def network_features(
+    segmenter: Segmenter, images: Sequence[np.ndarray], batch_size: int
+) -> list[dict[str, jax.Array]]:
     """The frozen features of a batch at every input size.
 
     Args:

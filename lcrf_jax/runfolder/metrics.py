@@ -55,7 +55,7 @@ class MetricsWriter:
           OSError: if the disk is full; the message names the file.
         """
         step, scalars = int(step), {name: as_scalar(name, value) for name, value in metrics.items()}
-        record = {"step": step, "time": round(time.time(), 3)}
+        record: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         if self._lines is None:
             return

@@ -87,8 +87,8 @@ def read_colours(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[
             raise ValueError(f"{where}: expected 'horse,#c00080', got {','.join(row)!r}; correct it")
         if row[0] not in labels:
             raise ValueError(f"{where}: unknown class {row[0]!r}: expected one of {', '.join(labels)}")
-        colour = tuple(bytes.fromhex(row[1][1:]))
-        if colours.setdefault(colour, labels[row[0]]) != labels[row[0]]:
+        red, green, blue = bytes.fromhex(row[1][1:])
+        if colours.setdefault((red, green, blue), labels[row[0]]) != labels[row[0]]:
             raise ValueError(f"{where}: the colour {row[1]} belongs to another class already; keep one row")
     if not colours:
         raise ValueError(f"{path} names no colour; write one class a line")

@@ -51,7 +51,7 @@ class KnownList(NamedTuple):
 
     length: int
     sha256: str
-    files: tuple
+    files: tuple[str, ...]
     masks: str | None
 
 
@@ -83,7 +83,7 @@ class Labelled(NamedTuple):
     name: str
     photograph: Path
     mask: np.ndarray
-    tags: tuple
+    tags: tuple[str, ...]
 
 
 class Devkit:
@@ -98,7 +98,7 @@ class Devkit:
       Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit; Hariharan et al. 2011 (SBD).
     """
 
-    def __init__(self, root: str | os.PathLike, sbd: str | os.PathLike | None = None):
+    def __init__(self, root: str | os.PathLike, sbd: str | os.PathLike | None = None) -> None:
         self._sbd = None if sbd is None else Path(sbd).expanduser() / "dataset" / "cls"
         if self._sbd is not None and not self._sbd.is_dir():
             raise FileNotFoundError(f"{sbd} has no dataset/cls: give the folder benchmark_RELEASE of SBD's benchmark.tgz")
@@ -137,11 +137,11 @@ class Devkit:
             return tuple(sorted((found | set(self.ids("train") or ())) - set(self.ids("val") or ())))
         return None
 
-    def _mask(self, name: str, split: str) -> tuple[Path, np.ndarray]:
-        """The file of a mask, and its labels. Of SBD those count that VOC has no mask of."""
+    def _mask(self, name: str, split: str, folder: str) -> tuple[Path, np.ndarray]:
+        """The file of a mask, and its labels. SBD is asked for the masks alone that VOC does not have."""
         own = self.root / "SegmentationClass" / f"{name}.png"
         if split != "train_aug" or self._sbd is None:
-            path = self.root / LISTS[split].masks / f"{name}.png"
+            path = self.root / folder / f"{name}.png"
         else:
             path = own if own.is_file() else self._sbd / f"{name}.mat"
         return path, sbd_mask(path) if path.suffix == ".mat" else read_mask(path, len(CLASSES))
@@ -161,9 +161,10 @@ class Devkit:
         """
         photograph = self.root / "JPEGImages" / f"{name}.jpg"
         image, turn = read_turned_image(photograph)
-        if LISTS[split].masks is None:
+        folder = LISTS[split].masks
+        if folder is None:
             return Labelled(name, photograph, np.full(image.shape[:2], VOID, np.uint8), ())
-        path, mask = self._mask(name, split)
+        path, mask = self._mask(name, split, folder)
         mask = fit_mask(mask, image.shape[:2], turn, path, photograph)
         if tags_from == "boxes":
             return Labelled(name, photograph, mask, box_tags(self.root / "Annotations" / f"{name}.xml"))

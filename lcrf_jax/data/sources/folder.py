@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,8 +46,14 @@ class FolderSource:
     """
 
     def __init__(
-        self, root: str | os.PathLike, split: str, *, masks: bool = False, missing_images: str = "error", **options
-    ):
+        self,
+        root: str | os.PathLike,
+        split: str,
+        *,
+        masks: bool = False,
+        missing_images: str = "error",
+        **options: Any,
+    ) -> None:
         found = scan_folder(root, lists=(*SPLITS, split), **options)
         _refuse(found, missing_images)
         if split not in found.splits or not len(found.splits[split]):

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ class Listing(NamedTuple):
     tags: np.ndarray
     splits: dict[str, np.ndarray]
     masks: dict[str, Path]
-    colours: dict | None
+    colours: dict[tuple[int, int, int], int] | None
     tag_source: str
     untagged: tuple[str, ...]
     missing: tuple[str, ...]
@@ -99,7 +100,8 @@ def scan_folder(
     several = [path for path in (root / name for name in TAG_FILES) if path.is_file()]
     if len(several) > 1 and not tags:
         problems.append(f"{root} holds {', '.join(path.name for path in several)}; keep one, or name one")
-    finder, missing = PhotographFinder(photographs), []
+    finder = PhotographFinder(photographs)
+    missing: list[str] = []
     rows = _tagged(read_tag_file(tag_file), finder, missing, problems) if tag_file else {}
     rows = rows or ({} if tag_file else _tags_by_folder(photographs, problems))
     class_names, rows = _classes(class_file, rows, problems)
@@ -165,7 +167,7 @@ class PhotographFinder:
       photographs: paths with ``/`` between folders.
     """
 
-    def __init__(self, photographs):
+    def __init__(self, photographs: Sequence[str]) -> None:
         self._exact = {unicodedata.normalize("NFC", path): path for path in photographs}
         self._shorter: dict[str, list[str]] = {}
         for path in photographs:
@@ -218,7 +220,9 @@ def _tags_by_folder(photographs: list[str], problems: list) -> dict[str, TagRow]
     return found
 
 
-def _classes(class_file, rows, problems):
+def _classes(
+    class_file: Path | None, rows: dict[str, TagRow], problems: list[str]
+) -> tuple[tuple[str, ...], dict[str, TagRow]]:
     """(class names, rows): of the file, or those that occur."""
     used: dict[str, str] = {}
     for row in rows.values():

@@ -42,7 +42,7 @@ class VocSource:
       Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, *, masks: bool = False):
+    def __init__(self, root: str | os.PathLike, split: str, *, masks: bool = False) -> None:
         self._root = check_folder(root, split)
         self.split = split
         self.masks = masks
@@ -122,10 +122,10 @@ def check_folder(root: str | os.PathLike, split: str) -> Path:
                 f"(found there: {found})"
             )
     if not (folder / "ImageSets" / "Segmentation" / f"{split}.txt").is_file():
-        found = sorted(path.stem for path in (folder / "ImageSets" / "Segmentation").glob("*.txt"))
+        splits = sorted(path.stem for path in (folder / "ImageSets" / "Segmentation").glob("*.txt"))
         raise FileNotFoundError(
             f"{folder}/ImageSets/Segmentation has no {split}.txt: "
-            f"the splits there are {', '.join(found) or 'none'}"
+            f"the splits there are {', '.join(splits) or 'none'}"
         )
     return folder
 

@@ -107,8 +107,7 @@ def checked_lists(devkit: Devkit, *, any_lists: bool) -> dict[str, tuple[str, ..
     Raises:
       ValueError: if a list is another one, all of them named; or none is there.
     """
-    found = {split: devkit.ids(split) for split in LISTS}
-    found = {split: ids for split, ids in found.items() if ids}
+    found = {split: ids for split in LISTS if (ids := devkit.ids(split))}
     problems = [problem for split, ids in found.items() if (problem := list_problem(split, ids))]
     if problems and not any_lists:
         raise ValueError(
@@ -126,7 +125,7 @@ def prepared(
     tags_from: str,
     any_lists: bool = False,
     sbd: str | os.PathLike | None = None,
-):
+) -> tfds.core.DatasetInfo:
     """The data set, made if it is not there yet.
 
     Args:
