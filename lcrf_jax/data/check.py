@@ -1,4 +1,4 @@
-"""Whether the photographs and masks of a source can be read, and what there is to say about them."""
+"""Checks of a source before training: can its photographs and masks be read, and is anything odd about them."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def head_problems(source: Source, *, num_threads: int = 4) -> list[str]:
 def usable(
     source: Source, on_bad_image: str, *, decode: bool, progress: Callable[[int], None] | None = None
 ) -> tuple[Source, list[str]]:
-    """The source, or what can be read of it, before hours are spent on it.
+    """The source, or the part of it that can be read; to be found out before hours of training.
 
     Args:
       source: the source; one without ``paths`` is taken as it is.
-      on_bad_image: ``error`` refuses it if a file is bad, ``skip`` leaves these out and decodes every file to find them.
-      decode: whether every file is decoded with ``error`` too; otherwise only its head is looked at.
+      on_bad_image: ``error`` refuses the source if a file is bad. ``skip`` decodes every file and leaves bad ones out.
+      decode: whether ``error`` decodes every file as well; otherwise only the heads of files are looked at.
       progress: called with 1 after each example that is decoded.
     Returns:
       (source, one line for each example that was left out).
@@ -123,12 +123,12 @@ def listed(lines: list[str]) -> str:
 
 
 def notes(source: Source, readings: list[Reading], *, few: int) -> list[str]:
-    """What is worth a look in the examples of a split, though training would not fail.
+    """What looks wrong in the examples of a split, though training would not fail.
 
     Args:
       source: the source.
       readings: of all its examples, see `read_all`.
-      few: fewer photographs of a class than that are told; 0 for a split that is not trained on.
+      few: a class with fewer photographs than this is worth a line; 0 for a split that is not trained on.
     Returns:
       One line for each.
     """

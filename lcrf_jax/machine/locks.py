@@ -1,7 +1,7 @@
 """Files that one process holds while it lives.
 
-A lock is an advisory lock of the operating system on an open file (flock). It goes with the process, however that ends,
-so a killed run leaves nothing behind that has to be cleaned up by hand.
+A lock is an advisory lock of the operating system on an open file (flock). The system drops it when the process ends,
+in whatever way. So a killed run leaves nothing behind that has to be cleaned up by hand.
 """
 
 import contextlib

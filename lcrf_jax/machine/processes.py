@@ -25,9 +25,13 @@ class ProcessError(RuntimeError):
 
 
 def join(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *, timeout: int = 300
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 300,
 ) -> None:
-    """Make this process one of several; before anything else of JAX.
+    """Make this process one of several; to be called before anything else of JAX.
 
     Without arguments JAX finds the others by itself on SLURM, TPU pods, Open MPI and other clusters that it knows.
 
@@ -96,7 +100,7 @@ def largest(number: int) -> int:
     """The largest of an integer over the processes.
 
     Args:
-      number: an integer of 31 bits.
+      number: an integer below 2**31.
 
     Returns:
       int, the same in all processes.
@@ -107,17 +111,17 @@ def largest(number: int) -> int:
 
 
 def first_decides(function: Callable[[], _Answer]) -> _Answer:
-    """What a function gives in the first process, in all of them; its error too.
+    """Call a function in the first process alone, and give its result, or its error, to all processes.
 
     Args:
-      function: without arguments, called in the first process alone; returns what JSON can hold.
+      function: takes no arguments and returns what JSON can hold.
 
     Returns:
-      What it returned.
+      What the function returned.
 
     Raises:
-      Exception: in the first process what the function raised.
-      ProcessError: in the others, if it raised.
+      Exception: in the first process, what the function raised.
+      ProcessError: in the others, if the function raised.
     """
     if jax.process_count() == 1:
         return function()

@@ -1,4 +1,4 @@
-"""What a program shows while it works: lines and a progress bar, of several processes by the first alone."""
+"""What a program shows while it works: lines and a progress bar. Of several processes only the first shows them."""
 
 import contextlib
 import io
@@ -25,10 +25,10 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A progress bar with loss terms and images per second on a terminal, plain lines elsewhere; of the first process.
+    """A progress bar with loss terms and images per second on a terminal, and plain lines elsewhere.
 
-    In a file or a CI log a bar that redraws itself is unreadable: there one line is printed at most every
-    `seconds_between_lines`, and one at the end.
+    In a file or a CI log a bar that redraws itself is unreadable. There one line is printed at most every
+    `seconds_between_lines`, and one at the end. Of several processes only the first writes.
 
     Args:
       num_steps: number of steps of the whole run.
@@ -123,9 +123,17 @@ class Progress:
 
 @contextlib.contextmanager
 def image_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A callback for images done, shown as a progress bar from its first call on: none where a cache had it all.
+    """A function that counts images, shown as a progress bar.
 
-    Images that an earlier run has done (`earlier=True`) count, but not for the speed.
+    The bar appears at the first call: where a cache has everything there is none.
+
+    Args:
+      title: word in front of the bar.
+      total: number of images.
+
+    Returns:
+      Context manager; its value is a function (number of images done, earlier=False). Images of an earlier run
+      (`earlier=True`) are counted, but not for the speed.
     """
     with contextlib.ExitStack() as stack:
         bars: list[Progress] = []
@@ -140,7 +148,18 @@ def image_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
 
 
 def as_scalar(name: str, value: ArrayLike) -> float:
-    """A Python float of a number or of an array of one element."""
+    """The value of a metric as a Python float.
+
+    Args:
+      name: of the metric.
+      value: a number, or an array of one element.
+
+    Returns:
+      float.
+
+    Raises:
+      ValueError: if the array has more elements, or the name is one that every line has ("step", "time").
+    """
     if name in ("step", "time"):
         raise ValueError(f"expected another name than {name!r}, which every line has; rename the metric")
     array = np.asarray(value)

@@ -52,7 +52,17 @@ def preprocess(image: ArrayLike) -> jax.Array:
 
 
 def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
-    """Padding (before, after) of TensorFlow's SAME rule along one axis of `size` cells."""
+    """Padding by TensorFlow's SAME rule along one axis.
+
+    Args:
+      size: number of cells.
+      kernel: number of taps.
+      stride: step of the output grid, in cells.
+      dilation: distance of the taps, in cells.
+
+    Returns:
+      (cells before, cells after).
+    """
     out = -(-size // stride)
     total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
@@ -105,8 +115,11 @@ def _depthwise_forward(x, kernel, stride, dilation):
 
 
 def _depthwise_backward(stride, dilation, saved, grads):
-    """By x: the mirrored kernel over the gradients, which lie `stride` cells apart: again one loop, where the transposed
-    slices would be as many arrays as the kernel has taps. By the kernel: of the sum as it stands."""
+    """The gradients by `x` and by the kernel.
+
+    By `x` it is the mirrored kernel over `grads`, spread `stride` cells apart. That is one loop again; the transpose of
+    the slices would make as many arrays as the kernel has taps. By the kernel it is JAX's derivative of the sum.
+    """
     x, kernel = saved
     reach = (len(kernel) - 1) * dilation
     spread = [(0, 0, 0)]

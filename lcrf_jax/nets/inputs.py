@@ -18,7 +18,7 @@ def cell_means(values: jax.Array, shape: Sequence[int]) -> jax.Array:
 
     Args:
       values: [B, H, W, C].
-      shape: (h, w) of the grid. Cells that do not hold a whole number of pixels share those on their borders.
+      shape: (h, w) of the grid. If the pixels do not divide evenly, cells share those on their borders.
 
     Returns:
       [B, h, w, C], dtype of `values`.
@@ -61,8 +61,8 @@ def network_inputs(
     return {**network.features(variables, images), "guide": guide}
 
 
-# The programs of this file take the weights as arguments and the network as a static one: a second run, or a second source
-# of the same sizes, compiles nothing.
+# The compiled function below takes the weights as arguments and the network as a static argument. So a second run, or a
+# second source of the same sizes, compiles nothing.
 
 
 @functools.partial(jax.jit, static_argnames=("network", "guide_stride", "names"))

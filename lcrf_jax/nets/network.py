@@ -35,7 +35,7 @@ class Backbone(NamedTuple):
       size_step: sides of the input are multiples of it.
       head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32"
         alone.
-      weights: the source of the weights where none is named.
+      weights: the source of the weights if the user names none.
     """
 
     module: Callable[..., nn.Module]
@@ -107,12 +107,12 @@ DECODERS = {
 class Network(NamedTuple):
     """The inference network as pure functions.
 
-    Two networks of one description are equal and have one hash, so that a program which takes a network as a static
-    argument, and its weights as arrays, is compiled once for both.
+    Two networks of one description are equal and have one hash. So a program that takes the network as a static
+    argument, and the weights as arrays, is compiled once for both.
 
     Attributes:
       description: the dict it was built from.
-      taps: names of the features that all is computed from: what a cache has to keep. "s32" is always there.
+      taps: names of the features that everything else is computed from, which a cache has to keep; always with "s32".
       features: (backbone variables, images [B, H, W, 3] RGB 0..255) -> dict from tap to [B, h, w, C] float32.
       head: (backbone variables, features) -> [B, h, w, C] features of the tag classifier.
       init: (key, backbone variables, features) -> decoder parameters.
@@ -141,7 +141,7 @@ class Network(NamedTuple):
         return json.dumps(self.description, sort_keys=True)
 
     def grid(self, size: int) -> int:
-        """Cells along a side of the logits of an input of that side."""
+        """Number of cells along a side of the logits, for an input of `size` pixels along that side."""
         return -(-size // self.stride)
 
 
@@ -264,13 +264,13 @@ def backbone_variables(description: Mapping[str, Any], weights: str = "") -> tup
 
     Args:
       description: see `build_network`.
-      weights: where they come from, see `lcrf_jax.nets.weights`; "" is what is installed.
+      weights: where they come from, see `lcrf_jax.nets.weights`; "" is the backbone's own source.
 
     Returns:
       (variables, sha256 as a hex string).
 
     Raises:
-      ValueError: if the backbone is unknown, there is no such source for it, or what it gives are not its weights.
+      ValueError: if the backbone is unknown, has no such source, or the source does not hold its weights.
       FileNotFoundError: if the file, the repository or the package is not there.
     """
     backbone = _backbone(description)

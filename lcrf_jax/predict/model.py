@@ -25,8 +25,8 @@ class Labelling(NamedTuple):
     Attributes:
       labels: [H, W] uint8, the most probable class of every pixel.
       confidence: [H, W] float16, the probability of that class.
-      probabilities: [h, w, K] float32, of all classes at the size that the photograph was worked on: H x W, but smaller
-        for a photograph with a side above `Model.max_side`; `lcrf_jax.predict.resizing.resized_map` enlarges it.
+      probabilities: [h, w, K] float32, of all classes. h x w is H x W, but smaller for a photograph with a side above
+        `Model.max_side`; `lcrf_jax.predict.resizing.resized_map` enlarges it.
       class_names: names of the K classes, background first.
       palette: [K, 3] uint8 RGB, the colour of each class.
     """
@@ -82,10 +82,10 @@ class Model:
 
 
 def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
-    """A trained model from the folder of a run; needs the folder alone.
+    """A trained model from the folder of a run; nothing but the folder is needed.
 
-    What it compiles is kept in the user's cache folder, so that the first photograph of the next process is quicker; see
-    `lcrf_jax.machine.compilation.keep_programs`, which also says how that is switched off.
+    Compiled programs are kept in the user's cache folder, so that the first photograph of the next process is quicker.
+    `lcrf_jax.machine.compilation.keep_programs` says how to switch that off.
 
     Args:
       checkpoint: the --workdir of a training run.

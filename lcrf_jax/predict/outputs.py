@@ -14,7 +14,7 @@ EXCLUDED = -1e4
 
 
 def _mirror_mean(maps, mirrored):
-    """The mean of the first half of the maps and the second half, mirrored back; or all of them if none is mirrored."""
+    """The mean of the first half of the maps and the second half mirrored back; if none is mirrored, all maps."""
     if not mirrored:
         return maps
     plain, other = jnp.split(maps, 2)

@@ -53,9 +53,10 @@ def adjustable_refinement(
 
     Args:
       inference: settings of the run, see `make_segmenter`.
-      changed: dict with new values of "unary_weight", "num_iterations" and fields of the kernel. Only another number of
-        iterations or `gaussian_position_width` compiles anew, or a kernel so narrow that its lattice has to be larger.
-      shape: (h, w) in pixels of the image as it is worked on.
+      changed: dict with new values of "unary_weight", "num_iterations" and fields of the kernel. Three changes compile
+        again: the number of iterations, `gaussian_position_width`, and a kernel so narrow that its lattice has to be
+        larger.
+      shape: (h, w) in pixels of the image that is refined, see `lcrf_jax.predict.resizing.working_size`.
 
     Returns:
       Function (log-probabilities, image, valid, capacity=None), as `Segmenter.refine`.

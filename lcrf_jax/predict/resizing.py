@@ -120,7 +120,7 @@ def interpolation_weights(cells: int, pixels: int, padded: int) -> np.ndarray:
 
 
 def padded_to(size: int) -> int:
-    """The next multiple of _SIZE_STEP: images of similar size share one compilation."""
+    """The next multiple of 64, so that images of similar size share one compilation."""
     return max(1, math.ceil(size / _SIZE_STEP)) * _SIZE_STEP
 
 
@@ -150,7 +150,7 @@ def working_image(image: np.ndarray, max_side: int) -> np.ndarray:
 
 
 def working_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
-    """The size at which an image is worked on.
+    """The size at which an image is segmented.
 
     Args:
       size: (H, W) in pixels.
@@ -164,7 +164,7 @@ def working_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
 
 
 def padded_image(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The image at its padded size, and which of its pixels are true ones."""
+    """The image padded by its edges to `padded_to` of each side, and [h, w] bool: true for pixels of the image."""
     height, width = image.shape[:2]
     pad = [(0, padded_to(height) - height), (0, padded_to(width) - width)]
     return np.pad(image, [*pad, (0, 0)], mode="edge"), np.pad(np.ones((height, width), bool), pad)

@@ -29,7 +29,7 @@ MAX_SIDE = 640
 
 
 class Segmenter(NamedTuple):
-    """A trained inference network; see `segmenter` for how one is made and `segment` for its use.
+    """A trained inference network. `make_segmenter` makes one, `segment` uses it.
 
     Attributes:
       class_names: names of the K classes, background first.
@@ -40,7 +40,7 @@ class Segmenter(NamedTuple):
       enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
       refine: function (log-probabilities, image, valid, capacity=None) -> log-probabilities after mean field; all
         are NaN if the kernel's lattice needs more vertices than the capacity.
-      max_side: larger images are worked on at this longer side, in pixels, and their result is enlarged.
+      max_side: an image with a longer side, in pixels, is made smaller to this one first, and its result is enlarged.
     """
 
     class_names: tuple[str, ...]
@@ -57,7 +57,9 @@ class Segmenter(NamedTuple):
 
 
 class Segmentation(NamedTuple):
-    """What is known of one image of H x W pixels; h x w is the size it was worked on at, H x W but for large images.
+    """The result for one image of H x W pixels.
+
+    h x w is the size that the image was segmented at: H x W, but smaller for large images, see `Segmenter.max_side`.
 
     Attributes:
       size: (H, W) in pixels.
@@ -91,8 +93,8 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     Args:
       description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
         "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
-        "num_iterations", "unary_weight", and where the network's softmax is not the output "output", a key of
-        `OUTPUTS`, and "output_options"; "max_side" is MAX_SIDE where it is not there.
+        "num_iterations" and "unary_weight". It may have "output", a key of `OUTPUTS` ("softmax" if left out), with
+        "output_options", and "max_side" (MAX_SIDE if left out).
       params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
 
     Returns:
@@ -110,7 +112,7 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     placed = {None: jax.device_put(used)}
 
     def beside(batch):
-        """The weights where a batch lies: where it is spread over devices, each has a copy."""
+        """The weights on the devices of a batch; each device has a copy."""
         sharding = _replicated_beside(batch)
         if sharding not in placed:
             placed[sharding] = jax.device_put(used, sharding)
@@ -135,7 +137,7 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
 
 
 def _replicated_beside(batch):
-    """Where the weights for a batch lie: copied to the devices that it is spread over, or None for the default device."""
+    """The sharding of the weights for a batch: a copy on each of its devices, or None for one device."""
     sharding = getattr(next(iter(jax.tree.leaves(batch))), "sharding", None)
     spread = isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1
     return NamedSharding(sharding.mesh, P()) if spread else None
@@ -158,7 +160,7 @@ def _log_probs(params, features, *, network, mirrored, output, options):
 def segment(
     segmenter: Segmenter, image: np.ndarray, *, crf: bool, tags: np.ndarray | None = None
 ) -> Segmentation:
-    """Segment one image; one with a side above `segmenter.max_side` is worked on at a smaller size.
+    """Segment one image. If a side is above `segmenter.max_side`, it is made smaller first and the result enlarged.
 
     Args:
       segmenter: a Segmenter.
@@ -185,10 +187,10 @@ def segment_batch(
     batch_size: int | None = None,
     features: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Segmentation]:
-    """Segment images of any sizes; the network sees them together, the rest is done one by one.
+    """Segment images of any sizes. The network sees them together; the rest is done one by one.
 
-    All devices of this process take part: the batch is spread over them if it divides by their number, and they take
-    turns with the images after that.
+    All devices of this process take part. The batch is spread over them if their number divides it. After the network
+    the devices take turns with the images.
 
     Args:
       segmenter: a Segmenter.
@@ -258,7 +260,7 @@ def network_features(
 
 
 def _at_own_size(segmenter, image, grids, crf):
-    """(size, image, log-probabilities, refined ones or None) on the way: padded, on the device."""
+    """(size, image, log-probabilities, refined ones or None); the arrays are padded and still on the device."""
     size, image = image.shape[:2], working_image(image, segmenter.max_side)
     height, width = image.shape[:2]
     padded = (padded_to(height), padded_to(width))
@@ -275,7 +277,7 @@ def _at_own_size(segmenter, image, grids, crf):
 
 
 def _on_host(segmenter, size, image, log_probs, refined):
-    """The Segmentation, once the device has done it."""
+    """The Segmentation, from what `_at_own_size` left on the device."""
     height, width = image.shape[:2]
     if refined is not None:
         refined = np.asarray(refined)

@@ -20,8 +20,8 @@ def segment_in_tiles(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels of an image from overlapping square tiles, each of them segmented as an image of its own.
 
-    Where tiles overlap, their probabilities are averaged, with weights that fall to the border of a tile. Memory
-    grows with `tile` times the width of the image, not with its area, but for the result.
+    Where tiles overlap, their probabilities are averaged, with weights that fall towards the border of a tile. Besides
+    the result, memory grows with `tile` times the width of the image, not with its area.
 
     Args:
       segmenter: lcrf_jax.predict.segmenter.Segmenter.

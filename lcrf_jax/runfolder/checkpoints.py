@@ -117,8 +117,8 @@ class RunCheckpoints:
         before.
 
         Args:
-          like: state of the same structure, shapes and dtypes, placed where the restored one shall be; its
-            values are not used, so that shapes with a sharding will do (`jax.ShapeDtypeStruct`). The devices need not be
+          like: state of the same structure, shapes and dtypes, placed where the restored one shall be. Its
+            values are not used: shapes with a sharding will do (`jax.ShapeDtypeStruct`). The devices may be others than
             those of the saved run.
         Returns:
           Restored, or None if the run has saved no state yet.

@@ -11,7 +11,7 @@ from lcrf_jax.machine.processes import first_decides
 
 DESCRIPTION_FILE = "config.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
-# What decides which image comes when: with another one the steps done and those to come are of different runs.
+# Settings that decide which image comes when. If one changes, the steps done and the steps to come are not one run.
 FIXED_SETTINGS = (
     "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
 )  # fmt: skip
@@ -22,13 +22,16 @@ class CheckpointError(RuntimeError):
 
 
 def save_description(
-    run_dir: str | os.PathLike, description: Mapping[str, Any], *, may_differ: Collection[str] = ("training", "versions")
+    run_dir: str | os.PathLike,
+    description: Mapping[str, Any],
+    *,
+    may_differ: Collection[str] = ("training", "versions"),
 ) -> list[str]:
     """Write RUN/config.json: all that inference has to know beside the parameters.
 
     Args:
       run_dir: folder of the run; made if it is not there.
-      description: dict that JSON can hold: network, class names, input size, preprocessing, sha256 of the
+      description: dict that JSON can hold, with network, class names, input size, preprocessing, sha256 of the
         pretrained weights, library versions, training configuration.
       may_differ: keys of the dict in which a run that is taken up again may differ from what was written
         before.
@@ -106,7 +109,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _changes(run_dir, old, new):
-    """In which settings and versions two descriptions of a run differ; refuses those that make another run of it."""
+    """Lines that tell in which settings and versions two descriptions differ; refuses those of FIXED_SETTINGS."""
     before, now = flat_settings(old.get("training", {})), flat_settings(new.get("training", {}))
     changed = {name: f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
                for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)}  # fmt: skip

@@ -23,7 +23,16 @@ def params_digest(params: Any) -> str:
 
 
 def named_leaves(tree: Any) -> dict[str, np.ndarray]:
-    """Dotted name -> copy on the host; typed keys as their data."""
+    """The leaves of a tree by name, as copies on the host.
+
+    Args:
+      tree: pytree of arrays; random keys are taken as their data.
+    Returns:
+      dict from dotted name to array.
+    Raises:
+      TypeError: if a leaf is no array, or an empty one.
+      ValueError: if two leaves have one name.
+    """
     leaves: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -43,7 +52,15 @@ def named_leaves(tree: Any) -> dict[str, np.ndarray]:
 
 
 def split_leaves(leaves: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(params, rest) of named leaves."""
+    """The parameters of a state, and the rest of it.
+
+    Args:
+      leaves: of the state, see `named_leaves`.
+    Returns:
+      (the leaves below `params`, all others), by their full names.
+    Raises:
+      ValueError: if there are no parameters.
+    """
     params = {name: leaf for name, leaf in leaves.items() if name.split(".")[0] == "params"}
     if not params:
         raise ValueError(f"expected a state with params at its top, got {sorted(leaves)[:5]}")
@@ -51,7 +68,13 @@ def split_leaves(leaves: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray
 
 
 def nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Nested dicts of dotted names."""
+    """A tree of nested dicts.
+
+    Args:
+      leaves: dict from dotted name to array.
+    Returns:
+      Nested dicts, one level for each part of a name.
+    """
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split(".")
@@ -63,7 +86,13 @@ def nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def digests_of(leaves: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Name -> sha256 of dtype, shape and bytes."""
+    """A digest of each array.
+
+    Args:
+      leaves: dict from name to array.
+    Returns:
+      dict from name to the sha256 of dtype, shape and bytes, in hexadecimal digits.
+    """
     digests = {}
     for name, leaf in sorted(leaves.items()):
         digest = hashlib.sha256(f"{leaf.dtype.name} {leaf.shape} ".encode())

@@ -57,7 +57,7 @@ def read_turned_image(path: str | os.PathLike) -> tuple[np.ndarray, int]:
 
 
 def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarray, int]:
-    """A Pillow image as `read_image` has it, and how it was turned.
+    """A Pillow image as the array that `read_image` gives, and how it was turned.
 
     Args:
       image: the image.
@@ -82,7 +82,7 @@ def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarr
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Height and width of a photograph as it is shown, from the head of the file: what follows may be damaged.
+    """Height and width of a photograph as it is shown. Only the head of the file is read; what follows may be damaged.
 
     Args:
       path: the file.
@@ -99,7 +99,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """An image file for a `with` block, its pixels not decoded yet; whatever fails in the block names the file.
+    """An image file for a `with` block, its pixels not decoded yet. Errors within the block name the file.
 
     Args:
       path: the file.

@@ -32,7 +32,7 @@ CLASSES = (
 )  # fmt: skip
 
 TAGS_FROM = ("boxes", "masks")
-# md5 of files that are fetched, as the libraries that fetch them have it.
+# md5 of the published archives, as in libraries that download them.
 ARCHIVES = {
     "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
     "benchmark.tgz": "82b4d87ceb2ed10f6038a1cba92111cb",
@@ -116,8 +116,8 @@ class Devkit:
     def ids(self, split: str) -> tuple[str, ...] | None:
         """The images of a list, in its order.
 
-        ``train_aug`` is, where no list names it, all that has a mask of SBD or in ``SegmentationClassAug``, and train, but
-        not val.
+        If there is no list of ``train_aug``, it is made from the masks: all images with a mask of SBD or in
+        ``SegmentationClassAug``, with those of train and without those of val.
 
         Args:
           split: a key of LISTS.

@@ -77,7 +77,7 @@ def scan_folder(
       colours: file of the colours of the masks, absolute or within the folder; by default colours.csv where it is there.
       lists: names of the splits that may have a list.
       val_share: where there are no lists, the share of all photographs that is the split val, if so many have masks.
-      split_seed: names the choice of these.
+      split_seed: seed of the choice of these photographs.
     Returns:
       Listing.
     Raises:
@@ -161,7 +161,7 @@ def _photographs(root: Path, mask_folder: Path) -> tuple[list[str], list[str]]:
 
 
 class PhotographFinder:
-    """Photographs by what tag files and lists call them: by path, or by a part of it where that is in no doubt.
+    """Finds photographs by the names that tag files and lists give them: paths, or the ends of paths.
 
     Args:
       photographs: paths with ``/`` between folders.

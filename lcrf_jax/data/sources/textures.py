@@ -35,8 +35,8 @@ class Body(NamedTuple):
     emblem: tuple[int, int, np.ndarray] | None  # top, left and [e, e] cover of the emblem within the body
 
 
-# To know the tags of an image is to make it, so they are kept for all sources of a process: from what an image depends on
-# but for its number, to the tags by number.
+# An image has to be made before its tags are known. So the tags are kept for all sources of a process: for each (seed,
+# split, size) the tags of its images by their index.
 _KNOWN_TAGS: dict[tuple, dict[int, np.ndarray]] = {}
 
 
@@ -45,7 +45,7 @@ class TexturesSource:
 
     Args:
       split: ``train`` or ``val``; the two never share an image.
-      seed: 0 <= seed < 2**32, names the data set.
+      seed: 0 <= seed < 2**32; with another seed all images are others.
       size: side of the square images in pixels, 96 to 128.
       num_train: number of training images, at least 1.
       num_val: number of held-out images, at least 1.

@@ -31,7 +31,7 @@ class Kit(NamedTuple):
     Attributes:
       root: folder of the development kit.
       tags_from: ``boxes`` or ``masks``.
-      any_lists: whether other lists than those of the field will do.
+      any_lists: whether lists other than those that the field uses are accepted.
       sbd: folder ``benchmark_RELEASE`` of SBD, or None.
     """
 
