@@ -83,7 +83,7 @@ def head_problems(source: Source, *, num_threads: int = 4) -> list[str]:
 def usable(
     source: Source, on_bad_image: str, *, decode: bool, progress: Callable[[int], None] | None = None
 ) -> tuple[Source, list[str]]:
-    """The source, or the part of it that can be read; to be found out before hours of training.
+    """The source, or the part of it that can be read, so that training does not fail on a bad file hours later.
 
     Args:
       source: the source; one without ``paths`` is taken as it is.

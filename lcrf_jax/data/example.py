@@ -6,7 +6,7 @@ Everything after this point (views, batches, networks, evaluation) knows sources
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -79,7 +79,7 @@ class PartOfSource:
       rows: indices of the examples to keep, in order.
     """
 
-    def __init__(self, source: Source, rows: np.ndarray) -> None:
+    def __init__(self, source: Source, rows: Sequence[int] | np.ndarray) -> None:
         self._source, self._rows = source, np.asarray(rows, np.int64)
         self.class_names, self.split, self.masks = source.class_names, source.split, source.masks
         self.names = tuple(source.names[row] for row in self._rows)

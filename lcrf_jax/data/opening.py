@@ -125,7 +125,7 @@ SOURCES = {"folder": open_folder, "textures": open_textures, "tfds": open_tfds, 
 def open_source(
     kind: str, split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
-    """The source of that kind, by name.
+    """Open a source by the name of its kind.
 
     Args:
       kind: a key of `SOURCES`.

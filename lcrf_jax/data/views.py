@@ -43,7 +43,7 @@ def sample_view(
     scale_range: tuple[float, float] = (0.4, 1.0),
     ratio_range: tuple[float, float] = (0.75, 4 / 3),
 ) -> View:
-    """The view of that number of the image of that index.
+    """A view of an image, by its number.
 
     Args:
       seed: 0 or more.

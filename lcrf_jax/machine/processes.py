@@ -68,7 +68,7 @@ def is_first() -> bool:
 
 
 def share(length: int) -> range:
-    """The items that this process has to do, of a list that all have.
+    """Which items of a list this process has to do; all processes have the whole list.
 
     Args:
       length: number of items.

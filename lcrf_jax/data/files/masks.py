@@ -126,7 +126,7 @@ def refuse_black_and_white(mask: np.ndarray, tags: np.ndarray, path: Path) -> No
 
 
 def fit_mask(mask: np.ndarray, shape: tuple[int, int], turn: int, path: Path, image_path: Path) -> np.ndarray:
-    """The mask in the frame of the photograph as shown."""
+    """The mask at the size of its photograph as shown: turned with it if the photograph was labelled as stored."""
     if 5 <= turn <= 8 and mask.shape != shape and mask.shape == shape[::-1]:
         # The photograph was labelled as stored: it turns with it.
         mask = np.ascontiguousarray(

@@ -273,7 +273,7 @@ def sbd_mask(path: str | os.PathLike) -> np.ndarray:
 
 
 def archive_problem(path: str | os.PathLike) -> str:
-    """What is wrong with a file as it was fetched.
+    """What is wrong with a downloaded archive.
 
     Args:
       path: the file, of a name in ARCHIVES.
