@@ -19,7 +19,7 @@ help:
 	@echo 'make test-all   those and the slow ones: killed runs, several processes, every method, every form'
 	@echo 'make test-slow  the slow ones alone'
 	@echo 'make test-default-flags  the tests of the pure functions, compiled as users have it'
-	@echo 'make lint    set up .venv, run the linter'
+	@echo 'make lint    set up .venv, run the linter and the type checker'
 	@echo 'make clean   remove .venv, the caches and the run of the demo'
 	@echo 'PYTHON=/path/to/python3.12 chooses the Python (3.11 or newer) that .venv is made with.'
 
@@ -40,6 +40,7 @@ test-default-flags: $(READY)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 clean:
 	rm -rf $(VENV) $(RUN) .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -185,6 +185,88 @@ def test_public_functions_of_the_pure_rooms_are_documented(path):
         assert "\nReturns:\n" in documentation, f"{node.name} has no Returns"
 
 
+EVERY_FILE = python_files("lcrf_jax")
+# Files whose public functions need not have types yet, by their paths from the root.
+EXEMPT: list[str] = [
+    "lcrf_jax/__init__.py",
+    "lcrf_jax/baselines/cam.py",
+    "lcrf_jax/baselines/ccnn.py",
+    "lcrf_jax/baselines/em_adapt.py",
+    "lcrf_jax/baselines/labels.py",
+    "lcrf_jax/baselines/mil.py",
+    "lcrf_jax/baselines/saliency.py",
+    "lcrf_jax/baselines/sec.py",
+    "lcrf_jax/baselines/stc.py",
+    "lcrf_jax/bound/chains.py",
+    "lcrf_jax/bound/estimators.py",
+    "lcrf_jax/bound/likelihoods.py",
+    "lcrf_jax/bound/objective.py",
+    "lcrf_jax/bound/pixel_evidence.py",
+    "lcrf_jax/bound/sampling.py",
+    "lcrf_jax/crf/anchor_building.py",
+    "lcrf_jax/crf/anchors.py",
+    "lcrf_jax/crf/energy.py",
+    "lcrf_jax/crf/exact.py",
+    "lcrf_jax/crf/hashing.py",
+    "lcrf_jax/crf/image_kernels.py",
+    "lcrf_jax/crf/inference.py",
+    "lcrf_jax/crf/kernel.py",
+    "lcrf_jax/crf/lattice.py",
+    "lcrf_jax/crf/lattice_building.py",
+    "lcrf_jax/crf/params.py",
+    "lcrf_jax/crf/spatial.py",
+    "lcrf_jax/data/loader.py",
+    "lcrf_jax/data/pipeline.py",
+    "lcrf_jax/metrics.py",
+    "lcrf_jax/numerics.py",
+    "lcrf_jax/pictures/report.py",
+    "lcrf_jax/train/class_maps.py",
+    "lcrf_jax/train/cues.py",
+    "lcrf_jax/train/features.py",
+    "lcrf_jax/train/fit.py",
+    "lcrf_jax/train/methods.py",
+    "lcrf_jax/train/plan.py",
+    "lcrf_jax/train/posteriors.py",
+    "lcrf_jax/train/preparation.py",
+    "lcrf_jax/train/splits.py",
+    "lcrf_jax/train/step.py",
+]
+
+
+def public_functions(body, within=""):
+    """(dotted name, node) of the public functions of a module, and of the public methods of its public classes."""
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, f"{within}{node.name}.")
+            continue
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_function and (not node.name.startswith("_") or node.name in ("__init__", "__call__")):
+            yield f"{within}{node.name}", node
+
+
+@pytest.mark.parametrize("path", EVERY_FILE, ids=names(EVERY_FILE))
+def test_public_functions_have_types(path):
+    if path.relative_to(ROOT).as_posix() in EXEMPT:
+        pytest.skip("has no types yet")
+    for name, node in public_functions(ast.parse(path.read_text()).body):
+        arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+        bare = [argument.arg for argument in arguments if argument is not None and argument.annotation is None]
+        bound = "." in name and "staticmethod" not in [ast.unparse(mark) for mark in node.decorator_list]
+        assert not set(bare) - ({"self", "cls"} if bound else set()), f"{name}: no type of {', '.join(bare)}"
+        assert node.returns is not None, f"{name}: no type of the result"
+
+
+def test_files_that_are_exempt_from_types_are_there():
+    assert set(EXEMPT) <= set(names(EVERY_FILE))
+
+
+def test_the_types_are_shipped():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert "py.typed" in config["options.package_data"]["lcrf_jax"].split()
+    assert (PACKAGE / "py.typed").is_file()
+
+
 @pytest.mark.parametrize("path", PURE_MODULES, ids=names(PURE_MODULES))
 def test_named_tuples_are_the_only_classes_of_the_pure_rooms(path):
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Whether the photographs and masks of a source can be read, and what there is to say about them."""
+"""Checks of a source before training: can its photographs and masks be read, and is anything odd about them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,6 @@ def read_all(
       A Reading of each example, in order.
     Raises:
       OSError: if the disk fails; what is wrong with a single file is in its Reading.
-    References:
-      None.
     """
 
     def one(index):
@@ -69,8 +67,6 @@ def head_problems(source: Source, *, num_threads: int = 4) -> list[str]:
       num_threads: threads that read.
     Returns:
       One line for each file that is missing, empty, no image or too large.
-    References:
-      None.
     """
     paths = getattr(source, "paths", ())
 
@@ -87,19 +83,17 @@ def head_problems(source: Source, *, num_threads: int = 4) -> list[str]:
 def usable(
     source: Source, on_bad_image: str, *, decode: bool, progress: Callable[[int], None] | None = None
 ) -> tuple[Source, list[str]]:
-    """The source, or what can be read of it, before hours are spent on it.
+    """The source, or the part of it that can be read, so that training does not fail on a bad file hours later.
 
     Args:
       source: the source; one without ``paths`` is taken as it is.
-      on_bad_image: ``error`` refuses it if a file is bad, ``skip`` leaves these out and decodes every file to find them.
-      decode: whether every file is decoded with ``error`` too; otherwise only its head is looked at.
+      on_bad_image: ``error`` refuses the source if a file is bad. ``skip`` decodes every file and leaves bad ones out.
+      decode: whether ``error`` decodes every file as well; otherwise only the heads of files are looked at.
       progress: called with 1 after each example that is decoded.
     Returns:
       (source, one line for each example that was left out).
     Raises:
       ValueError: if on_bad_image is not one of these, or files are bad and it is ``error``, or none is good.
-    References:
-      None.
     """
     if on_bad_image not in MODES:
         raise ValueError(f"on_bad_image: expected one of {', '.join(MODES)}, got {on_bad_image!r}")
@@ -129,16 +123,14 @@ def listed(lines: list[str]) -> str:
 
 
 def notes(source: Source, readings: list[Reading], *, few: int) -> list[str]:
-    """What is worth a look in the examples of a split, though training would not fail.
+    """What looks wrong in the examples of a split, though training would not fail.
 
     Args:
       source: the source.
       readings: of all its examples, see `read_all`.
-      few: fewer photographs of a class than that are told; 0 for a split that is not trained on.
+      few: a class with fewer photographs than this is worth a line; 0 for a split that is not trained on.
     Returns:
       One line for each.
-    References:
-      None.
     """
     lines, tags, names = [], source.tags[:, 1:], source.class_names[1:]
     counts = tags.sum(axis=0)
@@ -173,8 +165,6 @@ def equal_pictures(splits: list[tuple[Source, list[Reading]]]) -> list[str]:
       splits: pairs of source and readings.
     Returns:
       One line for each group of them.
-    References:
-      None.
     """
     groups: dict[bytes, list[str]] = {}
     for source, readings in splits:

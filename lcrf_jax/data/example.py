@@ -6,6 +6,7 @@ Everything after this point (views, batches, networks, evaluation) knows sources
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -43,12 +44,23 @@ class Source(Protocol):
       fingerprint: anything whose repr changes when an image or a mask does; caches are keyed by it.
     """
 
-    class_names: tuple[str, ...]
-    split: str
-    names: tuple[str, ...]
-    tags: np.ndarray
-    masks: bool
-    fingerprint: tuple
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def tags(self) -> np.ndarray: ...
+
+    @property
+    def masks(self) -> bool: ...
+
+    @property
+    def fingerprint(self) -> tuple: ...
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -65,11 +77,9 @@ class PartOfSource:
     Args:
       source: the source.
       rows: indices of the examples to keep, in order.
-    References:
-      None.
     """
 
-    def __init__(self, source: Source, rows: np.ndarray):
+    def __init__(self, source: Source, rows: Sequence[int] | np.ndarray) -> None:
         self._source, self._rows = source, np.asarray(rows, np.int64)
         self.class_names, self.split, self.masks = source.class_names, source.split, source.masks
         self.names = tuple(source.names[row] for row in self._rows)
@@ -94,7 +104,7 @@ class PartOfSource:
         return ("part", self._source.fingerprint, tuple(self._rows.tolist()))
 
 
-def tag_vector(names: tuple[str, ...] | list[str] | set[str], class_names: tuple[str, ...]) -> np.ndarray:
+def tag_vector(names: Iterable[str], class_names: tuple[str, ...]) -> np.ndarray:
     """[K] bool vector of the named classes, background always True.
 
     Args:
@@ -104,8 +114,6 @@ def tag_vector(names: tuple[str, ...] | list[str] | set[str], class_names: tuple
       [K] bool.
     Raises:
       ValueError: if a name is not a class.
-    References:
-      None.
     """
     tags = np.zeros(len(class_names), bool)
     tags[0] = True

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lcrf_jax.data.example import Source
 
 
 def open_textures(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """The procedural set of `lcrf_jax.data.sources.textures.TexturesSource`; it has no folder.
 
@@ -22,8 +23,6 @@ def open_textures(
       The source.
     Raises:
       ValueError: if a folder is given, or an option is out of its range.
-    References:
-      None; the images are made up.
     """
     from lcrf_jax.data.sources.textures import TexturesSource
 
@@ -36,7 +35,7 @@ def open_textures(
 
 
 def open_voc(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """A folder in the layout of PASCAL VOC, see `lcrf_jax.data.sources.voc.VocSource`.
 
@@ -63,7 +62,7 @@ def open_voc(
 
 
 def open_folder(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """A folder of photographs with a tag file or folders of classes, see `lcrf_jax.data.sources.folder.FolderSource`.
 
@@ -79,8 +78,6 @@ def open_folder(
     Raises:
       ValueError: if no folder is given, or what it holds does not fit together.
       FileNotFoundError: if the folder or one of its files is missing.
-    References:
-      None.
     """
     from lcrf_jax.data.sources.folder import FolderSource
 
@@ -97,7 +94,7 @@ def open_folder(
 
 
 def open_tfds(
-    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
     """A data set of TensorFlow Datasets, see `lcrf_jax.data.sources.tfds.TfdsSource`.
 
@@ -111,8 +108,6 @@ def open_tfds(
     Raises:
       ValueError: if tensorflow-datasets is not installed, or a feature is missing or of another kind.
       FileNotFoundError: if the data set is not prepared in this folder, or has no such split.
-    References:
-      None.
     """
     try:
         from lcrf_jax.data.sources.tfds import TfdsSource
@@ -128,9 +123,9 @@ SOURCES = {"folder": open_folder, "textures": open_textures, "tfds": open_tfds, 
 
 
 def open_source(
-    kind: str, split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options
+    kind: str, split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
-    """The source of that kind, by name.
+    """Open a source by the name of its kind.
 
     Args:
       kind: a key of `SOURCES`.
@@ -143,8 +138,6 @@ def open_source(
     Raises:
       ValueError: if the kind is not known, or the arguments do not fit it.
       FileNotFoundError: if a folder or one of its files is missing.
-    References:
-      None.
     """
     if kind not in SOURCES:
         raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}")

@@ -43,7 +43,7 @@ def sample_view(
     scale_range: tuple[float, float] = (0.4, 1.0),
     ratio_range: tuple[float, float] = (0.75, 4 / 3),
 ) -> View:
-    """The view of that number of the image of that index.
+    """A view of an image, by its number.
 
     Args:
       seed: 0 or more.
@@ -94,8 +94,6 @@ def apply_view(image: np.ndarray, view: View, size: tuple[int, int]) -> np.ndarr
       [height, width, C] of the same dtype.
     Raises:
       ValueError: if the shape, the dtype, the box or the size is not one of these.
-    References:
-      None.
     """
     image = np.asarray(image)
     _check_geometry(image, view, size, ndim=3)
@@ -129,8 +127,6 @@ def apply_view_to_mask(mask: np.ndarray, view: View, size: tuple[int, int]) -> n
       [height, width] uint8; no index occurs that is not in the mask.
     Raises:
       ValueError: if the shape, the dtype, the box or the size is not one of these.
-    References:
-      None.
     """
     mask = np.asarray(mask)
     _check_geometry(mask, view, size, ndim=2)

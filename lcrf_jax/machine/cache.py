@@ -25,7 +25,7 @@ class _Unfit(ValueError):
     """Rows that cannot be those of the arrays: nothing of them is kept."""
 
 
-def default_directory():
+def default_directory() -> pathlib.Path:
     """The folder of the caches: $LCRF_JAX_CACHE, or lcrf_jax in the user's cache folder.
 
     Returns:

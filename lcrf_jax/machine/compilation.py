@@ -1,7 +1,8 @@
-"""Compiled programs kept between runs, in JAX's own compilation cache: the second start compiles nothing anew.
+"""Compiled programs kept between runs, in JAX's own compilation cache: the second start compiles nothing again.
 
-JAX writes an entry in place and takes what it finds for whole. A run that is killed while it writes, or a damaged disk,
-would leave an entry that every later start warns of, or runs. So each entry is looked at before JAX is let near the folder.
+JAX writes an entry in place and trusts every entry that it finds. A run that is killed while it writes, or a damaged
+disk, can leave a broken one. Every later start would warn of it, or run it. So all entries are checked before JAX uses
+the folder.
 """
 
 import contextlib
@@ -24,15 +25,15 @@ _CHECKED_FILE = "checked.json"
 _ENTRIES = "*-cache"
 
 
-def keep_programs(directory):
-    """Keep what JAX compiles from now on in this process, and take from there what earlier runs have compiled.
+def keep_programs(directory: str | os.PathLike) -> pathlib.Path | None:
+    """Keep the programs that JAX compiles from now on in this process, and use those that earlier runs have kept.
 
-    Nothing happens where the user has chosen a folder of JAX's own (JAX_COMPILATION_CACHE_DIR, or its setting in Python),
-    where LCRF_JAX_COMPILE_CACHE is 0, or where the folder cannot be written. The results are the same bits either way.
+    This does nothing if the user has chosen a folder by JAX's own setting (JAX_COMPILATION_CACHE_DIR, or in Python), if
+    LCRF_JAX_COMPILE_CACHE is 0, or if the folder cannot be written. The results are the same to the bit either way.
 
     Args:
-      directory: folder of all caches, see `lcrf_jax.machine.cache.default_directory`. The programs of one kind of processor
-        lie in a folder of their own in it, since they use its instructions.
+      directory: folder of all caches, see `lcrf_jax.machine.cache.default_directory`. Each kind of processor
+        has a folder of its own in it, since programs use the instructions of one kind.
 
     Returns:
       pathlib.Path of the folder in use, or None.
@@ -44,7 +45,7 @@ def keep_programs(directory):
     if switch not in ("0", "1"):
         raise ValueError(f"{SWITCH}: expected 0 (compiled programs are not kept) or 1, got {switch!r}")
     folder = pathlib.Path(directory) / "programs" / _processor()
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]  # JAX makes its settings at run time
     if switch == "0" or chosen not in (None, "", str(folder)):
         return None
     try:
@@ -61,7 +62,7 @@ def keep_programs(directory):
 
 
 def _processor():
-    """A name for the instructions of this processor: another one may not know those that XLA has chosen for it."""
+    """A name for the kind of this processor: XLA uses instructions that another kind may not have."""
     facts = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -70,7 +71,7 @@ def _processor():
 
 
 def _drop_unfit(folder):
-    """Delete entries that are cut off or have changed since they were first seen, and the oldest of too many bytes."""
+    """Delete entries that are cut off or have changed since they were first seen, then the oldest ones of too many."""
     before = _checked_before(folder)
     checked, sizes = {}, []
     for path in folder.glob(_ENTRIES):

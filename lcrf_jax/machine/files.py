@@ -1,9 +1,10 @@
 """Files that are written whole or not at all."""
 
 import os
+import pathlib
 
 
-def write_whole(path, text):
+def write_whole(path: pathlib.Path, text: str) -> None:
     """Write a text file in one move: a file that is there is whole.
 
     Args:

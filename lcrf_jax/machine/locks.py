@@ -1,7 +1,7 @@
 """Files that one process holds while it lives.
 
-A lock is an advisory lock of the operating system on an open file (flock). It goes with the process, however that ends,
-so a killed run leaves nothing behind that has to be cleaned up by hand.
+A lock is an advisory lock of the operating system on an open file (flock). The system drops it when the process ends,
+in whatever way. So a killed run leaves nothing behind that has to be cleaned up by hand.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _HOLDER_FILE = "lock"
@@ -25,7 +26,7 @@ class Locked(OSError):
 
 
 @contextlib.contextmanager
-def locked(path, *, wait=False):
+def locked(path: str | os.PathLike, *, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of a file.
 
     Args:
@@ -53,7 +54,7 @@ def locked(path, *, wait=False):
 
 
 @contextlib.contextmanager
-def own_folder(parent, prefix):
+def own_folder(parent: str | os.PathLike, prefix: str) -> Iterator[pathlib.Path]:
     """A folder for unfinished files that no other process uses; it is removed at the end.
 
     Folders of processes that were killed are removed too.

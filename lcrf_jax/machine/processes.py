@@ -8,10 +8,14 @@ import json
 import logging
 import socket
 import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+_Answer = TypeVar("_Answer")
 
 _log = logging.getLogger(__name__)
 
@@ -20,8 +24,14 @@ class ProcessError(RuntimeError):
     """The processes of a run do not find each other, or one of them has met an error; the message says which."""
 
 
-def join(coordinator=None, num_processes=None, process_id=None, *, timeout=300):
-    """Make this process one of several; before anything else of JAX.
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: int = 300,
+) -> None:
+    """Make this process one of several; to be called before anything else of JAX.
 
     Without arguments JAX finds the others by itself on SLURM, TPU pods, Open MPI and other clusters that it knows.
 
@@ -40,7 +50,7 @@ def join(coordinator=None, num_processes=None, process_id=None, *, timeout=300):
         _check(*given)
         if process_id:
             _wait_for(coordinator, timeout)
-        elif num_processes > 1:
+        elif num_processes is not None and num_processes > 1:
             # JAX ends the interpreter, with a message of its own, if they do not come.
             _log.warning("waiting for %d more processes at %s, at most %d s", num_processes - 1, coordinator, timeout)
     try:
@@ -52,13 +62,13 @@ def join(coordinator=None, num_processes=None, process_id=None, *, timeout=300):
         ) from error
 
 
-def is_first():
+def is_first() -> bool:
     """Whether this process is the one that writes logs and pictures."""
     return jax.process_index() == 0
 
 
-def share(length):
-    """The items that this process has to do, of a list that all have.
+def share(length: int) -> range:
+    """Which items of a list this process has to do; all processes have the whole list.
 
     Args:
       length: number of items.
@@ -69,7 +79,7 @@ def share(length):
     return range(jax.process_index(), length, jax.process_count())
 
 
-def total(counts):
+def total(counts: np.ndarray) -> np.ndarray:
     """The sum of integer arrays over the processes, exact.
 
     Args:
@@ -86,11 +96,11 @@ def total(counts):
     return every.view(np.int64).reshape(-1, *counts.shape).sum(axis=0)
 
 
-def largest(number):
+def largest(number: int) -> int:
     """The largest of an integer over the processes.
 
     Args:
-      number: an integer of 31 bits.
+      number: an integer below 2**31.
 
     Returns:
       int, the same in all processes.
@@ -100,22 +110,23 @@ def largest(number):
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
-def first_decides(function):
-    """What a function gives in the first process, in all of them; its error too.
+def first_decides(function: Callable[[], _Answer]) -> _Answer:
+    """Call a function in the first process alone, and give its result, or its error, to all processes.
 
     Args:
-      function: without arguments, called in the first process alone; returns what JSON can hold.
+      function: takes no arguments and returns what JSON can hold.
 
     Returns:
-      What it returned.
+      What the function returned.
 
     Raises:
-      Exception: in the first process what the function raised.
-      ProcessError: in the others, if it raised.
+      Exception: in the first process, what the function raised.
+      ProcessError: in the others, if the function raised.
     """
     if jax.process_count() == 1:
         return function()
-    error, answer = None, {}
+    error: Exception | None = None
+    answer: dict[str, Any] = {}
     if is_first():
         try:
             answer = {"value": function()}
@@ -129,7 +140,7 @@ def first_decides(function):
     return answer["value"]
 
 
-def from_first(arrays):
+def from_first(arrays: Any) -> Any:
     """Arrays as the first process has them.
 
     Args:

@@ -1,17 +1,20 @@
-"""What a program shows while it works: lines and a progress bar, of several processes by the first alone."""
+"""What a program shows while it works: lines and a progress bar. Of several processes only the first shows them."""
 
 import contextlib
 import io
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self, TextIO
 
 import numpy as np
 import tqdm
+from jax.typing import ArrayLike
 
 from lcrf_jax.machine.processes import is_first
 
 
-def say(text):
+def say(text: str) -> None:
     """Print a line to the terminal at once; of several processes the first does.
 
     Args:
@@ -22,10 +25,10 @@ def say(text):
 
 
 class Progress:
-    """A progress bar with loss terms and images per second on a terminal, plain lines elsewhere; of the first process.
+    """A progress bar with loss terms and images per second on a terminal, and plain lines elsewhere.
 
-    In a file or a CI log a bar that redraws itself is unreadable: there one line is printed at most every
-    `seconds_between_lines`, and one at the end.
+    In a file or a CI log a bar that redraws itself is unreadable. There one line is printed at most every
+    `seconds_between_lines`, and one at the end. Of several processes only the first writes.
 
     Args:
       num_steps: number of steps of the whole run.
@@ -37,8 +40,17 @@ class Progress:
       started: when the work began, by that clock; None is now.
     """
 
-    def __init__(self, num_steps, *, first_step=0, title="train", stream=None, seconds_between_lines=10.0,
-                 clock=time.monotonic, started=None):
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        first_step: int = 0,
+        title: str = "train",
+        stream: TextIO | None = None,
+        seconds_between_lines: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+        started: float | None = None,
+    ) -> None:
         if not is_first():
             stream = io.StringIO()
         self._stream = sys.stderr if stream is None else stream
@@ -46,15 +58,18 @@ class Progress:
         self._clock, self._every = clock, seconds_between_lines
         self._last_line = clock()
         self._started = self._last_line if started is None else started
-        self._num_images, self._terms, self._printed_step = 0, "", None
-        self._bar = None
+        self._num_images, self._terms = 0, ""
+        self._printed_step: int | None = None
+        self._bar: Any = None
         if self._stream.isatty():
             self._bar = tqdm.tqdm(total=num_steps, initial=first_step, desc=title, file=self._stream,
                                   unit="step", dynamic_ncols=True,
                                   bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
                                              "[{elapsed}<{remaining}]{postfix}")
 
-    def update(self, *, num_images, metrics=None, num_steps=1):
+    def update(
+        self, *, num_images: int, metrics: Mapping[str, ArrayLike] | None = None, num_steps: int = 1
+    ) -> None:
         """Count steps.
 
         Args:
@@ -73,7 +88,7 @@ class Progress:
         elif self._clock() - self._last_line >= self._every:
             self._print_line()
 
-    def message(self, text):
+    def message(self, text: str) -> None:
         """Print a line of its own without breaking the bar.
 
         Args:
@@ -84,17 +99,17 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
-    def close(self):
+    def close(self) -> None:
         """End the bar, or print the last line; a second call does nothing."""
         if self._bar is not None:
             self._bar.close()
         elif self._printed_step != self._step:
             self._print_line()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _tail(self):
@@ -107,13 +122,22 @@ class Progress:
 
 
 @contextlib.contextmanager
-def image_progress(title, total):
-    """A callback for images done, shown as a progress bar from its first call on: none where a cache had it all.
+def image_progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A function that counts images, shown as a progress bar.
 
-    Images that an earlier run has done (`earlier=True`) count, but not for the speed.
+    The bar appears at the first call: where a cache has everything there is none.
+
+    Args:
+      title: word in front of the bar.
+      total: number of images.
+
+    Returns:
+      Context manager; its value is a function (number of images done, earlier=False). Images of an earlier run
+      (`earlier=True`) are counted, but not for the speed.
     """
     with contextlib.ExitStack() as stack:
-        bars, started = [], time.monotonic()
+        bars: list[Progress] = []
+        started = time.monotonic()
 
         def done(count, *, earlier=False):
             if not bars:
@@ -123,8 +147,19 @@ def image_progress(title, total):
         yield done
 
 
-def as_scalar(name, value):
-    """A Python float of a number or of an array of one element."""
+def as_scalar(name: str, value: ArrayLike) -> float:
+    """The value of a metric as a Python float.
+
+    Args:
+      name: of the metric.
+      value: a number, or an array of one element.
+
+    Returns:
+      float.
+
+    Raises:
+      ValueError: if the array has more elements, or the name is one that every line has ("step", "time").
+    """
     if name in ("step", "time"):
         raise ValueError(f"expected another name than {name!r}, which every line has; rename the metric")
     array = np.asarray(value)

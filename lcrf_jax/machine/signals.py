@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+from typing import Any, Self
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -15,7 +16,7 @@ class Interrupted(KeyboardInterrupt):
       signum: number of the signal that asked.
     """
 
-    def __init__(self, message, signum):
+    def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = int(signum)
 
@@ -29,15 +30,16 @@ class StopRequest:
       signum: number of the signal that was noted, or 0.
     """
 
-    def __init__(self):
-        self.signum, self._before = 0, {}
+    def __init__(self) -> None:
+        self.signum = 0
+        self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {signum: signal.signal(signum, self._note) for signum in STOPPING}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
         self._before = {}
@@ -50,7 +52,7 @@ class StopRequest:
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
-def raise_on_termination():
+def raise_on_termination() -> None:
     """Let SIGTERM raise Interrupted, as Ctrl-C raises KeyboardInterrupt; in the main thread only."""
 
     def interrupt(signum, frame):

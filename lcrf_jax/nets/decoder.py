@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 
@@ -15,7 +16,7 @@ class UpConv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         return rearrange(nn.Dense(4 * self.width, dtype=self.dtype)(x), "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
 
 
@@ -46,17 +47,19 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Mapping[str, jnp.ndarray], *, train: bool = False):
+    def __call__(self, features: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         if len(self.taps) != len(self.widths) or not self.taps:
             taps, widths = tuple(self.taps), tuple(self.widths)
             raise ValueError(f"widths: expected one for each of the taps {taps}, got {widths}")
-        x = None
-        for tap, width in zip(self.taps, self.widths):
-            skip = nn.LayerNorm(name=f"norm_{tap}")(features[tap].astype(jnp.float32))
-            if x is None:
-                skip = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(skip)
-                x = nn.relu(nn.Dense(width, dtype=self.dtype, name=f"project_{tap}")(skip))
-                continue
+
+        def normalised(tap):
+            return nn.LayerNorm(name=f"norm_{tap}")(features[tap].astype(jnp.float32))
+
+        x = normalised(self.taps[0])
+        x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
+        x = nn.relu(nn.Dense(self.widths[0], dtype=self.dtype, name=f"project_{self.taps[0]}")(x))
+        for tap, width in zip(self.taps[1:], self.widths[1:]):
+            skip = normalised(tap)
             # The layers are numbered, not named after the grid: the same parameters serve every image size.
             doublings = 0
             while x.shape[1] < skip.shape[1] or x.shape[2] < skip.shape[2]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
 class Stage(NamedTuple):
@@ -38,7 +39,7 @@ TAP_AFTER_STAGE = {"s4": 1, "s8": 2, "s16": 4, "s32": 6}
 TAP_WIDTHS = {tap: STAGES[stage].width for tap, stage in TAP_AFTER_STAGE.items()}
 
 
-def preprocess(image):
+def preprocess(image: ArrayLike) -> jax.Array:
     """Network input from an RGB image.
 
     Args:
@@ -50,14 +51,24 @@ def preprocess(image):
     return (jnp.asarray(image, jnp.float32) - 127.0) / 128.0
 
 
-def same_padding(size, kernel, stride, dilation=1):
-    """Padding (before, after) of TensorFlow's SAME rule along one axis of `size` cells."""
+def same_padding(size: int, kernel: int, stride: int, dilation: int = 1) -> tuple[int, int]:
+    """Padding by TensorFlow's SAME rule along one axis.
+
+    Args:
+      size: number of cells.
+      kernel: number of taps.
+      stride: step of the output grid, in cells.
+      dilation: distance of the taps, in cells.
+
+    Returns:
+      (cells before, cells after).
+    """
     out = -(-size // stride)
     total = max((out - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return total // 2, total - total // 2
 
 
-def depthwise_conv(x, kernel, *, stride=1, dilation=1):
+def depthwise_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, dilation: int = 1) -> jax.Array:
     """Depthwise convolution as shifted multiply-adds, SAME padding.
 
     XLA's grouped convolution is very slow on CPU; a sum of k * k shifted products fuses into one loop on
@@ -104,8 +115,11 @@ def _depthwise_forward(x, kernel, stride, dilation):
 
 
 def _depthwise_backward(stride, dilation, saved, grads):
-    """By x: the mirrored kernel over the gradients, which lie `stride` cells apart: again one loop, where the transposed
-    slices would be as many arrays as the kernel has taps. By the kernel: of the sum as it stands."""
+    """The gradients by `x` and by the kernel.
+
+    By `x` it is the mirrored kernel over `grads`, spread `stride` cells apart. That is one loop again; the transpose of
+    the slices would make as many arrays as the kernel has taps. By the kernel it is JAX's derivative of the sum.
+    """
     x, kernel = saved
     reach = (len(kernel) - 1) * dilation
     spread = [(0, 0, 0)]
@@ -127,7 +141,7 @@ class DepthwiseConv(nn.Module):
     dilation: int = 1
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[-1]
         init = nn.initializers.variance_scaling(2.0, "fan_in", "normal", in_axis=(0, 1), out_axis=())
         kernel = self.param("kernel", init, (self.kernel_size, self.kernel_size, channels))
@@ -146,7 +160,7 @@ class InvertedBottleneck(nn.Module):
     dilation: int = 1
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         inputs, channels = x, x.shape[-1]
         if self.expand > 1:
             x = jax.nn.relu6(nn.Conv(channels * self.expand, (1, 1), name="expand")(x))
@@ -173,10 +187,11 @@ class EfficientNetLite0(nn.Module):
     last_stride: int = 32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
         if self.last_stride not in (16, 32):
             raise ValueError(f"last_stride: expected 16 or 32, got {self.last_stride}")
-        taps, pads = {}, [same_padding(n, 3, 2) for n in x.shape[1:3]]
+        taps: dict[str, jax.Array] = {}
+        pads = [same_padding(n, 3, 2) for n in x.shape[1:3]]
         x = jax.nn.relu6(nn.Conv(STEM_WIDTH, (3, 3), strides=(2, 2), padding=pads, name="stem")(x))
         for index, stage in enumerate(STAGES):
             dilated = self.last_stride == 16 and index >= 5

@@ -1,6 +1,8 @@
 """What an image becomes before the first layer, and beside it."""
 
 import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +10,15 @@ import numpy as np
 from einops import reduce
 from PIL import Image
 
+from lcrf_jax.nets.network import Network
 
-def cell_means(values, shape):
+
+def cell_means(values: jax.Array, shape: Sequence[int]) -> jax.Array:
     """The mean over every cell of a grid that covers an image.
 
     Args:
       values: [B, H, W, C].
-      shape: (h, w) of the grid. Cells that do not hold a whole number of pixels share those on their borders.
+      shape: (h, w) of the grid. If the pixels do not divide evenly, cells share those on their borders.
 
     Returns:
       [B, h, w, C], dtype of `values`.
@@ -25,7 +29,7 @@ def cell_means(values, shape):
     return reduce(values, "b (h i) (w j) c -> b h w c", "mean", h=shape[0], w=shape[1])
 
 
-def guide_image(images, stride):
+def guide_image(images: jax.Array | np.ndarray, stride: int) -> jax.Array:
     """The colours that the pairwise kernel sees: every cell's mean.
 
     Args:
@@ -39,7 +43,9 @@ def guide_image(images, stride):
     return cell_means(jnp.asarray(images, jnp.float32), shape)
 
 
-def network_inputs(network, variables, images, guide_stride=None):
+def network_inputs(
+    network: Network, variables: Mapping[str, Any], images: jax.Array | np.ndarray, guide_stride: int | None = None
+) -> tuple[dict[str, jax.Array], jax.Array]:
     """All that training takes from the images: the taps of the frozen backbone and the guide of the kernel.
 
     Args:
@@ -54,18 +60,33 @@ def network_inputs(network, variables, images, guide_stride=None):
     return network.features(variables, images), guide_image(images, guide_stride or network.stride)
 
 
-# The programs of this file take the weights as arguments and the network as a static one: a second run, or a second source
-# of the same sizes, compiles nothing.
+# The compiled function below takes the weights as arguments and the network as a static argument. So a second run, or a
+# second source of the same sizes, compiles nothing.
 
 
 @functools.partial(jax.jit, static_argnames=("network", "guide_stride", "taps"))
-def chosen_inputs(variables, images, *, network, guide_stride, taps):
-    """`network_inputs` of these taps alone."""
+def chosen_inputs(
+    variables: Mapping[str, Any],
+    images: jax.Array | np.ndarray,
+    *,
+    network: Network,
+    guide_stride: int | None,
+    taps: tuple[str, ...],
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """`network_inputs` of some taps alone, compiled.
+
+    Args:
+      variables, images, network, guide_stride: see `network_inputs`.
+      taps: those that are wanted; static, as the network and the stride are.
+
+    Returns:
+      (dict from tap to array, guide).
+    """
     features, guide = network_inputs(network, variables, images, guide_stride)
     return {tap: features[tap] for tap in taps}, guide
 
 
-def square_image(image, size):
+def square_image(image: np.ndarray, size: int) -> np.ndarray:
     """The whole image at size x size, as the network sees it.
 
     Args:

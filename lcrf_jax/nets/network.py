@@ -10,11 +10,13 @@ A network is described by a dict that JSON can hold, which is stored with every 
 
 import json
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.nets import efficientnet_lite, vgg
 from lcrf_jax.nets.decoder import Decoder
@@ -33,15 +35,15 @@ class Backbone(NamedTuple):
       size_step: sides of the input are multiples of it.
       head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32"
         alone.
-      weights: the source of the weights where none is named.
+      weights: the source of the weights if the user names none.
     """
 
-    module: Callable
-    preprocess: Callable
+    module: Callable[..., nn.Module]
+    preprocess: Callable[[ArrayLike], jax.Array]
     normalisation: str
-    last_strides: tuple
+    last_strides: tuple[int, ...]
     size_step: int
-    head: Callable
+    head: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
     weights: str = ""
 
 
@@ -51,8 +53,8 @@ class SmallBackbone(nn.Module):
     last_stride: int = 32
 
     @nn.compact
-    def __call__(self, x):
-        taps = {}
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        taps: dict[str, jax.Array] = {}
         x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 2), name="stem")(x))
         for tap, width in (("s4", 16), ("s8", 24), ("s16", 32), ("s32", 48)):
             strides = (1, 1) if tap == "s32" and self.last_stride == 16 else (2, 2)
@@ -89,10 +91,10 @@ BACKBONES = {
 class _DecoderKind(NamedTuple):
     """A decoder, and how many taps and widths it takes."""
 
-    module: Callable
+    module: Callable[..., nn.Module]
     least_taps: int
     most_taps: int
-    num_widths: Callable
+    num_widths: Callable[[int], int]
 
 
 DECODERS = {
@@ -105,12 +107,12 @@ DECODERS = {
 class Network(NamedTuple):
     """The inference network as pure functions.
 
-    Two networks of one description are equal and have one hash, so that a program which takes a network as a static
-    argument, and its weights as arrays, is compiled once for both.
+    Two networks of one description are equal and have one hash. So a program that takes the network as a static
+    argument, and the weights as arrays, is compiled once for both.
 
     Attributes:
       description: the dict it was built from.
-      taps: names of the features that all is computed from: what a cache has to keep. "s32" is always there.
+      taps: names of the features that everything else is computed from, which a cache has to keep; always with "s32".
       features: (backbone variables, images [B, H, W, 3] RGB 0..255) -> dict from tap to [B, h, w, C] float32.
       head: (backbone variables, features) -> [B, h, w, C] features of the tag classifier.
       init: (key, backbone variables, features) -> decoder parameters.
@@ -120,26 +122,26 @@ class Network(NamedTuple):
       size_step: sides of the input are multiples of it.
     """
 
-    description: Mapping
-    taps: tuple
-    features: Callable
-    head: Callable
-    init: Callable
-    logits: Callable
+    description: Mapping[str, Any]
+    taps: tuple[str, ...]
+    features: Callable[[Mapping[str, Any], jax.Array | np.ndarray], dict[str, jax.Array]]
+    head: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
+    init: Callable[[jax.Array, Mapping[str, Any], Mapping[str, jax.Array]], dict[str, Any]]
+    logits: Callable[..., jax.Array]
     stride: int
     size_step: int
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Network) and self._key() == other._key()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key())
 
     def _key(self):
         return json.dumps(self.description, sort_keys=True)
 
-    def grid(self, size):
-        """Cells along a side of the logits of an input of that side."""
+    def grid(self, size: int) -> int:
+        """Number of cells along a side of the logits, for an input of `size` pixels along that side."""
         return -(-size // self.stride)
 
 
@@ -183,7 +185,7 @@ def _check_description(description):
         raise ValueError(f"network.num_classes: expected the background and another class, got {num_classes}")
 
 
-def build_network(description):
+def build_network(description: Mapping[str, Any]) -> Network:
     """The network of a description.
 
     Args:
@@ -231,7 +233,7 @@ def build_network(description):
     return Network(dict(description), kept, features, backbone.head, init, logits, stride, backbone.size_step)
 
 
-def feature_identity(description):
+def feature_identity(description: Mapping[str, Any]) -> dict[str, Any]:
     """What the backbone's features depend on, beside its weights and the images.
 
     Args:
@@ -245,7 +247,7 @@ def feature_identity(description):
     return identity if dtype == "float32" else {**identity, "compute_dtype": dtype}
 
 
-def preprocessing(description):
+def preprocessing(description: Mapping[str, Any]) -> str:
     """What happens to a photograph before the network sees it, in words.
 
     Args:
@@ -257,18 +259,18 @@ def preprocessing(description):
     return f"RGB in 0..255, resized to a square (bicubic), {_backbone(description).normalisation}"
 
 
-def backbone_variables(description, weights=""):
+def backbone_variables(description: Mapping[str, Any], weights: str = "") -> tuple[dict[str, Any], str]:
     """Frozen weights of the description's backbone, with the hash by which caches and checkpoints know them.
 
     Args:
       description: see `build_network`.
-      weights: where they come from, see `lcrf_jax.nets.weights`; "" is what is installed.
+      weights: where they come from, see `lcrf_jax.nets.weights`; "" is the backbone's own source.
 
     Returns:
       (variables, sha256 as a hex string).
 
     Raises:
-      ValueError: if the backbone is unknown, there is no such source for it, or what it gives are not its weights.
+      ValueError: if the backbone is unknown, has no such source, or the source does not hold its weights.
       FileNotFoundError: if the file, the repository or the package is not there.
     """
     backbone = _backbone(description)

@@ -28,7 +28,7 @@ class TransposedConv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", _HE, (3, 3, x.shape[-1], self.width))
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
         parts = jnp.einsum("bhwc,ijcd->ijbhwd", x.astype(self.dtype), kernel.astype(self.dtype))
@@ -50,8 +50,8 @@ class OriginalDecoder(nn.Module):
     The coarsest tap is brought to the grid of the next one by a transposed 3x3 convolution of stride 2, concatenated with
     it and convolved 3x3, and so on; logits by a 1x1 convolution. With taps s16, s8 and s4 of VGG16, widths (512, 512, 256,
     512) and 21 classes it has 10,629,397 weights. The size of the transposed kernels is not published; with 3x3 the number
-    of weights is the published one. Ours are: every tap is standardised over its channels, without parameters, since
-    the taps of VGG16 differ in scale; ReLU after each convolution.
+    of weights is the published one. Two choices are not from the publication. Every tap is standardised over its
+    channels, without parameters, since the taps of VGG16 differ in scale. And a ReLU follows each convolution.
 
     Attributes:
       num_classes: K, background included.
@@ -74,7 +74,7 @@ class OriginalDecoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Mapping[str, jnp.ndarray], *, train: bool = False):
+    def __call__(self, features: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         x = _standardised(features[self.taps[0]])
         x = nn.Dropout(self.dropout, broadcast_dims=(1, 2), deterministic=not train)(x)
         for tap, up, merged in zip(self.taps[1:], self.widths[::2], self.widths[1::2], strict=True):
@@ -91,8 +91,9 @@ class OriginalDecoder(nn.Module):
 class LargeField(nn.Module):
     """The last layers of the DeepLab network with a large field: a 3x3 convolution of dilation 12, and a 1x1 one.
 
-    In SEC these start from the fully connected layers of VGG16 and all of the network is trained; here they start at random on
-    a frozen backbone. With 21 classes, the tap of 512 channels and widths (1024, 1024) it has 5,790,741 weights.
+    In SEC they start from the fully connected layers of VGG16, and the whole network is trained. Here they start at
+    random, on a frozen backbone. With 21 classes, the tap of 512 channels and widths (1024, 1024) it has 5,790,741
+    weights.
 
     Attributes:
       num_classes: K, background included.
@@ -114,7 +115,7 @@ class LargeField(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, features: Mapping[str, jnp.ndarray], *, train: bool = False):
+    def __call__(self, features: Mapping[str, jax.Array], *, train: bool = False) -> jax.Array:
         x = _standardised(features[self.taps[0]])
         for name, width, size, dilation in (("fc6", self.widths[0], 3, 12), ("fc7", self.widths[1], 1, 1)):
             layer = nn.Conv(

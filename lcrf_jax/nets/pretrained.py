@@ -8,6 +8,8 @@ import collections
 import hashlib
 import io
 import math
+import os
+import pathlib
 import pickle
 import zipfile
 from typing import NamedTuple
@@ -36,11 +38,11 @@ class _StorageType(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """A reference to a storage of `count` elements, whose data are looked up by key when all is read."""
+    """A reference to a storage of `num_values` elements, whose data are looked up by key when all is read."""
 
     key: str
     dtype: str
-    count: int
+    num_values: int
 
 
 class _Tensor(NamedTuple):
@@ -48,8 +50,8 @@ class _Tensor(NamedTuple):
 
     storage: _Storage
     offset: int
-    shape: tuple
-    strides: tuple
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -75,7 +77,7 @@ class _TensorUnpickler(pickle.Unpickler):
                 storage = _Storage(str(key), dtype, int(count))
             case _:
                 raise pickle.UnpicklingError(f"unknown reference {pid!r}")
-        self.num_bytes[storage.key] = storage.count * np.dtype(storage.dtype).itemsize
+        self.num_bytes[storage.key] = storage.num_values * np.dtype(storage.dtype).itemsize
         return storage
 
 
@@ -88,8 +90,8 @@ def _strided(tensor, data):
     values = np.frombuffer(data[storage.key], storage.dtype)
     if len(shape) != len(strides) or any(n < 0 for n in (offset, *shape, *strides)):
         raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} with strides {tuple(strides)}")
-    if values.size != storage.count:
-        raise pickle.UnpicklingError(f"a storage of {storage.count} values has {values.size}")
+    if values.size != storage.num_values:
+        raise pickle.UnpicklingError(f"a storage of {storage.num_values} values has {values.size}")
     # More values than the storage has would be a view that repeats some: a small file could fill the memory.
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
     if math.prod(shape) > values.size or (all(shape) and last >= values.size):
@@ -111,7 +113,7 @@ def _read_zip(file):
 
 
 def _read_legacy(file):
-    """The same of a file in the layout before: five pickles, then the storages, each after its count."""
+    """The same for the layout before torch 1.6: five pickles, then the storages, each after its count."""
     magic, _protocol, _system = (_TensorUnpickler(file).load() for _ in range(3))
     if magic != _LEGACY_MAGIC:
         raise pickle.UnpicklingError("no torch magic number")
@@ -125,7 +127,7 @@ def _read_legacy(file):
     return state, data
 
 
-def read_torch_file(path):
+def read_torch_file(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """State dict of a torch weight file, without torch and without running code from the file.
 
     Args:
@@ -151,7 +153,7 @@ def read_torch_file(path):
             raise ValueError(f"{path}: not a readable torch weight file ({reason})") from error
 
 
-def file_digest(path):
+def file_digest(path: str | os.PathLike) -> str:
     """The sha256 of a file.
 
     Args:
@@ -164,7 +166,7 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_state(path):
+def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Arrays of a weight file, .safetensors, .pth or .pt; neither can run code.
 
     Args:

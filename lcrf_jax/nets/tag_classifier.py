@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 
 class TagClassifier(NamedTuple):
@@ -46,11 +47,13 @@ def _minimised(start, inputs, targets, l2, max_iterations, tolerance):
     return params, optax.tree.get(state, "count"), loss(params)
 
 
-def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1e-5):
+def fit_tag_classifier(
+    pooled: np.ndarray, tags: np.ndarray, *, l2: float = 1e-3, max_iterations: int = 200, tolerance: float = 1e-5
+) -> tuple[TagClassifier, int, float]:
     """Fit the classifier by L-BFGS on the mean binary cross-entropy, every class weighted the same.
 
-    The features are centred and divided by their standard deviation while fitting, so that the penalty treats
-    every channel alike; the minimum does not depend on the centring, the number of steps to it does.
+    While fitting, the features are centred and divided by their standard deviation. The division makes the penalty
+    treat every channel alike. The centring does not move the minimum, only the number of steps to it changes.
 
     Args:
       pooled: [N, C] spatially averaged features of the training images.
@@ -82,7 +85,7 @@ def fit_tag_classifier(pooled, tags, *, l2=1e-3, max_iterations=200, tolerance=1
     return classifier, int(count), float(value)
 
 
-def average_precision(scores, targets):
+def average_precision(scores: ArrayLike, targets: ArrayLike) -> np.ndarray:
     """Average precision of each class: the mean precision at the rank of every positive.
 
     Args:

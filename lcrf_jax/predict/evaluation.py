@@ -1,14 +1,16 @@
 """Scores of a segmenter on images with masks."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from lcrf_jax.data.example import Source
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine.processes import is_first, share, total
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.metrics import confusion_matrix, mean_iou
-from lcrf_jax.predict.segmenter import segment_batch
+from lcrf_jax.predict.segmenter import Segmenter, segment_batch
 
 _PARTS = 1_000_000_000
 
@@ -28,11 +30,11 @@ class Scores(NamedTuple):
     plain: np.ndarray
     refined: np.ndarray | None
     smoothed: np.ndarray | None
-    samples: list
+    samples: list[tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]]
     image_scores: np.ndarray
 
 
-def sample_positions(length, num_samples):
+def sample_positions(length: int, num_samples: int) -> list[int]:
     """Which images of a split are kept as samples.
 
     Args:
@@ -46,12 +48,20 @@ def sample_positions(length, num_samples):
 
 
 def evaluate(
-    segmenter, source, *, crf, num_samples=0, batch_size=8, use_tags=False, features=None, smooth=None
-):
+    segmenter: Segmenter,
+    source: Source,
+    *,
+    crf: bool,
+    num_samples: int = 0,
+    batch_size: int = 8,
+    use_tags: bool = False,
+    features: Sequence[Mapping[str, np.ndarray]] | None = None,
+    smooth: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+) -> Scores:
     """Confusion matrices over all pixels of a source with masks, at the masks' own size.
 
-    Of several processes each scores its share of the images; the counts are added up exactly, and all have them. The
-    samples are those of the first.
+    Each of several processes scores its share of the images. The counts are added up exactly, and all processes get
+    them. Only the first process has samples.
 
     Args:
       segmenter: lcrf_jax.predict.segmenter.Segmenter.
@@ -59,7 +69,7 @@ def evaluate(
       crf: whether to refine as well.
       num_samples: pictures to keep, evenly spaced over the split.
       batch_size: images that the network sees at once.
-      use_tags: whether classes that are not tagged are excluded: the tags are then used at test time.
+      use_tags: whether the tags are used at test time: classes that an image is not tagged with are excluded.
       features: for each input size the features of the source, see `lcrf_jax.train.features.test_time_features`; None
         computes them.
       smooth: function (image, labels of the network) -> labels, or None.
@@ -70,7 +80,7 @@ def evaluate(
     num_classes, indices = len(segmenter.class_names), share(len(source))
     names = ("plain", *(("refined",) if crf else ()), *(() if smooth is None else ("smoothed",)))
     matrices = {name: np.zeros((num_classes, num_classes), np.int64) for name in names}
-    image_scores = np.zeros(len(source), np.int64)
+    parts = np.zeros(len(source), np.int64)
     with image_progress("evaluation", len(indices)) as done:
         for rows, examples in _batches(source, indices, batch_size):
             known = None if features is None else [_batch_of(taps, rows, batch_size) for taps in features]
@@ -82,13 +92,13 @@ def evaluate(
                 counts = {}
                 for name in names:
                     labels = result.labels if name == "refined" else result.network_labels
-                    labels = smooth(example.image, labels) if name == "smoothed" else labels
+                    labels = smooth(example.image, labels) if smooth and name == "smoothed" else labels
                     counts[name] = confusion_matrix(labels, example.mask, num_classes)
                     matrices[name] += counts[name]
-                image_scores[row] = _as_integer(mean_iou(counts["refined" if crf else "plain"]))
+                parts[row] = _as_integer(mean_iou(counts["refined" if crf else "plain"]))
             done(len(examples))
     totals = {name: total(matrix) for name, matrix in matrices.items()}
-    image_scores = total(image_scores) / _PARTS
+    image_scores = total(parts) / _PARTS
     positions = sample_positions(len(source), num_samples)
     samples = []
     if is_first():
@@ -96,7 +106,8 @@ def evaluate(
             segmenter, source, positions, batch_size=batch_size, use_tags=use_tags, features=features
         )
     return Scores(
-        *(totals.get(name) for name in ("plain", "refined", "smoothed")), samples, np.where(image_scores < 0, np.nan, image_scores)
+        totals["plain"], totals.get("refined"), totals.get("smoothed"), samples,
+        np.where(image_scores < 0, np.nan, image_scores),
     )
 
 
@@ -113,7 +124,15 @@ def _batches(source, indices, batch_size):
         yield rows, [next(examples) for _ in rows]
 
 
-def labelled_samples(segmenter, source, positions, *, batch_size=1, use_tags=False, features=None):
+def labelled_samples(
+    segmenter: Segmenter,
+    source: Source,
+    positions: Sequence[int],
+    *,
+    batch_size: int = 1,
+    use_tags: bool = False,
+    features: Sequence[Mapping[str, np.ndarray]] | None = None,
+) -> list[tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]]:
     """Images of a source with their masks and labels.
 
     Args:

@@ -1,6 +1,8 @@
 """A trained run as one function of images, and as a file that needs JAX alone: StableHLO, by `jax.export`."""
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +15,15 @@ from lcrf_jax.predict.segmenter import make_segmenter
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def image_function(description, params, *, crf):
+def image_function(
+    description: Mapping[str, Any], params: Mapping[str, Any], *, crf: bool
+) -> Callable[[jax.Array], jax.Array]:
     """Segmentation of a batch of images of one size as a pure function.
 
-    What `lcrf_jax.predict.segmenter.segment` does, in JAX from end to end: images become squares (bicubic, as Pillow has it but
-    without its rounding to whole numbers), the network's log-probabilities are averaged over sizes and mirroring, enlarged
-    and, where wanted, refined by mean field at the size of the images. Images are not made smaller, whatever their size.
+    It does what `lcrf_jax.predict.segmenter.segment` does, in JAX from end to end. Images become squares, bicubic as in
+    Pillow but not rounded to whole numbers. The network's log-probabilities are averaged over sizes and mirroring, and
+    enlarged to the size of the images. They are refined by mean field there, if that is wanted. Images are never made
+    smaller, whatever their size.
 
     Args:
       description: of the run, see `lcrf_jax.runfolder.description`.
@@ -46,7 +51,7 @@ def image_function(description, params, *, crf):
     return function
 
 
-def squares(images, size):
+def squares(images: jax.Array, size: int) -> jax.Array:
     """Images as the network sees them.
 
     Args:
@@ -70,15 +75,20 @@ def _weights(cells, pixels):
 
 
 def _refined(segmenter, log_probs, image):
-    """After mean field; with as many lattice vertices as can be needed where the usual number is too small."""
+    """Log-probabilities after mean field, with the largest number of lattice vertices if the usual one is too small."""
     valid = jnp.ones(image.shape[:2], bool)
     refined = segmenter.refine(log_probs, image, valid)
     again = functools.partial(segmenter.refine, capacity=valid.size * MAX_VERTICES_PER_PIXEL)
     return jax.lax.cond(jnp.isnan(refined).any(), lambda: again(log_probs, image, valid), lambda: refined)
 
 
-def exported(function, *, size=None, platforms=PLATFORMS):
-    """A function of images as `jax.export` has it; the batch is of any number of images.
+def exported(
+    function: Callable[[jax.Array], jax.Array],
+    *,
+    size: tuple[int, int] | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+) -> jax_export.Exported:
+    """A function of images as a program of `jax.export`, for batches of any number of images.
 
     Args:
       function: see `image_function`.

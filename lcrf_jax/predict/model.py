@@ -2,7 +2,8 @@
 
 import os
 import pathlib
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,8 +25,8 @@ class Labelling(NamedTuple):
     Attributes:
       labels: [H, W] uint8, the most probable class of every pixel.
       confidence: [H, W] float16, the probability of that class.
-      probabilities: [h, w, K] float32, of all classes at the size that the photograph was worked on: H x W, but smaller
-        for a photograph with a side above `Model.max_side`; `lcrf_jax.predict.resizing.resized_map` enlarges it.
+      probabilities: [h, w, K] float32, of all classes. h x w is H x W, but smaller for a photograph with a side above
+        `Model.max_side`; `lcrf_jax.predict.resizing.resized_map` enlarges it.
       class_names: names of the K classes, background first.
       palette: [K, 3] uint8 RGB, the colour of each class.
     """
@@ -33,7 +34,7 @@ class Labelling(NamedTuple):
     labels: np.ndarray
     confidence: np.ndarray
     probabilities: np.ndarray
-    class_names: tuple
+    class_names: tuple[str, ...]
     palette: np.ndarray
 
 
@@ -45,14 +46,20 @@ class Model:
       params: its parameters for inference.
     """
 
-    def __init__(self, description, params):
+    def __init__(self, description: Mapping[str, Any], params: Mapping[str, Any]) -> None:
         self.description = description
         self.segmenter = make_segmenter(description, params)
         self.class_names = self.segmenter.class_names
         self.palette = palette(len(self.class_names))
         self.max_side = self.segmenter.max_side
 
-    def segment(self, image, *, crf=True, tags=None):
+    def segment(
+        self,
+        image: str | os.PathLike | Image.Image | np.ndarray,
+        *,
+        crf: bool = True,
+        tags: Sequence[str] | None = None,
+    ) -> Labelling:
         """Segment one photograph.
 
         Args:
@@ -74,11 +81,11 @@ class Model:
         return Labelling(labels, confidence, probabilities, self.class_names, self.palette)
 
 
-def load(checkpoint, *, which="best"):
-    """A trained model from the folder of a run; needs the folder alone.
+def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
+    """A trained model from the folder of a run; nothing but the folder is needed.
 
-    What it compiles is kept in the user's cache folder, so that the first photograph of the next process is quicker; see
-    `lcrf_jax.machine.compilation.keep_programs`, which also says how that is switched off.
+    Compiled programs are kept in the user's cache folder, so that the first photograph of the next process is quicker.
+    `lcrf_jax.machine.compilation.keep_programs` says how to switch that off.
 
     Args:
       checkpoint: the --workdir of a training run.
@@ -98,7 +105,7 @@ def load(checkpoint, *, which="best"):
     return Model(description, params)
 
 
-def as_rgb(image):
+def as_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
     """A photograph of any form as an RGB array.
 
     Args:

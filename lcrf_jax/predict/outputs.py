@@ -1,7 +1,11 @@
 """What a method makes of its network's output at test time."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
 from lcrf_jax.nets.tag_classifier import TagClassifier
@@ -10,7 +14,7 @@ EXCLUDED = -1e4
 
 
 def _mirror_mean(maps, mirrored):
-    """The mean of the first half of the maps and the second half, mirrored back; or all of them if none is mirrored."""
+    """The mean of the first half of the maps and the second half mirrored back; if none is mirrored, all maps."""
     if not mirrored:
         return maps
     plain, other = jnp.split(maps, 2)
@@ -53,7 +57,7 @@ def _class_maps(network, params, features, mirrored, options):
 OUTPUTS = {"softmax": _softmax, "ilp": _ilp, "class_maps": _class_maps}
 
 
-def superpixels(image, *, scale=100.0, sigma=0.8, min_size=50):
+def superpixels(image: np.ndarray, *, scale: float = 100.0, sigma: float = 0.8, min_size: int = 50) -> np.ndarray:
     """Superpixels of an image by the graph-based method of Felzenszwalb and Huttenlocher.
 
     Args:
@@ -80,7 +84,7 @@ def superpixels(image, *, scale=100.0, sigma=0.8, min_size=50):
     return felzenszwalb(image, scale=scale, sigma=sigma, min_size=min_size)
 
 
-def restored_classifier(params):
+def restored_classifier(params: Mapping[str, Any]) -> TagClassifier:
     """The tag classifier of a run's parameters.
 
     Args:

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,20 +17,46 @@ MAX_VERTICES_PER_PIXEL = 6  # of a lattice over two positions and three colours
 
 
 @functools.partial(jax.jit, static_argnames=("kernel_params", "num_iterations", "unary_weight", "capacity"))
-def refined_by_lattice(log_probs, image, valid, *, kernel_params, num_iterations, unary_weight, capacity=None):
+def refined_by_lattice(
+    log_probs: jax.Array,
+    image: jax.Array | np.ndarray,
+    valid: jax.Array | np.ndarray,
+    *,
+    kernel_params: KernelParams,
+    num_iterations: int,
+    unary_weight: float,
+    capacity: int | None = None,
+) -> jax.Array:
+    """Log-probabilities after mean field on the image.
+
+    Args:
+      log_probs: [h, w, K] log-probabilities of the network.
+      image: [h, w, 3] RGB 0..255.
+      valid: [h, w] bool, which pixels are true ones and not padding.
+      kernel_params: the pairwise kernel, in pixels of the image.
+      num_iterations: of mean field.
+      unary_weight: factor of the network's log-probabilities.
+      capacity: vertices that the kernel's lattice may have; None takes the usual number.
+
+    Returns:
+      [h, w, K] float32. All are NaN if the lattice needs more vertices than the capacity.
+    """
     return refine_by_mean_field(
         image, unary_weight * log_probs, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
     )
 
 
-def adjustable_refinement(inference, changed, shape):
+def adjustable_refinement(
+    inference: Mapping[str, Any], changed: Mapping[str, Any], shape: tuple[int, int]
+) -> Callable[..., jax.Array]:
     """A refinement with other settings than those of the run, compiled once for many values of them.
 
     Args:
       inference: settings of the run, see `make_segmenter`.
-      changed: dict with new values of "unary_weight", "num_iterations" and fields of the kernel. Only another number of
-        iterations or `gaussian_position_width` compiles anew, or a kernel so narrow that its lattice has to be larger.
-      shape: (h, w) in pixels of the image as it is worked on.
+      changed: dict with new values of "unary_weight", "num_iterations" and fields of the kernel. Three changes compile
+        again: the number of iterations, `gaussian_position_width`, and a kernel so narrow that its lattice has to be
+        larger.
+      shape: (h, w) in pixels of the image that is refined, see `lcrf_jax.predict.resizing.working_size`.
 
     Returns:
       Function (log-probabilities, image, valid, capacity=None), as `Segmenter.refine`.

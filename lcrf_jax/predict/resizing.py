@@ -5,13 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from PIL import Image
 
 _SIZE_STEP = 64
 _STRIP_PIXELS = 1 << 20
 
 
-def labels_and_confidence(log_probs, size):
+def labels_and_confidence(log_probs: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The most probable class of every pixel and its probability, in little memory for large images.
 
     Args:
@@ -36,7 +37,9 @@ def labels_and_confidence(log_probs, size):
     return labels, confidence
 
 
-def class_statistics(labels, confidence, num_classes):
+def class_statistics(
+    labels: np.ndarray, confidence: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Area and confidence of each class of an image, in little memory for large ones.
 
     Args:
@@ -56,7 +59,7 @@ def class_statistics(labels, confidence, num_classes):
     return counts, sums
 
 
-def interpolated_probs(log_probs, size):
+def interpolated_probs(log_probs: ArrayLike, size: tuple[int, int]) -> np.ndarray:
     """Probabilities at another size, from log-probabilities interpolated bilinearly.
 
     Args:
@@ -66,8 +69,8 @@ def interpolated_probs(log_probs, size):
     Returns:
       [H, W, K] float32, summing to one over the classes.
     """
-    log_probs = resized_map(log_probs, size)
-    probs = np.exp(log_probs - log_probs.max(axis=-1, keepdims=True))
+    resized = resized_map(log_probs, size)
+    probs = np.exp(resized - resized.max(axis=-1, keepdims=True))
     return probs / probs.sum(axis=-1, keepdims=True)
 
 
@@ -85,12 +88,22 @@ def _interpolated(values, neighbours, axis):
 
 
 @jax.jit
-def enlarged_grid(log_probs, rows, columns):
+def enlarged_grid(log_probs: ArrayLike, rows: ArrayLike, columns: ArrayLike) -> jax.Array:
+    """Log-probabilities at the pixels of an image, compiled.
+
+    Args:
+      log_probs: [h, w, K] on the grid of the network.
+      rows: [H, h], see `interpolation_weights`.
+      columns: [W, w], the same.
+
+    Returns:
+      [H, W, K] float32.
+    """
     logits = jnp.einsum("Hh,hwk,Ww->HWk", rows, log_probs, columns, precision=jax.lax.Precision.HIGHEST)
     return jax.nn.log_softmax(logits, axis=-1)
 
 
-def interpolation_weights(cells, pixels, padded):
+def interpolation_weights(cells: int, pixels: int, padded: int) -> np.ndarray:
     """Bilinear weights that bring a row of cells to a row of pixels, both spanning the image.
 
     Args:
@@ -106,12 +119,12 @@ def interpolation_weights(cells, pixels, padded):
     return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(cells)[None, :])).astype(np.float32)
 
 
-def padded_to(size):
-    """The next multiple of _SIZE_STEP: images of similar size share one compilation."""
+def padded_to(size: int) -> int:
+    """The next multiple of 64, so that images of similar size share one compilation."""
     return max(1, math.ceil(size / _SIZE_STEP)) * _SIZE_STEP
 
 
-def resized_map(values, size):
+def resized_map(values: ArrayLike, size: tuple[int, int]) -> np.ndarray:
     """A map over an image at another resolution, bilinear.
 
     Args:
@@ -121,23 +134,23 @@ def resized_map(values, size):
     Returns:
       [height, width, C] float32 NumPy array.
     """
-    values = np.asarray(values, np.float32)
+    resized = np.asarray(values, np.float32)
     for axis in (0, 1):
-        if values.shape[axis] != size[axis]:
-            values = _interpolated(values, _neighbours(values.shape[axis], size[axis]), axis)
-    return values
+        if resized.shape[axis] != size[axis]:
+            resized = _interpolated(resized, _neighbours(resized.shape[axis], size[axis]), axis)
+    return resized
 
 
-def working_image(image, max_side):
-    """The image at the size that it is worked on."""
+def working_image(image: np.ndarray, max_side: int) -> np.ndarray:
+    """The image at its working size, see `working_size`."""
     size = working_size(image.shape[:2], max_side)
     if size == image.shape[:2]:
         return image
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC, reducing_gap=3.0))
 
 
-def working_size(size, max_side):
-    """The size at which an image is worked on.
+def working_size(size: tuple[int, int], max_side: int) -> tuple[int, int]:
+    """The size at which an image is segmented.
 
     Args:
       size: (H, W) in pixels.
@@ -150,8 +163,8 @@ def working_size(size, max_side):
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
 
-def padded_image(image):
-    """The image at its padded size, and which of its pixels are true ones."""
+def padded_image(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The image padded by its edges to `padded_to` of each side, and [h, w] bool: true for pixels of the image."""
     height, width = image.shape[:2]
     pad = [(0, padded_to(height) - height), (0, padded_to(width) - width)]
     return np.pad(image, [*pad, (0, 0)], mode="edge"), np.pad(np.ones((height, width), bool), pad)

@@ -1,13 +1,15 @@
 """Images in, masks out: a trained run as a segmenter of images of any size."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.nets.inputs import square_image
@@ -27,7 +29,7 @@ MAX_SIDE = 640
 
 
 class Segmenter(NamedTuple):
-    """A trained inference network; see `segmenter` for how one is made and `segment` for its use.
+    """A trained inference network. `make_segmenter` makes one, `segment` uses it.
 
     Attributes:
       class_names: names of the K classes, background first.
@@ -38,24 +40,26 @@ class Segmenter(NamedTuple):
       enlarge: function (grid log-probabilities, row and column weights) -> log-probabilities of the pixels.
       refine: function (log-probabilities, image, valid, capacity=None) -> log-probabilities after mean field; all
         are NaN if the kernel's lattice needs more vertices than the capacity.
-      max_side: larger images are worked on at this longer side, in pixels, and their result is enlarged.
+      max_side: an image with a longer side, in pixels, is made smaller to this one first, and its result is enlarged.
     """
 
-    class_names: tuple
-    input_sizes: tuple
-    network_features: object
-    log_probs_of: object
-    enlarge: object
-    refine: object
+    class_names: tuple[str, ...]
+    input_sizes: tuple[int, ...]
+    network_features: Callable[[ArrayLike], dict[str, jax.Array]]
+    log_probs_of: Callable[[Mapping[str, Any]], jax.Array]
+    enlarge: Callable[[ArrayLike, ArrayLike, ArrayLike], jax.Array]
+    refine: Callable[..., jax.Array]
     max_side: int = MAX_SIDE
 
-    def network_log_probs(self, images):
+    def network_log_probs(self, images: ArrayLike) -> jax.Array:
         """Log q(z | x) on the network's grid, [B, h, w, K], of images [B, S, S, 3] RGB 0..255."""
         return self.log_probs_of(self.network_features(images))
 
 
 class Segmentation(NamedTuple):
-    """What is known of one image of H x W pixels; h x w is the size it was worked on at, H x W but for large images.
+    """The result for one image of H x W pixels.
+
+    h x w is the size that the image was segmented at: H x W, but smaller for large images, see `Segmenter.max_side`.
 
     Attributes:
       size: (H, W) in pixels.
@@ -63,34 +67,34 @@ class Segmentation(NamedTuple):
       refined_log_probs: the same after mean field on the image, or None.
     """
 
-    size: tuple
+    size: tuple[int, int]
     log_probs: np.ndarray
     refined_log_probs: np.ndarray | None
 
     @property
-    def best_log_probs(self):
+    def best_log_probs(self) -> np.ndarray:
         """[h, w, K] float32, after refinement where there was one."""
         return self.log_probs if self.refined_log_probs is None else self.refined_log_probs
 
     @property
-    def labels(self):
+    def labels(self) -> np.ndarray:
         """[H, W] uint8, the most probable class of every pixel, after refinement where there was one."""
         return labels_and_confidence(self.best_log_probs, self.size)[0]
 
     @property
-    def network_labels(self):
+    def network_labels(self) -> np.ndarray:
         """[H, W] uint8, the most probable class of every pixel before refinement."""
         return labels_and_confidence(self.log_probs, self.size)[0]
 
 
-def make_segmenter(description, params):
+def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) -> Segmenter:
     """The segmenter of a description and its parameters.
 
     Args:
       description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
         "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
-        "num_iterations", "unary_weight", and where the network's softmax is not the output "output", a key of
-        `OUTPUTS`, and "output_options"; "max_side" is MAX_SIDE where it is not there.
+        "num_iterations" and "unary_weight". It may have "output", a key of `OUTPUTS` ("softmax" if left out), with
+        "output_options", and "max_side" (MAX_SIDE if left out).
       params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
 
     Returns:
@@ -108,7 +112,7 @@ def make_segmenter(description, params):
     placed = {None: jax.device_put(used)}
 
     def beside(batch):
-        """The weights where a batch lies: where it is spread over devices, each has a copy."""
+        """The weights on the devices of a batch; each device has a copy."""
         sharding = _replicated_beside(batch)
         if sharding not in placed:
             placed[sharding] = jax.device_put(used, sharding)
@@ -133,7 +137,7 @@ def make_segmenter(description, params):
 
 
 def _replicated_beside(batch):
-    """Where the weights for a batch lie: copied to the devices that it is spread over, or None for the default device."""
+    """The sharding of the weights for a batch: a copy on each of its devices, or None for one device."""
     sharding = getattr(next(iter(jax.tree.leaves(batch))), "sharding", None)
     spread = isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1
     return NamedSharding(sharding.mesh, P()) if spread else None
@@ -153,8 +157,10 @@ def _log_probs(params, features, *, network, mirrored, output, options):
     return OUTPUTS[output](network, params, features, mirrored, dict(options))
 
 
-def segment(segmenter, image, *, crf, tags=None):
-    """Segment one image; one with a side above `segmenter.max_side` is worked on at a smaller size.
+def segment(
+    segmenter: Segmenter, image: np.ndarray, *, crf: bool, tags: np.ndarray | None = None
+) -> Segmentation:
+    """Segment one image. If a side is above `segmenter.max_side`, it is made smaller first and the result enlarged.
 
     Args:
       segmenter: a Segmenter.
@@ -172,11 +178,19 @@ def segment(segmenter, image, *, crf, tags=None):
     return result
 
 
-def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, features=None):
-    """Segment images of any sizes; the network sees them together, the rest is done one by one.
+def segment_batch(
+    segmenter: Segmenter,
+    images: Sequence[np.ndarray],
+    *,
+    crf: bool,
+    tags: Sequence[np.ndarray] | None = None,
+    batch_size: int | None = None,
+    features: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Segmentation]:
+    """Segment images of any sizes. The network sees them together; the rest is done one by one.
 
-    All devices of this process take part: the batch is spread over them if it divides by their number, and they take
-    turns with the images after that.
+    All devices of this process take part. The batch is spread over them if their number divides it. After the network
+    the devices take turns with the images.
 
     Args:
       segmenter: a Segmenter.
@@ -204,7 +218,8 @@ def segment_batch(segmenter, images, *, crf, tags=None, batch_size=None, feature
     if tags is not None:
         absent = np.where(np.asarray(tags, bool), 0.0, EXCLUDED).astype(np.float32)
         grids = [grid[: len(images)] + absent[:, None, None, :] for grid in grids]
-    devices, results = jax.local_devices(), []
+    devices = jax.local_devices()
+    results: list[Segmentation] = []
     for start in range(0, len(images), len(devices)):
         under_way = []
         for device, i in zip(devices, range(start, len(images))):
@@ -223,7 +238,9 @@ def _spread(batch):
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
-def network_features(segmenter, images, batch_size):
+def network_features(
+    segmenter: Segmenter, images: Sequence[np.ndarray], batch_size: int
+) -> list[dict[str, jax.Array]]:
     """The frozen features of a batch at every input size.
 
     Args:
@@ -243,7 +260,7 @@ def network_features(segmenter, images, batch_size):
 
 
 def _at_own_size(segmenter, image, grids, crf):
-    """(size, image, log-probabilities, refined ones or None) on the way: padded, on the device."""
+    """(size, image, log-probabilities, refined ones or None); the arrays are padded and still on the device."""
     size, image = image.shape[:2], working_image(image, segmenter.max_side)
     height, width = image.shape[:2]
     padded = (padded_to(height), padded_to(width))
@@ -260,7 +277,7 @@ def _at_own_size(segmenter, image, grids, crf):
 
 
 def _on_host(segmenter, size, image, log_probs, refined):
-    """The Segmentation, once the device has done it."""
+    """The Segmentation, from what `_at_own_size` left on the device."""
     height, width = image.shape[:2]
     if refined is not None:
         refined = np.asarray(refined)

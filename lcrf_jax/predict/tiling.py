@@ -5,14 +5,23 @@ import math
 import numpy as np
 
 from lcrf_jax.predict.resizing import interpolated_probs
-from lcrf_jax.predict.segmenter import segment_batch
+from lcrf_jax.predict.segmenter import Segmenter, segment_batch
 
 
-def segment_in_tiles(segmenter, image, *, tile, crf, tags=None, batch_size=8, overlap=0.25):
+def segment_in_tiles(
+    segmenter: Segmenter,
+    image: np.ndarray,
+    *,
+    tile: int,
+    crf: bool,
+    tags: np.ndarray | None = None,
+    batch_size: int = 8,
+    overlap: float = 0.25,
+) -> tuple[np.ndarray, np.ndarray]:
     """Labels of an image from overlapping square tiles, each of them segmented as an image of its own.
 
-    Where tiles overlap, their probabilities are averaged, with weights that fall to the border of a tile. Memory
-    grows with `tile` times the width of the image, not with its area, but for the result.
+    Where tiles overlap, their probabilities are averaged, with weights that fall towards the border of a tile. Besides
+    the result, memory grows with `tile` times the width of the image, not with its area.
 
     Args:
       segmenter: lcrf_jax.predict.segmenter.Segmenter.
@@ -58,7 +67,7 @@ def segment_in_tiles(segmenter, image, *, tile, crf, tags=None, batch_size=8, ov
     return labels, confidence
 
 
-def tile_starts(length, tile, overlap):
+def tile_starts(length: int, tile: int, overlap: float) -> list[int]:
     """Where tiles begin along one side, evenly spaced from the first pixel to the last.
 
     Args:

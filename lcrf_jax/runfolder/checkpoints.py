@@ -22,7 +22,8 @@ import os
 import pathlib
 import shutil
 import time
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class RunCheckpoints:
       run_dir: folder of the run; made if it is not there.
     """
 
-    def __init__(self, run_dir):
+    def __init__(self, run_dir: str | os.PathLike) -> None:
         self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
         self._last = self._manager("last", max_to_keep=2)
         self._best = self._manager("best", max_to_keep=1, best_fn=lambda metrics: metrics["miou"], best_mode="max")
@@ -67,7 +68,7 @@ class RunCheckpoints:
         return ocp.CheckpointManager(self.run_dir / name, options=ocp.CheckpointManagerOptions(
             create=True, cleanup_tmp_directories=True, multiprocessing_options=processes, **options))
 
-    def save_last(self, step, state, *, data_state=None):
+    def save_last(self, step: int, state: Any, *, data_state: Any = None) -> None:
         """Save a training state; the two newest are kept.
 
         Args:
@@ -84,7 +85,7 @@ class RunCheckpoints:
         record = {"data_state": _encode_data_state(data_state)}
         self._save(self._last, int(step), {"params": params, "rest": rest}, record)
 
-    def save_best(self, step, params, miou):
+    def save_best(self, step: int, params: Mapping[str, Any], miou: float) -> bool:
         """Save parameters if they are the best so far.
 
         Args:
@@ -109,15 +110,15 @@ class RunCheckpoints:
         self._save(self._best, step, items, {"miou": miou}, {"miou": miou})
         return True
 
-    def restore_last(self, like):
+    def restore_last(self, like: Any) -> Restored | None:
         """The newest training state that can be read, on the devices of `like`.
 
         A damaged newer state is moved to RUN/damaged/ with a warning, so that training goes on from the one
         before.
 
         Args:
-          like: state of the same structure, shapes and dtypes, placed where the restored one shall be; its
-            values are not used, so that shapes with a sharding will do (`jax.ShapeDtypeStruct`). The devices need not be
+          like: state of the same structure, shapes and dtypes, placed where the restored one shall be. Its
+            values are not used: shapes with a sharding will do (`jax.ShapeDtypeStruct`). The devices may be others than
             those of the saved run.
         Returns:
           Restored, or None if the run has saved no state yet.
@@ -152,12 +153,12 @@ class RunCheckpoints:
                                   f"folder from a copy, or start again in a new one:\n  {reasons}")
         return None
 
-    def wait(self):
+    def wait(self) -> None:
         """Return when everything is on the disk; a CheckpointError says what is not."""
         self._finish(self._last)
         self._finish(self._best)
 
-    def close(self):
+    def close(self) -> None:
         """Finish saving and free the background threads."""
         try:
             self.wait()
@@ -166,10 +167,10 @@ class RunCheckpoints:
                 with contextlib.suppress(Exception):  # of a save that failed, which was told above
                     manager.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
             return
@@ -224,7 +225,7 @@ class RunCheckpoints:
             os.replace(folder, target)
 
 
-def restore_params(run_dir, which="best"):
+def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str, Any]:
     """The parameters of a run, for inference: nothing else of the training state is read.
 
     Args:
@@ -250,7 +251,7 @@ def restore_params(run_dir, which="best"):
     return nested(arrays["params"]).get("params", {})
 
 
-def best_miou(run_dir):
+def best_miou(run_dir: str | os.PathLike) -> float | None:
     """Validation mIoU of the best parameters saved so far.
 
     Args:

@@ -3,13 +3,15 @@
 import json
 import os
 import pathlib
+from collections.abc import Collection, Mapping
 from importlib import metadata
+from typing import Any
 
 from lcrf_jax.machine.processes import first_decides
 
 DESCRIPTION_FILE = "config.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
-# What decides which image comes when: with another one the steps done and those to come are of different runs.
+# Settings that decide which image comes when. If one changes, the steps done and the steps to come are not one run.
 FIXED_SETTINGS = (
     "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
 )  # fmt: skip
@@ -19,12 +21,17 @@ class CheckpointError(RuntimeError):
     """A checkpoint or description that is missing, damaged or of another model; the message says where."""
 
 
-def save_description(run_dir, description, *, may_differ=("training", "versions")):
+def save_description(
+    run_dir: str | os.PathLike,
+    description: Mapping[str, Any],
+    *,
+    may_differ: Collection[str] = ("training", "versions"),
+) -> list[str]:
     """Write RUN/config.json: all that inference has to know beside the parameters.
 
     Args:
       run_dir: folder of the run; made if it is not there.
-      description: dict that JSON can hold: network, class names, input size, preprocessing, sha256 of the
+      description: dict that JSON can hold, with network, class names, input size, preprocessing, sha256 of the
         pretrained weights, library versions, training configuration.
       may_differ: keys of the dict in which a run that is taken up again may differ from what was written
         before.
@@ -63,7 +70,7 @@ def _save_description(run_dir, description, may_differ):
     return changes
 
 
-def load_description(run_dir):
+def load_description(run_dir: str | os.PathLike) -> dict[str, Any]:
     """Read RUN/config.json.
 
     Args:
@@ -86,7 +93,7 @@ def load_description(run_dir):
     return description
 
 
-def library_versions():
+def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide a run's numbers.
 
     Returns:
@@ -102,7 +109,7 @@ def library_versions():
 
 
 def _changes(run_dir, old, new):
-    """In which settings and versions two descriptions of a run differ; refuses those that make another run of it."""
+    """Lines that tell in which settings and versions two descriptions differ; refuses those of FIXED_SETTINGS."""
     before, now = flat_settings(old.get("training", {})), flat_settings(new.get("training", {}))
     changed = {name: f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
                for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)}  # fmt: skip
@@ -119,7 +126,7 @@ def _changes(run_dir, old, new):
     return lines
 
 
-def flat_settings(settings, prefix=""):
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted names, as they are written on the command line.
 
     Args:
@@ -129,7 +136,7 @@ def flat_settings(settings, prefix=""):
     Returns:
       dict.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat

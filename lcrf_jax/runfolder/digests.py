@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def params_digest(params):
+def params_digest(params: Any) -> str:
     """sha256 of a pytree of arrays: names, shapes, dtypes and values.
 
     Args:
@@ -20,9 +22,18 @@ def params_digest(params):
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def named_leaves(tree):
-    """Dotted name -> copy on the host; typed keys as their data."""
-    leaves = {}
+def named_leaves(tree: Any) -> dict[str, np.ndarray]:
+    """The leaves of a tree by name, as copies on the host.
+
+    Args:
+      tree: pytree of arrays; random keys are taken as their data.
+    Returns:
+      dict from dotted name to array.
+    Raises:
+      TypeError: if a leaf is no array, or an empty one.
+      ValueError: if two leaves have one name.
+    """
+    leaves: dict[str, np.ndarray] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -40,17 +51,31 @@ def named_leaves(tree):
     return leaves
 
 
-def split_leaves(leaves):
-    """(params, rest) of named leaves."""
+def split_leaves(leaves: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The parameters of a state, and the rest of it.
+
+    Args:
+      leaves: of the state, see `named_leaves`.
+    Returns:
+      (the leaves below `params`, all others), by their full names.
+    Raises:
+      ValueError: if there are no parameters.
+    """
     params = {name: leaf for name, leaf in leaves.items() if name.split(".")[0] == "params"}
     if not params:
         raise ValueError(f"expected a state with params at its top, got {sorted(leaves)[:5]}")
     return params, {name: leaf for name, leaf in leaves.items() if name not in params}
 
 
-def nested(leaves):
-    """Nested dicts of dotted names."""
-    tree = {}
+def nested(leaves: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A tree of nested dicts.
+
+    Args:
+      leaves: dict from dotted name to array.
+    Returns:
+      Nested dicts, one level for each part of a name.
+    """
+    tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *parents, last = name.split(".")
         node = tree
@@ -60,8 +85,14 @@ def nested(leaves):
     return tree
 
 
-def digests_of(leaves):
-    """Name -> sha256 of dtype, shape and bytes."""
+def digests_of(leaves: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """A digest of each array.
+
+    Args:
+      leaves: dict from name to array.
+    Returns:
+      dict from name to the sha256 of dtype, shape and bytes, in hexadecimal digits.
+    """
     digests = {}
     for name, leaf in sorted(leaves.items()):
         digest = hashlib.sha256(f"{leaf.dtype.name} {leaf.shape} ".encode())
@@ -70,5 +101,6 @@ def digests_of(leaves):
     return digests
 
 
-def is_key(leaf):
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds random keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -6,8 +6,11 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Mapping
+from typing import Any, Self, TextIO
 
 import tensorboardX
+from jax.typing import ArrayLike
 
 from lcrf_jax.machine.processes import is_first
 from lcrf_jax.machine.progress import as_scalar
@@ -29,8 +32,9 @@ class MetricsWriter:
         them.
     """
 
-    def __init__(self, run_dir, *, resume_step=None):
-        self.path, self._lines = pathlib.Path(run_dir) / METRICS_FILE, None
+    def __init__(self, run_dir: str | os.PathLike, *, resume_step: int | None = None) -> None:
+        self.path = pathlib.Path(run_dir) / METRICS_FILE
+        self._lines: TextIO | None = None
         if not is_first():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,7 @@ class MetricsWriter:
         purge = None if resume_step is None else int(resume_step)
         self._board = tensorboardX.SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
 
-    def write(self, step, metrics):
+    def write(self, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Write one line of scalars; it is on disk when this returns.
 
         Args:
@@ -51,7 +55,7 @@ class MetricsWriter:
           OSError: if the disk is full; the message names the file.
         """
         step, scalars = int(step), {name: as_scalar(name, value) for name, value in metrics.items()}
-        record = {"step": step, "time": round(time.time(), 3)}
+        record: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         record |= {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         if self._lines is None:
             return
@@ -64,21 +68,21 @@ class MetricsWriter:
         for name, value in scalars.items():
             self._board.add_scalar(name, value, step)
 
-    def close(self):
+    def close(self) -> None:
         """Flush and close both files; a second call does nothing."""
         if self._lines is not None:
             with contextlib.suppress(OSError):  # a full disk, which `write` has told of
                 self._lines.close()
             self._board.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def metrics_history(run_dir):
+def metrics_history(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """The metrics a run has written so far.
 
     Args:

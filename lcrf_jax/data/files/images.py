@@ -37,8 +37,6 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is cut short, or has more than 160 million pixels.
-    References:
-      None.
     """
     return read_turned_image(path)[0]
 
@@ -53,15 +51,13 @@ def read_turned_image(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is cut short, or has more than 160 million pixels.
-    References:
-      None.
     """
     with opened(path) as image:
         return opened_as_rgb(image, path)
 
 
 def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarray, int]:
-    """A Pillow image as `read_image` has it, and how it was turned.
+    """A Pillow image as the array that `read_image` gives, and how it was turned.
 
     Args:
       image: the image.
@@ -70,8 +66,6 @@ def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarr
       [H, W, 3] uint8, RGB, and the EXIF orientation (1 to 8) that was undone.
     Raises:
       ValueError: if the range of its values is not known.
-    References:
-      None.
     """
     image.load()
     turn = _orientation(image)
@@ -88,7 +82,7 @@ def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarr
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Height and width of a photograph as it is shown, from the head of the file: what follows may be damaged.
+    """Height and width of a photograph as it is shown. Only the head of the file is read; what follows may be damaged.
 
     Args:
       path: the file.
@@ -97,8 +91,6 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, or has more than 160 million pixels.
-    References:
-      None.
     """
     with opened(path) as image:
         width, height = image.size
@@ -107,15 +99,13 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """An image file for a `with` block, its pixels not decoded yet; whatever fails in the block names the file.
+    """An image file for a `with` block, its pixels not decoded yet. Errors within the block name the file.
 
     Args:
       path: the file.
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is damaged, or has more than 160 million pixels.
-    References:
-      None.
     """
     path = Path(path)
     if not path.is_file():

@@ -35,8 +35,6 @@ def read_mask(
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, holds a colour that is not known, or an index is out of range.
-    References:
-      None.
     """
     with opened(path) as image:
         image.load()
@@ -75,8 +73,6 @@ def read_colours(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[
       dict from (red, green, blue) to class index, 255 for void.
     Raises:
       ValueError: if a row is wrong, a class not known, or a colour stands twice; the message names the line.
-    References:
-      None.
     """
     labels = {name: index for index, name in enumerate(class_names)} | {"void": VOID}
     rows = csv.reader(io.StringIO(read_text(path)))
@@ -91,8 +87,8 @@ def read_colours(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[
             raise ValueError(f"{where}: expected 'horse,#c00080', got {','.join(row)!r}; correct it")
         if row[0] not in labels:
             raise ValueError(f"{where}: unknown class {row[0]!r}: expected one of {', '.join(labels)}")
-        colour = tuple(bytes.fromhex(row[1][1:]))
-        if colours.setdefault(colour, labels[row[0]]) != labels[row[0]]:
+        red, green, blue = bytes.fromhex(row[1][1:])
+        if colours.setdefault((red, green, blue), labels[row[0]]) != labels[row[0]]:
             raise ValueError(f"{where}: the colour {row[1]} belongs to another class already; keep one row")
     if not colours:
         raise ValueError(f"{path} names no colour; write one class a line")
@@ -130,7 +126,7 @@ def refuse_black_and_white(mask: np.ndarray, tags: np.ndarray, path: Path) -> No
 
 
 def fit_mask(mask: np.ndarray, shape: tuple[int, int], turn: int, path: Path, image_path: Path) -> np.ndarray:
-    """The mask in the frame of the photograph as shown."""
+    """The mask at the size of its photograph as shown: turned with it if the photograph was labelled as stored."""
     if 5 <= turn <= 8 and mask.shape != shape and mask.shape == shape[::-1]:
         # The photograph was labelled as stored: it turns with it.
         mask = np.ascontiguousarray(

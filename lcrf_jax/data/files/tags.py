@@ -50,8 +50,6 @@ def read_tag_file(path: str | os.PathLike) -> dict[str, TagRow]:
       dict from the image as it is written, with ``/`` between folders, to its TagRow.
     Raises:
       ValueError: if the file is not of its form, or a row is wrong or contradicts another; the message names the line.
-    References:
-      None.
     """
     path = Path(path)
     if path.suffix.lower() not in _READERS:
@@ -79,8 +77,6 @@ def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
     Raises:
       ValueError: if background is not the first, a name occurs twice or is empty, or there are not 2 to
         255 names.
-    References:
-      None.
     """
     names = [line.strip() for line in read_text(path).splitlines()]
     while names and not names[-1]:
@@ -117,8 +113,6 @@ def read_text(path: str | os.PathLike) -> str:
       The text, lines ended by a newline character.
     Raises:
       ValueError: if it is not UTF-8; the message names the line.
-    References:
-      None.
     """
     data = Path(path).read_bytes()
     try:

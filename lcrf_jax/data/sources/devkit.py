@@ -32,7 +32,7 @@ CLASSES = (
 )  # fmt: skip
 
 TAGS_FROM = ("boxes", "masks")
-# md5 of files that are fetched, as the libraries that fetch them have it.
+# md5 of the published archives, as in libraries that download them.
 ARCHIVES = {
     "VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd",
     "benchmark.tgz": "82b4d87ceb2ed10f6038a1cba92111cb",
@@ -51,7 +51,7 @@ class KnownList(NamedTuple):
 
     length: int
     sha256: str
-    files: tuple
+    files: tuple[str, ...]
     masks: str | None
 
 
@@ -83,7 +83,7 @@ class Labelled(NamedTuple):
     name: str
     photograph: Path
     mask: np.ndarray
-    tags: tuple
+    tags: tuple[str, ...]
 
 
 class Devkit:
@@ -98,7 +98,7 @@ class Devkit:
       Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit; Hariharan et al. 2011 (SBD).
     """
 
-    def __init__(self, root: str | os.PathLike, sbd: str | os.PathLike | None = None):
+    def __init__(self, root: str | os.PathLike, sbd: str | os.PathLike | None = None) -> None:
         self._sbd = None if sbd is None else Path(sbd).expanduser() / "dataset" / "cls"
         if self._sbd is not None and not self._sbd.is_dir():
             raise FileNotFoundError(f"{sbd} has no dataset/cls: give the folder benchmark_RELEASE of SBD's benchmark.tgz")
@@ -116,8 +116,8 @@ class Devkit:
     def ids(self, split: str) -> tuple[str, ...] | None:
         """The images of a list, in its order.
 
-        ``train_aug`` is, where no list names it, all that has a mask of SBD or in ``SegmentationClassAug``, and train, but
-        not val.
+        If there is no list of ``train_aug``, it is made from the masks: all images with a mask of SBD or in
+        ``SegmentationClassAug``, with those of train and without those of val.
 
         Args:
           split: a key of LISTS.
@@ -125,8 +125,6 @@ class Devkit:
           The ids; None if the kit does not have them.
         Raises:
           ValueError: if a line is wrong, or an image stands twice in a list.
-        References:
-          None.
         """
         for name in LISTS[split].files:
             path = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
@@ -139,11 +137,11 @@ class Devkit:
             return tuple(sorted((found | set(self.ids("train") or ())) - set(self.ids("val") or ())))
         return None
 
-    def _mask(self, name: str, split: str) -> tuple[Path, np.ndarray]:
-        """The file of a mask, and its labels. Of SBD those count that VOC has no mask of."""
+    def _mask(self, name: str, split: str, folder: str) -> tuple[Path, np.ndarray]:
+        """The file of a mask, and its labels. SBD is asked for the masks alone that VOC does not have."""
         own = self.root / "SegmentationClass" / f"{name}.png"
         if split != "train_aug" or self._sbd is None:
-            path = self.root / LISTS[split].masks / f"{name}.png"
+            path = self.root / folder / f"{name}.png"
         else:
             path = own if own.is_file() else self._sbd / f"{name}.mat"
         return path, sbd_mask(path) if path.suffix == ".mat" else read_mask(path, len(CLASSES))
@@ -160,14 +158,13 @@ class Devkit:
         Raises:
           FileNotFoundError: if a file is missing.
           ValueError: if a file is damaged, or its mask has another size or labels above 20.
-        References:
-          None.
         """
         photograph = self.root / "JPEGImages" / f"{name}.jpg"
         image, turn = read_turned_image(photograph)
-        if LISTS[split].masks is None:
+        folder = LISTS[split].masks
+        if folder is None:
             return Labelled(name, photograph, np.full(image.shape[:2], VOID, np.uint8), ())
-        path, mask = self._mask(name, split)
+        path, mask = self._mask(name, split, folder)
         mask = fit_mask(mask, image.shape[:2], turn, path, photograph)
         if tags_from == "boxes":
             return Labelled(name, photograph, mask, box_tags(self.root / "Annotations" / f"{name}.xml"))
@@ -185,8 +182,6 @@ def listed(path: Path) -> tuple[str, ...]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if a line is no id, or an image stands twice.
-    References:
-      None.
     """
     if not path.is_file():
         raise FileNotFoundError(f"the list {path} does not exist")
@@ -211,8 +206,6 @@ def list_problem(split: str, ids: tuple[str, ...]) -> str:
       ids: its images.
     Returns:
       A sentence, or "" if they are the same images.
-    References:
-      None.
     """
     known = LISTS[split]
     if len(ids) != known.length:
@@ -233,8 +226,6 @@ def box_tags(path: str | os.PathLike) -> tuple[str, ...]:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it is no annotation, or an object has another class.
-    References:
-      None.
     """
     path = Path(path)
     if not path.is_file():
@@ -282,7 +273,7 @@ def sbd_mask(path: str | os.PathLike) -> np.ndarray:
 
 
 def archive_problem(path: str | os.PathLike) -> str:
-    """What is wrong with a file as it was fetched.
+    """What is wrong with a downloaded archive.
 
     Args:
       path: the file, of a name in ARCHIVES.
@@ -291,8 +282,6 @@ def archive_problem(path: str | os.PathLike) -> str:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if nothing is known of a file of that name.
-    References:
-      None.
     """
     path = Path(path).expanduser()
     if path.name not in ARCHIVES:

@@ -79,7 +79,7 @@ def _draw_emblem(label: int, side: float, turn: float) -> np.ndarray:
         for y in (-0.78, 0, 0.78):
             square(0, y, 1.0, 0.2)
     elif name == "chequer":
-        for x, y in ((-1, -1), (1, -1), (0, 0), (-1, 1), (1, 1)):
+        for x, y in ((-1.0, -1.0), (1.0, -1.0), (0.0, 0.0), (-1.0, 1.0), (1.0, 1.0)):
             square(x * 2 / 3, y * 2 / 3, 1 / 3, 1 / 3)
     else:  # dots
         for x, y in ((0, -0.58), (-0.6, 0.5), (0.6, 0.5)):

@@ -10,16 +10,17 @@
     FOLDER/masks/**/*.png              optional: the mask of a photograph has its name and folder
     FOLDER/colours.csv                 optional: the colours of the masks, see `lcrf_jax.data.files.masks.read_colours`
 
-In tag files and lists a photograph is named by its path within the folder; where there is no doubt,
-the extension and the first folders may be left out. Without lists a part of the photographs that have masks, chosen by a seed, is the split val,
-and all others are the split train. All that is wrong with names, tags and lists is found when the folder is looked
-through, and told together.
+In tag files and lists a photograph is named by its path within the folder. The extension and the first folders may be
+left out if one photograph alone fits. Without lists a seed chooses some of the photographs that have masks: these are
+the split val, and all others are the split train. Everything that is wrong with names, tags and lists is told in one
+error, when the source is made.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,13 +43,17 @@ class FolderSource:
     Raises:
       FileNotFoundError: if the folder, a photograph or (with ``masks``) a mask is missing.
       ValueError: if tags, classes or lists are wrong; the message lists all problems.
-    References:
-      None.
     """
 
     def __init__(
-        self, root: str | os.PathLike, split: str, *, masks: bool = False, missing_images: str = "error", **options
-    ):
+        self,
+        root: str | os.PathLike,
+        split: str,
+        *,
+        masks: bool = False,
+        missing_images: str = "error",
+        **options: Any,
+    ) -> None:
         found = scan_folder(root, lists=(*SPLITS, split), **options)
         _refuse(found, missing_images)
         if split not in found.splits or not len(found.splits[split]):

@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,7 @@ class Listing(NamedTuple):
     tags: np.ndarray
     splits: dict[str, np.ndarray]
     masks: dict[str, Path]
-    colours: dict | None
+    colours: dict[tuple[int, int, int], int] | None
     tag_source: str
     untagged: tuple[str, ...]
     missing: tuple[str, ...]
@@ -76,14 +77,12 @@ def scan_folder(
       colours: file of the colours of the masks, absolute or within the folder; by default colours.csv where it is there.
       lists: names of the splits that may have a list.
       val_share: where there are no lists, the share of all photographs that is the split val, if so many have masks.
-      split_seed: names the choice of these.
+      split_seed: seed of the choice of these photographs.
     Returns:
       Listing.
     Raises:
       FileNotFoundError: if the folder or a file that was named does not exist.
       ValueError: if val_share is not in [0, 1), or a file cannot be read as what it should be.
-    References:
-      None.
     """
     root = Path(root).expanduser()
     if not root.is_dir():
@@ -101,7 +100,8 @@ def scan_folder(
     several = [path for path in (root / name for name in TAG_FILES) if path.is_file()]
     if len(several) > 1 and not tags:
         problems.append(f"{root} holds {', '.join(path.name for path in several)}; keep one, or name one")
-    finder, missing = PhotographFinder(photographs), []
+    finder = PhotographFinder(photographs)
+    missing: list[str] = []
     rows = _tagged(read_tag_file(tag_file), finder, missing, problems) if tag_file else {}
     rows = rows or ({} if tag_file else _tags_by_folder(photographs, problems))
     class_names, rows = _classes(class_file, rows, problems)
@@ -161,13 +161,13 @@ def _photographs(root: Path, mask_folder: Path) -> tuple[list[str], list[str]]:
 
 
 class PhotographFinder:
-    """Photographs by what tag files and lists call them: by path, or by a part of it where that is in no doubt.
+    """Finds photographs by the names that tag files and lists give them: paths, or the ends of paths.
 
     Args:
       photographs: paths with ``/`` between folders.
     """
 
-    def __init__(self, photographs):
+    def __init__(self, photographs: Sequence[str]) -> None:
         self._exact = {unicodedata.normalize("NFC", path): path for path in photographs}
         self._shorter: dict[str, list[str]] = {}
         for path in photographs:
@@ -220,7 +220,9 @@ def _tags_by_folder(photographs: list[str], problems: list) -> dict[str, TagRow]
     return found
 
 
-def _classes(class_file, rows, problems):
+def _classes(
+    class_file: Path | None, rows: dict[str, TagRow], problems: list[str]
+) -> tuple[tuple[str, ...], dict[str, TagRow]]:
     """(class names, rows): of the file, or those that occur."""
     used: dict[str, str] = {}
     for row in rows.values():

@@ -35,8 +35,8 @@ class Body(NamedTuple):
     emblem: tuple[int, int, np.ndarray] | None  # top, left and [e, e] cover of the emblem within the body
 
 
-# To know the tags of an image is to make it, so they are kept for all sources of a process: from what an image depends on
-# but for its number, to the tags by number.
+# An image has to be made before its tags are known. So the tags are kept for all sources of a process: for each (seed,
+# split, size) the tags of its images by their index.
 _KNOWN_TAGS: dict[tuple, dict[int, np.ndarray]] = {}
 
 
@@ -45,18 +45,16 @@ class TexturesSource:
 
     Args:
       split: ``train`` or ``val``; the two never share an image.
-      seed: 0 <= seed < 2**32, names the data set.
+      seed: 0 <= seed < 2**32; with another seed all images are others.
       size: side of the square images in pixels, 96 to 128.
       num_train: number of training images, at least 1.
       num_val: number of held-out images, at least 1.
       masks: whether examples carry masks. The images are the same either way.
     Raises:
       ValueError: if an argument is out of its range.
-    References:
-      None.
     """
 
-    class_names = (BACKGROUND, *EMBLEMS)
+    class_names: tuple[str, ...] = (BACKGROUND, *EMBLEMS)
 
     def __init__(
         self,
@@ -67,7 +65,7 @@ class TexturesSource:
         num_train: int = 2000,
         num_val: int = 500,
         masks: bool = False,
-    ):
+    ) -> None:
         if split not in SPLITS:
             raise ValueError(f"textures have the splits {', '.join(SPLITS)}, got {split!r}")
         if not 0 <= seed < 2**32:
@@ -131,7 +129,8 @@ def _scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[int], 
     wanted = [int(label) for label in 1 + rng.choice(len(EMBLEMS), num_objects)] + [0] * num_distractors
     first = wanted.pop(0)
     rng.shuffle(wanted)
-    labels, bodies = [], []
+    labels: list[int] = []
+    bodies: list[Body] = []
     owner = np.full((size, size), -1, np.int8)
     for label in [first, *wanted]:
         body = _place(rng, size, len(wanted) + 1, label, bodies, owner)
@@ -250,7 +249,7 @@ def _paint(rng: np.random.Generator, canvas: np.ndarray, body: Body, palette: np
     patch = light[..., None] * colour
     if body.emblem is not None:
         top, left, drawing = body.emblem
-        dark = colour @ np.float32((0.299, 0.587, 0.114)) > 135
+        dark = colour @ np.array((0.299, 0.587, 0.114), np.float32) > 135
         ink = np.float32(rng.uniform(5, 40, 3) if dark else rng.uniform(220, 255, 3))
         part = patch[top : top + drawing.shape[0], left : left + drawing.shape[1]]
         part += drawing[..., None] * (ink - part)
@@ -265,13 +264,13 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
     """A colour, even over hues and away from black and white: [3] float32 in 0..255."""
     hue, saturation, value = rng.uniform(0, 6), rng.uniform(0.15, 0.9), rng.uniform(0.3, 0.92)
     wheel = np.clip(np.abs(np.mod(hue + np.array((0.0, 4.0, 2.0)), 6) - 3) - 1, 0, 1)
-    return np.float32(255 * value * (1 - saturation + saturation * wheel))
+    return (255 * value * (1 - saturation + saturation * wheel)).astype(np.float32)
 
 
 def _body_colour(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
     """A colour that is, most of the time, far from all colours of the background."""
     wanted = 75 if rng.random() < 0.9 else 30
-    best, best_distance = None, -1.0
+    best, best_distance = palette[0], -1.0
     for _ in range(8):
         colour = _colour(rng)
         distance = float(np.sqrt(((palette - colour) ** 2).sum(1)).min())
@@ -292,7 +291,7 @@ def _waves(rng: np.random.Generator, size: int, directions: int) -> np.ndarray:
     """Soft stripes (one direction) or checks (two) in 0..1."""
     line = np.arange(size, dtype=np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(0.1, 0.45) * size
-    pattern = np.float32(1)
+    pattern = np.ones((size, size), np.float32)
     for turn in range(directions):
         across = (
             np.float32(math.cos(angle + turn * np.pi / 2)) * line[:, None]

@@ -54,7 +54,7 @@ class TfdsSource:
         labels: str = "label",
         mask: str = "segmentation_mask",
         mask_meaning: str = "index",
-    ):
+    ) -> None:
         import tensorflow_datasets as tfds
 
         if mask_meaning not in MASK_MEANINGS:

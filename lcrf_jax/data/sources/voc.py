@@ -42,7 +42,7 @@ class VocSource:
       Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, *, masks: bool = False):
+    def __init__(self, root: str | os.PathLike, split: str, *, masks: bool = False) -> None:
         self._root = check_folder(root, split)
         self.split = split
         self.masks = masks
@@ -105,8 +105,6 @@ def check_folder(root: str | os.PathLike, split: str) -> Path:
     Raises:
       FileNotFoundError: if the folder or a part of it is missing; the message says which and what stands
         there.
-    References:
-      None.
     """
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -124,10 +122,10 @@ def check_folder(root: str | os.PathLike, split: str) -> Path:
                 f"(found there: {found})"
             )
     if not (folder / "ImageSets" / "Segmentation" / f"{split}.txt").is_file():
-        found = sorted(path.stem for path in (folder / "ImageSets" / "Segmentation").glob("*.txt"))
+        splits = sorted(path.stem for path in (folder / "ImageSets" / "Segmentation").glob("*.txt"))
         raise FileNotFoundError(
             f"{folder}/ImageSets/Segmentation has no {split}.txt: "
-            f"the splits there are {', '.join(found) or 'none'}"
+            f"the splits there are {', '.join(splits) or 'none'}"
         )
     return folder
 
@@ -141,8 +139,6 @@ def read_split(path: str | os.PathLike) -> tuple[str, ...]:
       The ids in order.
     Raises:
       ValueError: if there is no id, or one occurs twice, or one is a path or has an extension.
-    References:
-      None.
     """
     first_line: dict[str, int] = {}
     for line, name in enumerate(read_text(path).splitlines(), 1):
@@ -178,8 +174,6 @@ def read_tags(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[str
     Raises:
       ValueError: if the header, a delimiter, a class name or a repeated row is wrong; the message names
         the line.
-    References:
-      None.
     """
     tags: dict[str, np.ndarray] = {}
     for image, row in read_tag_file(path).items():

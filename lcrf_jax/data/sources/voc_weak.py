@@ -31,7 +31,7 @@ class Kit(NamedTuple):
     Attributes:
       root: folder of the development kit.
       tags_from: ``boxes`` or ``masks``.
-      any_lists: whether other lists than those of the field will do.
+      any_lists: whether lists other than those that the field uses are accepted.
       sbd: folder ``benchmark_RELEASE`` of SBD, or None.
     """
 
@@ -106,11 +106,8 @@ def checked_lists(devkit: Devkit, *, any_lists: bool) -> dict[str, tuple[str, ..
       dict from split to ids.
     Raises:
       ValueError: if a list is another one, all of them named; or none is there.
-    References:
-      None.
     """
-    found = {split: devkit.ids(split) for split in LISTS}
-    found = {split: ids for split, ids in found.items() if ids}
+    found = {split: ids for split in LISTS if (ids := devkit.ids(split))}
     problems = [problem for split, ids in found.items() if (problem := list_problem(split, ids))]
     if problems and not any_lists:
         raise ValueError(
@@ -128,7 +125,7 @@ def prepared(
     tags_from: str,
     any_lists: bool = False,
     sbd: str | os.PathLike | None = None,
-):
+) -> tfds.core.DatasetInfo:
     """The data set, made if it is not there yet.
 
     Args:
@@ -141,8 +138,6 @@ def prepared(
       tfds.core.DatasetInfo.
     Raises:
       FileNotFoundError, ValueError: if the kit is not as expected; the message names the file. Nothing is left then.
-    References:
-      None.
     """
     if tags_from not in TAGS_FROM:
         raise ValueError(f"tags: expected one of {', '.join(TAGS_FROM)}, got {tags_from!r}")
