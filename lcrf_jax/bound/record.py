@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-Array = np.ndarray | jax.Array
+Array = np.ndarray | np.generic | jax.Array
 
 
 class Record(NamedTuple):
@@ -36,7 +36,7 @@ class Record(NamedTuple):
 
     tags: Array
     name: str | np.ndarray | None = None
-    index: Array | None = None
+    index: Array | None = None  # type: ignore[assignment]  # the method of tuples of that name is of no use here
     view: Array | None = None
     epoch: Array | None = None
     image: Array | None = None

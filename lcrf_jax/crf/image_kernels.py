@@ -204,10 +204,6 @@ def default_form(num_pixels, normalisation="symmetric"):
     Returns:
       A key of `FORMS`: 'exact' up to 48 x 48 pixels; beyond, 'lattice' for a normalised kernel and 'anchors' for
       the normalisation 'none', where a lattice is off by its constant.
-    Raises:
-      None.
-    References:
-      None.
     """
     if num_pixels <= _EXACT_PIXELS:
         return "exact"

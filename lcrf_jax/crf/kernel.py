@@ -197,10 +197,6 @@ def as_kernel(kernel):
       kernel: [m, m] matrix, whose diagonal is ignored, or an object with the four methods of the module.
     Returns:
       The object itself, or a `DenseKernel`.
-    Raises:
-      None.
-    References:
-      None.
     """
     return kernel if hasattr(kernel, "splat") else DenseKernel(jnp.asarray(kernel))
 
@@ -235,8 +231,6 @@ def filter_symmetric(kernel, values):
       [m, K] filtered values.
     Raises:
       ValueError: if the kernel does not fit the values.
-    References:
-      None.
     """
     kernel = as_kernel(kernel)
     return kernel.slice(kernel.blur(kernel.splat(values)))

@@ -208,8 +208,6 @@ def lattice_overflowed(lattice):
       `capacity=int(lattice.num_vertices)` or more.
     Raises:
       jax.errors.ConcretizationTypeError: under jit.
-    References:
-      None.
     """
     return bool(jnp.any(lattice.num_vertices > lattice.neighbours.shape[-1]))
 

@@ -30,8 +30,6 @@ def default_capacity(num_pixels, num_features, *, share=1.0):
       Number of vertices, a static int.
     Raises:
       ValueError: if a number is smaller than 1, or the share is not positive.
-    References:
-      None.
     """
     check_number("num_pixels", num_pixels, minimum=1, remedy="give the number of rows of the features")
     check_number("num_features", num_features, minimum=1, remedy="give the number of columns of the features")

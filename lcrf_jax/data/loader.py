@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
@@ -54,8 +54,6 @@ def make_loader(
     Raises:
       ValueError: if a number is out of its range, the items are fewer than a batch, or the runs do not
         divide.
-    References:
-      None.
     """
     num_processes, process = jax.process_count(), jax.process_index()
     num_records, rest = divmod(len(items), max(num_views, 1))
@@ -110,12 +108,11 @@ class Loader:
 
     Args:
       batches_from: function from that number to an iterator over the batches from there on.
-    References:
-      None.
     """
 
     def __init__(self, batches_from: Callable[[int], Iterator[Record]]):
-        self._batches_from, self._batches, self._done = batches_from, None, 0
+        self._batches_from, self._done = batches_from, 0
+        self._batches: Iterator[Record] | None = None
 
     def __iter__(self) -> Loader:
         return self
@@ -166,6 +163,14 @@ def stack_records(records: Sequence[Record]) -> Record:
     return jax.tree_util.tree_map_with_path(stacked, *records)
 
 
+class Batches(Protocol):
+    """An iterator over batches that knows how far it is, such as a `Loader`."""
+
+    def __next__(self) -> Record: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
 class DevicePrefetch:
     """An iterator whose batches are on the devices ahead of time; names stay on the host.
 
@@ -175,11 +180,9 @@ class DevicePrefetch:
       depth: batches that are under way, at least 1.
     Raises:
       ValueError: if depth is below 1; on iteration, if a batch does not divide by the number of devices.
-    References:
-      None.
     """
 
-    def __init__(self, iterator: Iterator[Record], sharding: jax.sharding.Sharding, depth: int = 2):
+    def __init__(self, iterator: Batches, sharding: jax.sharding.Sharding, depth: int = 2):
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self._iterator, self._sharding, self._depth = iterator, sharding, depth
@@ -214,7 +217,7 @@ class DevicePrefetch:
 
 
 def device_prefetch(
-    iterator: Iterator[Record], sharding: jax.sharding.Sharding, depth: int = 2
+    iterator: Batches, sharding: jax.sharding.Sharding, depth: int = 2
 ) -> DevicePrefetch:
     """Puts batches on the devices while the step before is still running.
 
@@ -226,8 +229,6 @@ def device_prefetch(
       An iterator with `get_state` and `set_state`; its state is that of the batches handed out.
     Raises:
       ValueError: if depth is below 1; on iteration, if a batch does not divide by the number of devices.
-    References:
-      None.
     """
     return DevicePrefetch(iterator, sharding, depth)
 

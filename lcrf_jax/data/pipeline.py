@@ -31,8 +31,6 @@ class ViewDataset:
       ratio_range: see `lcrf_jax.data.views.sample_view`.
     Raises:
       ValueError: if num_views or size is below 1.
-    References:
-      None.
     """
 
     def __init__(
@@ -92,8 +90,6 @@ class ImageSubset:
       num_views: number of runs.
     Raises:
       ValueError: if no image is kept.
-    References:
-      None.
     """
 
     def __init__(self, records: Sequence[Record], images: np.ndarray, num_views: int):
@@ -122,8 +118,6 @@ def prefetched(
       A generator of examples.
     Raises:
       ValueError: if num_threads is below 1. What reading an example raises, comes up at its turn.
-    References:
-      None.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")

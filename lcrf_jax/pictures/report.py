@@ -145,7 +145,8 @@ def gallery(samples: Sequence[Sample], class_names: Sequence[str]) -> str:
         return ""
     titles = list(dict.fromkeys(title for sample in samples for title in sample.layers))
     present = {int(label) for sample in samples for layer in sample.layers.values() for label in np.unique(layer)}
-    names, colours, groups = {**dict(enumerate(class_names)), 255: "void"}, _colours(), {}
+    names, colours = {**dict(enumerate(class_names)), 255: "void"}, _colours()
+    groups: dict[str, list] = {}
     for sample in samples:
         groups.setdefault(sample.group, []).append(_card(sample))
     return _part(
