@@ -44,7 +44,7 @@ class CachedArrays:
       first: rows that are there; those from here on are missing.
     """
 
-    def __init__(self, folder: pathlib.Path, unfinished: pathlib.Path | None, num_records: int):
+    def __init__(self, folder: pathlib.Path, unfinished: pathlib.Path | None, num_records: int) -> None:
         self.num_records = num_records
         self._folder, self._unfinished = folder, unfinished
         self._open, self.first = ({}, num_records) if unfinished is None else _begun(unfinished, num_records)
