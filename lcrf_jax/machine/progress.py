@@ -1,4 +1,7 @@
-"""What a program shows while it works: lines and a progress bar, of several processes by the first alone."""
+"""What a program shows while it works: lines and a progress bar, of several processes by the first alone.
+
+tqdm draws the bar. The rest is own code, for tqdm has no plain lines for a log and knows of no other process.
+"""
 
 import contextlib
 import io
