@@ -207,7 +207,7 @@ def test_the_extra_train_is_all_that_importing_the_library_and_the_programs_need
     for path in [*MODULES, *python_files("experiments")]:
         allowed = declared("train", "tfds") if path.name in TFDS_ALONE else with_train
         missing = undeclared(imported_at_once(path), allowed) - UNDECLARED.get(path.name, set())
-        assert not missing, f"{path.name} imports {missing}, which is not in the extra train: import it where it is used"
+        assert not missing, f"{path.name} imports {missing}, not in the extra train: import it where it is used"
 
 
 def test_the_programs_say_of_every_part_of_the_extra_train_when_it_is_missing():

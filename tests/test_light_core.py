@@ -1,4 +1,4 @@
-"""What `pip install .` brings, jax, numpy and einops, is enough for the pure rooms; the rest says which extra it needs."""
+"""What `pip install .` brings, jax, numpy and einops, is enough for the pure rooms; the rest names its extra."""
 
 import os
 import pathlib
@@ -94,8 +94,8 @@ def test_pip_installs_the_core_without_the_rest(tmp_path):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     installed = subprocess.run([*pip, "install", "--quiet", "."], cwd=copy, capture_output=True, text=True, check=False)
     assert installed.returncode == 0, installed.stderr
-    listed = subprocess.run([*pip, "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout.lower()
-    there = {line.partition("==")[0].replace("_", "-") for line in listed.splitlines()}
+    listed = subprocess.run([*pip, "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    there = {line.partition("==")[0].lower().replace("_", "-") for line in listed.splitlines()}
     assert there >= {"lcrf-jax", "jax", "numpy", "einops"}
     assert not there & {name.replace("_", "-") for name in HEAVY}
     assert there <= {"lcrf-jax", "pip", "setuptools", *CORE, *(name.replace("_", "-") for name in OF_JAX)}

@@ -3,8 +3,8 @@
 A lock is an advisory lock of the operating system on an open file (flock). It goes with the process, however that ends,
 so a killed run leaves nothing behind that has to be cleaned up by hand.
 
-Own code and not the library filelock: that does not say who holds a flock, ends with a bare OSError on a network file system
-without locks (ENOLCK), and clears no folders.
+Own code and not the library filelock: that does not say who holds a flock, ends with a bare OSError on a network file
+system without locks (ENOLCK), and clears no folders.
 """
 
 import contextlib
