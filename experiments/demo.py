@@ -1,6 +1,6 @@
 r"""A page on this machine where one drops a photograph and sees its mask.
 
-    pip install '.[demo]'
+    pip install '.[train,demo]'
     python -m experiments.demo --checkpoint=RUN
 
 Then open http://127.0.0.1:8000. Nothing but this machine can reach the page unless --host says otherwise; there is no

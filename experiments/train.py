@@ -5,8 +5,8 @@ r"""Train the inference network from image tags.
 
 A workdir that holds an unfinished run continues it, to the same parameters as without the interruption; Ctrl-C and SIGTERM
 save first. docs/scaling.md tells how to use many devices and hosts. The folder gets checkpoints (last/, best/), config.json,
-metrics.jsonl, tensorboard/, report.html, results_SPLIT.json and pictures_SPLIT.png; the last line printed is the mIoU of the best parameters
-without refinement.
+metrics.jsonl, tensorboard/ (where tensorboardX is installed), report.html, results_SPLIT.json and pictures_SPLIT.png.
+The last line printed is the mIoU of the best parameters without refinement.
 """
 
 import time

@@ -1,7 +1,8 @@
 """Weakly supervised semantic segmentation with latent conditional random fields, in JAX.
 
 The house has rooms. A room imports from those above it in this list, and the pure rooms, numerics to baselines, are
-functions of one image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch.
+functions of one image that need nothing but jax, numpy and einops: `jax.vmap` makes the batch. The others need the
+extra `train`.
 
     numerics      float promotion, entropies, checks of what is known before anything is computed
     crf           the dense CRF: its kernel in three forms, pairwise energy, KL to the prior, mean field
@@ -83,8 +84,14 @@ def load(checkpoint, *, which="best"):
 
     Raises:
       lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, or its files are damaged.
+      ImportError: if the extra `train` is not installed.
     """
-    from lcrf_jax.predict.model import load as load_model
+    try:
+        from lcrf_jax.predict.model import load as load_model
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"lcrf_jax.load needs what training needs ({error}): pip install '.[train]' in your clone"
+        ) from error
 
     return load_model(checkpoint, which=which)
 

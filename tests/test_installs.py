@@ -25,9 +25,7 @@ def printed_installs():
     found = []
     for path in PRINTED_IN:
         for rest in re.findall(r"\bpip install ((?:(?!&&)[^\n`])*)", path.read_text(encoding="utf-8")):
-            if rest.startswith("needs no compiler"):
-                continue  # a sentence about it
-            command = re.split(r" +\(|; |\)\.| in your clone|[\"',]{1,2}\) from|\"$|',$", rest)[0]
+            command = re.split(r" +[(#]|; |\)\.| in your clone|[\"',]{1,2}\) from|\"$|',$", rest)[0]
             found.append((path.relative_to(ROOT), shlex.split(command)))
     return found
 
@@ -36,6 +34,20 @@ def extras():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     return {name: text.split() for name, text in setup["options.extras_require"].items()}
+
+
+def test_every_extra_is_listed_on_the_page_of_installs():
+    table = (ROOT / "docs" / "install.md").read_text(encoding="utf-8").partition("| extra |")[2]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(extras())
+
+
+def test_what_tests_need_is_all_but_the_accelerators():
+    own = Requirement(next(line for line in extras()["test"] if line.startswith("lcrf_jax")))
+    brought = {Requirement(line).name for name in {*own.extras, "test"} for line in extras()[name]}
+    others = set(extras()) - {"cuda", "tpu", "dev"}
+    assert brought >= {Requirement(line).name for name in others for line in extras()[name]}
+    assert "lcrf_jax[test]" in extras()["dev"]
 
 
 def requirements_of_the_project():

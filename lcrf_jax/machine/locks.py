@@ -2,6 +2,9 @@
 
 A lock is an advisory lock of the operating system on an open file (flock). The system drops it when the process ends,
 in whatever way. So a killed run leaves nothing behind that has to be cleaned up by hand.
+
+Own code and not the library filelock: that does not say who holds a flock, ends with a bare OSError on a network file
+system without locks (ENOLCK), and clears no folders.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""What a program shows while it works: lines and a progress bar. Of several processes only the first shows them."""
+"""What a program shows while it works: lines and a progress bar. Of several processes only the first shows them.
+
+tqdm draws the bar. The rest is own code, for tqdm has no plain lines for a log and knows of no other process.
+"""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The numbers of a run: JSON lines and TensorBoard scalars in its folder."""
+"""The numbers of a run: JSON lines and, where tensorboardX is installed, TensorBoard scalars in its folder."""
 
 import contextlib
 import json
@@ -9,17 +9,18 @@ import time
 from collections.abc import Mapping
 from typing import Any, Self, TextIO
 
-import tensorboardX
 from jax.typing import ArrayLike
 
 from lcrf_jax.machine.processes import is_first
-from lcrf_jax.machine.progress import as_scalar
+from lcrf_jax.machine.progress import as_scalar, say
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
     """Appends scalars to RUN/metrics.jsonl and to TensorBoard files in RUN/tensorboard/.
+
+    The TensorBoard files need tensorboardX. Without it one line says so, and metrics.jsonl is written all the same.
 
     One line of JSON for each call of `write`: {"step": 7, "time": 1700000000.0, "train/loss": 0.5}; a value
     that is not finite is written as null, since JSON has no NaN. A line cut short by a crash is ended when
@@ -41,7 +42,7 @@ class MetricsWriter:
         _drop_lines(self.path, resume_step)
         self._lines = self.path.open("a", encoding="utf-8")
         purge = None if resume_step is None else int(resume_step)
-        self._board = tensorboardX.SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=purge)
+        self._board = _board(self.path.parent / "tensorboard", purge)
 
     def write(self, step: int, metrics: Mapping[str, ArrayLike]) -> None:
         """Write one line of scalars; it is on disk when this returns.
@@ -65,15 +66,17 @@ class MetricsWriter:
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; make room and run the same command again", str(self.path)
                           ) from error
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Flush and close both files; a second call does nothing."""
+        """Flush and close the files; a second call does nothing."""
         if self._lines is not None:
             with contextlib.suppress(OSError):  # a full disk, which `write` has told of
                 self._lines.close()
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +98,16 @@ def metrics_history(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     """
     path = pathlib.Path(run_dir) / METRICS_FILE
     return [record for _, record in _records(path)] if path.exists() else []
+
+
+def _board(folder: pathlib.Path, purge: int | None) -> Any:
+    """The writer of the TensorBoard files; None, after saying so, where tensorboardX is not installed."""
+    try:
+        import tensorboardX
+    except ModuleNotFoundError as error:
+        say(f"no TensorBoard files are written ({error}): pip install '.[tensorboard]' in your clone")
+        return None
+    return tensorboardX.SummaryWriter(str(folder), purge_step=purge)
 
 
 def _records(path):

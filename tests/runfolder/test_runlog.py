@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,19 @@ def test_each_write_is_a_line_at_once_and_a_point_on_the_board(tmp_path):
     assert [record["step"] for record in metrics_history(tmp_path / "run")] == [1, 2]
     assert board_scalars(tmp_path / "run") == [
         (1, "train/loss", 0.5), (1, "train/kl", 0.25), (2, "val/miou", 0.75)]
+
+
+def test_without_tensorboardx_a_run_says_so_once_and_writes_its_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer.write(2, {"loss": 0.25})
+    writer.close()
+    assert [record["loss"] for record in metrics_history(tmp_path)] == [0.5, 0.25]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("no TensorBoard files are written (")
+    assert line.endswith("): pip install '.[tensorboard]' in your clone")
 
 
 def test_values_that_are_not_finite_stay_json(tmp_path):
