@@ -56,24 +56,8 @@ def make_loader(
         divide.
     """
     num_processes, process = jax.process_count(), jax.process_index()
-    num_records, rest = divmod(len(items), max(num_views, 1))
-    if num_views < 1 or rest or not num_records:
-        raise ValueError(
-            f"{len(items)} items cannot be {num_views} runs of equal length (at least one item each)"
-        )
-    if batch_size < 1 or batch_size % num_processes:
-        raise ValueError(
-            f"batch_size must be a positive multiple of the {num_processes} process(es), got {batch_size}"
-        )
-    if num_threads < 0:
-        raise ValueError(f"num_threads must be 0 or more, got {num_threads}")
-    if num_epochs is not None and num_epochs < 1:
-        raise ValueError(f"num_epochs must be at least 1, or None for ever, got {num_epochs}")
-    if drop_remainder and num_epochs is not None and num_records * num_epochs < batch_size:
-        raise ValueError(
-            f"{num_records} records in {num_epochs} epoch(s) do not fill one batch of {batch_size}: "
-            "lower batch_size, or use drop_remainder=False"
-        )
+    num_records = len(items) // max(num_views, 1)
+    _check_loader(len(items), batch_size, num_epochs, drop_remainder, num_threads, num_views)
 
     def read(position: int, index: int) -> Record:
         epoch = position // num_records
@@ -101,6 +85,30 @@ def make_loader(
         return iter(records.batch(size, drop_remainder=drop_remainder, batch_fn=stack_records))
 
     return Loader(batches_from)
+
+
+def _check_loader(
+    num_items: int, batch_size: int, num_epochs: int | None, drop_remainder: bool, num_threads: int, num_views: int
+) -> None:
+    num_processes = jax.process_count()
+    num_records, rest = divmod(num_items, max(num_views, 1))
+    if num_views < 1 or rest or not num_records:
+        raise ValueError(
+            f"{num_items} items cannot be {num_views} runs of equal length (at least one item each)"
+        )
+    if batch_size < 1 or batch_size % num_processes:
+        raise ValueError(
+            f"batch_size must be a positive multiple of the {num_processes} process(es), got {batch_size}"
+        )
+    if num_threads < 0:
+        raise ValueError(f"num_threads must be 0 or more, got {num_threads}")
+    if num_epochs is not None and num_epochs < 1:
+        raise ValueError(f"num_epochs must be at least 1, or None for ever, got {num_epochs}")
+    if drop_remainder and num_epochs is not None and num_records * num_epochs < batch_size:
+        raise ValueError(
+            f"{num_records} records in {num_epochs} epoch(s) do not fill one batch of {batch_size}: "
+            "lower batch_size, or use drop_remainder=False"
+        )
 
 
 class Loader:

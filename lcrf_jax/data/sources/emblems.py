@@ -44,17 +44,8 @@ def _draw_emblem(label: int, side: float, turn: float) -> np.ndarray:
         return [(middle + cos * x - sin * y, middle + sin * x + cos * y) for x, y in points]
 
     def square(x, y, half_width, half_height):
-        draw.polygon(
-            place(
-                [
-                    (x - half_width, y - half_height),
-                    (x + half_width, y - half_height),
-                    (x + half_width, y + half_height),
-                    (x - half_width, y + half_height),
-                ]
-            ),
-            fill=255,
-        )
+        left, right, top, bottom = x - half_width, x + half_width, y - half_height, y + half_height
+        draw.polygon(place([(left, top), (right, top), (right, bottom), (left, bottom)]), fill=255)
 
     def disc(x, y, radius, fill=255):
         ((x, y),) = place([(x, y)])

@@ -84,10 +84,7 @@ def scan_folder(
       FileNotFoundError: if the folder or a file that was named does not exist.
       ValueError: if val_share is not in [0, 1), or a file cannot be read as what it should be.
     """
-    root = Path(root).expanduser()
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "does not exist"
-        raise FileNotFoundError(f"the data folder {root} {what}: give the folder that holds the photographs and tags.csv")
+    root = _existing_folder(root)
     if not 0 <= val_share < 1:
         raise ValueError(f"val_share: expected a share in [0, 1), got {val_share}")
     tag_file = _named(root, tags, "tags") or next((root / n for n in TAG_FILES if (root / n).is_file()), None)
@@ -124,6 +121,14 @@ def scan_folder(
         tuple(missing),
         tuple(problems),
     )  # fmt: skip
+
+
+def _existing_folder(root: str | os.PathLike) -> Path:
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        what = "is a file" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"the data folder {root} {what}: give the folder that holds the photographs and tags.csv")
+    return root
 
 
 def _named(root: Path, name: str, option: str) -> Path | None:
