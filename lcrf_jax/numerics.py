@@ -23,8 +23,6 @@ def promote_float(array):
       A JAX array of the same shape, float32 or float64.
     Raises:
       ValueError: if the array is complex.
-    References:
-      None.
     """
     array = jnp.asarray(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
@@ -50,8 +48,6 @@ def entropy(logits):
       [...] entropies in nats, between 0 and log K.
     Raises:
       ValueError: if `logits` has no class axis.
-    References:
-      None.
     """
     logits = promote_float(logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -74,8 +70,6 @@ def check_shape(name, array, expected, remedy):
       The shape, a tuple of ints.
     Raises:
       ValueError: if the number of axes or a fixed size differs, or an axis is empty.
-    References:
-      None.
     """
     shape = tuple(jnp.shape(array))
     fits = len(shape) == len(expected) and all(
@@ -101,8 +95,6 @@ def check_number(name, value, *, minimum, remedy, strict=False, whole=False):
       The value, unchanged.
     Raises:
       ValueError: if the number is not finite, below the bound, or has a fraction that it must not have.
-    References:
-      None.
     """
     if isinstance(value, numbers.Real):
         too_small = value <= minimum if strict else value < minimum
@@ -125,8 +117,6 @@ def check_share(name, value, remedy):
       The value, unchanged.
     Raises:
       ValueError: if the number is not in (0, 1].
-    References:
-      None.
     """
     check_number(name, value, minimum=0, strict=True, remedy=remedy)
     if isinstance(value, numbers.Real) and value > 1:
@@ -144,10 +134,6 @@ def squared_distances(a, b):
       b: [n, d] points.
     Returns:
       [m, n] squared distances.
-    Raises:
-      None.
-    References:
-      None.
     """
     return sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(a.shape[1]))
 
@@ -163,8 +149,6 @@ def varying_like(array, reference):
       reference: an array from which the loop computes.
     Returns:
       The array, its values unchanged.
-    Raises:
-      None.
     References:
       JAX documentation, "shard_map", section on scan and varying manual axes.
     """

@@ -20,8 +20,6 @@ def label_cross_entropy(logits, labels):
       Scalar, float32, nats; the mean over the cells with a label, 0 if there is none.
     Raises:
       ValueError: if the shapes do not fit.
-    References:
-      None.
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("labels", labels, (num_pixels,), "one class index per cell")
@@ -46,8 +44,6 @@ def soft_cross_entropy(logits, probs):
       Scalar, float32, nats, the mean over the cells.
     Raises:
       ValueError: if the shapes do not fit.
-    References:
-      None.
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("probs", probs, (num_pixels, num_classes), "one distribution per cell")

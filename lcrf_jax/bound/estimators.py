@@ -174,10 +174,6 @@ def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples
       groups: not used.
     Returns:
       Scalar, float32, nats.
-    Raises:
-      Nothing of its own.
-    References:
-      None.
     """
     del key, temperature, num_samples, groups
     return log_likelihood(jax.nn.softmax(promote_float(logits), axis=-1))

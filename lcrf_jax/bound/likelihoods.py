@@ -111,8 +111,6 @@ def expected_max_pool(logits, tags, *, flip_probability=1e-6):
       Scalar, float32, nats.
     Raises:
       ValueError: if the shapes do not fit or epsilon is out of range.
-    References:
-      None.
     """
     logits, tags = _checked(logits, tags)
     _check_flip_probability(flip_probability)
@@ -298,8 +296,6 @@ def expected_evidence(logits, tags, pixel_evidence):
       Scalar, float32, nats, not divided by m.
     Raises:
       ValueError: if the shapes do not fit.
-    References:
-      None.
     """
     logits, _ = _checked(logits, tags)
     check_shape("pixel_evidence", pixel_evidence, logits.shape, "evidence and logits lie on the same grid")

@@ -95,9 +95,5 @@ def log_evidence(pixel_evidence):
       pixel_evidence: array of positive numbers.
     Returns:
       Array of the same shape, float32.
-    Raises:
-      None.
-    References:
-      None.
     """
     return jnp.log(jnp.maximum(promote_float(pixel_evidence), _TINY**2))

@@ -21,8 +21,6 @@ def block_groups(height, width, block):
       [height * width] int32, the number of the block of each cell, rows first.
     Raises:
       ValueError: if a size is smaller than 1.
-    References:
-      None.
     """
     for name, value in (("height", height), ("width", width), ("block", block)):
         check_number(name, value, minimum=1, remedy="sizes are in cells; a block of 1 is a group for each cell")

@@ -25,10 +25,6 @@ def fingerprint_multipliers(num_coordinates):
       num_coordinates: coordinates of a key, n.
     Returns:
       [2, n] odd uint32 NumPy array, always the same.
-    Raises:
-      None.
-    References:
-      None.
     """
     draws = np.random.default_rng(20100531).integers(0, 2**31, size=(2, num_coordinates), dtype=np.int64)
     return (2 * draws + 1).astype(np.uint32)
@@ -42,10 +38,6 @@ def fingerprints(keys, multipliers):
       multipliers: [2, n] of `fingerprint_multipliers`.
     Returns:
       Two arrays [...] uint32.
-    Raises:
-      None.
-    References:
-      None.
     """
     keys = keys.astype(jnp.uint32)
     return tuple(sum(keys[i] * row[i] for i in range(len(row))) for row in multipliers)
@@ -90,10 +82,6 @@ def distinct_keys(hashes, active, num_columns, block, capacity):
       capacity: static number of keys to provide for.
     Returns:
       DistinctKeys.
-    Raises:
-      None.
-    References:
-      None.
     """
     first, second = hashes
     rows, size = first.shape
@@ -160,10 +148,6 @@ def key_numbers(table, keys):
       keys: two arrays [...] uint32, the fingerprints of the keys that are sought.
     Returns:
       [...] int32 numbers; the capacity of the table for keys that are not in it.
-    Raises:
-      None.
-    References:
-      None.
     """
     capacity = len(table.entries)
     first, second = (part.ravel() for part in table.hashes)
@@ -195,10 +179,6 @@ def num_blocks(count, block):
       block: size of a block.
     Returns:
       int, or a traced one.
-    Raises:
-      None.
-    References:
-      None.
     """
     above = count + block - 1
     return above // block if isinstance(above, int) else jax.lax.div(above, np.int32(block))

@@ -58,8 +58,6 @@ def scaled(params, stride):
       A `KernelParams` with both position widths divided by `stride`; weights and colour width stay.
     Raises:
       ValueError: if `stride` is not a positive number.
-    References:
-      None.
     """
     check_number("stride", stride, minimum=0, strict=True, remedy="4 takes 320x240 pixels to 80x60 cells")
     return params._replace(
@@ -84,8 +82,6 @@ def colours(image, *, colour_max=255.0):
       ValueError: if `image` is not [H, W, C], `colour_max` is not positive, an integer image comes with a
         colour_max of 1, or, where values are known, one is not in 0..colour_max (a tenth more for floats, as
         resampling overshoots) or all that differ are within the lowest 255th of it in an image of floats.
-    References:
-      None.
     """
     check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
     if colour_max is None:
@@ -124,8 +120,6 @@ def position_features(height, width, *, position_width, dtype=jnp.float32):
       [height * width, 2] rows and columns, divided by `position_width`.
     Raises:
       ValueError: if a size is smaller than 1 or the width is not positive.
-    References:
-      None.
     """
     check_number("height", height, minimum=1, remedy="an image needs a pixel")
     check_number("width", width, minimum=1, remedy="an image needs a pixel")

@@ -27,8 +27,6 @@ def gaussian_taps(width):
     Raises:
       TypeError: if the width is not a Python number, but traced, say.
       ValueError: if it is not positive.
-    References:
-      None.
     """
     if not isinstance(width, numbers.Real):
         raise TypeError(
@@ -56,8 +54,6 @@ def separable_filter(values, taps):
       [H, W, K] filtered values.
     Raises:
       ValueError: if `values` is not [H, W, K] or the number of taps is even.
-    References:
-      None.
     """
     height, width, channels = check_shape("values", values, ("H", "W", "K"), "give a grid with channels last")
     (num_taps,) = check_shape("taps", taps, ("2r+1",), "give the weights as one row")
