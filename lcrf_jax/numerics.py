@@ -6,12 +6,17 @@ float64 is kept where JAX has it enabled (the tests use it).
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Number = TypeVar("Number")
 
 
-def promote_float(array):
+def promote_float(array: ArrayLike) -> jax.Array:
     """The array as float32, or as float64 where it already is float64.
 
     float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels keep their
@@ -35,7 +40,7 @@ def promote_float(array):
     return promoted
 
 
-def entropy(logits):
+def entropy(logits: ArrayLike) -> jax.Array:
     r"""Entropy of each categorical distribution, summed over nothing but the classes.
 
     .. math:: H_i = -\sum_k \phi_{ik} \log \phi_{ik}, \qquad \phi_i = \mathrm{softmax}(g_i)
@@ -57,7 +62,7 @@ def entropy(logits):
     return -jnp.sum(probs * jnp.where(probs > 0, log_probs, 0), axis=-1)
 
 
-def check_shape(name, array, expected, remedy):
+def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], remedy: str) -> tuple[int, ...]:
     """The shape of an array, after checking it against a pattern.
 
     Args:
@@ -81,7 +86,9 @@ def check_shape(name, array, expected, remedy):
     return shape
 
 
-def check_number(name, value, *, minimum, remedy, strict=False, whole=False):
+def check_number(
+    name: str, value: Number, *, minimum: float, remedy: str, strict: bool = False, whole: bool = False
+) -> Number:
     """The value, after checking a Python or NumPy number against a lower bound; traced values pass unchecked.
 
     Args:
@@ -101,12 +108,12 @@ def check_number(name, value, *, minimum, remedy, strict=False, whole=False):
         if not math.isfinite(value) or too_small:
             sign = ">" if strict else ">="
             raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {value}; {remedy}")
-        if whole and value != int(value):
+        if whole and value != math.floor(value):
             raise ValueError(f"{name}: expected a whole number, got {value}; {remedy}")
     return value
 
 
-def check_share(name, value, remedy):
+def check_share(name: str, value: Number, remedy: str) -> Number:
     """The value, after checking that a Python or NumPy number lies in (0, 1]; traced values pass unchecked.
 
     Args:
@@ -119,12 +126,12 @@ def check_share(name, value, remedy):
       ValueError: if the number is not in (0, 1].
     """
     check_number(name, value, minimum=0, strict=True, remedy=remedy)
-    if isinstance(value, numbers.Real) and value > 1:
+    if isinstance(value, numbers.Real) and not value <= 1:
         raise ValueError(f"{name}: expected a number of at most 1, got {value}; {remedy}")
     return value
 
 
-def squared_distances(a, b):
+def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     """Squared distances between two sets of points, summed from the differences themselves.
 
     Other than with |a|^2 + |b|^2 - 2ab, float32 keeps its digits however far the points lie from the origin.
@@ -135,10 +142,10 @@ def squared_distances(a, b):
     Returns:
       [m, n] squared distances.
     """
-    return sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(a.shape[1]))
+    return jnp.asarray(sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(a.shape[1])))
 
 
-def varying_like(array, reference):
+def varying_like(array: ArrayLike, reference: ArrayLike) -> jax.Array:
     """The array, marked as varying over the mesh axes over which the reference varies.
 
     Inside `jax.shard_map` a loop refuses a carry that starts as a constant and ends as something that differs

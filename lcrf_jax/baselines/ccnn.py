@@ -1,9 +1,10 @@
 r"""Constrained optimisation of the latent labels (Pathak, Krahenbuhl and Darrell 2015)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.baselines.labels import soft_cross_entropy
 from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float, varying_like
@@ -28,8 +29,15 @@ class ConstrainedDistribution(NamedTuple):
 
 
 def ccnn_distribution(
-    logits, tags, *, foreground_share=0.05, background_least=0.3, background_most=0.7, slack=2.0, num_iterations=30
-):
+    logits: ArrayLike,
+    tags: ArrayLike,
+    *,
+    foreground_share: ArrayLike = 0.05,
+    background_least: float = 0.3,
+    background_most: ArrayLike = 0.7,
+    slack: ArrayLike = 2.0,
+    num_iterations: int = 30,
+) -> ConstrainedDistribution:
     r"""The latent distribution: the least KL(P || Q) under linear constraints on the mean areas a_k of P.
 
     .. math:: a_k = 0 \text{ for absent } k, \quad a_k \ge \alpha - \xi_k \text{ for present foreground},
@@ -109,7 +117,7 @@ def ccnn_distribution(
     return ConstrainedDistribution(jax.nn.log_softmax(logits + shifts, axis=-1), shifts, residual)
 
 
-def ccnn_loss(logits, tags, **options):
+def ccnn_loss(logits: ArrayLike, tags: ArrayLike, **options: Any) -> jax.Array:
     r"""Cross-entropy with the constrained latent distribution P, which is held fixed.
 
     .. math:: -\frac{1}{m} \sum_j \sum_k P_{jk} \log \phi_{jk}

@@ -2,13 +2,21 @@ r"""EM with biases that adapt to each image (Papandreou et al. 2015): the E-step
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_shape, check_share, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def em_adapt_labels(key, logits, tags, *, foreground_share=0.2, background_share=0.4):
+def em_adapt_labels(
+    key: jax.Array,
+    logits: ArrayLike,
+    tags: ArrayLike,
+    *,
+    foreground_share: ArrayLike = 0.2,
+    background_share: ArrayLike = 0.4,
+) -> jax.Array:
     r"""Hard labels such that every present class has at least its share of the pixels when its turn comes.
 
     Class by class, background first and then the present classes in random order, a bias b_l >= 0 is added to the

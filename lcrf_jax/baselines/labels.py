@@ -2,13 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_shape, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def label_cross_entropy(logits, labels):
+def label_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     r"""Cross-entropy with the labels of the cells that have one.
 
     .. math:: -\frac{1}{|U|} \sum_{j \in U} \log \phi_{j z_j}, \qquad U = \{j : 0 \le z_j < K\}
@@ -30,7 +31,7 @@ def label_cross_entropy(logits, labels):
     return -jnp.sum(jnp.where(known, picked, 0)) / jnp.maximum(known.sum(), 1).astype(picked.dtype)
 
 
-def soft_cross_entropy(logits, probs):
+def soft_cross_entropy(logits: ArrayLike, probs: ArrayLike) -> jax.Array:
     r"""Cross-entropy with a distribution over the labels of every cell, which is held fixed.
 
     .. math:: -\frac{1}{m} \sum_j \sum_k p_{jk} \log \phi_{jk}

@@ -3,13 +3,14 @@ r"""Multiple-instance learning with smooth pooling (Pinheiro and Collobert 2015)
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def mil_lse_scores(logits, *, sharpness=5.0):
+def mil_lse_scores(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""The score of each class for the whole image: a smooth maximum over the pixels.
 
     .. math:: s_k = \frac{1}{r} \log \frac{1}{m} \sum_j \exp(r\, g_{jk})
@@ -30,7 +31,7 @@ def mil_lse_scores(logits, *, sharpness=5.0):
     return (jax.nn.logsumexp(sharpness * logits, axis=0) - jnp.log(num_pixels)) / sharpness
 
 
-def mil_lse_loss(logits, tags, *, sharpness=5.0):
+def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""Cross-entropy of the image's class scores with its tags.
 
     .. math:: -\frac{1}{|y|} \sum_{k: y_k} \log p(k|x), \qquad p(\cdot|x) = \mathrm{softmax}(s)
@@ -55,7 +56,7 @@ def mil_lse_loss(logits, tags, *, sharpness=5.0):
     return -jnp.sum(jnp.where(tags, log_probs, 0)) / jnp.maximum(tags.sum(dtype=log_probs.dtype), 1)
 
 
-def ilp_log_probs(logits, *, sharpness=5.0):
+def ilp_log_probs(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""The pixels' probabilities times those of the image: the image-level prior of the test time.
 
     .. math:: \hat p_j(k) \propto p_j(k)\, p(k|x)
@@ -74,7 +75,7 @@ def ilp_log_probs(logits, *, sharpness=5.0):
     return jax.nn.log_softmax(promote_float(logits) + prior, axis=-1)
 
 
-def majority_labels(labels, segments):
+def majority_labels(labels: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """Every pixel takes the most frequent label of its segment.
 
     Args:

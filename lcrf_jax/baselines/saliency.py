@@ -6,6 +6,7 @@ it is a handful of vector operations on every device.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
@@ -15,7 +16,7 @@ _RGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.11
 _WHITE = (0.9505, 1.0, 1.089)
 
 
-def lab_colours(image):
+def lab_colours(image: ArrayLike) -> jax.Array:
     """CIE L*a*b* of an sRGB image, white point D65.
 
     Args:
@@ -38,7 +39,7 @@ def lab_colours(image):
     return jnp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-def barrier_distance(values, *, num_passes=3):
+def barrier_distance(values: ArrayLike, *, num_passes: int = 3) -> jax.Array:
     r"""Minimum barrier distance of every pixel to the border of the image.
 
     .. math:: d(t) = \min_\pi \Bigl( \max_i v(\pi_i) - \min_i v(\pi_i) \Bigr)
@@ -89,7 +90,7 @@ def barrier_distance(values, *, num_passes=3):
     return jax.lax.fori_loop(0, num_passes, one_pass, state)[0]
 
 
-def border_contrast(colours, *, thickness=0.1):
+def border_contrast(colours: ArrayLike, *, thickness: float = 0.1) -> jax.Array:
     r"""How much each pixel differs from the colours of the border, in the least favourable three of four sides.
 
     With mean and covariance of each side, the Mahalanobis distance of every pixel to it, divided by its maximum; the
@@ -121,11 +122,13 @@ def border_contrast(colours, *, thickness=0.1):
         squared = jnp.einsum("hwc,cd,hwd->hw", away, inverse, away, precision=jax.lax.Precision.HIGHEST)
         distance = jnp.sqrt(jnp.maximum(squared, 0))
         distances.append(distance / jnp.maximum(distance.max(), 1e-6))
-    distances = jnp.stack(distances)
-    return distances.sum(axis=0) - distances.max(axis=0)
+    every = jnp.stack(distances)
+    return every.sum(axis=0) - every.max(axis=0)
 
 
-def barrier_saliency(image, *, num_passes=3, contrast=10.0, level=1.5):
+def barrier_saliency(
+    image: ArrayLike, *, num_passes: int = 3, contrast: ArrayLike = 10.0, level: ArrayLike = 1.5
+) -> jax.Array:
     r"""Saliency of an image: what is walled off from the border, differs from it in colour and lies near the centre.
 
     The barrier distances of the three L*a*b* channels are summed; this and `border_contrast` are each brought to 0..1

@@ -2,8 +2,10 @@ r"""Seed, expand and constrain (Kolesnikov and Lampert 2016): the three losses, 
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.likelihoods import ranked_mean
+from lcrf_jax.crf.energy import KernelLike
 from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.numerics import check_shape, check_share, promote_float
 
@@ -11,7 +13,7 @@ _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vma
 NO_CUE = 255
 
 
-def floored_probs(logits, *, min_prob=1e-4):
+def floored_probs(logits: ArrayLike, *, min_prob: ArrayLike = 1e-4) -> jax.Array:
     r"""Softmax, mixed with a little of the uniform distribution: no probability is below `min_prob`.
 
     .. math:: f = \epsilon + (1 - K \epsilon)\, \mathrm{softmax}(g)
@@ -30,10 +32,18 @@ def floored_probs(logits, *, min_prob=1e-4):
     """
     num_classes = jnp.shape(logits)[-1]
     check_share("K * min_prob", num_classes * min_prob, "1e-4 is usual")
-    return min_prob + (1 - num_classes * min_prob) * jax.nn.softmax(promote_float(logits), axis=-1)
+    return jax.nn.softmax(promote_float(logits), axis=-1) * (1 - num_classes * min_prob) + min_prob
 
 
-def localisation_cues(class_maps, peaks, tags, saliency, *, foreground_level=0.2, background_share=0.1):
+def localisation_cues(
+    class_maps: ArrayLike,
+    peaks: ArrayLike,
+    tags: ArrayLike,
+    saliency: ArrayLike,
+    *,
+    foreground_level: ArrayLike = 0.2,
+    background_share: float = 0.1,
+) -> jax.Array:
     r"""The cells that are sure enough to be seeds, with their label.
 
     Cell j is a cue of a present foreground class k if c_jk > level * max_i c_ik. A cell that several classes claim goes
@@ -70,7 +80,7 @@ def localisation_cues(class_maps, peaks, tags, saliency, *, foreground_level=0.2
     return jnp.where(claimed.any(axis=1), foreground, jnp.where(quiet, 0, NO_CUE)).astype(jnp.int32)
 
 
-def seed_loss(probs, cues):
+def seed_loss(probs: ArrayLike, cues: ArrayLike) -> jax.Array:
     r"""The cues have their label.
 
     .. math:: -\frac{1}{|S|} \sum_{j \in S} \log f_{j c_j}
@@ -93,7 +103,9 @@ def seed_loss(probs, cues):
     return -jnp.sum(jnp.where(chosen, log_probs, 0)) / jnp.maximum(chosen.sum(), 1).astype(log_probs.dtype)
 
 
-def expand_loss(probs, tags, *, foreground_decay=0.996, background_decay=0.999):
+def expand_loss(
+    probs: ArrayLike, tags: ArrayLike, *, foreground_decay: ArrayLike = 0.996, background_decay: ArrayLike = 0.999
+) -> jax.Array:
     r"""Present classes have a part of the image, absent ones not a pixel.
 
     .. math:: -\frac{1}{|y_+|} \sum_{k \in y_+} \log G_k(d_+)
@@ -133,7 +145,7 @@ def expand_loss(probs, tags, *, foreground_decay=0.996, background_decay=0.999):
     return shown + hidden - jnp.log(pooled[0])
 
 
-def constrain_loss(probs, kernel, *, num_iterations=10):
+def constrain_loss(probs: ArrayLike, kernel: KernelLike, *, num_iterations: int = 10) -> jax.Array:
     r"""The distance to the output's own refinement by the dense CRF, which is held fixed.
 
     .. math:: \frac{1}{m} \sum_j \sum_k Q_{jk} \log \frac{Q_{jk}}{f_{jk}}
@@ -157,7 +169,16 @@ def constrain_loss(probs, kernel, *, num_iterations=10):
     return jnp.sum(jnp.exp(log_refined) * (log_refined - log_probs)) / len(log_probs)
 
 
-def sec_loss(logits, tags, cues, kernel, *, min_prob=1e-4, num_iterations=10, **decays):
+def sec_loss(
+    logits: ArrayLike,
+    tags: ArrayLike,
+    cues: ArrayLike,
+    kernel: KernelLike,
+    *,
+    min_prob: ArrayLike = 1e-4,
+    num_iterations: int = 10,
+    **decays: ArrayLike,
+) -> jax.Array:
     r"""The sum of the three losses, weights 1 : 1 : 1.
 
     Args:

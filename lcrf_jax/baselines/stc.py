@@ -2,13 +2,14 @@ r"""From simple to complex (Wei et al. 2016): the targets of its three networks.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_shape, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def saliency_target(saliency, tags):
+def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
     r"""What is salient in an image with a single tag is of that class: the target of the initial network.
 
     .. math:: p_{jk} = s_j / |y_+| \text{ for the foreground tags } y_+, \qquad p_{j0} = 1 - s_j
@@ -34,7 +35,7 @@ def saliency_target(saliency, tags):
     return salient * share + (1 - salient) * jax.nn.one_hot(0, len(foreground), dtype=salient.dtype)
 
 
-def tagged_labels(logits, tags):
+def tagged_labels(logits: ArrayLike, tags: ArrayLike) -> jax.Array:
     """The most probable of the tagged classes: masks of the enhanced and of the powerful network.
 
     Args:

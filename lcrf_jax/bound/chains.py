@@ -10,10 +10,12 @@ the other blocks and the unary. Any diagonal d that makes A positive definite le
 sum_k z_ik^2 = 1. A pixel whose block is itself alone has all but the textbook update: its d is .001.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.sampling import categorical
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
@@ -41,7 +43,7 @@ class _Block(NamedTuple):
     factor: jax.Array
 
 
-def _blocks(kernel, num_blocks):
+def _blocks(kernel: jax.Array, num_blocks: int) -> _Block:
     """The blocks, stacked: pixel i belongs to block i modulo their number, so that neighbours fall apart."""
     num_pixels = len(kernel)
     size = -(-num_pixels // num_blocks)
@@ -55,7 +57,16 @@ def _blocks(kernel, num_blocks):
     return _Block(pixels, rows[..., :num_pixels], diagonal, factor)
 
 
-def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=1, num_blocks=8):
+def gibbs(
+    key: jax.Array,
+    labels: ArrayLike,
+    kernel: ArrayLike,
+    unary_logits: ArrayLike,
+    *,
+    log_likelihood: Callable[[jax.Array], jax.Array] | None = None,
+    num_sweeps: int = 1,
+    num_blocks: int = 8,
+) -> GibbsSamples:
     r"""Sweeps of a Markov chain whose stationary distribution is the posterior of the dense CRF with Potts costs.
 
     .. math:: p(z) \propto \exp\Bigl(\sum_j u_{j z_j} - \sum_{i<j} k_{ij} [z_i \ne z_j] + \ell(z)\Bigr)

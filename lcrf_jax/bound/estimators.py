@@ -13,13 +13,15 @@ The other reading of "MCMC samples" fits q to samples of the posterior p(z|x,y) 
 maximising their `expected_log_prob`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.sampling import categorical, gumbel_softmax, straight_through
-from lcrf_jax.crf.energy import pairwise_energy
+from lcrf_jax.crf.energy import KernelLike, pairwise_energy
 from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
 
 
@@ -39,13 +41,15 @@ class ElboTerms(NamedTuple):
     log_partition: jax.Array
 
     @property
-    def bound(self):
+    def bound(self) -> jax.Array:
         """log-likelihood + entropy - pairwise energy - log Z: what is maximised, every weight being 1."""
         return self.reweighted() - self.log_partition
 
-    def reweighted(self, *, likelihood=1.0, entropy=1.0, pairwise=1.0):
+    def reweighted(
+        self, *, likelihood: ArrayLike = 1.0, entropy: ArrayLike = 1.0, pairwise: ArrayLike = 1.0
+    ) -> jax.Array:
         """The terms with weights, without log Z. Any weight but 1 makes it another objective than the bound."""
-        return likelihood * self.log_likelihood + entropy * self.entropy - pairwise * self.pairwise_energy
+        return self.log_likelihood * likelihood + self.entropy * entropy - self.pairwise_energy * pairwise
 
 
 def _mean_over_samples(key, num_samples, function):
@@ -55,7 +59,15 @@ def _mean_over_samples(key, num_samples, function):
     return jnp.mean(jax.vmap(function)(jax.random.split(key, num_samples)))
 
 
-def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+def gumbel_softmax_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 1,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""E_q log p(y|z,x) through relaxed samples: the gradient flows back through them.
 
     .. math:: \frac1S \sum_s \log p(y \mid \bar z^{(s)}, x), \quad
@@ -87,7 +99,15 @@ def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, n
     return _mean_over_samples(key, num_samples, one)
 
 
-def straight_through_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+def straight_through_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 1,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""E_q log p(y|z,x) over exact samples, with the gradient of relaxed ones.
 
     .. math:: \frac1S \sum_s \log p(y \mid z^{(s)}, x), \qquad
@@ -117,7 +137,15 @@ def straight_through_likelihood(key, logits, log_likelihood, *, temperature=1.0,
     return _mean_over_samples(key, num_samples, one)
 
 
-def reinforce_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=2, groups=None):
+def reinforce_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 2,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""E_q log p(y|z,x) over exact samples, with the score-function gradient: both are unbiased.
 
     .. math:: \frac1S \sum_s (f_s - \tfrac1{S-1} \textstyle\sum_{t \ne s} f_t)\,\nabla \log q(z^{(s)} | x), \qquad
@@ -159,7 +187,15 @@ def reinforce_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_sa
     return values.mean() + score - jax.lax.stop_gradient(score)
 
 
-def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+def mean_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 1,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""log p(y|phi,x): the probabilities themselves in place of samples, the control to compare samples with.
 
     It is the expectation if log p(y|z,x) is linear in z, and at least the expectation if it is concave in z,
@@ -187,7 +223,7 @@ ESTIMATORS = {
 }
 
 
-def expected_log_prob(logits, target_probs):
+def expected_log_prob(logits: ArrayLike, target_probs: ArrayLike) -> jax.Array:
     r"""E log q(z|x) under given marginals: what fits q to samples of the posterior by maximum likelihood.
 
     .. math:: \sum_j \sum_k P_{jk} \log q(z_{jk} = 1 | x)
@@ -213,15 +249,15 @@ def expected_log_prob(logits, target_probs):
 
 
 def elbo(
-    key,
-    logits,
-    kernel,
-    log_likelihood,
+    key: jax.Array,
+    logits: ArrayLike,
+    kernel: KernelLike | None,
+    log_likelihood: Callable[[jax.Array], jax.Array],
     *,
-    estimator=gumbel_softmax_likelihood,
-    compatibility=None,
-    log_partition=0.0,
-):
+    estimator: Callable[..., jax.Array] = gumbel_softmax_likelihood,
+    compatibility: ArrayLike | None = None,
+    log_partition: ArrayLike = 0.0,
+) -> ElboTerms:
     """The terms of the bound for one image.
 
     Args:

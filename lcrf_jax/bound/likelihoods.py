@@ -17,6 +17,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.pixel_evidence import log_evidence
 from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float
@@ -25,19 +26,19 @@ _ONE_IMAGE = "pass one image, pixels flattened to one axis; for a batch use jax.
 _TINY = 1e-6
 
 
-def _checked(labels, tags):
+def _checked(labels: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
     _, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
     check_shape("tags", tags, (num_classes,), "one tag per class, background first")
     return promote_float(labels), jnp.asarray(tags, bool)
 
 
-def _bernoulli(pi, tags):
+def _bernoulli(pi: jax.Array, tags: jax.Array) -> jax.Array:
     """Sum over classes of the log-probability of the tags, pi kept _TINY away from 0 and 1."""
     pi = jnp.clip(pi, _TINY, 1 - _TINY)
     return jnp.sum(jnp.where(tags, jnp.log(pi), jnp.log1p(-pi)))
 
 
-def noisy_or(labels, tags, *, rho=0.1):
+def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax.Array:
     r"""Every pixel of a class raises its tag with probability rho, independently.
 
     .. math:: \pi_k = 1 - \prod_j (1 - \rho z_{jk})
@@ -60,7 +61,7 @@ def noisy_or(labels, tags, *, rho=0.1):
     check_share("rho", rho, "use a probability between 0 and 1")
     if isinstance(rho, numbers.Real) and rho == 1:
         raise ValueError(f"rho: expected a probability below 1, got {rho}; for a hard or use max_pool")
-    log_absent = jnp.sum(jnp.log1p(-rho * labels), axis=0)
+    log_absent = jnp.sum(jnp.log1p(-(labels * rho)), axis=0)
     # log(1 - exp(x)) for x <= 0; the bound keeps value and gradient finite where no pixel has the class.
     log_present = jnp.log(-jnp.expm1(jnp.minimum(log_absent, math.log1p(-_TINY))))
     return jnp.sum(jnp.where(tags, log_present, log_absent))
@@ -71,7 +72,7 @@ def _check_flip_probability(value):
         raise ValueError(f"flip_probability: expected a number in (0, 0.5), got {value}; 1e-6 is almost never")
 
 
-def max_pool(labels, tags, *, flip_probability=1e-6):
+def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike = 1e-6) -> jax.Array:
     r"""A tag is as likely as the most certain pixel of its class; on one-hot labels a hard or.
 
     .. math:: \pi_k = \epsilon + (1 - 2 \epsilon) \max_j z_{jk}
@@ -97,7 +98,7 @@ def max_pool(labels, tags, *, flip_probability=1e-6):
     return jnp.sum(jnp.log(flip_probability + (1 - 2 * flip_probability) * right))
 
 
-def expected_max_pool(logits, tags, *, flip_probability=1e-6):
+def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike = 1e-6) -> jax.Array:
     r"""E_q of `max_pool` over exact, that is one-hot, labels: closed form.
 
     .. math:: \sum_k P_k \log \pi(y_k | 1) + (1 - P_k) \log \pi(y_k | 0), \qquad
@@ -118,10 +119,10 @@ def expected_max_pool(logits, tags, *, flip_probability=1e-6):
     log_probs = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), -1e-7)
     absent = jnp.exp(jnp.sum(jnp.log(-jnp.expm1(log_probs)), axis=0))
     right = jnp.where(tags, 1 - absent, absent)
-    return jnp.sum(right * jnp.log1p(-flip_probability) + (1 - right) * jnp.log(flip_probability))
+    return jnp.sum(right * jnp.log1p(jnp.negative(flip_probability)) + (1 - right) * jnp.log(flip_probability))
 
 
-def log_mean_exp(labels, tags, *, sharpness=5.0):
+def log_mean_exp(labels: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""A smooth maximum over the pixels.
 
     .. math:: \pi_k = \frac1r \log \frac1m \sum_j \exp(r z_{jk})
@@ -143,7 +144,14 @@ def log_mean_exp(labels, tags, *, sharpness=5.0):
     return _bernoulli(pooled / sharpness, tags)
 
 
-def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3):
+def area(
+    labels: ArrayLike,
+    tags: ArrayLike,
+    *,
+    beta: ArrayLike = 20.0,
+    foreground_share: ArrayLike = 0.1,
+    background_share: ArrayLike = 0.3,
+) -> jax.Array:
     r"""A tag is likely once its class covers enough of the image.
 
     .. math:: \pi_k = \sigma(\beta\,(\tfrac1m \textstyle\sum_j z_{jk} - \alpha_k))
@@ -170,7 +178,7 @@ def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3)
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags, logits, -logits)))
 
 
-def ranked_mean(labels, decays, *, reference_cells=1681):
+def ranked_mean(labels: ArrayLike, decays: ArrayLike, *, reference_cells: ArrayLike = 1681) -> jax.Array:
     r"""Global weighted rank pooling of each class: its i-th most certain pixel counts d^(i-1).
 
     .. math:: G_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
@@ -196,7 +204,14 @@ def ranked_mean(labels, decays, *, reference_cells=1681):
     return jnp.sum(weights * ranked, axis=0) / weights.sum(axis=0)
 
 
-def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, reference_cells=1681):
+def gwrp(
+    labels: ArrayLike,
+    tags: ArrayLike,
+    *,
+    foreground_decay: ArrayLike = 0.996,
+    background_decay: ArrayLike = 0.999,
+    reference_cells: ArrayLike = 1681,
+) -> jax.Array:
     r"""Global weighted rank pooling: the i-th most certain pixel counts d^(i-1).
 
     .. math:: \pi_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
@@ -225,7 +240,9 @@ def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, refere
     return _bernoulli(ranked_mean(labels, decay, reference_cells=reference_cells), tags)
 
 
-def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
+def frozen_classifier(
+    labels: ArrayLike, tags: ArrayLike, class_maps: ArrayLike, *, bias: ArrayLike, scale: ArrayLike = 1.0
+) -> jax.Array:
     r"""A frozen linear classifier looks at the pixels that a class is given.
 
     .. math:: \pi_k = \sigma\Bigl(\frac{s}{m} \sum_j z_{jk}\, c_{jk} + b_k\Bigr), \qquad
@@ -256,7 +273,7 @@ def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags[1:], logits, -logits)))
 
 
-def evidence(labels, tags, pixel_evidence):
+def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> jax.Array:
     r"""Every pixel vouches for its label with the evidence of a frozen classifier.
 
     .. math:: \log p(y|z,x) = \sum_j \log \sum_k z_{jk}\, e_{jk}(x, y)
@@ -280,7 +297,7 @@ def evidence(labels, tags, pixel_evidence):
     return jnp.sum(log_evidence(jnp.sum(labels * promote_float(pixel_evidence), axis=1)))
 
 
-def expected_evidence(logits, tags, pixel_evidence):
+def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> jax.Array:
     r"""E_q of `evidence` over exact, that is one-hot, labels: closed form.
 
     .. math:: \sum_j \sum_k \phi_{jk} \log e_{jk}

@@ -1,6 +1,7 @@
 """The objective of the latent CRF by configuration: a function of one image, (key, logits, record, step) -> (loss, terms)."""
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from lcrf_jax.numerics import check_number, entropy, promote_float
 _NO_CHAIN = 255
 
 
-def uses_chains(config):
+def uses_chains(config: Mapping[str, Any]) -> bool:
     """Whether the objective of a run goes on from the state of a Markov chain.
 
     Args:
@@ -31,7 +32,7 @@ def uses_chains(config):
     return config["method"] == "latent_crf" and config["objective"]["estimator"] == "mcmc"
 
 
-def empty_chains(num_views, num_images, grid):
+def empty_chains(num_views: int, num_images: int, grid: int) -> jax.Array:
     """The chains of a run that begins: each view's starts from a sample of q when it is first seen.
 
     Args:
@@ -52,9 +53,9 @@ class _Observed(NamedTuple):
     where the likelihood does not factorise.
     """
 
-    log_likelihood: Any
-    expectation: Any
-    log_potentials: Any
+    log_likelihood: Callable[[jax.Array], jax.Array]
+    expectation: Callable[[jax.Array], jax.Array] | None
+    log_potentials: jax.Array | None
 
 
 def _observed(config, record):
@@ -185,7 +186,9 @@ def _check_objective(config):
         )
 
 
-def latent_crf_objective(config, *, stride, steps_per_epoch):
+def latent_crf_objective(
+    config: Mapping[str, Any], *, stride: float, steps_per_epoch: int
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """The negative bound of one image, divided by its number of cells, with the weights of the configuration.
 
     With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it. On a

@@ -4,6 +4,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float
 
@@ -12,8 +13,16 @@ _TINY = 1e-6
 
 
 def class_evidence(
-    class_maps, peaks, tags, *, background_level, sharpness=1.0, floor=1e-3, saliency=None, saliency_weight=0.0
-):
+    class_maps: ArrayLike,
+    peaks: ArrayLike,
+    tags: ArrayLike,
+    *,
+    background_level: ArrayLike,
+    sharpness: ArrayLike = 1.0,
+    floor: ArrayLike = 1e-3,
+    saliency: ArrayLike | None = None,
+    saliency_weight: ArrayLike = 0.0,
+) -> jax.Array:
     r"""Per-pixel evidence e_k(x_j) from the class maps of a frozen classifier.
 
     .. math:: e_{jk} \propto \mathrm{clip}(c_{jk} / \max_i c_{ik}, \epsilon, 1)^\beta \text{ for present } k,
@@ -46,7 +55,7 @@ def class_evidence(
     ratio = promote_float(class_maps) / jnp.maximum(promote_float(peaks), _TINY)
     ratio = jnp.where(jnp.asarray(tags, bool)[1:], jnp.clip(ratio, floor, 1.0), floor)
     background = jnp.full((num_pixels, 1), background_level, ratio.dtype)
-    log_odds = sharpness * jnp.log(jnp.concatenate([background, ratio], axis=1))
+    log_odds = jnp.log(jnp.concatenate([background, ratio], axis=1)) * sharpness
     check_number("saliency_weight", saliency_weight, minimum=0, remedy="2 is usual, 0 leaves saliency out")
     if saliency is None and isinstance(saliency_weight, numbers.Real) and saliency_weight > 0:
         raise ValueError(f"saliency: expected [m] values for saliency_weight={saliency_weight}, got None; or use weight 0")
@@ -56,7 +65,9 @@ def class_evidence(
     return jax.nn.softmax(log_odds, axis=1)
 
 
-def cue_evidence(cues, tags, *, confidence, absent_level=0.01):
+def cue_evidence(
+    cues: ArrayLike, tags: ArrayLike, *, confidence: ArrayLike, absent_level: ArrayLike = 0.01
+) -> jax.Array:
     r"""Per-pixel evidence from cues, labels of some of the pixels that are right with a certain probability.
 
     .. math:: e_{jk} = p \text{ for } k = c_j, \quad (1 - p) / (K - 1) \text{ for the others}
@@ -88,7 +99,7 @@ def cue_evidence(cues, tags, *, confidence, absent_level=0.01):
     return promote_float(found / found.sum(axis=1, keepdims=True))
 
 
-def log_evidence(pixel_evidence):
+def log_evidence(pixel_evidence: ArrayLike) -> jax.Array:
     """The logarithm of the evidence, kept above that of 1e-12: what `evidence` of one-hot labels sums up.
 
     Args:

@@ -6,11 +6,12 @@ pixels is independent, or shared within groups of them: the distribution of each
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
 
-def block_groups(height, width, block):
+def block_groups(height: int, width: int, block: int) -> jax.Array:
     """The groups of a grid in square blocks, for samples whose noise is constant within a block.
 
     Args:
@@ -28,7 +29,7 @@ def block_groups(height, width, block):
     return (rows[:, None] * -(-width // block) + columns).reshape(-1).astype(jnp.int32)
 
 
-def _perturbed(key, logits, groups=None):
+def _perturbed(key: jax.Array, logits: ArrayLike, groups: ArrayLike | None = None) -> jax.Array:
     """Logits plus Gumbel noise, at least in float32; rows of one group have the same noise."""
     logits = promote_float(logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -42,7 +43,7 @@ def _perturbed(key, logits, groups=None):
     return logits + noise[groups]
 
 
-def _relaxed(perturbed, temperature):
+def _relaxed(perturbed: jax.Array, temperature: ArrayLike) -> jax.Array:
     """softmax(perturbed / temperature); the largest is taken off first, so that no quotient overflows."""
     remedy = "for exact samples use categorical"
     check_number("temperature", temperature, minimum=0, strict=True, remedy=remedy)
@@ -50,7 +51,9 @@ def _relaxed(perturbed, temperature):
     return jax.nn.softmax((perturbed - largest) / temperature, axis=-1)
 
 
-def gumbel_softmax(key, logits, *, temperature, groups=None):
+def gumbel_softmax(
+    key: jax.Array, logits: ArrayLike, *, temperature: ArrayLike, groups: ArrayLike | None = None
+) -> jax.Array:
     r"""One relaxed sample of every categorical distribution.
 
     .. math:: \bar z_{jk} = \mathrm{softmax}_k\,((g_{jk} + \epsilon_{jk}) / \tau), \quad
@@ -75,7 +78,9 @@ def gumbel_softmax(key, logits, *, temperature, groups=None):
     return _relaxed(_perturbed(key, logits, groups), temperature)
 
 
-def straight_through(key, logits, *, temperature, groups=None):
+def straight_through(
+    key: jax.Array, logits: ArrayLike, *, temperature: ArrayLike, groups: ArrayLike | None = None
+) -> jax.Array:
     r"""One exact one-hot sample whose gradient is that of the relaxed sample drawn with the same noise.
 
     .. math:: z = \mathrm{onehot}\,\arg\max_k\,(g_k + \epsilon_k), \qquad
@@ -102,7 +107,7 @@ def straight_through(key, logits, *, temperature, groups=None):
     return hard + (relaxed - jax.lax.stop_gradient(relaxed))
 
 
-def categorical(key, logits):
+def categorical(key: jax.Array, logits: ArrayLike) -> jax.Array:
     r"""One exact one-hot sample of every categorical distribution; no gradient flows through it.
 
     .. math:: z \sim \mathrm{Categorical}(\mathrm{softmax}(g))

@@ -9,14 +9,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from lcrf_jax.crf.kernel import as_kernel, filter_symmetric
+from lcrf_jax.crf.kernel import DenseKernel, ImageKernel, as_kernel, filter_symmetric
 from lcrf_jax.numerics import check_shape, entropy, promote_float
 
 _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
+KernelLike = ArrayLike | DenseKernel | ImageKernel
+"""What every function takes as its kernel: a dense matrix [m, m], or an object of `lcrf_jax.crf.kernel`."""
 
 
-def times_compatibility(values, compatibility):
+def times_compatibility(values: jax.Array, compatibility: jax.Array | None) -> jax.Array:
     """Values times the label compatibility mu; for Potts, mu = 1 - I, without the matrix.
 
     Args:
@@ -30,7 +33,7 @@ def times_compatibility(values, compatibility):
     return jnp.matmul(values, compatibility, precision=jax.lax.Precision.HIGHEST)
 
 
-def checked_compatibility(compatibility, num_classes):
+def checked_compatibility(compatibility: ArrayLike | None, num_classes: int) -> jax.Array | None:
     """The symmetric part of a label compatibility, the only one that an unordered pair sees.
 
     Args:
@@ -86,7 +89,7 @@ def _pairwise_energy_backward(residuals, cotangent):
 _pairwise_energy.defvjp(_pairwise_energy_forward, _pairwise_energy_backward, symbolic_zeros=True)
 
 
-def pairwise_energy(probs, kernel, *, compatibility=None):
+def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLike | None = None) -> jax.Array:
     r"""Expected pairwise energy of the dense CRF under a factorised q.
 
     .. math:: E = \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j
@@ -113,7 +116,7 @@ def pairwise_energy(probs, kernel, *, compatibility=None):
     return _pairwise_energy(probs, as_kernel(kernel), checked_compatibility(compatibility, num_classes))
 
 
-def kl_to_prior(logits, kernel, *, compatibility=None):
+def kl_to_prior(logits: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLike | None = None) -> jax.Array:
     r"""KL(q || p) of a factorised q to the dense-CRF prior, without log Z.
 
     .. math:: \sum_i \sum_k \phi_{ik}\log\phi_{ik} + \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j

@@ -18,7 +18,7 @@ _NUM_PROBES = 64
 _EMPTY = np.int32(2**31 - 1)
 
 
-def fingerprint_multipliers(num_coordinates):
+def fingerprint_multipliers(num_coordinates: int) -> np.ndarray:
     """Multipliers of the two linear hashes; for nearly all pairs of keys one of the two differs.
 
     Args:
@@ -30,7 +30,7 @@ def fingerprint_multipliers(num_coordinates):
     return (2 * draws + 1).astype(np.uint32)
 
 
-def fingerprints(keys, multipliers):
+def fingerprints(keys: jax.Array, multipliers: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """The two linear hashes of integer keys: the key a + b has the sum of the hashes of a and b.
 
     Args:
@@ -40,7 +40,8 @@ def fingerprints(keys, multipliers):
       Two arrays [...] uint32.
     """
     keys = keys.astype(jnp.uint32)
-    return tuple(sum(keys[i] * row[i] for i in range(len(row))) for row in multipliers)
+    first, second = (jnp.asarray(sum(keys[i] * row[i] for i in range(len(row)))) for row in multipliers)
+    return first, second
 
 
 def _slot(hashes, probe, table_bits):
@@ -65,13 +66,15 @@ class DistinctKeys(NamedTuple):
 
     ids: jax.Array
     entries: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # it hides tuple.count, which has no use here
     hashes: tuple[jax.Array, jax.Array]
     owners: jax.Array
     ids_of_slots: jax.Array
 
 
-def distinct_keys(hashes, active, num_columns, block, capacity):
+def distinct_keys(
+    hashes: tuple[jax.Array, jax.Array], active: jax.Array, num_columns: int | jax.Array, block: int, capacity: int
+) -> DistinctKeys:
     """Number the distinct keys among the active entries of the first columns.
 
     Args:
@@ -127,20 +130,20 @@ def distinct_keys(hashes, active, num_columns, block, capacity):
         ids = jax.lax.dynamic_update_slice_in_dim(ids, block_ids, i * block, axis=1)
         return ids, owners, ids_of_slots, entries, count + new.sum(dtype=jnp.int32)
 
-    state = (
+    empty = (
         jnp.full((rows, size), capacity, jnp.int32),
         jnp.full(num_slots, _EMPTY),
         jnp.full(num_slots, capacity, jnp.int32),
         jnp.zeros(capacity, jnp.int32),
         jnp.int32(0),
     )
-    state = tuple(varying_like(part, first) for part in state)
+    state = tuple(varying_like(part, first) for part in empty)
     state = jax.lax.fori_loop(0, num_blocks(num_columns, block), insert_block, state)
     ids, owners, ids_of_slots, entries, count = state
     return DistinctKeys(ids, entries, count, hashes, owners, ids_of_slots)
 
 
-def key_numbers(table, keys):
+def key_numbers(table: DistinctKeys, keys: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Numbers of keys in a table.
 
     Args:
@@ -166,12 +169,12 @@ def key_numbers(table, keys):
     def unfinished(state):
         return jnp.any(state[1]) & (state[2] < _NUM_PROBES)
 
-    start = (jnp.full(keys[0].shape, capacity, jnp.int32), jnp.ones(keys[0].shape, bool))
-    start = (*(varying_like(part, keys[0]) for part in start), 0)
+    unknown = varying_like(jnp.full(keys[0].shape, capacity, jnp.int32), keys[0])
+    start = (unknown, varying_like(jnp.ones(keys[0].shape, bool), keys[0]), 0)
     return jax.lax.while_loop(unfinished, probe, start)[0]
 
 
-def num_blocks(count, block):
+def num_blocks(count: int | jax.Array, block: int) -> int | jax.Array:
     """How many blocks of a size hold a number of things.
 
     Args:

@@ -5,18 +5,26 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from lcrf_jax.crf.energy import checked_compatibility, times_compatibility
+from lcrf_jax.crf.energy import KernelLike, checked_compatibility, times_compatibility
 from lcrf_jax.crf.image_kernels import lattice_image_kernel
 from lcrf_jax.crf.kernel import as_kernel
+from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
 
 
 def mean_field(
-    unary_logits, kernel, *, num_iterations=10, compatibility=None, tolerance=None, drop_below=None
-):
+    unary_logits: ArrayLike,
+    kernel: KernelLike,
+    *,
+    num_iterations: int = 10,
+    compatibility: ArrayLike | None = None,
+    tolerance: ArrayLike | None = None,
+    drop_below: ArrayLike | None = None,
+) -> jax.Array:
     r"""Mean-field inference in the dense CRF with a unary term.
 
     .. math:: q_i^{t+1} = \mathrm{softmax}\Bigl(u_i - \sum_{j \ne i} k_{ij}\,\mu\,q_j^t\Bigr), \qquad
@@ -119,16 +127,16 @@ def _iterated_on_few(iterate, drop_below, log_unary, kernel):
 
 
 def refine(
-    image,
-    logits,
-    params,
+    image: ArrayLike,
+    logits: ArrayLike,
+    params: KernelParams,
     *,
-    num_iterations=10,
-    valid=None,
-    capacity=None,
-    colour_max=255.0,
-    drop_below=1e-3,
-):
+    num_iterations: int = 10,
+    valid: ArrayLike | None = None,
+    capacity: int | None = None,
+    colour_max: float | None = 255.0,
+    drop_below: ArrayLike | None = 1e-3,
+) -> jax.Array:
     """Mean field of the dense CRF on an image at its own size, with a network's output as the unary.
 
     Builds `lattice_image_kernel` (symmetric normalisation, self-pairs left out, Potts) and runs `mean_field`

@@ -14,11 +14,13 @@ with p the pixel's position and I its colour. Conventions, the same everywhere i
   added; after that the diagonal is removed: k_ii = 0.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
@@ -48,7 +50,7 @@ class KernelParams(NamedTuple):
     gaussian_position_width: float = 3.0
 
 
-def scaled(params, stride):
+def scaled(params: KernelParams, stride: float) -> KernelParams:
     """The same kernel on a grid that is `stride` times coarser.
 
     Args:
@@ -66,7 +68,7 @@ def scaled(params, stride):
     )
 
 
-def colours(image, *, colour_max=255.0):
+def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
     """An image as floats in 0..255, after checking that its values can be what the caller says they are.
 
     An image in 0..1 that is taken for one in 0..255 gives a kernel that sees no colour, silently. Values are
@@ -108,7 +110,9 @@ def colours(image, *, colour_max=255.0):
     return image if colour_max == 255 else image * (255 / colour_max)
 
 
-def position_features(height, width, *, position_width, dtype=jnp.float32):
+def position_features(
+    height: int, width: int, *, position_width: ArrayLike, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """Positions of all pixels in units of a width; the first pixel is the origin.
 
     Args:
@@ -128,7 +132,9 @@ def position_features(height, width, *, position_width, dtype=jnp.float32):
     return grid.reshape(height * width, 2) / position_width
 
 
-def guide_features(image, *, position_width, colour_width):
+def guide_features(
+    image: ArrayLike, *, position_width: ArrayLike, colour_width: ArrayLike | Sequence[float]
+) -> jax.Array:
     """Position and colour of every pixel, each in units of its width.
 
     A Gaussian of unit width on these features is the bilateral kernel.

@@ -7,6 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
@@ -16,7 +17,7 @@ _TRUNCATION = 4.0
 _TAP_GROUP = 13
 
 
-def gaussian_taps(width):
+def gaussian_taps(width: float) -> np.ndarray:
     """The Gaussian at whole pixels in one dimension, cut off at four widths.
 
     Args:
@@ -38,7 +39,7 @@ def gaussian_taps(width):
     return np.exp(-0.5 * (np.arange(-radius, radius + 1) / width) ** 2)
 
 
-def separable_filter(values, taps):
+def separable_filter(values: ArrayLike, taps: ArrayLike) -> jax.Array:
     r"""The weighted sum over a grid, in one direction after the other.
 
     .. math:: v'_{rc} = \sum_{s,t} h_s h_t\, v_{r+s,\,c+t}
