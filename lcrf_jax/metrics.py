@@ -43,6 +43,12 @@ def confusion_matrix(
       TypeError: if one of the arrays does not hold integers.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import confusion_matrix
+      >>> truth = np.array([0, 0, 1, 255])  # 255 is left out
+      >>> confusion_matrix(np.array([0, 1, 1, 1]), truth, num_classes=2).tolist()
+      [[1, 1], [0, 1]]
     """
     on_host = not (isinstance(labels, jax.Array) or isinstance(truth, jax.Array))
     xp = np if on_host else jnp
@@ -92,6 +98,11 @@ def iou_per_class(confusion: ArrayLike) -> jax.Array | np.ndarray:
       ValueError: if the matrix is not square, or holds a negative count known outside jit.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import iou_per_class
+      >>> iou_per_class(np.array([[6, 2], [0, 4]])).round(2).tolist()
+      [0.75, 0.67]
     """
     xp = jnp if isinstance(confusion, jax.Array) else np
     counts = xp.asarray(confusion)
@@ -125,6 +136,11 @@ def mean_iou(confusion: ArrayLike) -> jax.Array | np.floating:
       ValueError: if the matrix is not square, or holds a negative count known outside jit.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import mean_iou
+      >>> round(float(mean_iou(np.array([[6, 2], [0, 4]]))), 3)
+      0.708
     """
     iou = iou_per_class(confusion)
     xp = jnp if isinstance(iou, jax.Array) else np
@@ -151,6 +167,17 @@ def format_iou_table(confusion: ArrayLike, class_names: Sequence[str], *, refine
       ValueError: if the number of names is not K, a matrix is not [K, K], or a matrix holds a negative count.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import format_iou_table
+      >>> print(format_iou_table(np.array([[6, 2], [0, 4]]), ["background", "cat"]))
+      class           IoU
+      -------------------
+      background    0.750
+      cat           0.667
+      -------------------
+      mean          0.708
+      mIoU 0.708
     """
     matrices = [np.asarray(confusion)] + ([] if refined is None else [np.asarray(refined)])
     for matrix in matrices:

@@ -39,6 +39,12 @@ def em_adapt_labels(
       ValueError: if the shapes do not fit or a share is not in (0, 1].
     References:
       Papandreou, Chen, Murphy and Yuille 2015, algorithm 1 and section 3.2 (EM-Adapt).
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import em_adapt_labels
+      >>> logits, tags = jax.numpy.array([[5.0, 1.0], [5.0, 4.0], [5.0, 3.0]]), jax.numpy.array([True, True])
+      >>> em_adapt_labels(jax.random.key(0), logits, tags).tolist()
+      [0, 1, 0]
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("tags", tags, (num_classes,), "one tag per class, background first")

@@ -21,6 +21,11 @@ def label_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
       Scalar, float32, nats; the mean over the cells with a label, 0 if there is none.
     Raises:
       ValueError: if the shapes do not fit.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import label_cross_entropy
+      >>> round(float(label_cross_entropy(np.zeros((3, 2)), np.array([0, 1, 255]))), 3)
+      0.693
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("labels", labels, (num_pixels,), "one class index per cell")
@@ -45,6 +50,11 @@ def soft_cross_entropy(logits: ArrayLike, probs: ArrayLike) -> jax.Array:
       Scalar, float32, nats, the mean over the cells.
     Raises:
       ValueError: if the shapes do not fit.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import soft_cross_entropy
+      >>> round(float(soft_cross_entropy(np.zeros((2, 2)), np.array([[0.9, 0.1], [0.2, 0.8]]))), 3)
+      0.693
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("probs", probs, (num_pixels, num_classes), "one distribution per cell")

@@ -48,6 +48,12 @@ def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
       ValueError: if the shapes do not fit or `sharpness` is not positive.
     References:
       Pinheiro and Collobert 2015, section 3.1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import mil_lse_loss
+      >>> logits, tags = np.array([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), np.array([True, True, False])
+      >>> round(float(mil_lse_loss(logits, tags)), 3)
+      0.768
     """
     scores = mil_lse_scores(logits, sharpness=sharpness)
     check_shape("tags", tags, scores.shape, "one tag per class, background first")
@@ -70,6 +76,13 @@ def ilp_log_probs(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array
       ValueError: if `logits` is not [m, K] or `sharpness` is not positive.
     References:
       Pinheiro and Collobert 2015, section 3.2.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import ilp_log_probs
+      >>> logits = np.array([[2.0, 0.0], [0.0, 1.0]])
+      >>> print(np.exp(ilp_log_probs(logits)).round(2))
+      [[0.95 0.05]
+       [0.5  0.5 ]]
     """
     prior = jax.nn.log_softmax(mil_lse_scores(logits, sharpness=sharpness))
     return jax.nn.log_softmax(promote_float(logits) + prior, axis=-1)

@@ -63,6 +63,12 @@ def localisation_cues(
       ValueError: if the shapes do not fit or a share is out of range.
     References:
       Kolesnikov and Lampert 2016, section 3.2 and supplement.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import localisation_cues
+      >>> maps, tags = np.array([[0.0], [0.1], [1.0]]), np.array([True, True])
+      >>> localisation_cues(maps, maps.max(axis=0), tags, saliency=np.array([0.1, 0.5, 0.9])).tolist()
+      [0, 255, 1]
     """
     num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_SET)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
@@ -195,6 +201,12 @@ def sec_loss(
       ValueError: as the three losses.
     References:
       Kolesnikov and Lampert 2016, eq. 1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import sec_loss
+      >>> logits, tags = np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([True, True])
+      >>> round(float(sec_loss(logits, tags, cues=np.array([0, 255]), kernel=0.1 * np.ones((2, 2)))), 2)
+      0.71
     """
     probs = floored_probs(logits, min_prob=min_prob)
     expand = expand_loss(probs, tags, **decays)

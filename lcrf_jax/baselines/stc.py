@@ -25,6 +25,11 @@ def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
       ValueError: if the shapes do not fit.
     References:
       Wei et al. 2016, section 3.2.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import saliency_target
+      >>> saliency_target(np.array([0.25, 1.0]), np.array([True, False, True])).tolist()
+      [[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]]
     """
     check_shape("saliency", saliency, ("m",), _ONE_SET)
     check_shape("tags", tags, ("K",), "one tag per class, background first")

@@ -91,6 +91,13 @@ def gibbs(
       ValueError: if the shapes do not fit or a number is out of range.
     References:
       Geman and Geman 1984; Martens and Sutskever 2010, for the Gaussian fields; Metropolis et al. 1953, Hastings 1970.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax.bound import gibbs
+      >>> labels, unary = jax.numpy.zeros(3, int), jax.numpy.array([[5.0, 0.0], [0.0, 5.0], [0.0, 5.0]])
+      >>> samples = gibbs(jax.random.key(0), labels, 0.1 * jax.numpy.ones((3, 3)), unary, num_sweeps=20)
+      >>> samples.labels.shape, samples.marginals.argmax(axis=1).tolist()
+      ((3,), [0, 1, 1])
     """
     num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), "pass one image, pixels flattened to one axis")
     check_shape("labels", labels, (num_pixels,), "give the number of a class for each pixel")

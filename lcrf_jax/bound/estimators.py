@@ -91,6 +91,14 @@ def gumbel_softmax_likelihood(
       ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
     References:
       Jang, Gu and Poole 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import gumbel_softmax_likelihood, max_pool
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # almost certain, so every sample is the same
+      >>> value = gumbel_softmax_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> round(float(value), 2)
+      -0.21
     """
 
     def one(sample_key):
@@ -129,6 +137,14 @@ def straight_through_likelihood(
       ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
     References:
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import straight_through_likelihood, max_pool
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # almost certain, so every sample is the same
+      >>> value = straight_through_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> round(float(value), 2)
+      -0.21
     """
 
     def one(sample_key):
@@ -167,6 +183,14 @@ def reinforce_likelihood(
       ValueError: if `num_samples` is smaller than 2 or groups are given.
     References:
       Williams 1992; Mnih and Rezende 2016, and Kool, van Hoof and Welling 2019, for the baseline.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import reinforce_likelihood, max_pool
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # almost certain, so every sample is the same
+      >>> value = reinforce_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> round(float(value), 2)
+      -0.21
     """
     del temperature
     check_number("num_samples", num_samples, minimum=2, remedy="each sample's baseline is the mean of the others")
@@ -210,6 +234,14 @@ def mean_likelihood(
       groups: not used.
     Returns:
       Scalar, float32, nats.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import mean_likelihood, max_pool
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
+      >>> value = mean_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> round(float(value), 2)
+      -0.21
     """
     del key, temperature, num_samples, groups
     return log_likelihood(jax.nn.softmax(promote_float(logits), axis=-1))
@@ -240,6 +272,11 @@ def expected_log_prob(logits: ArrayLike, target_probs: ArrayLike) -> jax.Array:
       ValueError: if the shapes do not fit.
     References:
       Bornschein and Bengio 2015, the wake phase of the inference network.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import expected_log_prob
+      >>> round(float(expected_log_prob(np.zeros((3, 2)), np.eye(2)[[0, 1, 1]])), 3)
+      -2.079
     """
     shape = check_shape("logits", logits, ("m", "K"), "pass one image, pixels flattened to one axis")
     check_shape("target_probs", target_probs, shape, "give one row per pixel, one column per class")
@@ -276,6 +313,13 @@ def elbo(
       ValueError: if the shapes do not fit or the log-likelihood is not a scalar.
     References:
       Pandey and Dukkipati 2017; Krahenbuhl and Koltun 2011.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax.bound import elbo, max_pool
+      >>> logits, tags = jax.numpy.zeros((4, 2)), jax.numpy.array([True, True])
+      >>> terms = elbo(jax.random.key(0), logits, 0.1 * jax.numpy.ones((4, 4)), lambda z: max_pool(z, tags))
+      >>> round(float(terms.entropy), 3), round(float(terms.pairwise_energy), 3)
+      (2.773, 0.3)
     """
     remedy = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
     check_shape("logits", logits, ("m", "K"), remedy)

@@ -45,6 +45,13 @@ def class_evidence(
       ValueError: if the shapes do not fit or a number is out of range.
     References:
       Zhou et al. 2016, for the maps; the odds against the background are ours.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import class_evidence
+      >>> maps, tags = np.array([[0.0], [1.0]]), np.array([True, True])
+      >>> print(class_evidence(maps, maps.max(axis=0), tags, background_level=0.25).round(2))
+      [[1.         0.        ]
+       [0.19999999 0.79999995]]
     """
     num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_IMAGE)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
@@ -85,6 +92,13 @@ def cue_evidence(
       ValueError: if the shapes do not fit or a number is out of range.
     References:
       Kolesnikov and Lampert 2016, for cues as training signal; as a likelihood they are ours.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import cue_evidence
+      >>> cues = np.array([1, 255])  # the second pixel has no cue
+      >>> print(cue_evidence(cues, np.array([True, True]), confidence=0.9).round(2))
+      [[0.09999999 0.9       ]
+       [0.5        0.5       ]]
     """
     check_shape("cues", cues, ("m",), _ONE_IMAGE)
     (num_classes,) = check_shape("tags", tags, ("K",), "one tag per class, background first")
@@ -106,5 +120,10 @@ def log_evidence(pixel_evidence: ArrayLike) -> jax.Array:
       pixel_evidence: array of positive numbers.
     Returns:
       Array of the same shape, float32.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import log_evidence
+      >>> print(log_evidence(np.array([1.0, 0.5, 0.0])).round(2))
+      [  0.    -0.69 -27.63]
     """
     return jnp.log(jnp.maximum(promote_float(pixel_evidence), _TINY**2))

@@ -22,6 +22,10 @@ def block_groups(height: int, width: int, block: int) -> jax.Array:
       [height * width] int32, the number of the block of each cell, rows first.
     Raises:
       ValueError: if a size is smaller than 1.
+    Example:
+      >>> from lcrf_jax import block_groups
+      >>> block_groups(2, 4, block=2).reshape(2, 4).tolist()
+      [[0, 0, 1, 1], [0, 0, 1, 1]]
     """
     for name, value in (("height", height), ("width", width), ("block", block)):
         check_number(name, value, minimum=1, remedy="sizes are in cells; a block of 1 is a group for each cell")
@@ -74,6 +78,12 @@ def gumbel_softmax(
         positive and finite.
     References:
       Jang, Gu and Poole 2016; Maddison, Mnih and Teh 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import gumbel_softmax
+      >>> z = gumbel_softmax(jax.random.key(0), jax.numpy.zeros((4, 3)), temperature=0.5)
+      >>> z.shape, bool((abs(z.sum(axis=-1) - 1) < 1e-3).all())
+      ((4, 3), True)
     """
     return _relaxed(_perturbed(key, logits, groups), temperature)
 
@@ -99,6 +109,13 @@ def straight_through(
         positive and finite.
     References:
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import straight_through
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
+      >>> print(straight_through(jax.random.key(0), logits, temperature=0.5).round(2))
+      [[1. 0.]
+       [0. 1.]]
     """
     perturbed = _perturbed(key, logits, groups)
     relaxed = _relaxed(perturbed, temperature)
@@ -121,6 +138,13 @@ def categorical(key: jax.Array, logits: ArrayLike) -> jax.Array:
       ValueError: if `logits` has no class axis.
     References:
       Maddison, Mnih and Teh 2016, the Gumbel-max trick.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import categorical
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
+      >>> print(categorical(jax.random.key(0), logits))
+      [[1. 0.]
+       [0. 1.]]
     """
     perturbed = _perturbed(key, logits)
     return jax.nn.one_hot(perturbed.argmax(axis=-1), perturbed.shape[-1], dtype=perturbed.dtype)

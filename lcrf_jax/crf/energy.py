@@ -110,6 +110,12 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
       ValueError: if `probs` is not [m, K], or kernel or compatibility do not fit it.
     References:
       Krahenbuhl and Koltun 2011, eq. 3; Tang et al. 2018, the dense-CRF loss.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import pairwise_energy
+      >>> labels, kernel = np.eye(2)[[0, 0, 1]], 0.5 * np.ones((3, 3))
+      >>> float(pairwise_energy(labels, kernel))  # two of the three pairs differ, each costs 0.5
+      1.0
     """
     _, num_classes = check_shape("probs", probs, ("m", "K"), _ONE_SET)
     probs = promote_float(probs)
@@ -133,6 +139,11 @@ def kl_to_prior(logits: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLi
       ValueError: if `logits` is not [m, K], or kernel or compatibility do not fit it.
     References:
       Krahenbuhl and Koltun 2011, eq. 3.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import kl_to_prior
+      >>> round(float(kl_to_prior(np.zeros((3, 2)), 0.5 * np.ones((3, 3)))), 3)
+      -1.329
     """
     check_shape("logits", logits, ("m", "K"), _ONE_SET)
     logits = promote_float(logits)

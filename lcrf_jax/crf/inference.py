@@ -56,6 +56,12 @@ def mean_field(
         compatibility than Potts.
     References:
       Krahenbuhl and Koltun 2011, algorithm 1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import mean_field
+      >>> unary = np.array([[3.0, 0.0], [3.0, 0.0], [0.0, 0.5]])  # the third pixel is unsure
+      >>> mean_field(unary, 2 * np.ones((3, 3))).argmax(axis=1).tolist()
+      [0, 0, 0]
     """
     _, num_classes = check_shape("unary_logits", unary_logits, ("m", "K"), _ONE_SET)
     check_number("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
@@ -161,6 +167,13 @@ def refine(
       ValueError: if image and logits are not of one size, or a width or number is out of range.
     References:
       Krahenbuhl and Koltun 2011, algorithm 1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import KernelParams, refine
+      >>> image = np.zeros((4, 4, 3), np.uint8)
+      >>> log_probs = refine(image, np.zeros((4, 4, 2)), KernelParams(), num_iterations=2, drop_below=None)
+      >>> log_probs.shape
+      (4, 4, 2)
     """
     height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
     remedy = "resize the logits to the image, height first, classes last"

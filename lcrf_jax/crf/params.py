@@ -60,6 +60,10 @@ def scaled(params: KernelParams, stride: float) -> KernelParams:
       A `KernelParams` with both position widths divided by `stride`; weights and colour width stay.
     Raises:
       ValueError: if `stride` is not a positive number.
+    Example:
+      >>> from lcrf_jax import KernelParams, scaled
+      >>> scaled(KernelParams(), stride=8).bilateral_position_width
+      10.0
     """
     check_number("stride", stride, minimum=0, strict=True, remedy="4 takes 320x240 pixels to 80x60 cells")
     return params._replace(
@@ -151,6 +155,12 @@ def guide_features(
       ValueError: if `image` is not [H, W, C] or a width is not positive.
     References:
       Krahenbuhl and Koltun 2011, eq. 3.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import guide_features
+      >>> features = guide_features(np.full((2, 3, 3), 26.0), position_width=2.0, colour_width=13.0)
+      >>> features.shape, features[-1].tolist()
+      ((6, 5), [0.5, 1.0, 2.0, 2.0, 2.0])
     """
     height, width, channels = check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
     if np.ndim(colour_width):
