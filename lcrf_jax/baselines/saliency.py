@@ -152,11 +152,11 @@ def barrier_saliency(
       Zhang et al. 2015 (MB+, without its morphological smoothing); the multiple of the mean in place of a fixed
       midpoint: Achanta et al. 2009.
     Example:
-      >>> import numpy as np
+      >>> import jax, numpy as np
       >>> from lcrf_jax import barrier_saliency
       >>> image = np.zeros((9, 9, 3), np.uint8)
       >>> image[3:6, 3:6] = 255
-      >>> (barrier_saliency(image) > 0.5)[4].astype(int).tolist()
+      >>> (jax.jit(barrier_saliency)(image) > 0.5)[4].astype(int).tolist()
       [0, 0, 0, 1, 1, 1, 0, 0, 0]
     """
     height, width, _ = check_shape("image", image, ("H", "W", 3), _ONE_IMAGE)

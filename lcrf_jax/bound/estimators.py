@@ -93,12 +93,12 @@ def gumbel_softmax_likelihood(
       Jang, Gu and Poole 2016.
     Example:
       >>> import jax
-      >>> from lcrf_jax import gumbel_softmax_likelihood, max_pool
+      >>> from lcrf_jax import gumbel_softmax_likelihood, noisy_or
       >>> tags = jax.numpy.array([True, True])
-      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # almost certain, so every sample is the same
-      >>> value = gumbel_softmax_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
+      >>> value = gumbel_softmax_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
       >>> round(float(value), 2)
-      -0.21
+      -4.61
     """
 
     def one(sample_key):
@@ -139,12 +139,12 @@ def straight_through_likelihood(
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
     Example:
       >>> import jax
-      >>> from lcrf_jax import straight_through_likelihood, max_pool
+      >>> from lcrf_jax import noisy_or, straight_through_likelihood
       >>> tags = jax.numpy.array([True, True])
-      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # almost certain, so every sample is the same
-      >>> value = straight_through_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
+      >>> value = straight_through_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
       >>> round(float(value), 2)
-      -0.21
+      -4.61
     """
 
     def one(sample_key):
@@ -185,12 +185,12 @@ def reinforce_likelihood(
       Williams 1992; Mnih and Rezende 2016, and Kool, van Hoof and Welling 2019, for the baseline.
     Example:
       >>> import jax
-      >>> from lcrf_jax import reinforce_likelihood, max_pool
+      >>> from lcrf_jax import noisy_or, reinforce_likelihood
       >>> tags = jax.numpy.array([True, True])
-      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # almost certain, so every sample is the same
-      >>> value = reinforce_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
+      >>> value = reinforce_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
       >>> round(float(value), 2)
-      -0.21
+      -4.61
     """
     del temperature
     check_number("num_samples", num_samples, minimum=2, remedy="each sample's baseline is the mean of the others")
@@ -236,12 +236,12 @@ def mean_likelihood(
       Scalar, float32, nats.
     Example:
       >>> import jax
-      >>> from lcrf_jax import mean_likelihood, max_pool
+      >>> from lcrf_jax import mean_likelihood, noisy_or
       >>> tags = jax.numpy.array([True, True])
       >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
-      >>> value = mean_likelihood(jax.random.key(0), logits, lambda z: max_pool(z, tags, flip_probability=0.1))
+      >>> value = mean_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
       >>> round(float(value), 2)
-      -0.21
+      -4.61
     """
     del key, temperature, num_samples, groups
     return log_likelihood(jax.nn.softmax(promote_float(logits), axis=-1))

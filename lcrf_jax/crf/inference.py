@@ -168,12 +168,13 @@ def refine(
     References:
       Krahenbuhl and Koltun 2011, algorithm 1.
     Example:
-      >>> import numpy as np
+      >>> import jax, numpy as np
       >>> from lcrf_jax import KernelParams, refine
-      >>> image = np.zeros((4, 4, 3), np.uint8)
-      >>> log_probs = refine(image, np.zeros((4, 4, 2)), KernelParams(), num_iterations=2, drop_below=None)
-      >>> log_probs.shape
-      (4, 4, 2)
+      >>> image, logits = np.zeros((4, 4, 3), np.uint8), np.tile([1.0, 0.0], (4, 4, 1))
+      >>> logits[1, 1] = [0.0, 0.5]  # another label than its neighbours, but the same colour
+      >>> log_probs = jax.jit(lambda image, logits: refine(image, logits, KernelParams(), drop_below=None))(image, logits)
+      >>> log_probs.shape, log_probs[1, 1].argmax().item()
+      ((4, 4, 2), 0)
     """
     height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
     remedy = "resize the logits to the image, height first, classes last"
