@@ -1,4 +1,4 @@
-"""Confusion matrices and intersection over union: floor 1.
+"""Confusion matrices and intersection over union.
 
 One matrix is counted over all pixels of all images; matrices of different images, devices or processes are
 merged by adding them. Every function takes NumPy arrays (counts in int64, ratios in float64, values

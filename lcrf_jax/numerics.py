@@ -1,6 +1,6 @@
-"""Small numerical helpers: float promotion, entropies that survive log 0, and checks of static facts.
+"""Small numerical helpers: float promotion, entropies that are safe at log 0, and checks of arguments.
 
-Every floor of the library computes in float32: half-precision and integer inputs are promoted on entry,
+The whole library computes in float32: half-precision and integer inputs are promoted on entry,
 float64 is kept where JAX has it enabled (the tests use it).
 """
 
@@ -19,8 +19,8 @@ Number = TypeVar("Number")
 def promote_float(array: ArrayLike) -> jax.Array:
     """The array as float32, or as float64 where it already is float64.
 
-    float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels keep their
-    digits. float64 stays float64 only if `jax_enable_x64` is on; otherwise JAX makes it float32.
+    float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels stay
+    accurate. float64 stays float64 only if `jax_enable_x64` is on; otherwise JAX makes it float32.
 
     Args:
       array: any real array or number.
@@ -41,7 +41,7 @@ def promote_float(array: ArrayLike) -> jax.Array:
 
 
 def entropy(logits: ArrayLike) -> jax.Array:
-    r"""Entropy of each categorical distribution, summed over nothing but the classes.
+    r"""Entropy of each categorical distribution, without a sum over the pixels.
 
     .. math:: H_i = -\sum_k \phi_{ik} \log \phi_{ik}, \qquad \phi_i = \mathrm{softmax}(g_i)
 
@@ -134,7 +134,7 @@ def check_share(name: str, value: Number, remedy: str) -> Number:
 def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     """Squared distances between two sets of points, summed from the differences themselves.
 
-    Other than with |a|^2 + |b|^2 - 2ab, float32 keeps its digits however far the points lie from the origin.
+    Unlike |a|^2 + |b|^2 - 2ab this stays accurate in float32 for points that are far from the origin.
 
     Args:
       a: [m, d] points.

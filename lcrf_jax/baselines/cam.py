@@ -18,8 +18,8 @@ def cam_log_probs(
     r"""Log-probabilities from the class maps of a tag classifier and the classes that it finds itself.
 
     A class is present where the classifier gives it at least even odds; each map is divided by its maximum and competes
-    with a background of constant height, see `lcrf_jax.bound.pixel_evidence.class_evidence`. With a `sharpness` of any size the
-    labels are those of the thresholded maps.
+    with a background of constant height, see `lcrf_jax.bound.pixel_evidence.class_evidence`. The `sharpness` does not
+    change the labels, which are those of the thresholded maps.
 
     Args:
       class_maps: [m, K - 1] maps of the foreground classes, without bias.

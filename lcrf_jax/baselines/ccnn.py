@@ -14,7 +14,7 @@ _ABSENT = -1e9
 
 
 class ConstrainedDistribution(NamedTuple):
-    """The distribution next to q that has the areas that the tags ask for.
+    """The distribution closest to q whose class areas fit the tags.
 
     Attributes:
       log_probs: [m, K] log P.
@@ -43,18 +43,19 @@ def ccnn_distribution(
     .. math:: a_k = 0 \text{ for absent } k, \quad a_k \ge \alpha - \xi_k \text{ for present foreground},
               \quad \beta_0 \le a_0 \le \beta_1
 
-    with a cost of slack times xi_k. In the dual P = softmax(g + s), one shift for each class, s_k = lambda_k of its lower
-    minus lambda'_k of its upper bound, 0 <= lambda_k <= slack for the foreground, and what is minimised is
+    with a cost of slack times xi_k. In the dual, P = softmax(g + s) with one shift s_k = lambda_k - lambda'_k for each
+    class: lambda_k is the multiplier of its lower bound, lambda'_k that of its upper bound, and 0 <= lambda_k <= slack
+    for the foreground. The dual problem is to minimise
 
     .. math:: \frac{1}{m} \sum_j \log \sum_k \exp(g_{jk} + s_k) - \sum_k \lambda_k b_k + \sum_k \lambda'_k b'_k
 
-    Projected gradient steps, scaled for each class: s_k <- s_k + log(b_k / a_k), projected onto the bounds of lambda. This
-    is the minimum of an upper bound of the dual that touches it at the last s (log x <= x - 1; generalised iterative
-    scaling), so that no step size is needed. The steps are accelerated by Nesterov's momentum, which starts anew when a
-    step turns back. The residual says how far the last s is from the optimum: the largest area that a class lacks, or
-    has too much, where its shift may still move that way.
+    The steps are those of generalised iterative scaling, s_k <- s_k + log(b_k / a_k), projected onto the bounds of
+    lambda. Each step minimises an upper bound of the dual that touches it at the last s (log x <= x - 1), so no step
+    size is needed. Nesterov's momentum accelerates the steps, and restarts when a step reverses direction. The residual
+    measures the distance from the optimum: the largest area that a class lacks, or has in excess, while its shift is
+    not yet at the limit that would allow it.
 
-    An image without tags has no upper bound of its background, which is all that is left.
+    Without foreground tags background is the only class, so its upper bound is dropped.
 
     Args:
       logits: [m, K] unnormalised log-probabilities of Q.
@@ -103,7 +104,7 @@ def ccnn_distribution(
     def scaled_step(shifts):
         log_areas = jnp.log(jnp.maximum(areas(shifts), 1e-30))
         up, down = shifts + jnp.log(least) - log_areas, shifts + jnp.log(most) - log_areas
-        # The two sides of a class are two multipliers, of which one is 0: the shift goes up to `least`, down to `most`.
+        # At most one of the two multipliers of a class is not 0: the shift goes up to reach `least`, or down to reach `most`.
         moved = jnp.where(up > 0, up, jnp.where(down < 0, down, 0.0))
         return jnp.clip(moved, lowest, highest)
 

@@ -17,7 +17,7 @@ def em_adapt_labels(
     foreground_share: ArrayLike = 0.2,
     background_share: ArrayLike = 0.4,
 ) -> jax.Array:
-    r"""Hard labels such that every present class has at least its share of the pixels when its turn comes.
+    r"""Hard labels; every present class in turn is given at least its share of the pixels.
 
     Class by class, background first and then the present classes in random order, a bias b_l >= 0 is added to the
     scores f(l): the least one for which a share rho_l of the pixels takes the class,
@@ -62,7 +62,7 @@ def em_adapt_labels(
         label = order[turn]
         deficit = top - scores[:, label]
         bias = jnp.sort(deficit)[ranks[label] - 1]
-        # The pixels are told by their deficit: the biased score itself may round to a tie. Without a bias nothing moves.
+        # Compare deficits, not biased scores, which may round to a tie. With a bias of 0 no label changes.
         takes = present[label] & (deficit <= bias) & (bias > 0)
         return jnp.where(takes, scores[:, label] + bias, top), jnp.where(takes, label, labels)
 

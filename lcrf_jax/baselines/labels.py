@@ -16,7 +16,7 @@ def label_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
 
     Args:
       logits: [m, K] unnormalised log-probabilities of q.
-      labels: [m] integers; what is outside 0..K - 1, such as 255, has no label.
+      labels: [m] integers; a value outside 0..K - 1, such as 255, means no label.
     Returns:
       Scalar, float32, nats; the mean over the cells with a label, 0 if there is none.
     Raises:

@@ -1,4 +1,4 @@
-r"""Multiple-instance learning with smooth pooling (Pinheiro and Collobert 2015), and its two devices at test time."""
+r"""Multiple-instance learning with smooth pooling (Pinheiro and Collobert 2015), and its two priors at test time."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
 
 
 def ilp_log_probs(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
-    r"""The pixels' probabilities times those of the image: the image-level prior of the test time.
+    r"""The pixels' probabilities times those of the image: the image-level prior that is used at test time.
 
     .. math:: \hat p_j(k) \propto p_j(k)\, p(k|x)
 
@@ -95,7 +95,7 @@ def majority_labels(labels: np.ndarray, segments: np.ndarray) -> np.ndarray:
       labels: [H, W] NumPy array of class indices >= 0.
       segments: [H, W] NumPy array of segment numbers >= 0, such as superpixels.
     Returns:
-      [H, W] NumPy array, dtype of `labels`; of equally frequent labels the least one.
+      [H, W] NumPy array, dtype of `labels`; the smallest of equally frequent labels.
     Raises:
       ValueError: if the shapes differ or an entry is negative.
     References:

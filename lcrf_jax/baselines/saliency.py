@@ -1,7 +1,7 @@
 r"""A training-free saliency: minimum barrier distance to the image's border, and contrast to the border's colours.
 
 After the method MB+ of Zhang et al. 2015, with sweeps over whole rows and columns in place of a raster scan, so that
-it is a handful of vector operations on every device.
+it runs as a few vector operations on every device.
 """
 
 import jax
@@ -45,8 +45,8 @@ def barrier_distance(values: ArrayLike, *, num_passes: int = 3) -> jax.Array:
     .. math:: d(t) = \min_\pi \Bigl( \max_i v(\pi_i) - \min_i v(\pi_i) \Bigr)
 
     over the paths of 4-neighbours from the border to t. Each pass sweeps down, up, right and left; a pixel keeps the
-    best path so far with its largest and least value. This never falls below the exact distance, and may exceed it,
-    as the best path to a pixel need not go on as the best path to the next.
+    best path so far with its largest and least value. The result is never below the exact distance. It may exceed
+    it, since the best path to a pixel need not be part of the best path to the next one.
 
     Args:
       values: [H, W] real.
@@ -69,7 +69,7 @@ def barrier_distance(values: ArrayLike, *, num_passes: int = 3) -> jax.Array:
         """The paths of the row before taken one step further, where that is better."""
         (_, high, low), (found, value) = before, row
         high, low = jnp.maximum(high, value), jnp.minimum(low, value)
-        # A pixel without a path has none to hand on.
+        # A pixel that no path has reached cannot extend one.
         cost = jnp.where(jnp.isinf(before[0]), jnp.inf, high - low)
         kept = tuple(jnp.where(cost < found[0], new, old) for new, old in zip((cost, high, low), found))
         return kept, kept
@@ -91,10 +91,10 @@ def barrier_distance(values: ArrayLike, *, num_passes: int = 3) -> jax.Array:
 
 
 def border_contrast(colours: ArrayLike, *, thickness: float = 0.1) -> jax.Array:
-    r"""How much each pixel differs from the colours of the border, in the least favourable three of four sides.
+    r"""How much each pixel differs from the colours of the border: the sum over four sides without the largest.
 
     With mean and covariance of each side, the Mahalanobis distance of every pixel to it, divided by its maximum; the
-    sum of the four less the largest one, as one side may be the object's.
+    largest of the four is left out of the sum, as the object may touch one side.
 
     Args:
       colours: [H, W, C] colours, such as `lab_colours`.
@@ -116,7 +116,7 @@ def border_contrast(colours: ArrayLike, *, thickness: float = 0.1) -> jax.Array:
         mean = pixels.mean(axis=0)
         centred = pixels - mean
         covariance = jnp.einsum("nc,nd->cd", centred, centred, precision=jax.lax.Precision.HIGHEST) / len(pixels)
-        # A side of one colour has no covariance; one unit of colour keeps the distance finite.
+        # A side of one colour has zero covariance; adding one unit of colour keeps the distance finite.
         inverse = jnp.linalg.inv(covariance + jnp.eye(channels))
         away = colours - mean
         squared = jnp.einsum("hwc,cd,hwd->hw", away, inverse, away, precision=jax.lax.Precision.HIGHEST)
@@ -129,7 +129,7 @@ def border_contrast(colours: ArrayLike, *, thickness: float = 0.1) -> jax.Array:
 def barrier_saliency(
     image: ArrayLike, *, num_passes: int = 3, contrast: ArrayLike = 10.0, level: ArrayLike = 1.5
 ) -> jax.Array:
-    r"""Saliency of an image: what is walled off from the border, differs from it in colour and lies near the centre.
+    r"""Saliency of an image: high where the border is far in barrier distance and colour, and the centre is near.
 
     The barrier distances of the three L*a*b* channels are summed; this and `border_contrast` are each brought to 0..1
     and added, the sum is multiplied by 1 - r, where r is the distance to the centre as a share of that of the corners,

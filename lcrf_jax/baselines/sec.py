@@ -44,17 +44,17 @@ def localisation_cues(
     foreground_level: ArrayLike = 0.2,
     background_share: float = 0.1,
 ) -> jax.Array:
-    r"""The cells that are sure enough to be seeds, with their label.
+    r"""Labels of the cells that serve as seeds.
 
     Cell j is a cue of a present foreground class k if c_jk > level * max_i c_ik. A cell that several classes claim goes
-    to the one that claims fewest. Cells that none claims are cues of the background if they are among the given share
+    to the class with the fewest cells. Cells that no class claims are cues of the background if they are among the given share
     with the least saliency (ties included).
 
     Args:
       class_maps: [m, K - 1] maps c of the foreground classes, without bias.
       peaks: [K - 1] maximum of each map over the whole image; a class whose peak is not positive has no cue.
       tags: [K] bool, index 0 is background.
-      saliency: [m] anything that grows with the chance of foreground.
+      saliency: [m] any score that is higher where foreground is more likely.
       foreground_level: share of the peak, in (0, 1].
       background_share: share of the cells, in (0, 1].
     Returns:
@@ -87,13 +87,13 @@ def localisation_cues(
 
 
 def seed_loss(probs: ArrayLike, cues: ArrayLike) -> jax.Array:
-    r"""The cues have their label.
+    r"""Seeding loss: cross-entropy at the cues.
 
     .. math:: -\frac{1}{|S|} \sum_{j \in S} \log f_{j c_j}
 
     Args:
       probs: [m, K] positive probabilities f, see `floored_probs`.
-      cues: [m] integers; what is outside 0..K - 1 is no cue.
+      cues: [m] integers; a value outside 0..K - 1 means no cue.
     Returns:
       Scalar, float32, nats; the mean over the cues, 0 if there is none.
     Raises:
@@ -112,7 +112,7 @@ def seed_loss(probs: ArrayLike, cues: ArrayLike) -> jax.Array:
 def expand_loss(
     probs: ArrayLike, tags: ArrayLike, *, foreground_decay: ArrayLike = 0.996, background_decay: ArrayLike = 0.999
 ) -> jax.Array:
-    r"""Present classes have a part of the image, absent ones not a pixel.
+    r"""Expansion loss: present classes cover a part of the image, absent ones no pixel.
 
     .. math:: -\frac{1}{|y_+|} \sum_{k \in y_+} \log G_k(d_+)
               - \frac{1}{|y_-|} \sum_{k \in y_-} \log(1 - \max_j f_{jk}) - \log G_0(d_0)
@@ -145,14 +145,14 @@ def expand_loss(
         return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(chosen.sum(), 1).astype(values.dtype)
 
     shown = mean_over(present, -jnp.log(pooled))
-    # By index: the gradient of a maximum asks for equality, which a compiler that computes the values twice may miss.
+    # By index: the gradient of a maximum tests for equality, which fails if the compiler computes the values twice.
     peaks = jnp.take_along_axis(probs, jnp.argmax(probs, axis=0)[None], axis=0)[0]
     hidden = mean_over(absent, -jnp.log1p(-peaks))
     return shown + hidden - jnp.log(pooled[0])
 
 
 def constrain_loss(probs: ArrayLike, kernel: KernelLike, *, num_iterations: int = 10) -> jax.Array:
-    r"""The distance to the output's own refinement by the dense CRF, which is held fixed.
+    r"""Constrain-to-boundary loss: KL to the output's refinement by the dense CRF, which is held fixed.
 
     .. math:: \frac{1}{m} \sum_j \sum_k Q_{jk} \log \frac{Q_{jk}}{f_{jk}}
 
@@ -202,10 +202,11 @@ def sec_loss(
     References:
       Kolesnikov and Lampert 2016, eq. 1.
     Example:
-      >>> import numpy as np
+      >>> import jax, numpy as np
       >>> from lcrf_jax import sec_loss
-      >>> logits, tags = np.array([[2.0, 0.0], [0.0, 2.0]]), np.array([True, True])
-      >>> round(float(sec_loss(logits, tags, cues=np.array([0, 255]), kernel=0.1 * np.ones((2, 2)))), 2)
+      >>> logits, kernel = np.array([[2.0, 0.0], [0.0, 2.0]]), 0.1 * np.ones((2, 2))
+      >>> loss = jax.jit(sec_loss)(logits, tags=np.array([True, True]), cues=np.array([0, 255]), kernel=kernel)
+      >>> round(float(loss), 2)
       0.71
     """
     probs = floored_probs(logits, min_prob=min_prob)

@@ -10,7 +10,7 @@ _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vma
 
 
 def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
-    r"""What is salient in an image with a single tag is of that class: the target of the initial network.
+    r"""Target of the initial network: the salient pixels of an image with one tag belong to that class.
 
     .. math:: p_{jk} = s_j / |y_+| \text{ for the foreground tags } y_+, \qquad p_{j0} = 1 - s_j
 
@@ -41,7 +41,7 @@ def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
 
 
 def tagged_labels(logits: ArrayLike, tags: ArrayLike) -> jax.Array:
-    """The most probable of the tagged classes: masks of the enhanced and of the powerful network.
+    """The most probable of the tagged classes: the training masks of the enhanced and the powerful network.
 
     Args:
       logits: [..., K] logits, log-probabilities or probabilities.

@@ -5,12 +5,12 @@ r"""The evidence lower bound of the latent CRF.
 
 The KL is exact, up to log Z(x), which no parameter of q changes. The first term is estimated by one of `ESTIMATORS`,
 which share one signature. `reinforce_likelihood` is unbiased in value and gradient; `straight_through_likelihood` in
-value only. With relaxed samples, or with the probabilities in place of samples, the term is not the expectation of the
-bound, so that the sum is a hybrid objective and not a strict bound. Some likelihoods have their expectation in closed
+value only. With relaxed samples, or with the probabilities in place of samples, the first term is not this
+expectation. The sum is then a different objective and not a strict bound. Some likelihoods have their expectation in closed
 form, see `lcrf_jax.bound.likelihoods.EXPECTATIONS`.
 
-The other reading of "MCMC samples" fits q to samples of the posterior p(z|x,y) itself, see `lcrf_jax.bound.chains`, by
-maximising their `expected_log_prob`.
+q can also be fitted to MCMC samples of the posterior p(z|x,y), see `lcrf_jax.bound.chains`, by maximising
+their `expected_log_prob`.
 """
 
 from collections.abc import Callable
@@ -121,8 +121,8 @@ def straight_through_likelihood(
     .. math:: \frac1S \sum_s \log p(y \mid z^{(s)}, x), \qquad
               \partial z / \partial g := \partial \bar z / \partial g
 
-    The value is unbiased. The gradient is not: the slope of the likelihood at a corner of the simplex stands for its
-    difference between corners, which is right where log p(y|z,x) is linear in z and the temperature small.
+    The value is unbiased, the gradient is biased: it uses the slope of the likelihood at a corner of the simplex in
+    place of its difference between corners. The two agree if log p(y|z,x) is linear in z and the temperature small.
 
     Args:
       key: PRNG key; the same key gives the noise of `gumbel_softmax_likelihood`.
@@ -168,7 +168,7 @@ def reinforce_likelihood(
               f_s = \log p(y \mid z^{(s)}, x)
 
     The mean of the other samples is the baseline. The likelihood is only ever evaluated at labellings and need not be
-    differentiable; the price is a variance that grows with the number of pixels.
+    differentiable. The variance grows with the number of pixels.
 
     Args:
       key: PRNG key.
@@ -176,7 +176,7 @@ def reinforce_likelihood(
       log_likelihood: function from labels [m, K] to a scalar.
       temperature: not used; the estimators share one signature.
       num_samples: S >= 2, static.
-      groups: None. Labels that share their noise have no log q that is a sum over pixels.
+      groups: must be None: with shared noise, log q is no longer a sum over pixels.
     Returns:
       Scalar, float32, nats.
     Raises:
@@ -260,8 +260,8 @@ def expected_log_prob(logits: ArrayLike, target_probs: ArrayLike) -> jax.Array:
 
     .. math:: \sum_j \sum_k P_{jk} \log q(z_{jk} = 1 | x)
 
-    With P the marginals of p(z|x,y) it is largest where q has the same marginals, the best a factorised q can do
-    in KL(p || q). That is the divergence in the other direction than the bound's: it covers, where the bound seeks a mode.
+    With P the marginals of p(z|x,y) the maximum is where q has the same marginals. This minimises the forward
+    KL(p || q), which covers all modes; the bound minimises KL(q || p), which picks one.
 
     Args:
       logits: [m, K] unnormalised log-probabilities of q.

@@ -43,7 +43,7 @@ def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax
 
     .. math:: \pi_k = 1 - \prod_j (1 - \rho z_{jk})
 
-    Computed in the log domain; the pi of a present tag is kept above 1e-6. It saturates over many pixels: at
+    Computed in the log domain; the pi of a present tag is kept above 1e-6. With many pixels it saturates: at
     initialisation every pi_k is close to 1.
 
     Args:
@@ -83,7 +83,7 @@ def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike 
 
     .. math:: \pi_k = \epsilon + (1 - 2 \epsilon) \max_j z_{jk}
 
-    A tag that the labels call for is missing with probability epsilon, and one that they do not is there with the same.
+    Each tag differs from what the labels imply with probability epsilon.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
@@ -105,7 +105,7 @@ def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike 
     labels, tags = _checked(labels, tags)
     _check_flip_probability(flip_probability)
     largest = labels.max(axis=0)
-    # Each side from its own small end: 1 - pi would lose the digits of a small epsilon.
+    # Both cases are computed directly: 1 - pi would lose the digits of a small epsilon.
     right = jnp.where(tags, largest, 1 - largest)
     return jnp.sum(jnp.log(flip_probability + (1 - 2 * flip_probability) * right))
 
@@ -133,7 +133,7 @@ def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: A
     """
     logits, tags = _checked(logits, tags)
     _check_flip_probability(flip_probability)
-    # Just below 0: a pixel that is certain of a class makes its absence impossible up to the precision of float32.
+    # Kept just below 0, so that the log-probability of absence stays finite where a pixel is certain of a class.
     log_probs = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), -1e-7)
     absent = jnp.exp(jnp.sum(jnp.log(-jnp.expm1(log_probs)), axis=0))
     right = jnp.where(tags, 1 - absent, absent)
@@ -279,7 +279,7 @@ def gwrp(
 def frozen_classifier(
     labels: ArrayLike, tags: ArrayLike, class_maps: ArrayLike, *, bias: ArrayLike, scale: ArrayLike = 1.0
 ) -> jax.Array:
-    r"""A frozen linear classifier looks at the pixels that a class is given.
+    r"""A frozen linear classifier, pooled over the pixels with the label of its class.
 
     .. math:: \pi_k = \sigma\Bigl(\frac{s}{m} \sum_j z_{jk}\, c_{jk} + b_k\Bigr), \qquad
               c_{jk} = w_k^\top F_j(x)
@@ -317,7 +317,7 @@ def frozen_classifier(
 
 
 def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> jax.Array:
-    r"""Every pixel vouches for its label with the evidence of a frozen classifier.
+    r"""A product over pixels of the evidence that a frozen classifier gives to their labels.
 
     .. math:: \log p(y|z,x) = \sum_j \log \sum_k z_{jk}\, e_{jk}(x, y)
 
@@ -351,8 +351,7 @@ def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayL
 
     .. math:: \sum_j \sum_k \phi_{jk} \log e_{jk}
 
-    It is less than `evidence` of the probabilities themselves, which takes the logarithm last, and its optimum under
-    the bound is sharper.
+    By Jensen's inequality it is at most `evidence` of the probabilities. Its optimum under the bound is sharper.
 
     Args:
       logits: [m, K] unnormalised log-probabilities of q.

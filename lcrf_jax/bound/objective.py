@@ -21,7 +21,7 @@ _NO_CHAIN = 255
 
 
 def uses_chains(config: Mapping[str, Any]) -> bool:
-    """Whether the objective of a run goes on from the state of a Markov chain.
+    """Whether the objective of a run keeps the states of Markov chains.
 
     Args:
       config: dict with "method" and "objective".
@@ -33,7 +33,7 @@ def uses_chains(config: Mapping[str, Any]) -> bool:
 
 
 def empty_chains(num_views: int, num_images: int, grid: int) -> jax.Array:
-    """The chains of a run that begins: each view's starts from a sample of q when it is first seen.
+    """The chains at the start of a run: that of a view starts from a sample of q when the view is first seen.
 
     Args:
       num_views: views of each image.
@@ -78,7 +78,7 @@ def _product(factors):
 
     log_likelihoods = [factor.log_likelihood for _, factor in factors]
     expectations = [factor.expectation for _, factor in factors]
-    # What is multiplied on are functions of the whole image, so that nothing factorises over the pixels any more.
+    # The further likelihoods are functions of the whole image, so the product does not factorise over the pixels.
     return _Observed(summed(log_likelihoods), None if None in expectations else summed(expectations), None)
 
 
@@ -191,9 +191,9 @@ def latent_crf_objective(
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """The negative bound of one image, divided by its number of cells, with the weights of the configuration.
 
-    With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it. On a
-    guide finer than the logits the pairwise energy is that of the logits' bilinear interpolation, per pixel of the
-    guide, times the number of cells: the three terms keep their proportions.
+    With all weights 1 this is the bound, up to log Z(x); other weights give a re-weighted objective. If the guide
+    is finer than the logits, the pairwise energy is that of the bilinearly interpolated logits, per pixel of the guide,
+    times the number of cells. The three terms then keep their proportions.
 
     The estimator "mcmc" has another objective: minus E log q under p(y|z,x)^a p(z|x)^b, with the weights of likelihood
     and pairwise term as a and b, by a Markov chain for each view that goes on from step to step; see
@@ -288,7 +288,7 @@ def _chain_objective(config, kernel_params, pairwise_weight, key, logits, record
         jnp.zeros_like(logits) if potentials is None else weight * potentials,
         log_likelihood=None if potentials is not None else lambda z: weight * observed.log_likelihood(z),
         num_sweeps=config["num_sweeps"],
-        # What does not factorise accepts or refuses a block as a whole.
+        # A likelihood that does not factorise accepts or rejects a block as a whole.
         num_blocks=8 if potentials is not None else max(8, len(logits) // 8),
     )
     log_prob = estimators.expected_log_prob(logits, samples.marginals) / (height * width)

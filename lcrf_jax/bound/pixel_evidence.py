@@ -1,4 +1,4 @@
-"""What a frozen classifier, or cues, say of the label of each pixel: the evidence of the likelihood of that name."""
+"""Evidence for the label of each pixel, from a frozen classifier or from cues; see `lcrf_jax.bound.likelihoods.evidence`."""
 
 import numbers
 
@@ -75,7 +75,7 @@ def class_evidence(
 def cue_evidence(
     cues: ArrayLike, tags: ArrayLike, *, confidence: ArrayLike, absent_level: ArrayLike = 0.01
 ) -> jax.Array:
-    r"""Per-pixel evidence from cues, labels of some of the pixels that are right with a certain probability.
+    r"""Per-pixel evidence from cues, labels of some of the pixels, each right with probability p.
 
     .. math:: e_{jk} = p \text{ for } k = c_j, \quad (1 - p) / (K - 1) \text{ for the others}
 
@@ -114,7 +114,7 @@ def cue_evidence(
 
 
 def log_evidence(pixel_evidence: ArrayLike) -> jax.Array:
-    """The logarithm of the evidence, kept above that of 1e-12: what `evidence` of one-hot labels sums up.
+    """The logarithm of the evidence, kept above that of 1e-12: the terms that `evidence` of one-hot labels sums.
 
     Args:
       pixel_evidence: array of positive numbers.

@@ -1,7 +1,7 @@
 r"""Samples of factorised categorical distributions, relaxed and exact.
 
 Every sample adds Gumbel noise to the logits; the largest one is then a sample of softmax(logits). The noise of
-pixels is independent, or shared within groups of them: the distribution of each pixel stays what it was.
+pixels is independent, or shared within groups of them: the distribution of each single pixel is the same either way.
 """
 
 import jax

@@ -34,7 +34,7 @@ def times_compatibility(values: jax.Array, compatibility: jax.Array | None) -> j
 
 
 def checked_compatibility(compatibility: ArrayLike | None, num_classes: int) -> jax.Array | None:
-    """The symmetric part of a label compatibility, the only one that an unordered pair sees.
+    """The symmetric part of a label compatibility, the only part that affects an unordered pair.
 
     Args:
       compatibility: [K, K] cost mu(a, b), or None for Potts.
@@ -52,7 +52,7 @@ def checked_compatibility(compatibility: ArrayLike | None, num_classes: int) -> 
 
 
 def _energy_of_sums(probs, kernel, compatibility):
-    """The energy from what the kernel sums up first, without a result at every pixel."""
+    """The energy from the splatted values alone, without a slice back to the pixels."""
     splatted = kernel.splat(probs)
     mixed = jax.tree.map(lambda sums: times_compatibility(sums, compatibility), splatted)
     products = jax.tree.map(jnp.vdot, mixed, kernel.blur(splatted))
@@ -65,13 +65,13 @@ def _pairwise_energy(probs, kernel, compatibility):
 
 
 def _pairwise_energy_forward(*arguments):
-    """The arguments as JAX gives them with `symbolic_zeros`: each array with a word on whether its gradient is sought."""
+    """The arguments come from JAX with `symbolic_zeros`: each array says whether its gradient is needed."""
     def is_leaf(node):
         return isinstance(node, jax.custom_derivatives.CustomVJPPrimal)
 
     probs, kernel, compatibility = jax.tree.map(lambda leaf: leaf.value, arguments, is_leaf=is_leaf)
     sought = any(leaf.perturbed for leaf in jax.tree.leaves(arguments[1:], is_leaf=is_leaf))
-    # With the gradient at hand its product with q is the cheapest way to the energy.
+    # The gradient is needed anyway, and its product with q is the cheapest way to the energy.
     gradient = times_compatibility(filter_symmetric(kernel, probs), compatibility)
     return jnp.vdot(probs, gradient) / 2, (gradient, (probs, kernel, compatibility) if sought else None)
 
@@ -94,8 +94,8 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
 
     .. math:: E = \sum_{i<j} k_{ij}\,\phi_i^\top \mu\,\phi_j
 
-    Each unordered pair counts once and i = j never does. An unordered pair sees only the symmetric parts of k
-    and mu, and so does this function: with a kernel that is not symmetric k_ij stands for (k_ij + k_ji) / 2.
+    Each unordered pair counts once and i = j never does. Only the symmetric parts of k and mu affect the
+    energy: with a kernel that is not symmetric, k_ij stands for (k_ij + k_ji) / 2.
     The value alone needs no slice (see `lcrf_jax.crf.kernel`), value and gradient in `probs` together a single
     filtering, and the gradient is the exact one of this value. Gradients in a dense kernel, in the two weights of
     an `ImageKernel` and in mu are exact as well; there are none in the arrays of a lattice. Reverse mode only.

@@ -1,7 +1,7 @@
 """Numbering distinct keys with a hash table, in static shapes and without sorting.
 
-Keys are rows of integers, known by two linear hashes of 32 bits each: the keys of neighbours in a lattice then
-differ by a constant from a key's own. Entries claim slots of an open-addressing table by a scatter-minimum, so
+Keys are rows of integers. Two linear hashes of 32 bits each identify a key. As they are linear, the hashes of
+neighbours in a lattice differ from those of the key itself by a constant. Entries claim slots of an open-addressing table by a scatter-minimum, so
 that the same entries give the same table, whatever the order in which they arrive.
 """
 
@@ -56,7 +56,7 @@ class DistinctKeys(NamedTuple):
     """Distinct keys among [r, n] entries, numbered in the order of their first entries, as a hash table.
 
     Attributes:
-      ids: [r, n] int32, the number of each entry's key; the capacity for one that is inactive or has no room.
+      ids: [r, n] int32, the number of each entry's key; the capacity for entries that are inactive or do not fit.
       entries: [capacity] int32, the first entry of each key, row times n plus column.
       count: int32, number of distinct keys; more than the capacity if there was no room for all.
       hashes: two arrays [r, n] uint32, the fingerprints of the entries.
@@ -125,7 +125,7 @@ def distinct_keys(
         ids_of_slots = ids_of_slots.at[jnp.where(owns_slot, slots, num_slots)].set(numbers, mode="drop")
         entries = entries.at[jnp.where(new, numbers, capacity)].set(entry, mode="drop")
         block_ids = ids_of_slots.at[slots].get(mode="fill", fill_value=capacity)
-        # An entry that finds no slot, as the table is full, gets a number of its own, so that the overflow shows.
+        # If the table is full, an entry without a slot gets its own number, so that `count` shows the overflow.
         block_ids = jnp.where(unresolved, numbers, block_ids)
         ids = jax.lax.dynamic_update_slice_in_dim(ids, block_ids, i * block, axis=1)
         return ids, owners, ids_of_slots, entries, count + new.sum(dtype=jnp.int32)
@@ -148,7 +148,7 @@ def key_numbers(table: DistinctKeys, keys: tuple[jax.Array, jax.Array]) -> jax.A
 
     Args:
       table: DistinctKeys.
-      keys: two arrays [...] uint32, the fingerprints of the keys that are sought.
+      keys: two arrays [...] uint32, the fingerprints of the keys to look up.
     Returns:
       [...] int32 numbers; the capacity of the table for keys that are not in it.
     """

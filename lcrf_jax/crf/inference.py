@@ -34,11 +34,9 @@ def mean_field(
     stationary point of `kl_to_prior` minus the expected unary, if the kernel is symmetric. Self-pairs are left
     out.
 
-    Labels that are improbable everywhere can be dropped, which makes the iterations faster, about in
-    proportion. With Potts, a kernel that is nowhere negative and row sums of at most R, a label with q^0 <= e
-    at every pixel has q^t <= 2.72 e for all t, if e <= 1 / (2.72 R): its message adds at most R q^t to its
-    own logit, and no message lowers the normaliser. So nothing that is dropped could have become more
-    probable than 2.72 `drop_below` anywhere; in the result it keeps its unary logit, without a message.
+    Labels that are improbable everywhere can be dropped: the time is about in proportion to the labels that remain.
+    With a kernel that is nowhere negative, a dropped label would not have reached 2.72 `drop_below` at any pixel
+    (proof: docs/engine.md, "Dropping labels"). In the result it keeps its unary logit, without a message.
 
     Args:
       unary_logits: [m, K] log-probabilities of a network, or any other logits.
@@ -172,8 +170,8 @@ def refine(
       >>> from lcrf_jax import KernelParams, refine
       >>> image, logits = np.zeros((4, 4, 3), np.uint8), np.tile([1.0, 0.0], (4, 4, 1))
       >>> logits[1, 1] = [0.0, 0.5]  # another label than its neighbours, but the same colour
-      >>> log_probs = jax.jit(lambda image, logits: refine(image, logits, KernelParams(), drop_below=None))(image, logits)
-      >>> log_probs.shape, log_probs[1, 1].argmax().item()
+      >>> refined = jax.jit(lambda i, z: refine(i, z, KernelParams(), drop_below=None))(image, logits)
+      >>> refined.shape, refined[1, 1].argmax().item()
       ((4, 4, 2), 0)
     """
     height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")

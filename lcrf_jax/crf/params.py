@@ -1,4 +1,4 @@
-r"""What a dense CRF is told, and what its Gaussians see of an image.
+r"""The parameters of a dense CRF, and the features of an image that its Gaussians compare.
 
 The pairwise kernel of the dense CRF is
 
@@ -32,8 +32,8 @@ class KernelParams(NamedTuple):
     """Weights and widths of the bilateral and the spatial Gaussian.
 
     The defaults are the usual ones for photographs at full resolution; `scaled` takes them to a coarser grid.
-    The weights mean something only together with a normalisation: these are for `symmetric`, where the rows
-    of each Gaussian sum to about 1.
+    The weights depend on the normalisation: these are for `symmetric`, where the rows of each Gaussian sum to
+    about 1.
 
     Attributes:
       bilateral_weight: w1, weight of the Gaussian over position and colour.
@@ -73,15 +73,15 @@ def scaled(params: KernelParams, stride: float) -> KernelParams:
 
 
 def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
-    """An image as floats in 0..255, after checking that its values can be what the caller says they are.
+    """An image as floats in 0..255, after checking its values against `colour_max`.
 
-    An image in 0..1 that is taken for one in 0..255 gives a kernel that sees no colour, silently. Values are
-    checked where they are known, that is, outside jit and vmap; dtypes always.
+    Without this check an image in 0..1 that is taken for one in 0..255 would silently give a kernel that ignores
+    colour. Values are checked where they are known, that is, outside jit and vmap; dtypes always.
 
     Args:
       image: [H, W, C] real values in 0..colour_max, any dtype, any number of channels.
-      colour_max: the value of full colour: 255, or 1, or another number > 0, such as 65535. None takes
-        channels that are no colours as they are, unchecked; their widths are then in their own units.
+      colour_max: the value of full colour: 255, or 1, or another number > 0, such as 65535. None is
+        for channels that are not colours: they are not checked or scaled, and their widths are in their own units.
     Returns:
       [H, W, C] float32 in 0..255, or float64 for a float64 image.
     Raises:

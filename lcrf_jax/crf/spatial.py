@@ -1,4 +1,4 @@
-"""The Gaussian over positions alone, one side of the image after the other."""
+"""The Gaussian over positions alone, as a separable filter."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 _WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
-# The Gaussian at four widths is 3e-4 of its peak; what lies beyond is left out.
+# At four widths the Gaussian is 3e-4 of its peak; it is cut off there.
 _TRUNCATION = 4.0
 _TAP_GROUP = 13
 
@@ -40,12 +40,12 @@ def gaussian_taps(width: float) -> np.ndarray:
 
 
 def separable_filter(values: ArrayLike, taps: ArrayLike) -> jax.Array:
-    r"""The weighted sum over a grid, in one direction after the other.
+    r"""A separable filter: weighted sums along the columns, then along the rows.
 
     .. math:: v'_{rc} = \sum_{s,t} h_s h_t\, v_{r+s,\,c+t}
 
-    With `gaussian_taps` this is the Gaussian over positions, for a time linear in pixels and taps. Nothing
-    lies beyond the border: pixels there have smaller row sums. Not normalised; the self-pair is part of the
+    With `gaussian_taps` this is the Gaussian over positions, in a time linear in pixels and taps. The grid is
+    padded with zeros: pixels near the border have smaller row sums. Not normalised; the self-pair is part of the
     sum.
 
     Args:
@@ -77,7 +77,7 @@ def _shifted_sum(values, taps, axis, step):
     taps = jnp.pad(taps, (0, missing)).reshape(num_groups, _TAP_GROUP)
     padding = [(0, 0), (0, 0)]
     padding[axis] = (radius * step, (radius + missing) * step)
-    # Without the barrier XLA on CPU asks for every tap of every pixel whether it lies in the padding.
+    # Without the barrier XLA on CPU tests for every tap of every pixel whether it lies in the padding.
     padded = jax.lax.optimization_barrier(jnp.pad(values, padding))
 
     def add_group(group, total):
