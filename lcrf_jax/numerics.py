@@ -34,8 +34,8 @@ def promote_float(array: ArrayLike) -> jax.Array:
         raise ValueError(f"expected a real array, got dtype {array.dtype}; take its real part or its magnitude")
     promoted = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     if array.dtype == jnp.bfloat16:
-        # XLA on CPU (jaxlib 0.10) fuses this conversion wrongly into what follows; an operation in between, which changes
-        # no float32, prevents it.
+        # XLA on CPU (jaxlib 0.10) fuses this conversion wrongly into the next operation. This operation in between
+        # prevents that and changes no float32.
         promoted = jax.lax.reduce_precision(promoted, exponent_bits=8, mantissa_bits=23)
     return promoted
 

@@ -52,8 +52,8 @@ def ccnn_distribution(
     The steps are those of generalised iterative scaling, s_k <- s_k + log(b_k / a_k), projected onto the bounds of
     lambda. Each step minimises an upper bound of the dual that touches it at the last s (log x <= x - 1), so no step
     size is needed. Nesterov's momentum accelerates the steps, and restarts when a step reverses direction. The residual
-    measures the distance from the optimum: the largest area that a class lacks, or has in excess, while its shift is
-    not yet at the limit that would allow it.
+    measures the distance from the optimum: the largest area that a class lacks or has in excess, counted only where
+    its shift may still move to correct it.
 
     Without foreground tags background is the only class, so its upper bound is dropped.
 
@@ -104,7 +104,8 @@ def ccnn_distribution(
     def scaled_step(shifts):
         log_areas = jnp.log(jnp.maximum(areas(shifts), 1e-30))
         up, down = shifts + jnp.log(least) - log_areas, shifts + jnp.log(most) - log_areas
-        # At most one of the two multipliers of a class is not 0: the shift goes up to reach `least`, or down to reach `most`.
+        # At most one of the two multipliers of a class is not 0: the shift rises to reach `least` or falls to reach
+        # `most`.
         moved = jnp.where(up > 0, up, jnp.where(down < 0, down, 0.0))
         return jnp.clip(moved, lowest, highest)
 

@@ -1,4 +1,4 @@
-r"""EM with biases that adapt to each image (Papandreou et al. 2015): the E-step. The M-step is `label_cross_entropy`."""
+r"""The E-step of EM with biases that adapt to each image (Papandreou et al. 2015); M-step: `label_cross_entropy`."""
 
 import jax
 import jax.numpy as jnp

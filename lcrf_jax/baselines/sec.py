@@ -47,8 +47,8 @@ def localisation_cues(
     r"""Labels of the cells that serve as seeds.
 
     Cell j is a cue of a present foreground class k if c_jk > level * max_i c_ik. A cell that several classes claim goes
-    to the class with the fewest cells. Cells that no class claims are cues of the background if they are among the given share
-    with the least saliency (ties included).
+    to the class with the fewest cells. Cells that no class claims are cues of the background if they are among the
+    given share with the least saliency (ties included).
 
     Args:
       class_maps: [m, K - 1] maps c of the foreground classes, without bias.

@@ -44,7 +44,7 @@ class _Block(NamedTuple):
 
 
 def _blocks(kernel: jax.Array, num_blocks: int) -> _Block:
-    """The blocks, stacked: pixel i belongs to block i modulo their number, so that neighbours lie in different blocks."""
+    """The blocks, stacked: pixel i belongs to block i modulo their number, so neighbours lie in different blocks."""
     num_pixels = len(kernel)
     size = -(-num_pixels // num_blocks)
     pixels = jnp.arange(size)[None, :] * num_blocks + jnp.arange(num_blocks)[:, None]
@@ -92,7 +92,8 @@ def gibbs(
     References:
       Geman and Geman 1984; Martens and Sutskever 2010, for the Gaussian fields; Metropolis et al. 1953, Hastings 1970.
     """
-    num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), "pass one image, pixels flattened to one axis")
+    remedy = "pass one image, pixels flattened to one axis"
+    num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), remedy)
     check_shape("labels", labels, (num_pixels,), "give the number of a class for each pixel")
     check_shape("kernel", kernel, (num_pixels, num_pixels), "pass a dense matrix, see lcrf_jax.dense_kernel")
     check_number("num_sweeps", num_sweeps, minimum=1, whole=True, remedy="5 is usual for a chain that is kept")
@@ -122,7 +123,7 @@ def gibbs(
 
 
 def _updated(one_hot, marginals, block, key, unary_logits, log_likelihood):
-    """The labels after an update of one block, and the marginals: its conditional distributions or, after a test, its labels."""
+    """The labels after an update of one block, and its marginals: the conditionals or, after a test, the labels."""
     field_key, label_key, test_key = jax.random.split(key, 3)
 
     def product(a, b):

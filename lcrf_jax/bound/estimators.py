@@ -6,8 +6,8 @@ r"""The evidence lower bound of the latent CRF.
 The KL is exact, up to log Z(x), which no parameter of q changes. The first term is estimated by one of `ESTIMATORS`,
 which share one signature. `reinforce_likelihood` is unbiased in value and gradient; `straight_through_likelihood` in
 value only. With relaxed samples, or with the probabilities in place of samples, the first term is not this
-expectation. The sum is then a different objective and not a strict bound. Some likelihoods have their expectation in closed
-form, see `lcrf_jax.bound.likelihoods.EXPECTATIONS`.
+expectation. The sum is then a different objective and not a strict bound. Some likelihoods have their expectation in
+closed form, see `lcrf_jax.bound.likelihoods.EXPECTATIONS`.
 
 q can also be fitted to MCMC samples of the posterior p(z|x,y), see `lcrf_jax.bound.chains`, by maximising
 their `expected_log_prob`.
@@ -82,9 +82,9 @@ def gumbel_softmax_likelihood(
       log_likelihood: function from labels [m, K] to a scalar.
       temperature: tau > 0.
       num_samples: S >= 1, static.
-      groups: [m] int, pixels that share their noise, see `lcrf_jax.bound.sampling.block_groups`; None is independent noise.
-        The pixels of a group are then not independent of each other, which is another joint distribution with
-        the probabilities of q at every pixel.
+      groups: [m] int, pixels that share their noise, see `lcrf_jax.bound.sampling.block_groups`; None is independent
+        noise. Pixels of a group are then dependent: the joint distribution is not q, but its marginals are those
+        of q.
     Returns:
       Scalar, float32, nats.
     Raises:

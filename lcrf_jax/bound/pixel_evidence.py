@@ -1,4 +1,4 @@
-"""Evidence for the label of each pixel, from a frozen classifier or from cues; see `lcrf_jax.bound.likelihoods.evidence`."""
+"""Evidence for the label of each pixel, from a frozen classifier or from cues: the input of `likelihoods.evidence`."""
 
 import numbers
 
@@ -37,7 +37,8 @@ def class_evidence(
         likely.
       sharpness: beta > 0, how fast the odds change with the map.
       floor: epsilon, the least ratio; it bounds the cost of one pixel by beta log(1 / epsilon).
-      saliency: [m] s in 0..1, such as `lcrf_jax.train.cues.saliency_rank`, or None for a background that is the same everywhere.
+      saliency: [m] s in 0..1, such as `lcrf_jax.train.cues.saliency_rank`, or None for a background that is the same
+        everywhere.
       saliency_weight: w >= 0; the log-odds of the background fall by it from the least to the most salient pixel.
     Returns:
       [m, K] float32, positive, rows sum to one.
@@ -65,7 +66,8 @@ def class_evidence(
     log_odds = jnp.log(jnp.concatenate([background, ratio], axis=1)) * sharpness
     check_number("saliency_weight", saliency_weight, minimum=0, remedy="2 is usual, 0 leaves saliency out")
     if saliency is None and isinstance(saliency_weight, numbers.Real) and saliency_weight > 0:
-        raise ValueError(f"saliency: expected [m] values for saliency_weight={saliency_weight}, got None; or use weight 0")
+        at = f"saliency_weight={saliency_weight}"
+        raise ValueError(f"saliency: expected [m] values for {at}, got None; or use weight 0")
     if saliency is not None:
         check_shape("saliency", saliency, (num_pixels,), "one value per pixel")
         log_odds = log_odds.at[:, 0].add(saliency_weight * (0.5 - promote_float(saliency)))

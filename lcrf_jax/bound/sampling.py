@@ -42,7 +42,8 @@ def _perturbed(key: jax.Array, logits: ArrayLike, groups: ArrayLike | None = Non
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     if groups is None:
         return logits + noise
-    num_pixels, _ = check_shape("logits", logits, ("m", "K"), "groups are of the pixels of one image; for a batch use vmap")
+    remedy = "groups are of the pixels of one image; for a batch use vmap"
+    num_pixels, _ = check_shape("logits", logits, ("m", "K"), remedy)
     check_shape("groups", groups, (num_pixels,), "give the number of a group, below m, for each pixel")
     return logits + noise[groups]
 

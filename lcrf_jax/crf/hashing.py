@@ -1,8 +1,8 @@
 """Numbering distinct keys with a hash table, in static shapes and without sorting.
 
 Keys are rows of integers. Two linear hashes of 32 bits each identify a key. As they are linear, the hashes of
-neighbours in a lattice differ from those of the key itself by a constant. Entries claim slots of an open-addressing table by a scatter-minimum, so
-that the same entries give the same table, whatever the order in which they arrive.
+neighbours in a lattice differ from those of the key itself by a constant. Entries claim slots of an open-addressing
+table by a scatter-minimum, so that the same entries give the same table in any order.
 """
 
 import math

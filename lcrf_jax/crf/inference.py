@@ -77,7 +77,8 @@ def mean_field(
     log_unary = jax.nn.log_softmax(promote_float(unary_logits), axis=-1)
     if drop_below is None or num_iterations == 0:
         return jax.nn.log_softmax(iterate(log_unary, kernel), axis=-1)
-    return jax.custom_batching.sequential_vmap(functools.partial(_iterated_on_few, iterate, drop_below))(log_unary, kernel)
+    on_few = jax.custom_batching.sequential_vmap(functools.partial(_iterated_on_few, iterate, drop_below))
+    return on_few(log_unary, kernel)
 
 
 def _iterated(log_unary, kernel, num_iterations, compatibility, tolerance):

@@ -164,7 +164,8 @@ def guide_features(
     """
     height, width, channels = check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
     if np.ndim(colour_width):
-        check_shape("colour_width", jnp.asarray(colour_width), (channels,), "give one width for all channels, or one for each")
+        remedy = "give one width for all channels, or one for each"
+        check_shape("colour_width", jnp.asarray(colour_width), (channels,), remedy)
     for channel_width in colour_width if isinstance(colour_width, (tuple, list, np.ndarray)) else [colour_width]:
         check_number("colour_width", channel_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
     image = promote_float(image)

@@ -84,7 +84,8 @@ def _shifted_sum(values, taps, axis, step):
         of_group = jax.lax.dynamic_index_in_dim(taps, group, keepdims=False, allow_negative_indices=False)
         for t in range(_TAP_GROUP):
             start = (group * _TAP_GROUP + t) * step
-            total = total + of_group[t] * jax.lax.dynamic_slice_in_dim(padded, start, size, axis, allow_negative_indices=False)
+            shifted = jax.lax.dynamic_slice_in_dim(padded, start, size, axis, allow_negative_indices=False)
+            total = total + of_group[t] * shifted
         return total
 
     return jax.lax.fori_loop(0, num_groups, add_group, varying_like(jnp.zeros_like(values), values))
