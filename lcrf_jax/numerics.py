@@ -68,7 +68,7 @@ def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], reme
     Args:
       name: name of the argument, for the message.
       array: anything with a `shape`.
-      expected: one entry per axis; an int has to be met exactly, a letter such as 'm' stands for any size
+      expected: one entry per axis; an int has to match exactly, a letter such as 'm' stands for any size
         from 1 on.
       remedy: what the caller can do about a mismatch, for the message.
     Returns:

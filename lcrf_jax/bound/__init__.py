@@ -1,9 +1,9 @@
 """The evidence lower bound on log p(y | x): what the latent CRF maximises.
 
 Read `sampling` first, the draws of labels z from q; then `likelihoods`, log p(y | z, x) in several forms, and
-`pixel_evidence`, the evidence of a frozen classifier for each pixel; then `estimators`, the bound and four estimators of
-its gradient. `chains` samples the posterior itself. `objective` combines these by configuration: one function of one
-image.
+`pixel_evidence`, the evidence of a frozen classifier for each pixel; then `estimators`, the bound and four estimators
+of its gradient. `chains` samples the posterior itself. `objective` combines these by configuration: one function of
+one image.
 
 The room imports jax, numpy, einops, `lcrf_jax.numerics` and `lcrf_jax.crf`, nothing else.
 """

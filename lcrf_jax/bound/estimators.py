@@ -128,7 +128,7 @@ def straight_through_likelihood(
       key: PRNG key; the same key gives the noise of `gumbel_softmax_likelihood`.
       logits: [m, K] unnormalised log-probabilities of q.
       log_likelihood: function from labels [m, K] to a scalar.
-      temperature: of the relaxation that lends its gradient, > 0.
+      temperature: of the relaxation whose gradient is used, > 0.
       num_samples: S >= 1, static.
       groups: see `gumbel_softmax_likelihood`.
     Returns:
@@ -207,7 +207,7 @@ def reinforce_likelihood(
     fixed = jax.lax.stop_gradient(values)
     # f_s minus the mean of the others is S / (S - 1) times f_s minus the mean of all.
     score = jnp.sum((fixed - fixed.mean()) * log_q) / (num_samples - 1)
-    # The score adds nothing to the value, and its gradient to that of the likelihood's own arguments.
+    # The score term has value 0. Its gradient is added to that of the likelihood's own arguments.
     return values.mean() + score - jax.lax.stop_gradient(score)
 
 

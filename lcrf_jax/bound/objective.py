@@ -197,8 +197,8 @@ def latent_crf_objective(
     is finer than the logits, the pairwise energy is that of the bilinearly interpolated logits, per pixel of the guide,
     times the number of cells. The three terms then keep their proportions.
 
-    The estimator "mcmc" has another objective: minus E log q under p(y|z,x)^a p(z|x)^b, where a and b are the weights of
-    likelihood and pairwise term. Each view has a Markov chain that continues from step to step; see
+    The estimator "mcmc" has another objective: minus E log q under p(y|z,x)^a p(z|x)^b, where a and b are the weights
+    of likelihood and pairwise term. Each view has a Markov chain that continues from step to step; see
     `lcrf_jax.bound.chains` and `lcrf_jax.bound.estimators.expected_log_prob`. Its record has the state of the chain as
     "chain", and its terms have the next state.
 

@@ -100,7 +100,7 @@ def straight_through(
     Args:
       key: PRNG key; the same key gives the noise of `gumbel_softmax`.
       logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
-      temperature: of the relaxation that lends its gradient, > 0.
+      temperature: of the relaxation whose gradient is used, > 0.
       groups: [m] int in 0..m-1, for logits [m, K]: pixels with the same number share their noise, see
         `block_groups`; None is independent noise.
     Returns:

@@ -30,7 +30,7 @@ def mean_field(
     .. math:: q_i^{t+1} = \mathrm{softmax}\Bigl(u_i - \sum_{j \ne i} k_{ij}\,\mu\,q_j^t\Bigr), \qquad
               q_i^0 = \mathrm{softmax}(u_i)
 
-    All pixels are updated in parallel; a lattice takes its two orders of blurring in turn. A fixed point is a
+    All pixels are updated in parallel; a lattice alternates between its two orders of blurring. A fixed point is a
     stationary point of `kl_to_prior` minus the expected unary, if the kernel is symmetric. Self-pairs are left
     out.
 
@@ -45,8 +45,9 @@ def mean_field(
       compatibility: [K, K] cost mu(a, b); None is Potts.
       tolerance: stop early once no probability has changed by more than this, in 0..1; None never does.
       drop_below: drop labels with q^0 below this at every pixel, in 0..1, or below 1 / (2.72 R) if that is
-        less; for Potts only. The number kept is rounded up to 4, 8, 16, ..., up to .6 K, or else to K, each
-        compiled for itself. None drops none. Under vmap images are done one by one.
+        less, with R the largest row sum of the kernel; for Potts only. The number kept is rounded up to 4, 8,
+        16, ..., up to .6 K, or else to K, and each size is compiled. None drops none. Under vmap the images
+        are computed one by one.
     Returns:
       [m, K] log-probabilities; their argmax are the labels.
     Raises:
