@@ -35,7 +35,7 @@ def mean_field(
     out.
 
     Labels that are improbable everywhere can be dropped: the time is about in proportion to the labels that remain.
-    With a kernel that is nowhere negative, a dropped label would not have reached 2.72 `drop_below` at any pixel
+    With a kernel that is nowhere negative, a dropped label would never exceed 2.72 `drop_below` at any pixel
     (proof: docs/engine.md, "Dropping labels"). In the result it keeps its unary logit, without a message.
 
     Args:
