@@ -1,4 +1,4 @@
-"""Confusion matrices and intersection over union: floor 1.
+"""Confusion matrices and intersection over union.
 
 One matrix is counted over all pixels of all images; matrices of different images, devices or processes are
 merged by adding them. Every function takes NumPy arrays (counts in int64, ratios in float64, values
@@ -6,15 +6,20 @@ checked) and JAX arrays or tracers (counts in int32, ratios in float32). A sum o
 int64, so add the matrices of single images as NumPy arrays: ``total = total + np.asarray(confusion)``.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 POISON = -(2**30)
 """Entry of a traced confusion matrix that has met a label out of range; see `confusion_matrix`."""
 
 
-def confusion_matrix(labels, truth, num_classes, *, ignore=255):
+def confusion_matrix(
+    labels: ArrayLike, truth: ArrayLike, num_classes: int, *, ignore: int = 255
+) -> jax.Array | np.ndarray:
     r"""Number of pixels of each true class that were given each predicted class.
 
     .. math:: C_{ab} = \#\{j : t_j = a,\; \hat z_j = b,\; t_j \ne \text{ignore}\}
@@ -38,32 +43,39 @@ def confusion_matrix(labels, truth, num_classes, *, ignore=255):
       TypeError: if one of the arrays does not hold integers.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import confusion_matrix
+      >>> truth = np.array([0, 0, 1, 255])  # 255 is left out
+      >>> confusion_matrix(np.array([0, 1, 1, 1]), truth, num_classes=2).tolist()
+      [[1, 1], [0, 1]]
     """
     on_host = not (isinstance(labels, jax.Array) or isinstance(truth, jax.Array))
     xp = np if on_host else jnp
-    labels, truth = xp.asarray(labels), xp.asarray(truth)
+    predicted, true = xp.asarray(labels), xp.asarray(truth)
     if num_classes < 1 or 0 <= ignore < num_classes:
         raise ValueError(f"expected num_classes >= 1 and ignore outside 0..num_classes - 1, got num_classes "
                          f"{num_classes} and ignore {ignore}; choose a label that is no class")
-    if labels.shape != truth.shape:
-        raise ValueError(f"expected labels and truth of one shape, got {labels.shape} and {truth.shape}; "
+    if predicted.shape != true.shape:
+        raise ValueError(f"expected labels and truth of one shape, got {predicted.shape} and {true.shape}; "
                          "bring the prediction to the size of the mask first")
-    for name, array in (("labels", labels), ("truth", truth)):
+    for name, array in (("labels", predicted), ("truth", true)):
         if not xp.issubdtype(array.dtype, xp.integer):
             raise TypeError(f"expected integers in {name}, got {array.dtype}; "
                             "take the argmax of probabilities first")
     wide = xp.int64 if on_host else xp.int32
-    labels, truth = labels.reshape(-1).astype(wide), truth.reshape(-1).astype(wide)
-    counted = truth != ignore
-    bad_labels = (labels < 0) | (labels >= num_classes)
-    bad_truth = ((truth < 0) | (truth >= num_classes)) & counted
-    traced = isinstance(labels, jax.core.Tracer) or isinstance(truth, jax.core.Tracer)
+    predicted, true = predicted.reshape(-1).astype(wide), true.reshape(-1).astype(wide)
+    counted = true != ignore
+    bad_labels = (predicted < 0) | (predicted >= num_classes)
+    bad_truth = ((true < 0) | (true >= num_classes)) & counted
+    traced = isinstance(predicted, jax.core.Tracer) or isinstance(true, jax.core.Tracer)
     if not traced:
-        _refuse_bad_values("labels", labels, bad_labels, num_classes,
+        _refuse_bad_values("labels", predicted, bad_labels, num_classes,
                            "a prediction has to be a class at every pixel")
-        _refuse_bad_values("truth", truth, bad_truth, num_classes,
+        _refuse_bad_values("truth", true, bad_truth, num_classes,
                            f"check the class list of the masks, or mark pixels to leave out with {ignore}")
-    pairs = xp.where(counted & ~bad_labels & ~bad_truth, truth * num_classes + labels, num_classes**2)
+    pairs = xp.where(counted & ~bad_labels & ~bad_truth, true * num_classes + predicted, num_classes**2)
+    counts: jax.Array | np.ndarray
     if on_host:
         counts = np.bincount(pairs, minlength=num_classes**2 + 1)
     else:
@@ -72,7 +84,7 @@ def confusion_matrix(labels, truth, num_classes, *, ignore=255):
     return counts[:-1].reshape(num_classes, num_classes)
 
 
-def iou_per_class(confusion):
+def iou_per_class(confusion: ArrayLike) -> jax.Array | np.ndarray:
     r"""Intersection over union of each class.
 
     .. math:: \mathrm{IoU}_k = \frac{C_{kk}}{\sum_b C_{kb} + \sum_a C_{ak} - C_{kk}}
@@ -86,23 +98,28 @@ def iou_per_class(confusion):
       ValueError: if the matrix is not square, or holds a negative count known outside jit.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import iou_per_class
+      >>> iou_per_class(np.array([[6, 2], [0, 4]])).round(2).tolist()
+      [0.75, 0.67]
     """
     xp = jnp if isinstance(confusion, jax.Array) else np
-    confusion = xp.asarray(confusion)
-    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
-        raise ValueError(f"expected a confusion matrix of shape [K, K], got {confusion.shape}; "
+    counts = xp.asarray(confusion)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
+        raise ValueError(f"expected a confusion matrix of shape [K, K], got {counts.shape}; "
                          "sum the matrices of several images first")
-    if not isinstance(confusion, jax.core.Tracer) and np.asarray(confusion < 0).any():
+    if not isinstance(counts, jax.core.Tracer) and np.asarray(counts < 0).any():
         raise ValueError("expected counts >= 0 in the confusion matrix, got a negative one: a label outside "
                          "the classes was met under jit; call confusion_matrix on NumPy arrays to see which")
     ratio_type = xp.float64 if xp is np else xp.float32
-    hit = xp.diagonal(confusion)
-    union = confusion.sum(axis=0) + confusion.sum(axis=1) - hit
+    hit = xp.diagonal(counts)
+    union = counts.sum(axis=0) + counts.sum(axis=1) - hit
     ratio = hit.astype(ratio_type) / xp.maximum(union, 1).astype(ratio_type)
     return xp.where(union > 0, ratio, xp.nan)
 
 
-def mean_iou(confusion):
+def mean_iou(confusion: ArrayLike) -> jax.Array | np.floating:
     r"""Mean over the classes of their intersection over union (mIoU), background included.
 
     .. math:: \mathrm{mIoU} = \frac{1}{|P|}\sum_{k \in P}\mathrm{IoU}_k,\quad
@@ -119,6 +136,11 @@ def mean_iou(confusion):
       ValueError: if the matrix is not square, or holds a negative count known outside jit.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import mean_iou
+      >>> round(float(mean_iou(np.array([[6, 2], [0, 4]]))), 3)
+      0.708
     """
     iou = iou_per_class(confusion)
     xp = jnp if isinstance(iou, jax.Array) else np
@@ -128,7 +150,7 @@ def mean_iou(confusion):
     return xp.where(num_there > 0, total / xp.maximum(num_there, 1).astype(total.dtype), xp.nan)[()]
 
 
-def format_iou_table(confusion, class_names, *, refined=None):
+def format_iou_table(confusion: ArrayLike, class_names: Sequence[str], *, refined: ArrayLike | None = None) -> str:
     """A text table of the IoU of each class, whose last line is ``mIoU 0.xxx``.
 
     A class that is in neither the truth nor the prediction shows a dash and is left out of the mean; a note
@@ -145,6 +167,17 @@ def format_iou_table(confusion, class_names, *, refined=None):
       ValueError: if the number of names is not K, a matrix is not [K, K], or a matrix holds a negative count.
     References:
       Everingham et al., The PASCAL Visual Object Classes Challenge, IJCV 2010, section 4.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import format_iou_table
+      >>> print(format_iou_table(np.array([[6, 2], [0, 4]]), ["background", "cat"]))
+      class           IoU
+      -------------------
+      background    0.750
+      cat           0.667
+      -------------------
+      mean          0.708
+      mIoU 0.708
     """
     matrices = [np.asarray(confusion)] + ([] if refined is None else [np.asarray(refined)])
     for matrix in matrices:

@@ -1,21 +1,26 @@
-"""Small numerical helpers: float promotion, entropies that survive log 0, and checks of static facts.
+"""Small numerical helpers: float promotion, entropies that are safe at log 0, and checks of arguments.
 
-Every floor of the library computes in float32: half-precision and integer inputs are promoted on entry,
+The whole library computes in float32: half-precision and integer inputs are promoted on entry,
 float64 is kept where JAX has it enabled (the tests use it).
 """
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+Number = TypeVar("Number")
 
 
-def promote_float(array):
+def promote_float(array: ArrayLike) -> jax.Array:
     """The array as float32, or as float64 where it already is float64.
 
-    float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels keep their
-    digits. float64 stays float64 only if `jax_enable_x64` is on; otherwise JAX makes it float32.
+    float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels stay
+    accurate. float64 stays float64 only if `jax_enable_x64` is on; otherwise JAX makes it float32.
 
     Args:
       array: any real array or number.
@@ -23,22 +28,20 @@ def promote_float(array):
       A JAX array of the same shape, float32 or float64.
     Raises:
       ValueError: if the array is complex.
-    References:
-      None.
     """
     array = jnp.asarray(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise ValueError(f"expected a real array, got dtype {array.dtype}; take its real part or its magnitude")
     promoted = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     if array.dtype == jnp.bfloat16:
-        # XLA on CPU (jaxlib 0.10) fuses this conversion wrongly into what follows; an operation in between, which changes
-        # no float32, prevents it.
+        # XLA on CPU (jaxlib 0.10) fuses this conversion wrongly into the next operation. This operation in between
+        # prevents that and changes no float32.
         promoted = jax.lax.reduce_precision(promoted, exponent_bits=8, mantissa_bits=23)
     return promoted
 
 
-def entropy(logits):
-    r"""Entropy of each categorical distribution, summed over nothing but the classes.
+def entropy(logits: ArrayLike) -> jax.Array:
+    r"""Entropy of each categorical distribution, without a sum over the pixels.
 
     .. math:: H_i = -\sum_k \phi_{ik} \log \phi_{ik}, \qquad \phi_i = \mathrm{softmax}(g_i)
 
@@ -50,8 +53,6 @@ def entropy(logits):
       [...] entropies in nats, between 0 and log K.
     Raises:
       ValueError: if `logits` has no class axis.
-    References:
-      None.
     """
     logits = promote_float(logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -61,21 +62,19 @@ def entropy(logits):
     return -jnp.sum(probs * jnp.where(probs > 0, log_probs, 0), axis=-1)
 
 
-def check_shape(name, array, expected, remedy):
+def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], remedy: str) -> tuple[int, ...]:
     """The shape of an array, after checking it against a pattern.
 
     Args:
       name: name of the argument, for the message.
       array: anything with a `shape`.
-      expected: one entry per axis; an int has to be met exactly, a letter such as 'm' stands for any size
+      expected: one entry per axis; an int has to match exactly, a letter such as 'm' stands for any size
         from 1 on.
       remedy: what the caller can do about a mismatch, for the message.
     Returns:
       The shape, a tuple of ints.
     Raises:
       ValueError: if the number of axes or a fixed size differs, or an axis is empty.
-    References:
-      None.
     """
     shape = tuple(jnp.shape(array))
     fits = len(shape) == len(expected) and all(
@@ -87,7 +86,9 @@ def check_shape(name, array, expected, remedy):
     return shape
 
 
-def check_number(name, value, *, minimum, remedy, strict=False, whole=False):
+def check_number(
+    name: str, value: Number, *, minimum: float, remedy: str, strict: bool = False, whole: bool = False
+) -> Number:
     """The value, after checking a Python or NumPy number against a lower bound; traced values pass unchecked.
 
     Args:
@@ -101,20 +102,18 @@ def check_number(name, value, *, minimum, remedy, strict=False, whole=False):
       The value, unchanged.
     Raises:
       ValueError: if the number is not finite, below the bound, or has a fraction that it must not have.
-    References:
-      None.
     """
     if isinstance(value, numbers.Real):
         too_small = value <= minimum if strict else value < minimum
         if not math.isfinite(value) or too_small:
             sign = ">" if strict else ">="
             raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {value}; {remedy}")
-        if whole and value != int(value):
+        if whole and value != math.floor(value):
             raise ValueError(f"{name}: expected a whole number, got {value}; {remedy}")
     return value
 
 
-def check_share(name, value, remedy):
+def check_share(name: str, value: Number, remedy: str) -> Number:
     """The value, after checking that a Python or NumPy number lies in (0, 1]; traced values pass unchecked.
 
     Args:
@@ -125,34 +124,28 @@ def check_share(name, value, remedy):
       The value, unchanged.
     Raises:
       ValueError: if the number is not in (0, 1].
-    References:
-      None.
     """
     check_number(name, value, minimum=0, strict=True, remedy=remedy)
-    if isinstance(value, numbers.Real) and value > 1:
+    if isinstance(value, numbers.Real) and not value <= 1:
         raise ValueError(f"{name}: expected a number of at most 1, got {value}; {remedy}")
     return value
 
 
-def squared_distances(a, b):
+def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
     """Squared distances between two sets of points, summed from the differences themselves.
 
-    Other than with |a|^2 + |b|^2 - 2ab, float32 keeps its digits however far the points lie from the origin.
+    Unlike |a|^2 + |b|^2 - 2ab this stays accurate in float32 for points that are far from the origin.
 
     Args:
       a: [m, d] points.
       b: [n, d] points.
     Returns:
       [m, n] squared distances.
-    Raises:
-      None.
-    References:
-      None.
     """
-    return sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(a.shape[1]))
+    return jnp.asarray(sum(jnp.square(a[:, None, i] - b[None, :, i]) for i in range(a.shape[1])))
 
 
-def varying_like(array, reference):
+def varying_like(array: ArrayLike, reference: ArrayLike) -> jax.Array:
     """The array, marked as varying over the mesh axes over which the reference varies.
 
     Inside `jax.shard_map` a loop refuses a carry that starts as a constant and ends as something that differs
@@ -163,8 +156,6 @@ def varying_like(array, reference):
       reference: an array from which the loop computes.
     Returns:
       The array, its values unchanged.
-    Raises:
-      None.
     References:
       JAX documentation, "shard_map", section on scan and varying manual axes.
     """

@@ -1,4 +1,4 @@
-"""The compared methods as pure functions of one image: losses, targets and what they do at test time.
+"""The compared methods as pure functions of one image: losses, targets and their use at test time.
 
     mil        MIL + ILP          mil_lse_loss, ilp_log_probs, majority_labels
     em_adapt   EM-Adapt           em_adapt_labels, then label_cross_entropy
@@ -8,8 +8,8 @@
     cam        CAM                cam_log_probs
     labels                        label_cross_entropy (full supervision, too), soft_cross_entropy
 
-`saliency` is one that needs no training. `lcrf_jax.train.methods` says how each method is trained. The room imports jax, numpy,
-einops, `lcrf_jax.numerics`, `lcrf_jax.crf` and `lcrf_jax.bound`, nothing else.
+`saliency` is a saliency that needs no training. `lcrf_jax.train.methods` says how each method is trained. The room
+imports jax, numpy, einops, `lcrf_jax.numerics`, `lcrf_jax.crf` and `lcrf_jax.bound`, nothing else.
 """
 
 from lcrf_jax.baselines.cam import cam_log_probs

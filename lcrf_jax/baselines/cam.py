@@ -1,16 +1,25 @@
 r"""Class activation maps with a threshold (Zhou et al. 2016): no network of its own is trained."""
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.pixel_evidence import class_evidence, log_evidence
 
 
-def cam_log_probs(class_maps, image_logits, *, background_level=0.2, sharpness=2.0, floor=0.01):
+def cam_log_probs(
+    class_maps: ArrayLike,
+    image_logits: ArrayLike,
+    *,
+    background_level: ArrayLike = 0.2,
+    sharpness: ArrayLike = 2.0,
+    floor: ArrayLike = 0.01,
+) -> jax.Array:
     r"""Log-probabilities from the class maps of a tag classifier and the classes that it finds itself.
 
     A class is present where the classifier gives it at least even odds; each map is divided by its maximum and competes
-    with a background of constant height, see `lcrf_jax.bound.pixel_evidence.class_evidence`. With a `sharpness` of any size the
-    labels are those of the thresholded maps.
+    with a background of constant height, see `lcrf_jax.bound.pixel_evidence.class_evidence`. The `sharpness` does not
+    change the labels, which are those of the thresholded maps.
 
     Args:
       class_maps: [m, K - 1] maps of the foreground classes, without bias.

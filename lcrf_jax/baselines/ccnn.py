@@ -1,9 +1,10 @@
 r"""Constrained optimisation of the latent labels (Pathak, Krahenbuhl and Darrell 2015)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.baselines.labels import soft_cross_entropy
 from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float, varying_like
@@ -13,7 +14,7 @@ _ABSENT = -1e9
 
 
 class ConstrainedDistribution(NamedTuple):
-    """The distribution next to q that has the areas that the tags ask for.
+    """The distribution closest to q whose class areas fit the tags.
 
     Attributes:
       log_probs: [m, K] log P.
@@ -28,25 +29,33 @@ class ConstrainedDistribution(NamedTuple):
 
 
 def ccnn_distribution(
-    logits, tags, *, foreground_share=0.05, background_least=0.3, background_most=0.7, slack=2.0, num_iterations=30
-):
+    logits: ArrayLike,
+    tags: ArrayLike,
+    *,
+    foreground_share: ArrayLike = 0.05,
+    background_least: float = 0.3,
+    background_most: ArrayLike = 0.7,
+    slack: ArrayLike = 2.0,
+    num_iterations: int = 30,
+) -> ConstrainedDistribution:
     r"""The latent distribution: the least KL(P || Q) under linear constraints on the mean areas a_k of P.
 
     .. math:: a_k = 0 \text{ for absent } k, \quad a_k \ge \alpha - \xi_k \text{ for present foreground},
               \quad \beta_0 \le a_0 \le \beta_1
 
-    with a cost of slack times xi_k. In the dual P = softmax(g + s), one shift for each class, s_k = lambda_k of its lower
-    minus lambda'_k of its upper bound, 0 <= lambda_k <= slack for the foreground, and what is minimised is
+    with a cost of slack times xi_k. In the dual, P = softmax(g + s) with one shift s_k = lambda_k - lambda'_k for each
+    class: lambda_k is the multiplier of its lower bound, lambda'_k that of its upper bound, and 0 <= lambda_k <= slack
+    for the foreground. The dual problem is to minimise
 
     .. math:: \frac{1}{m} \sum_j \log \sum_k \exp(g_{jk} + s_k) - \sum_k \lambda_k b_k + \sum_k \lambda'_k b'_k
 
-    Projected gradient steps, scaled for each class: s_k <- s_k + log(b_k / a_k), projected onto the bounds of lambda. This
-    is the minimum of an upper bound of the dual that touches it at the last s (log x <= x - 1; generalised iterative
-    scaling), so that no step size is needed. The steps are accelerated by Nesterov's momentum, which starts anew when a
-    step turns back. The residual says how far the last s is from the optimum: the largest area that a class lacks, or
-    has too much, where its shift may still move that way.
+    The steps are those of generalised iterative scaling, s_k <- s_k + log(b_k / a_k), projected onto the bounds of
+    lambda. Each step minimises an upper bound of the dual that touches it at the last s (log x <= x - 1), so no step
+    size is needed. Nesterov's momentum accelerates the steps, and restarts when a step reverses direction. The residual
+    measures the distance from the optimum: the largest area that a class lacks or has in excess, counted only where
+    its shift may still move to correct it.
 
-    An image without tags has no upper bound of its background, which is all that is left.
+    Without foreground tags background is the only class, so its upper bound is dropped.
 
     Args:
       logits: [m, K] unnormalised log-probabilities of Q.
@@ -63,6 +72,13 @@ def ccnn_distribution(
     References:
       Pathak, Krahenbuhl and Darrell 2015, sections 4 and 5; Darroch and Ratcliff 1972, for the step; O'Donoghue and
       Candes 2015, for the restarts.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import ccnn_distribution
+      >>> logits, tags = np.array([[2.0, 0.0, 0.0]] * 4), np.array([True, True, False])
+      >>> found = ccnn_distribution(logits, tags)  # at most 0.7 background, none of the absent class
+      >>> print(np.exp(found.log_probs).mean(axis=0).round(2))
+      [0.7 0.3 0. ]
     """
     _, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("tags", tags, (num_classes,), "one tag per class, background first")
@@ -88,7 +104,8 @@ def ccnn_distribution(
     def scaled_step(shifts):
         log_areas = jnp.log(jnp.maximum(areas(shifts), 1e-30))
         up, down = shifts + jnp.log(least) - log_areas, shifts + jnp.log(most) - log_areas
-        # The two sides of a class are two multipliers, of which one is 0: the shift goes up to `least`, down to `most`.
+        # At most one of the two multipliers of a class is not 0: the shift rises to reach `least` or falls to reach
+        # `most`.
         moved = jnp.where(up > 0, up, jnp.where(down < 0, down, 0.0))
         return jnp.clip(moved, lowest, highest)
 
@@ -109,7 +126,7 @@ def ccnn_distribution(
     return ConstrainedDistribution(jax.nn.log_softmax(logits + shifts, axis=-1), shifts, residual)
 
 
-def ccnn_loss(logits, tags, **options):
+def ccnn_loss(logits: ArrayLike, tags: ArrayLike, **options: Any) -> jax.Array:
     r"""Cross-entropy with the constrained latent distribution P, which is held fixed.
 
     .. math:: -\frac{1}{m} \sum_j \sum_k P_{jk} \log \phi_{jk}
@@ -124,5 +141,11 @@ def ccnn_loss(logits, tags, **options):
       ValueError: as `ccnn_distribution`.
     References:
       Pathak, Krahenbuhl and Darrell 2015, section 5.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import ccnn_loss
+      >>> logits, tags = np.array([[2.0, 0.0, 0.0]] * 4), np.array([True, True, False])
+      >>> round(float(ccnn_loss(logits, tags)), 2)
+      0.84
     """
     return soft_cross_entropy(logits, jnp.exp(ccnn_distribution(logits, tags, **options).log_probs))

@@ -1,15 +1,23 @@
-r"""EM with biases that adapt to each image (Papandreou et al. 2015): the E-step. The M-step is `label_cross_entropy`."""
+r"""The E-step of EM with biases that adapt to each image (Papandreou et al. 2015); M-step: `label_cross_entropy`."""
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_shape, check_share, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def em_adapt_labels(key, logits, tags, *, foreground_share=0.2, background_share=0.4):
-    r"""Hard labels such that every present class has at least its share of the pixels when its turn comes.
+def em_adapt_labels(
+    key: jax.Array,
+    logits: ArrayLike,
+    tags: ArrayLike,
+    *,
+    foreground_share: ArrayLike = 0.2,
+    background_share: ArrayLike = 0.4,
+) -> jax.Array:
+    r"""Hard labels; every present class in turn is given at least its share of the pixels.
 
     Class by class, background first and then the present classes in random order, a bias b_l >= 0 is added to the
     scores f(l): the least one for which a share rho_l of the pixels takes the class,
@@ -31,6 +39,12 @@ def em_adapt_labels(key, logits, tags, *, foreground_share=0.2, background_share
       ValueError: if the shapes do not fit or a share is not in (0, 1].
     References:
       Papandreou, Chen, Murphy and Yuille 2015, algorithm 1 and section 3.2 (EM-Adapt).
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import em_adapt_labels
+      >>> logits, tags = jax.numpy.array([[5.0, 1.0], [5.0, 4.0], [5.0, 3.0]]), jax.numpy.array([True, True])
+      >>> em_adapt_labels(jax.random.key(0), logits, tags).tolist()
+      [0, 1, 0]
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("tags", tags, (num_classes,), "one tag per class, background first")
@@ -48,7 +62,7 @@ def em_adapt_labels(key, logits, tags, *, foreground_share=0.2, background_share
         label = order[turn]
         deficit = top - scores[:, label]
         bias = jnp.sort(deficit)[ranks[label] - 1]
-        # The pixels are told by their deficit: the biased score itself may round to a tie. Without a bias nothing moves.
+        # Compare deficits, not biased scores, which may round to a tie. With a bias of 0 no label changes.
         takes = present[label] & (deficit <= bias) & (bias > 0)
         return jnp.where(takes, scores[:, label] + bias, top), jnp.where(takes, label, labels)
 

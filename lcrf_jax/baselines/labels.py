@@ -2,26 +2,30 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_shape, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def label_cross_entropy(logits, labels):
+def label_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     r"""Cross-entropy with the labels of the cells that have one.
 
     .. math:: -\frac{1}{|U|} \sum_{j \in U} \log \phi_{j z_j}, \qquad U = \{j : 0 \le z_j < K\}
 
     Args:
       logits: [m, K] unnormalised log-probabilities of q.
-      labels: [m] integers; what is outside 0..K - 1, such as 255, has no label.
+      labels: [m] integers; a value outside 0..K - 1, such as 255, means no label.
     Returns:
       Scalar, float32, nats; the mean over the cells with a label, 0 if there is none.
     Raises:
       ValueError: if the shapes do not fit.
-    References:
-      None.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import label_cross_entropy
+      >>> round(float(label_cross_entropy(np.zeros((3, 2)), np.array([0, 1, 255]))), 3)
+      0.693
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("labels", labels, (num_pixels,), "one class index per cell")
@@ -32,7 +36,7 @@ def label_cross_entropy(logits, labels):
     return -jnp.sum(jnp.where(known, picked, 0)) / jnp.maximum(known.sum(), 1).astype(picked.dtype)
 
 
-def soft_cross_entropy(logits, probs):
+def soft_cross_entropy(logits: ArrayLike, probs: ArrayLike) -> jax.Array:
     r"""Cross-entropy with a distribution over the labels of every cell, which is held fixed.
 
     .. math:: -\frac{1}{m} \sum_j \sum_k p_{jk} \log \phi_{jk}
@@ -46,8 +50,11 @@ def soft_cross_entropy(logits, probs):
       Scalar, float32, nats, the mean over the cells.
     Raises:
       ValueError: if the shapes do not fit.
-    References:
-      None.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import soft_cross_entropy
+      >>> round(float(soft_cross_entropy(np.zeros((2, 2)), np.array([[0.9, 0.1], [0.2, 0.8]]))), 3)
+      0.693
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
     check_shape("probs", probs, (num_pixels, num_classes), "one distribution per cell")

@@ -1,15 +1,16 @@
-r"""Multiple-instance learning with smooth pooling (Pinheiro and Collobert 2015), and its two devices at test time."""
+r"""Multiple-instance learning with smooth pooling (Pinheiro and Collobert 2015), and its two priors at test time."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def mil_lse_scores(logits, *, sharpness=5.0):
+def mil_lse_scores(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""The score of each class for the whole image: a smooth maximum over the pixels.
 
     .. math:: s_k = \frac{1}{r} \log \frac{1}{m} \sum_j \exp(r\, g_{jk})
@@ -30,7 +31,7 @@ def mil_lse_scores(logits, *, sharpness=5.0):
     return (jax.nn.logsumexp(sharpness * logits, axis=0) - jnp.log(num_pixels)) / sharpness
 
 
-def mil_lse_loss(logits, tags, *, sharpness=5.0):
+def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""Cross-entropy of the image's class scores with its tags.
 
     .. math:: -\frac{1}{|y|} \sum_{k: y_k} \log p(k|x), \qquad p(\cdot|x) = \mathrm{softmax}(s)
@@ -47,6 +48,12 @@ def mil_lse_loss(logits, tags, *, sharpness=5.0):
       ValueError: if the shapes do not fit or `sharpness` is not positive.
     References:
       Pinheiro and Collobert 2015, section 3.1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import mil_lse_loss
+      >>> logits, tags = np.array([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), np.array([True, True, False])
+      >>> round(float(mil_lse_loss(logits, tags)), 3)
+      0.768
     """
     scores = mil_lse_scores(logits, sharpness=sharpness)
     check_shape("tags", tags, scores.shape, "one tag per class, background first")
@@ -55,8 +62,8 @@ def mil_lse_loss(logits, tags, *, sharpness=5.0):
     return -jnp.sum(jnp.where(tags, log_probs, 0)) / jnp.maximum(tags.sum(dtype=log_probs.dtype), 1)
 
 
-def ilp_log_probs(logits, *, sharpness=5.0):
-    r"""The pixels' probabilities times those of the image: the image-level prior of the test time.
+def ilp_log_probs(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
+    r"""The pixels' probabilities times those of the image: the image-level prior that is used at test time.
 
     .. math:: \hat p_j(k) \propto p_j(k)\, p(k|x)
 
@@ -69,19 +76,26 @@ def ilp_log_probs(logits, *, sharpness=5.0):
       ValueError: if `logits` is not [m, K] or `sharpness` is not positive.
     References:
       Pinheiro and Collobert 2015, section 3.2.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import ilp_log_probs
+      >>> logits = np.array([[2.0, 0.0], [0.0, 1.0]])
+      >>> print(np.exp(ilp_log_probs(logits)).round(2))
+      [[0.95 0.05]
+       [0.5  0.5 ]]
     """
     prior = jax.nn.log_softmax(mil_lse_scores(logits, sharpness=sharpness))
     return jax.nn.log_softmax(promote_float(logits) + prior, axis=-1)
 
 
-def majority_labels(labels, segments):
+def majority_labels(labels: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """Every pixel takes the most frequent label of its segment.
 
     Args:
       labels: [H, W] NumPy array of class indices >= 0.
       segments: [H, W] NumPy array of segment numbers >= 0, such as superpixels.
     Returns:
-      [H, W] NumPy array, dtype of `labels`; of equally frequent labels the least one.
+      [H, W] NumPy array, dtype of `labels`; the smallest of equally frequent labels.
     Raises:
       ValueError: if the shapes differ or an entry is negative.
     References:

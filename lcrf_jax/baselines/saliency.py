@@ -1,11 +1,12 @@
 r"""A training-free saliency: minimum barrier distance to the image's border, and contrast to the border's colours.
 
 After the method MB+ of Zhang et al. 2015, with sweeps over whole rows and columns in place of a raster scan, so that
-it is a handful of vector operations on every device.
+it runs as a few vector operations on every device.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
@@ -15,7 +16,7 @@ _RGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.11
 _WHITE = (0.9505, 1.0, 1.089)
 
 
-def lab_colours(image):
+def lab_colours(image: ArrayLike) -> jax.Array:
     """CIE L*a*b* of an sRGB image, white point D65.
 
     Args:
@@ -38,14 +39,14 @@ def lab_colours(image):
     return jnp.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-def barrier_distance(values, *, num_passes=3):
+def barrier_distance(values: ArrayLike, *, num_passes: int = 3) -> jax.Array:
     r"""Minimum barrier distance of every pixel to the border of the image.
 
     .. math:: d(t) = \min_\pi \Bigl( \max_i v(\pi_i) - \min_i v(\pi_i) \Bigr)
 
     over the paths of 4-neighbours from the border to t. Each pass sweeps down, up, right and left; a pixel keeps the
-    best path so far with its largest and least value. This never falls below the exact distance, and may exceed it,
-    as the best path to a pixel need not go on as the best path to the next.
+    best path so far with its largest and least value. The result is never below the exact distance. It may exceed
+    it, since the best path to a pixel need not be part of the best path to the next one.
 
     Args:
       values: [H, W] real.
@@ -68,7 +69,7 @@ def barrier_distance(values, *, num_passes=3):
         """The paths of the row before taken one step further, where that is better."""
         (_, high, low), (found, value) = before, row
         high, low = jnp.maximum(high, value), jnp.minimum(low, value)
-        # A pixel without a path has none to hand on.
+        # A pixel that no path has reached cannot extend one.
         cost = jnp.where(jnp.isinf(before[0]), jnp.inf, high - low)
         kept = tuple(jnp.where(cost < found[0], new, old) for new, old in zip((cost, high, low), found))
         return kept, kept
@@ -89,11 +90,11 @@ def barrier_distance(values, *, num_passes=3):
     return jax.lax.fori_loop(0, num_passes, one_pass, state)[0]
 
 
-def border_contrast(colours, *, thickness=0.1):
-    r"""How much each pixel differs from the colours of the border, in the least favourable three of four sides.
+def border_contrast(colours: ArrayLike, *, thickness: float = 0.1) -> jax.Array:
+    r"""How much each pixel differs from the colours of the border: the sum over four sides without the largest.
 
     With mean and covariance of each side, the Mahalanobis distance of every pixel to it, divided by its maximum; the
-    sum of the four less the largest one, as one side may be the object's.
+    largest of the four is left out of the sum, as the object may touch one side.
 
     Args:
       colours: [H, W, C] colours, such as `lab_colours`.
@@ -115,18 +116,20 @@ def border_contrast(colours, *, thickness=0.1):
         mean = pixels.mean(axis=0)
         centred = pixels - mean
         covariance = jnp.einsum("nc,nd->cd", centred, centred, precision=jax.lax.Precision.HIGHEST) / len(pixels)
-        # A side of one colour has no covariance; one unit of colour keeps the distance finite.
+        # A side of one colour has zero covariance; adding one unit of colour keeps the distance finite.
         inverse = jnp.linalg.inv(covariance + jnp.eye(channels))
         away = colours - mean
         squared = jnp.einsum("hwc,cd,hwd->hw", away, inverse, away, precision=jax.lax.Precision.HIGHEST)
         distance = jnp.sqrt(jnp.maximum(squared, 0))
         distances.append(distance / jnp.maximum(distance.max(), 1e-6))
-    distances = jnp.stack(distances)
-    return distances.sum(axis=0) - distances.max(axis=0)
+    every = jnp.stack(distances)
+    return every.sum(axis=0) - every.max(axis=0)
 
 
-def barrier_saliency(image, *, num_passes=3, contrast=10.0, level=1.5):
-    r"""Saliency of an image: what is walled off from the border, differs from it in colour and lies near the centre.
+def barrier_saliency(
+    image: ArrayLike, *, num_passes: int = 3, contrast: ArrayLike = 10.0, level: ArrayLike = 1.5
+) -> jax.Array:
+    r"""Saliency of an image: high where the border is far in barrier distance and colour, and the centre is near.
 
     The barrier distances of the three L*a*b* channels are summed; this and `border_contrast` are each brought to 0..1
     and added, the sum is multiplied by 1 - r, where r is the distance to the centre as a share of that of the corners,
@@ -148,6 +151,13 @@ def barrier_saliency(image, *, num_passes=3, contrast=10.0, level=1.5):
     References:
       Zhang et al. 2015 (MB+, without its morphological smoothing); the multiple of the mean in place of a fixed
       midpoint: Achanta et al. 2009.
+    Example:
+      >>> import jax, numpy as np
+      >>> from lcrf_jax import barrier_saliency
+      >>> image = np.zeros((9, 9, 3), np.uint8)
+      >>> image[3:6, 3:6] = 255
+      >>> (jax.jit(barrier_saliency)(image) > 0.5)[4].astype(int).tolist()
+      [0, 0, 0, 1, 1, 1, 0, 0, 0]
     """
     height, width, _ = check_shape("image", image, ("H", "W", 3), _ONE_IMAGE)
     check_number("contrast", contrast, minimum=0, strict=True, remedy="10 is usual")

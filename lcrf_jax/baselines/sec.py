@@ -2,8 +2,10 @@ r"""Seed, expand and constrain (Kolesnikov and Lampert 2016): the three losses, 
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.likelihoods import ranked_mean
+from lcrf_jax.crf.energy import KernelLike
 from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.numerics import check_shape, check_share, promote_float
 
@@ -11,7 +13,7 @@ _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vma
 NO_CUE = 255
 
 
-def floored_probs(logits, *, min_prob=1e-4):
+def floored_probs(logits: ArrayLike, *, min_prob: ArrayLike = 1e-4) -> jax.Array:
     r"""Softmax, mixed with a little of the uniform distribution: no probability is below `min_prob`.
 
     .. math:: f = \epsilon + (1 - K \epsilon)\, \mathrm{softmax}(g)
@@ -30,21 +32,29 @@ def floored_probs(logits, *, min_prob=1e-4):
     """
     num_classes = jnp.shape(logits)[-1]
     check_share("K * min_prob", num_classes * min_prob, "1e-4 is usual")
-    return min_prob + (1 - num_classes * min_prob) * jax.nn.softmax(promote_float(logits), axis=-1)
+    return jax.nn.softmax(promote_float(logits), axis=-1) * (1 - num_classes * min_prob) + min_prob
 
 
-def localisation_cues(class_maps, peaks, tags, saliency, *, foreground_level=0.2, background_share=0.1):
-    r"""The cells that are sure enough to be seeds, with their label.
+def localisation_cues(
+    class_maps: ArrayLike,
+    peaks: ArrayLike,
+    tags: ArrayLike,
+    saliency: ArrayLike,
+    *,
+    foreground_level: ArrayLike = 0.2,
+    background_share: float = 0.1,
+) -> jax.Array:
+    r"""Labels of the cells that serve as seeds.
 
     Cell j is a cue of a present foreground class k if c_jk > level * max_i c_ik. A cell that several classes claim goes
-    to the one that claims fewest. Cells that none claims are cues of the background if they are among the given share
-    with the least saliency (ties included).
+    to the class with the fewest cells. Cells that no class claims are cues of the background if they are among the
+    given share with the least saliency (ties included).
 
     Args:
       class_maps: [m, K - 1] maps c of the foreground classes, without bias.
       peaks: [K - 1] maximum of each map over the whole image; a class whose peak is not positive has no cue.
       tags: [K] bool, index 0 is background.
-      saliency: [m] anything that grows with the chance of foreground.
+      saliency: [m] any score that is higher where foreground is more likely.
       foreground_level: share of the peak, in (0, 1].
       background_share: share of the cells, in (0, 1].
     Returns:
@@ -53,6 +63,12 @@ def localisation_cues(class_maps, peaks, tags, saliency, *, foreground_level=0.2
       ValueError: if the shapes do not fit or a share is out of range.
     References:
       Kolesnikov and Lampert 2016, section 3.2 and supplement.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import localisation_cues
+      >>> maps, tags = np.array([[0.0], [0.1], [1.0]]), np.array([True, True])
+      >>> localisation_cues(maps, maps.max(axis=0), tags, saliency=np.array([0.1, 0.5, 0.9])).tolist()
+      [0, 255, 1]
     """
     num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_SET)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
@@ -70,14 +86,14 @@ def localisation_cues(class_maps, peaks, tags, saliency, *, foreground_level=0.2
     return jnp.where(claimed.any(axis=1), foreground, jnp.where(quiet, 0, NO_CUE)).astype(jnp.int32)
 
 
-def seed_loss(probs, cues):
-    r"""The cues have their label.
+def seed_loss(probs: ArrayLike, cues: ArrayLike) -> jax.Array:
+    r"""Seeding loss: cross-entropy at the cues.
 
     .. math:: -\frac{1}{|S|} \sum_{j \in S} \log f_{j c_j}
 
     Args:
       probs: [m, K] positive probabilities f, see `floored_probs`.
-      cues: [m] integers; what is outside 0..K - 1 is no cue.
+      cues: [m] integers; a value outside 0..K - 1 means no cue.
     Returns:
       Scalar, float32, nats; the mean over the cues, 0 if there is none.
     Raises:
@@ -93,8 +109,10 @@ def seed_loss(probs, cues):
     return -jnp.sum(jnp.where(chosen, log_probs, 0)) / jnp.maximum(chosen.sum(), 1).astype(log_probs.dtype)
 
 
-def expand_loss(probs, tags, *, foreground_decay=0.996, background_decay=0.999):
-    r"""Present classes have a part of the image, absent ones not a pixel.
+def expand_loss(
+    probs: ArrayLike, tags: ArrayLike, *, foreground_decay: ArrayLike = 0.996, background_decay: ArrayLike = 0.999
+) -> jax.Array:
+    r"""Expansion loss: present classes cover a part of the image, absent ones no pixel.
 
     .. math:: -\frac{1}{|y_+|} \sum_{k \in y_+} \log G_k(d_+)
               - \frac{1}{|y_-|} \sum_{k \in y_-} \log(1 - \max_j f_{jk}) - \log G_0(d_0)
@@ -127,14 +145,14 @@ def expand_loss(probs, tags, *, foreground_decay=0.996, background_decay=0.999):
         return jnp.sum(jnp.where(chosen, values, 0)) / jnp.maximum(chosen.sum(), 1).astype(values.dtype)
 
     shown = mean_over(present, -jnp.log(pooled))
-    # By index: the gradient of a maximum asks for equality, which a compiler that computes the values twice may miss.
+    # By index: the gradient of a maximum tests for equality, which fails if the compiler computes the values twice.
     peaks = jnp.take_along_axis(probs, jnp.argmax(probs, axis=0)[None], axis=0)[0]
     hidden = mean_over(absent, -jnp.log1p(-peaks))
     return shown + hidden - jnp.log(pooled[0])
 
 
-def constrain_loss(probs, kernel, *, num_iterations=10):
-    r"""The distance to the output's own refinement by the dense CRF, which is held fixed.
+def constrain_loss(probs: ArrayLike, kernel: KernelLike, *, num_iterations: int = 10) -> jax.Array:
+    r"""Constrain-to-boundary loss: KL to the output's refinement by the dense CRF, which is held fixed.
 
     .. math:: \frac{1}{m} \sum_j \sum_k Q_{jk} \log \frac{Q_{jk}}{f_{jk}}
 
@@ -157,7 +175,16 @@ def constrain_loss(probs, kernel, *, num_iterations=10):
     return jnp.sum(jnp.exp(log_refined) * (log_refined - log_probs)) / len(log_probs)
 
 
-def sec_loss(logits, tags, cues, kernel, *, min_prob=1e-4, num_iterations=10, **decays):
+def sec_loss(
+    logits: ArrayLike,
+    tags: ArrayLike,
+    cues: ArrayLike,
+    kernel: KernelLike,
+    *,
+    min_prob: ArrayLike = 1e-4,
+    num_iterations: int = 10,
+    **decays: ArrayLike,
+) -> jax.Array:
     r"""The sum of the three losses, weights 1 : 1 : 1.
 
     Args:
@@ -174,6 +201,13 @@ def sec_loss(logits, tags, cues, kernel, *, min_prob=1e-4, num_iterations=10, **
       ValueError: as the three losses.
     References:
       Kolesnikov and Lampert 2016, eq. 1.
+    Example:
+      >>> import jax, numpy as np
+      >>> from lcrf_jax import sec_loss
+      >>> logits, kernel = np.array([[2.0, 0.0], [0.0, 2.0]]), 0.1 * np.ones((2, 2))
+      >>> loss = jax.jit(sec_loss)(logits, tags=np.array([True, True]), cues=np.array([0, 255]), kernel=kernel)
+      >>> round(float(loss), 2)
+      0.71
     """
     probs = floored_probs(logits, min_prob=min_prob)
     expand = expand_loss(probs, tags, **decays)

@@ -2,14 +2,15 @@ r"""From simple to complex (Wei et al. 2016): the targets of its three networks.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_shape, promote_float
 
 _ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 
 
-def saliency_target(saliency, tags):
-    r"""What is salient in an image with a single tag is of that class: the target of the initial network.
+def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
+    r"""Target of the initial network: the salient pixels of an image with one tag belong to that class.
 
     .. math:: p_{jk} = s_j / |y_+| \text{ for the foreground tags } y_+, \qquad p_{j0} = 1 - s_j
 
@@ -24,6 +25,11 @@ def saliency_target(saliency, tags):
       ValueError: if the shapes do not fit.
     References:
       Wei et al. 2016, section 3.2.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import saliency_target
+      >>> saliency_target(np.array([0.25, 1.0]), np.array([True, False, True])).tolist()
+      [[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]]
     """
     check_shape("saliency", saliency, ("m",), _ONE_SET)
     check_shape("tags", tags, ("K",), "one tag per class, background first")
@@ -34,8 +40,8 @@ def saliency_target(saliency, tags):
     return salient * share + (1 - salient) * jax.nn.one_hot(0, len(foreground), dtype=salient.dtype)
 
 
-def tagged_labels(logits, tags):
-    """The most probable of the tagged classes: masks of the enhanced and of the powerful network.
+def tagged_labels(logits: ArrayLike, tags: ArrayLike) -> jax.Array:
+    """The most probable of the tagged classes: the training masks of the enhanced and the powerful network.
 
     Args:
       logits: [..., K] logits, log-probabilities or probabilities.

@@ -1,9 +1,9 @@
 """The evidence lower bound on log p(y | x): what the latent CRF maximises.
 
-Read `sampling` first, the draws of labels z from q; then `likelihoods`, log p(y | z, x) in several forms, and `pixel_evidence`,
-what a frozen classifier says of each pixel; then `estimators`, the bound and the four ways to its gradient. `chains`
-samples the posterior itself. `record` is what training knows of one view of an image, and `objective` puts all this together by
-configuration: one function of a record.
+Read `sampling` first, the draws of labels z from q; then `likelihoods`, log p(y | z, x) in several forms, and
+`pixel_evidence`, the evidence of a frozen classifier for each pixel; then `estimators`, the bound and four estimators
+of its gradient. `chains` samples the posterior itself. `record` is what training knows of one view of an image, and
+`objective` combines all this by configuration: one function of one record.
 
 The room imports jax, numpy, einops, `lcrf_jax.numerics` and `lcrf_jax.crf`, nothing else.
 """

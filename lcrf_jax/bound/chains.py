@@ -5,25 +5,27 @@ term is split by Gaussian fields u, one for each class,
 
 .. math:: u_k \mid z \sim N(A z_k,\; A), \qquad A = K_{BB} + \mathrm{diag}(d),
 
-given which the pixels of the block are independent: p(z_i = k | u, rest) is the softmax of the field, the messages of
-the other blocks and the unary. Any diagonal d that makes A positive definite leaves the distribution as it is, since
-sum_k z_ik^2 = 1. A pixel whose block is itself alone has all but the textbook update: its d is .001.
+Given u, the pixels of the block are independent: p(z_i = k | u, rest) is the softmax of the sum of u_ik, the messages
+of the other blocks and the unary. Any diagonal d that makes A positive definite leaves the posterior as it is, since
+sum_k z_ik^2 = 1. With one pixel per block this is single-site Gibbs, up to d = 1e-3.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.sampling import categorical
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 
 class GibbsSamples(NamedTuple):
-    """What a chain gives.
+    """The result of a chain.
 
     Attributes:
-      labels: [m] int32, the state after the last sweep; pass it on to go on with the chain.
+      labels: [m] int32, the state after the last sweep; pass it to the next call to continue the chain.
       marginals: [m, K] float32, the mean over the sweeps of the labels' conditional distributions (of the labels
         themselves, where there is a likelihood that does not factorise); rows sum to one.
     """
@@ -33,7 +35,7 @@ class GibbsSamples(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """One block's pixels, by number (m stands for none), their rows of K, and A = factor factor^T."""
+    """The indices of a block's pixels (m is padding), their rows of K, and A = factor factor^T."""
 
     pixels: jax.Array
     rows: jax.Array
@@ -41,39 +43,48 @@ class _Block(NamedTuple):
     factor: jax.Array
 
 
-def _blocks(kernel, num_blocks):
-    """The blocks, stacked: pixel i belongs to block i modulo their number, so that neighbours fall apart."""
+def _blocks(kernel: jax.Array, num_blocks: int) -> _Block:
+    """The blocks, stacked: pixel i belongs to block i modulo their number, so neighbours lie in different blocks."""
     num_pixels = len(kernel)
     size = -(-num_pixels // num_blocks)
     pixels = jnp.arange(size)[None, :] * num_blocks + jnp.arange(num_blocks)[:, None]
     pixels = jnp.minimum(pixels, num_pixels)
     rows = jnp.pad(kernel, ((0, 1), (0, 1)))[pixels]
     within = jnp.take_along_axis(rows, jnp.broadcast_to(pixels[:, None, :], (*pixels.shape, size)), axis=2)
-    # Diagonally dominant with something to spare, hence positive definite in float32 too.
+    # Diagonally dominant with a margin, hence positive definite in float32 too.
     diagonal = 1.001 * jnp.abs(within).sum(axis=-1) + 1e-3
     factor = jnp.linalg.cholesky(within + jax.vmap(jnp.diag)(diagonal))
     return _Block(pixels, rows[..., :num_pixels], diagonal, factor)
 
 
-def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=1, num_blocks=8):
+def gibbs(
+    key: jax.Array,
+    labels: ArrayLike,
+    kernel: ArrayLike,
+    unary_logits: ArrayLike,
+    *,
+    log_likelihood: Callable[[jax.Array], jax.Array] | None = None,
+    num_sweeps: int = 1,
+    num_blocks: int = 8,
+) -> GibbsSamples:
     r"""Sweeps of a Markov chain whose stationary distribution is the posterior of the dense CRF with Potts costs.
 
     .. math:: p(z) \propto \exp\Bigl(\sum_j u_{j z_j} - \sum_{i<j} k_{ij} [z_i \ne z_j] + \ell(z)\Bigr)
 
-    What factorises over the pixels goes into the unary and is sampled exactly. The rest, l(z), is met by a
-    Metropolis-Hastings test for each block as a whole: the more pixels in a block, the more often it fails.
-    Nothing here is differentiated.
+    A likelihood that factorises over the pixels goes into the unary and is sampled exactly. Any other, l(z), enters
+    through a Metropolis-Hastings test of each block as a whole: the more pixels in a block, the more often it is
+    rejected. No gradient flows through the samples.
 
     Args:
       key: PRNG key.
-      labels: [m] int, the state to go on from. A chain that is kept from call to call (persistent) needs few sweeps.
-      kernel: [m, m] matrix, of which the symmetric part counts and the diagonal does not. Where row sums pass 1 or so
-        chains mix slowly, and where they reach 10 they may stay where they began.
+      labels: [m] int, the initial state. A persistent chain, whose state is kept from call to call, needs few sweeps.
+      kernel: [m, m] matrix; only its symmetric part counts, and its diagonal is ignored. With row sums above about 1
+        the chain mixes slowly; with row sums of 10 it may stay near its initial state.
       unary_logits: [m, K] log-potentials of the pixels, such as `lcrf_jax.bound.pixel_evidence.log_evidence`.
       log_likelihood: function l from one-hot labels [m, K] to a scalar, or None.
       num_sweeps: static, >= 1; every pixel is updated once in each.
-      num_blocks: static, >= 1; more than m is m. Few large blocks are fast, many small ones mix better. With a
-        log-likelihood take blocks of 8 pixels or so: in larger ones a hard likelihood accepts nothing.
+      num_blocks: static, >= 1; at most m are used. Few large blocks are fast, many small ones mix better. With a
+        log-likelihood use blocks of about 8 pixels: with larger ones a hard likelihood rejects every proposal.
     Returns:
       `GibbsSamples`.
     Raises:
@@ -81,7 +92,8 @@ def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=
     References:
       Geman and Geman 1984; Martens and Sutskever 2010, for the Gaussian fields; Metropolis et al. 1953, Hastings 1970.
     """
-    num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), "pass one image, pixels flattened to one axis")
+    remedy = "pass one image, pixels flattened to one axis"
+    num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), remedy)
     check_shape("labels", labels, (num_pixels,), "give the number of a class for each pixel")
     check_shape("kernel", kernel, (num_pixels, num_pixels), "pass a dense matrix, see lcrf_jax.dense_kernel")
     check_number("num_sweeps", num_sweeps, minimum=1, whole=True, remedy="5 is usual for a chain that is kept")
@@ -111,13 +123,13 @@ def gibbs(key, labels, kernel, unary_logits, *, log_likelihood=None, num_sweeps=
 
 
 def _updated(one_hot, marginals, block, key, unary_logits, log_likelihood):
-    """The labels after an update of one block, and the marginals with its conditional distributions or, if tested, labels."""
+    """The labels after an update of one block, and its marginals: the conditionals or, after a test, the labels."""
     field_key, label_key, test_key = jax.random.split(key, 3)
 
     def product(a, b):
         return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
-    # Rows of pixels that are none read the last one here, and are dropped when written.
+    # Padding has the index m: reading it gives the last pixel, and writing it is dropped.
     mean = product(block.rows, one_hot) + block.diagonal[:, None] * one_hot[block.pixels]
     noise = jax.random.normal(field_key, mean.shape, mean.dtype)
     logits = mean + product(block.factor, noise) + unary_logits[block.pixels]

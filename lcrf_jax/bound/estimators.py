@@ -5,21 +5,23 @@ r"""The evidence lower bound of the latent CRF.
 
 The KL is exact, up to log Z(x), which no parameter of q changes. The first term is estimated by one of `ESTIMATORS`,
 which share one signature. `reinforce_likelihood` is unbiased in value and gradient; `straight_through_likelihood` in
-value only. With relaxed samples, or with the probabilities in place of samples, the term is not the expectation of the
-bound, so that the sum is a hybrid objective and not a strict bound. Some likelihoods have their expectation in closed
-form, see `lcrf_jax.bound.likelihoods.EXPECTATIONS`.
+value only. With relaxed samples, or with the probabilities in place of samples, the first term is not this
+expectation. The sum is then a different objective and not a strict bound. Some likelihoods have their expectation in
+closed form, see `lcrf_jax.bound.likelihoods.EXPECTATIONS`.
 
-The other reading of "MCMC samples" fits q to samples of the posterior p(z|x,y) itself, see `lcrf_jax.bound.chains`, by
-maximising their `expected_log_prob`.
+q can also be fitted to MCMC samples of the posterior p(z|x,y), see `lcrf_jax.bound.chains`, by maximising
+their `expected_log_prob`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.sampling import categorical, gumbel_softmax, straight_through
-from lcrf_jax.crf.energy import pairwise_energy
+from lcrf_jax.crf.energy import KernelLike, pairwise_energy
 from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
 
 
@@ -39,13 +41,15 @@ class ElboTerms(NamedTuple):
     log_partition: jax.Array
 
     @property
-    def bound(self):
+    def bound(self) -> jax.Array:
         """log-likelihood + entropy - pairwise energy - log Z: what is maximised, every weight being 1."""
         return self.reweighted() - self.log_partition
 
-    def reweighted(self, *, likelihood=1.0, entropy=1.0, pairwise=1.0):
+    def reweighted(
+        self, *, likelihood: ArrayLike = 1.0, entropy: ArrayLike = 1.0, pairwise: ArrayLike = 1.0
+    ) -> jax.Array:
         """The terms with weights, without log Z. Any weight but 1 makes it another objective than the bound."""
-        return likelihood * self.log_likelihood + entropy * self.entropy - pairwise * self.pairwise_energy
+        return self.log_likelihood * likelihood + self.entropy * entropy - self.pairwise_energy * pairwise
 
 
 def _mean_over_samples(key, num_samples, function):
@@ -55,7 +59,15 @@ def _mean_over_samples(key, num_samples, function):
     return jnp.mean(jax.vmap(function)(jax.random.split(key, num_samples)))
 
 
-def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+def gumbel_softmax_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 1,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""E_q log p(y|z,x) through relaxed samples: the gradient flows back through them.
 
     .. math:: \frac1S \sum_s \log p(y \mid \bar z^{(s)}, x), \quad
@@ -70,15 +82,23 @@ def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, n
       log_likelihood: function from labels [m, K] to a scalar.
       temperature: tau > 0.
       num_samples: S >= 1, static.
-      groups: [m] int, pixels that share their noise, see `lcrf_jax.bound.sampling.block_groups`; None is independent noise.
-        The pixels of a group are then not independent of each other, which is another joint distribution with
-        the probabilities of q at every pixel.
+      groups: [m] int, pixels that share their noise, see `lcrf_jax.bound.sampling.block_groups`; None is independent
+        noise. Pixels of a group are then dependent: the joint distribution is not q, but its marginals are those
+        of q.
     Returns:
       Scalar, float32, nats.
     Raises:
       ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
     References:
       Jang, Gu and Poole 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import gumbel_softmax_likelihood, noisy_or
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
+      >>> value = gumbel_softmax_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
+      >>> round(float(value), 2)
+      -4.61
     """
 
     def one(sample_key):
@@ -87,20 +107,28 @@ def gumbel_softmax_likelihood(key, logits, log_likelihood, *, temperature=1.0, n
     return _mean_over_samples(key, num_samples, one)
 
 
-def straight_through_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+def straight_through_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 1,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""E_q log p(y|z,x) over exact samples, with the gradient of relaxed ones.
 
     .. math:: \frac1S \sum_s \log p(y \mid z^{(s)}, x), \qquad
               \partial z / \partial g := \partial \bar z / \partial g
 
-    The value is unbiased. The gradient is not: the slope of the likelihood at a corner of the simplex stands for its
-    difference between corners, which is right where log p(y|z,x) is linear in z and the temperature small.
+    The value is unbiased, the gradient is biased: it uses the slope of the likelihood at a corner of the simplex in
+    place of its difference between corners. The two agree if log p(y|z,x) is linear in z and the temperature small.
 
     Args:
       key: PRNG key; the same key gives the noise of `gumbel_softmax_likelihood`.
       logits: [m, K] unnormalised log-probabilities of q.
       log_likelihood: function from labels [m, K] to a scalar.
-      temperature: of the relaxation that lends its gradient, > 0.
+      temperature: of the relaxation whose gradient is used, > 0.
       num_samples: S >= 1, static.
       groups: see `gumbel_softmax_likelihood`.
     Returns:
@@ -109,6 +137,14 @@ def straight_through_likelihood(key, logits, log_likelihood, *, temperature=1.0,
       ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
     References:
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import noisy_or, straight_through_likelihood
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
+      >>> value = straight_through_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
+      >>> round(float(value), 2)
+      -4.61
     """
 
     def one(sample_key):
@@ -117,14 +153,22 @@ def straight_through_likelihood(key, logits, log_likelihood, *, temperature=1.0,
     return _mean_over_samples(key, num_samples, one)
 
 
-def reinforce_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=2, groups=None):
+def reinforce_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 2,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""E_q log p(y|z,x) over exact samples, with the score-function gradient: both are unbiased.
 
     .. math:: \frac1S \sum_s (f_s - \tfrac1{S-1} \textstyle\sum_{t \ne s} f_t)\,\nabla \log q(z^{(s)} | x), \qquad
               f_s = \log p(y \mid z^{(s)}, x)
 
     The mean of the other samples is the baseline. The likelihood is only ever evaluated at labellings and need not be
-    differentiable; the price is a variance that grows with the number of pixels.
+    differentiable. The variance grows with the number of pixels.
 
     Args:
       key: PRNG key.
@@ -132,13 +176,21 @@ def reinforce_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_sa
       log_likelihood: function from labels [m, K] to a scalar.
       temperature: not used; the estimators share one signature.
       num_samples: S >= 2, static.
-      groups: None. Labels that share their noise have no log q that is a sum over pixels.
+      groups: must be None: with shared noise, log q is no longer a sum over pixels.
     Returns:
       Scalar, float32, nats.
     Raises:
       ValueError: if `num_samples` is smaller than 2 or groups are given.
     References:
       Williams 1992; Mnih and Rezende 2016, and Kool, van Hoof and Welling 2019, for the baseline.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import noisy_or, reinforce_likelihood
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
+      >>> value = reinforce_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
+      >>> round(float(value), 2)
+      -4.61
     """
     del temperature
     check_number("num_samples", num_samples, minimum=2, remedy="each sample's baseline is the mean of the others")
@@ -155,11 +207,19 @@ def reinforce_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_sa
     fixed = jax.lax.stop_gradient(values)
     # f_s minus the mean of the others is S / (S - 1) times f_s minus the mean of all.
     score = jnp.sum((fixed - fixed.mean()) * log_q) / (num_samples - 1)
-    # The score adds nothing to the value, and its gradient to that of the likelihood's own arguments.
+    # The score term has value 0. Its gradient is added to that of the likelihood's own arguments.
     return values.mean() + score - jax.lax.stop_gradient(score)
 
 
-def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples=1, groups=None):
+def mean_likelihood(
+    key: jax.Array,
+    logits: ArrayLike,
+    log_likelihood: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: ArrayLike = 1.0,
+    num_samples: int = 1,
+    groups: ArrayLike | None = None,
+) -> jax.Array:
     r"""log p(y|phi,x): the probabilities themselves in place of samples, the control to compare samples with.
 
     It is the expectation if log p(y|z,x) is linear in z, and at least the expectation if it is concave in z,
@@ -174,10 +234,14 @@ def mean_likelihood(key, logits, log_likelihood, *, temperature=1.0, num_samples
       groups: not used.
     Returns:
       Scalar, float32, nats.
-    Raises:
-      Nothing of its own.
-    References:
-      None.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import mean_likelihood, noisy_or
+      >>> tags = jax.numpy.array([True, True])
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
+      >>> value = mean_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
+      >>> round(float(value), 2)
+      -4.61
     """
     del key, temperature, num_samples, groups
     return log_likelihood(jax.nn.softmax(promote_float(logits), axis=-1))
@@ -191,13 +255,13 @@ ESTIMATORS = {
 }
 
 
-def expected_log_prob(logits, target_probs):
+def expected_log_prob(logits: ArrayLike, target_probs: ArrayLike) -> jax.Array:
     r"""E log q(z|x) under given marginals: what fits q to samples of the posterior by maximum likelihood.
 
     .. math:: \sum_j \sum_k P_{jk} \log q(z_{jk} = 1 | x)
 
-    With P the marginals of p(z|x,y) it is largest where q has the same marginals, the best a factorised q can do
-    in KL(p || q). That is the divergence in the other direction than the bound's: it covers, where the bound seeks a mode.
+    With P the marginals of p(z|x,y) the maximum is where q has the same marginals. This minimises the forward
+    KL(p || q), which covers all modes; the bound minimises KL(q || p), which picks one.
 
     Args:
       logits: [m, K] unnormalised log-probabilities of q.
@@ -208,6 +272,11 @@ def expected_log_prob(logits, target_probs):
       ValueError: if the shapes do not fit.
     References:
       Bornschein and Bengio 2015, the wake phase of the inference network.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import expected_log_prob
+      >>> round(float(expected_log_prob(np.zeros((3, 2)), np.eye(2)[[0, 1, 1]])), 3)
+      -2.079
     """
     shape = check_shape("logits", logits, ("m", "K"), "pass one image, pixels flattened to one axis")
     check_shape("target_probs", target_probs, shape, "give one row per pixel, one column per class")
@@ -217,15 +286,15 @@ def expected_log_prob(logits, target_probs):
 
 
 def elbo(
-    key,
-    logits,
-    kernel,
-    log_likelihood,
+    key: jax.Array,
+    logits: ArrayLike,
+    kernel: KernelLike | None,
+    log_likelihood: Callable[[jax.Array], jax.Array],
     *,
-    estimator=gumbel_softmax_likelihood,
-    compatibility=None,
-    log_partition=0.0,
-):
+    estimator: Callable[..., jax.Array] = gumbel_softmax_likelihood,
+    compatibility: ArrayLike | None = None,
+    log_partition: ArrayLike = 0.0,
+) -> ElboTerms:
     """The terms of the bound for one image.
 
     Args:
@@ -244,6 +313,13 @@ def elbo(
       ValueError: if the shapes do not fit or the log-likelihood is not a scalar.
     References:
       Pandey and Dukkipati 2017; Krahenbuhl and Koltun 2011.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax.bound import elbo, max_pool
+      >>> logits, tags = jax.numpy.zeros((4, 2)), jax.numpy.array([True, True])
+      >>> terms = elbo(jax.random.key(0), logits, 0.1 * jax.numpy.ones((4, 4)), lambda z: max_pool(z, tags))
+      >>> round(float(terms.entropy), 3), round(float(terms.pairwise_energy), 3)
+      (2.773, 0.3)
     """
     remedy = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
     check_shape("logits", logits, ("m", "K"), remedy)

@@ -17,6 +17,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.pixel_evidence import log_evidence
 from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float
@@ -25,24 +26,24 @@ _ONE_IMAGE = "pass one image, pixels flattened to one axis; for a batch use jax.
 _TINY = 1e-6
 
 
-def _checked(labels, tags):
+def _checked(labels: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
     _, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
     check_shape("tags", tags, (num_classes,), "one tag per class, background first")
     return promote_float(labels), jnp.asarray(tags, bool)
 
 
-def _bernoulli(pi, tags):
+def _bernoulli(pi: jax.Array, tags: jax.Array) -> jax.Array:
     """Sum over classes of the log-probability of the tags, pi kept _TINY away from 0 and 1."""
     pi = jnp.clip(pi, _TINY, 1 - _TINY)
     return jnp.sum(jnp.where(tags, jnp.log(pi), jnp.log1p(-pi)))
 
 
-def noisy_or(labels, tags, *, rho=0.1):
+def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax.Array:
     r"""Every pixel of a class raises its tag with probability rho, independently.
 
     .. math:: \pi_k = 1 - \prod_j (1 - \rho z_{jk})
 
-    Computed in the log domain; the pi of a present tag is kept above 1e-6. It saturates over many pixels: at
+    Computed in the log domain; the pi of a present tag is kept above 1e-6. With many pixels it saturates: at
     initialisation every pi_k is close to 1.
 
     Args:
@@ -55,12 +56,18 @@ def noisy_or(labels, tags, *, rho=0.1):
       ValueError: if the shapes do not fit or rho is not in (0, 1).
     References:
       Pearl 1988, the noisy-or gate.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import noisy_or
+      >>> labels, tags = np.eye(2)[[0, 0, 1]], np.array([True, True])
+      >>> round(float(noisy_or(labels, tags, rho=0.5)), 3)
+      -0.981
     """
     labels, tags = _checked(labels, tags)
     check_share("rho", rho, "use a probability between 0 and 1")
     if isinstance(rho, numbers.Real) and rho == 1:
         raise ValueError(f"rho: expected a probability below 1, got {rho}; for a hard or use max_pool")
-    log_absent = jnp.sum(jnp.log1p(-rho * labels), axis=0)
+    log_absent = jnp.sum(jnp.log1p(-(labels * rho)), axis=0)
     # log(1 - exp(x)) for x <= 0; the bound keeps value and gradient finite where no pixel has the class.
     log_present = jnp.log(-jnp.expm1(jnp.minimum(log_absent, math.log1p(-_TINY))))
     return jnp.sum(jnp.where(tags, log_present, log_absent))
@@ -71,12 +78,12 @@ def _check_flip_probability(value):
         raise ValueError(f"flip_probability: expected a number in (0, 0.5), got {value}; 1e-6 is almost never")
 
 
-def max_pool(labels, tags, *, flip_probability=1e-6):
+def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike = 1e-6) -> jax.Array:
     r"""A tag is as likely as the most certain pixel of its class; on one-hot labels a hard or.
 
     .. math:: \pi_k = \epsilon + (1 - 2 \epsilon) \max_j z_{jk}
 
-    A tag that the labels call for is missing with probability epsilon, and one that they do not is there with the same.
+    Each tag differs from what the labels imply with probability epsilon.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
@@ -88,16 +95,22 @@ def max_pool(labels, tags, *, flip_probability=1e-6):
       ValueError: if the shapes do not fit or epsilon is out of range.
     References:
       Pathak et al. 2015, multi-class multiple instance learning.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import max_pool
+      >>> labels, tags = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([True, True])
+      >>> round(float(max_pool(labels, tags)), 3)
+      -0.329
     """
     labels, tags = _checked(labels, tags)
     _check_flip_probability(flip_probability)
     largest = labels.max(axis=0)
-    # Each side from its own small end: 1 - pi would lose the digits of a small epsilon.
+    # Both cases are computed directly: 1 - pi would lose the digits of a small epsilon.
     right = jnp.where(tags, largest, 1 - largest)
     return jnp.sum(jnp.log(flip_probability + (1 - 2 * flip_probability) * right))
 
 
-def expected_max_pool(logits, tags, *, flip_probability=1e-6):
+def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike = 1e-6) -> jax.Array:
     r"""E_q of `max_pool` over exact, that is one-hot, labels: closed form.
 
     .. math:: \sum_k P_k \log \pi(y_k | 1) + (1 - P_k) \log \pi(y_k | 0), \qquad
@@ -111,19 +124,23 @@ def expected_max_pool(logits, tags, *, flip_probability=1e-6):
       Scalar, float32, nats.
     Raises:
       ValueError: if the shapes do not fit or epsilon is out of range.
-    References:
-      None.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import expected_max_pool
+      >>> logits, tags = np.zeros((8, 2)), np.array([True, True])
+      >>> round(float(expected_max_pool(logits, tags, flip_probability=0.01)), 3)
+      -0.056
     """
     logits, tags = _checked(logits, tags)
     _check_flip_probability(flip_probability)
-    # Just below 0: a pixel that is certain of a class makes its absence impossible up to the precision of float32.
+    # Kept just below 0, so that the log-probability of absence stays finite where a pixel is certain of a class.
     log_probs = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), -1e-7)
     absent = jnp.exp(jnp.sum(jnp.log(-jnp.expm1(log_probs)), axis=0))
     right = jnp.where(tags, 1 - absent, absent)
-    return jnp.sum(right * jnp.log1p(-flip_probability) + (1 - right) * jnp.log(flip_probability))
+    return jnp.sum(right * jnp.log1p(jnp.negative(flip_probability)) + (1 - right) * jnp.log(flip_probability))
 
 
-def log_mean_exp(labels, tags, *, sharpness=5.0):
+def log_mean_exp(labels: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""A smooth maximum over the pixels.
 
     .. math:: \pi_k = \frac1r \log \frac1m \sum_j \exp(r z_{jk})
@@ -138,6 +155,12 @@ def log_mean_exp(labels, tags, *, sharpness=5.0):
       ValueError: if the shapes do not fit or the sharpness is not positive.
     References:
       Pinheiro and Collobert 2015.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import log_mean_exp
+      >>> labels, tags = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([True, True])
+      >>> round(float(log_mean_exp(labels, tags)), 3)
+      -0.669
     """
     labels, tags = _checked(labels, tags)
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="5 is usual")
@@ -145,7 +168,14 @@ def log_mean_exp(labels, tags, *, sharpness=5.0):
     return _bernoulli(pooled / sharpness, tags)
 
 
-def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3):
+def area(
+    labels: ArrayLike,
+    tags: ArrayLike,
+    *,
+    beta: ArrayLike = 20.0,
+    foreground_share: ArrayLike = 0.1,
+    background_share: ArrayLike = 0.3,
+) -> jax.Array:
     r"""A tag is likely once its class covers enough of the image.
 
     .. math:: \pi_k = \sigma(\beta\,(\tfrac1m \textstyle\sum_j z_{jk} - \alpha_k))
@@ -162,6 +192,12 @@ def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3)
       ValueError: if the shapes do not fit, beta is not positive or a share is not in (0, 1].
     References:
       Pathak, Krahenbuhl and Darrell 2015, for constraints on the area.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import area
+      >>> labels, tags = np.eye(3)[[0, 0, 1]], np.array([True, True, False])
+      >>> round(float(area(labels, tags)), 3)
+      -0.137
     """
     labels, tags = _checked(labels, tags)
     check_number("beta", beta, minimum=0, strict=True, remedy="20 is usual")
@@ -172,7 +208,7 @@ def area(labels, tags, *, beta=20.0, foreground_share=0.1, background_share=0.3)
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags, logits, -logits)))
 
 
-def ranked_mean(labels, decays, *, reference_cells=1681):
+def ranked_mean(labels: ArrayLike, decays: ArrayLike, *, reference_cells: ArrayLike = 1681) -> jax.Array:
     r"""Global weighted rank pooling of each class: its i-th most certain pixel counts d^(i-1).
 
     .. math:: G_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
@@ -198,7 +234,14 @@ def ranked_mean(labels, decays, *, reference_cells=1681):
     return jnp.sum(weights * ranked, axis=0) / weights.sum(axis=0)
 
 
-def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, reference_cells=1681):
+def gwrp(
+    labels: ArrayLike,
+    tags: ArrayLike,
+    *,
+    foreground_decay: ArrayLike = 0.996,
+    background_decay: ArrayLike = 0.999,
+    reference_cells: ArrayLike = 1681,
+) -> jax.Array:
     r"""Global weighted rank pooling: the i-th most certain pixel counts d^(i-1).
 
     .. math:: \pi_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
@@ -218,6 +261,12 @@ def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, refere
       ValueError: if the shapes do not fit or a decay is not in (0, 1].
     References:
       Kolesnikov and Lampert 2016, section 3.3.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import gwrp
+      >>> labels, tags = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([True, True])
+      >>> round(float(gwrp(labels, tags)), 3)
+      -0.625
     """
     labels, tags = _checked(labels, tags)
     check_share("foreground_decay", foreground_decay, "use a number just below 1")
@@ -227,8 +276,10 @@ def gwrp(labels, tags, *, foreground_decay=0.996, background_decay=0.999, refere
     return _bernoulli(ranked_mean(labels, decay, reference_cells=reference_cells), tags)
 
 
-def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
-    r"""A frozen linear classifier looks at the pixels that a class is given.
+def frozen_classifier(
+    labels: ArrayLike, tags: ArrayLike, class_maps: ArrayLike, *, bias: ArrayLike, scale: ArrayLike = 1.0
+) -> jax.Array:
+    r"""A frozen linear classifier, pooled over the pixels with the label of its class.
 
     .. math:: \pi_k = \sigma\Bigl(\frac{s}{m} \sum_j z_{jk}\, c_{jk} + b_k\Bigr), \qquad
               c_{jk} = w_k^\top F_j(x)
@@ -247,6 +298,13 @@ def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
       ValueError: if the shapes do not fit or the scale is negative.
     References:
       Zhou et al. 2016, for the maps.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import frozen_classifier
+      >>> labels, tags = np.eye(2)[[0, 1]], np.array([True, True])
+      >>> class_maps = np.array([[0.0], [6.0]])  # one foreground class, strong at the second pixel
+      >>> round(float(frozen_classifier(labels, tags, class_maps, bias=-1.0)), 3)
+      -0.127
     """
     labels, tags = _checked(labels, tags)
     num_pixels, num_foreground = labels.shape[0], labels.shape[1] - 1
@@ -258,8 +316,8 @@ def frozen_classifier(labels, tags, class_maps, *, bias, scale=1.0):
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags[1:], logits, -logits)))
 
 
-def evidence(labels, tags, pixel_evidence):
-    r"""Every pixel vouches for its label with the evidence of a frozen classifier.
+def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> jax.Array:
+    r"""A product over pixels of the evidence that a frozen classifier gives to their labels.
 
     .. math:: \log p(y|z,x) = \sum_j \log \sum_k z_{jk}\, e_{jk}(x, y)
 
@@ -276,19 +334,24 @@ def evidence(labels, tags, pixel_evidence):
       ValueError: if the shapes do not fit.
     References:
       The original leaves p(y|z,x) open; this factorised form is ours.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import evidence
+      >>> labels, tags = np.eye(2)[[0, 1]], np.array([True, True])
+      >>> round(float(evidence(labels, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
+      -0.616
     """
     labels, _ = _checked(labels, tags)
     check_shape("pixel_evidence", pixel_evidence, labels.shape, "evidence and labels lie on the same grid")
     return jnp.sum(log_evidence(jnp.sum(labels * promote_float(pixel_evidence), axis=1)))
 
 
-def expected_evidence(logits, tags, pixel_evidence):
+def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> jax.Array:
     r"""E_q of `evidence` over exact, that is one-hot, labels: closed form.
 
     .. math:: \sum_j \sum_k \phi_{jk} \log e_{jk}
 
-    It is less than `evidence` of the probabilities themselves, which takes the logarithm last, and its optimum under
-    the bound is sharper.
+    By Jensen's inequality it is at most `evidence` of the probabilities. Its optimum under the bound is sharper.
 
     Args:
       logits: [m, K] unnormalised log-probabilities of q.
@@ -298,8 +361,12 @@ def expected_evidence(logits, tags, pixel_evidence):
       Scalar, float32, nats, not divided by m.
     Raises:
       ValueError: if the shapes do not fit.
-    References:
-      None.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import expected_evidence
+      >>> logits, tags = np.zeros((2, 2)), np.array([True, True])
+      >>> round(float(expected_evidence(logits, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
+      -1.918
     """
     logits, _ = _checked(logits, tags)
     check_shape("pixel_evidence", pixel_evidence, logits.shape, "evidence and logits lie on the same grid")

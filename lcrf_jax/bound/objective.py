@@ -1,6 +1,7 @@
-"""The objective of the latent CRF by configuration: a function of one image, (key, logits, record, step) -> (loss, terms)."""
+"""The objective of the latent CRF by configuration, for one image: (key, logits, record, step) -> (loss, terms)."""
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +20,8 @@ from lcrf_jax.numerics import check_number, entropy, promote_float
 _NO_CHAIN = 255
 
 
-def uses_chains(config):
-    """Whether the objective of a run goes on from the state of a Markov chain.
+def uses_chains(config: Mapping[str, Any]) -> bool:
+    """Whether the objective of a run keeps the states of Markov chains.
 
     Args:
       config: dict with "method" and "objective".
@@ -31,8 +32,8 @@ def uses_chains(config):
     return config["method"] == "latent_crf" and config["objective"]["estimator"] == "mcmc"
 
 
-def empty_chains(num_views, num_images, grid):
-    """The chains of a run that begins: each view's starts from a sample of q when it is first seen.
+def empty_chains(num_views: int, num_images: int, grid: int) -> jax.Array:
+    """The chains at the start of a run: that of a view starts from a sample of q when the view is first seen.
 
     Args:
       num_views: views of each image.
@@ -52,9 +53,9 @@ class _Observed(NamedTuple):
     where the likelihood does not factorise.
     """
 
-    log_likelihood: Any
-    expectation: Any
-    log_potentials: Any
+    log_likelihood: Callable[[jax.Array], jax.Array]
+    expectation: Callable[[jax.Array], jax.Array] | None
+    log_potentials: jax.Array | None
 
 
 def _observed(config, record):
@@ -77,7 +78,7 @@ def _product(factors):
 
     log_likelihoods = [factor.log_likelihood for _, factor in factors]
     expectations = [factor.expectation for _, factor in factors]
-    # What is multiplied on are functions of the whole image, so that nothing factorises over the pixels any more.
+    # The further likelihoods are functions of the whole image, so the product does not factorise over the pixels.
     return _Observed(summed(log_likelihoods), None if None in expectations else summed(expectations), None)
 
 
@@ -138,16 +139,18 @@ def _check_objective(config):
         if name not in likelihoods.TAG_LIKELIHOODS:
             raise ValueError(f"{at}: expected one of {sorted(likelihoods.TAG_LIKELIHOODS)}, got {name!r}")
         if weight and name == config["likelihood"]:
-            raise ValueError(f"{at}: {name} is the likelihood already; raise objective.likelihood_weight, or choose another")
+            remedy = "raise objective.likelihood_weight, or choose another"
+            raise ValueError(f"{at}: {name} is the likelihood already; {remedy}")
     saliency_weight = config["likelihood_options"].get("evidence", {}).get("saliency_weight", 0)
     at = "objective.likelihood_options.evidence.saliency_weight"
     check_number(at, saliency_weight, minimum=0, remedy="2 is usual, 0 leaves saliency out")
     if config["cue_confidence"] and config["likelihood"] != "evidence":
         raise ValueError(
-            f"objective.cue_confidence: cues are a part of the likelihood 'evidence', got {config['likelihood']!r}; set it "
-            "to 0, which leaves them out"
+            f"objective.cue_confidence: cues are a part of the likelihood 'evidence', got {config['likelihood']!r}; "
+            "set it to 0, which leaves them out"
         )
-    check_number("objective.cue_confidence", config["cue_confidence"], minimum=0, remedy="0.97 is usual, 0 is without cues")
+    remedy = "0.97 is usual, 0 is without cues"
+    check_number("objective.cue_confidence", config["cue_confidence"], minimum=0, remedy=remedy)
     if config["cue_confidence"] >= 1:
         raise ValueError(
             f"objective.cue_confidence: expected a probability below 1, got {config['cue_confidence']}; 0.97 is usual"
@@ -185,30 +188,32 @@ def _check_objective(config):
         )
 
 
-def latent_crf_objective(config, *, stride, steps_per_epoch):
+def latent_crf_objective(
+    config: Mapping[str, Any], *, stride: float, steps_per_epoch: int
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
     """The negative bound of one image, divided by its number of cells, with the weights of the configuration.
 
-    With all weights 1 this is the bound, up to log Z(x); any other weights make a re-weighted objective of it. On a
-    guide finer than the logits the pairwise energy is that of the logits' bilinear interpolation, per pixel of the
-    guide, times the number of cells: the three terms keep their proportions.
+    With all weights 1 this is the bound, up to log Z(x); other weights give a re-weighted objective. If the guide
+    is finer than the logits, the pairwise energy is that of the bilinearly interpolated logits, per pixel of the guide,
+    times the number of cells. The three terms then keep their proportions.
 
-    The estimator "mcmc" has another objective: minus E log q under p(y|z,x)^a p(z|x)^b, with the weights of likelihood
-    and pairwise term as a and b, by a Markov chain for each view that goes on from step to step; see
-    `lcrf_jax.bound.chains` and `lcrf_jax.bound.estimators.expected_log_prob`. Its record has the state of the chain as "chain", and
-    its terms have the next one.
+    The estimator "mcmc" has another objective: minus E log q under p(y|z,x)^a p(z|x)^b, where a and b are the weights
+    of likelihood and pairwise term. Each view has a Markov chain that continues from step to step; see
+    `lcrf_jax.bound.chains` and `lcrf_jax.bound.estimators.expected_log_prob`. Its record has the state of the chain as
+    "chain", and its terms have the next state.
 
     Args:
-      config: Mapping with "likelihood", a name of `lcrf_jax.bound.likelihoods`, and "likelihood_options", a dict from such
-        a name to keyword arguments (those of "evidence" are for `class_evidence`), "further_likelihoods", a dict from names of
-        `likelihoods.TAG_LIKELIHOODS` to the powers in which these are multiplied to the first, 0 for not at all,
+      config: Mapping with "likelihood", a name of `lcrf_jax.bound.likelihoods`, and "likelihood_options", a dict from
+        such a name to keyword arguments (those of "evidence" are for `class_evidence`), "further_likelihoods", a dict
+        from names of `likelihoods.TAG_LIKELIHOODS` to the powers in which these multiply the first, 0 for none,
         "cue_confidence" (of `cue_evidence`, multiplied to that of the class maps; 0 for none), "estimator" (a key of
         `lcrf_jax.bound.estimators.ESTIMATORS`, "exact" for likelihoods with a closed form, or "mcmc"), "temperature",
         "final_temperature" (reached along a geometric path after "anneal_epochs" of each round; 0 for none),
         "num_samples", "noise_block" (side of the blocks of cells that share their noise), "num_sweeps" (of mcmc, in
         each step), "likelihood_weight", "entropy_weight", "pairwise_weight", "pairwise_warmup_epochs",
         "pairwise_stride" (pixels of the input per cell of the guide, 0 for the grid of the logits), "pairwise_form"
-        (a key of `lcrf_jax.crf.image_kernels.FORMS`, or "" for the default) and "kernel", the fields of `KernelParams` in
-        pixels of the network's input.
+        (a key of `lcrf_jax.crf.image_kernels.FORMS`, or "" for the default) and "kernel", the fields of `KernelParams`
+        in pixels of the network's input.
       stride: pixels of the input per cell of the logits.
       steps_per_epoch: for the warm-up of the pairwise weight and the temperature.
 
@@ -223,7 +228,8 @@ def latent_crf_objective(config, *, stride, steps_per_epoch):
     warmup_steps = config["pairwise_warmup_epochs"] * steps_per_epoch
 
     def pairwise_weight(step):
-        return config["pairwise_weight"] * (jnp.minimum(1.0, promote_float(step + 1) / warmup_steps) if warmup_steps else 1.0)
+        reached = jnp.minimum(1.0, promote_float(step + 1) / warmup_steps) if warmup_steps else 1.0
+        return config["pairwise_weight"] * reached
 
     if config["estimator"] == "mcmc":
         return functools.partial(_chain_objective, config, kernel_params, pairwise_weight)
@@ -285,7 +291,7 @@ def _chain_objective(config, kernel_params, pairwise_weight, key, logits, record
         jnp.zeros_like(logits) if potentials is None else weight * potentials,
         log_likelihood=None if potentials is not None else lambda z: weight * observed.log_likelihood(z),
         num_sweeps=config["num_sweeps"],
-        # What does not factorise accepts or refuses a block as a whole.
+        # A likelihood that does not factorise accepts or rejects a block as a whole.
         num_blocks=8 if potentials is not None else max(8, len(logits) // 8),
     )
     log_prob = estimators.expected_log_prob(logits, samples.marginals) / (height * width)

@@ -1,16 +1,17 @@
 r"""Samples of factorised categorical distributions, relaxed and exact.
 
 Every sample adds Gumbel noise to the logits; the largest one is then a sample of softmax(logits). The noise of
-pixels is independent, or shared within groups of them: the distribution of each pixel stays what it was.
+pixels is independent, or shared within groups of them: the distribution of each single pixel is the same either way.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
 
-def block_groups(height, width, block):
+def block_groups(height: int, width: int, block: int) -> jax.Array:
     """The groups of a grid in square blocks, for samples whose noise is constant within a block.
 
     Args:
@@ -21,8 +22,10 @@ def block_groups(height, width, block):
       [height * width] int32, the number of the block of each cell, rows first.
     Raises:
       ValueError: if a size is smaller than 1.
-    References:
-      None.
+    Example:
+      >>> from lcrf_jax import block_groups
+      >>> block_groups(2, 4, block=2).reshape(2, 4).tolist()
+      [[0, 0, 1, 1], [0, 0, 1, 1]]
     """
     for name, value in (("height", height), ("width", width), ("block", block)):
         check_number(name, value, minimum=1, remedy="sizes are in cells; a block of 1 is a group for each cell")
@@ -30,7 +33,7 @@ def block_groups(height, width, block):
     return (rows[:, None] * -(-width // block) + columns).reshape(-1).astype(jnp.int32)
 
 
-def _perturbed(key, logits, groups=None):
+def _perturbed(key: jax.Array, logits: ArrayLike, groups: ArrayLike | None = None) -> jax.Array:
     """Logits plus Gumbel noise, at least in float32; rows of one group have the same noise."""
     logits = promote_float(logits)
     if logits.ndim < 1 or logits.shape[-1] < 1:
@@ -39,12 +42,13 @@ def _perturbed(key, logits, groups=None):
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     if groups is None:
         return logits + noise
-    num_pixels, _ = check_shape("logits", logits, ("m", "K"), "groups are of the pixels of one image; for a batch use vmap")
+    remedy = "groups are of the pixels of one image; for a batch use vmap"
+    num_pixels, _ = check_shape("logits", logits, ("m", "K"), remedy)
     check_shape("groups", groups, (num_pixels,), "give the number of a group, below m, for each pixel")
     return logits + noise[groups]
 
 
-def _relaxed(perturbed, temperature):
+def _relaxed(perturbed: jax.Array, temperature: ArrayLike) -> jax.Array:
     """softmax(perturbed / temperature); the largest is taken off first, so that no quotient overflows."""
     remedy = "for exact samples use categorical"
     check_number("temperature", temperature, minimum=0, strict=True, remedy=remedy)
@@ -52,7 +56,9 @@ def _relaxed(perturbed, temperature):
     return jax.nn.softmax((perturbed - largest) / temperature, axis=-1)
 
 
-def gumbel_softmax(key, logits, *, temperature, groups=None):
+def gumbel_softmax(
+    key: jax.Array, logits: ArrayLike, *, temperature: ArrayLike, groups: ArrayLike | None = None
+) -> jax.Array:
     r"""One relaxed sample of every categorical distribution.
 
     .. math:: \bar z_{jk} = \mathrm{softmax}_k\,((g_{jk} + \epsilon_{jk}) / \tau), \quad
@@ -73,11 +79,19 @@ def gumbel_softmax(key, logits, *, temperature, groups=None):
         positive and finite.
     References:
       Jang, Gu and Poole 2016; Maddison, Mnih and Teh 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import gumbel_softmax
+      >>> z = gumbel_softmax(jax.random.key(0), jax.numpy.zeros((4, 3)), temperature=0.5)
+      >>> z.shape, bool((abs(z.sum(axis=-1) - 1) < 1e-3).all())
+      ((4, 3), True)
     """
     return _relaxed(_perturbed(key, logits, groups), temperature)
 
 
-def straight_through(key, logits, *, temperature, groups=None):
+def straight_through(
+    key: jax.Array, logits: ArrayLike, *, temperature: ArrayLike, groups: ArrayLike | None = None
+) -> jax.Array:
     r"""One exact one-hot sample whose gradient is that of the relaxed sample drawn with the same noise.
 
     .. math:: z = \mathrm{onehot}\,\arg\max_k\,(g_k + \epsilon_k), \qquad
@@ -86,7 +100,7 @@ def straight_through(key, logits, *, temperature, groups=None):
     Args:
       key: PRNG key; the same key gives the noise of `gumbel_softmax`.
       logits: [..., K] unnormalised log-probabilities of q, K >= 1; -inf is allowed, but not in every class.
-      temperature: of the relaxation that lends its gradient, > 0.
+      temperature: of the relaxation whose gradient is used, > 0.
       groups: [m] int in 0..m-1, for logits [m, K]: pixels with the same number share their noise, see
         `block_groups`; None is independent noise.
     Returns:
@@ -96,6 +110,13 @@ def straight_through(key, logits, *, temperature, groups=None):
         positive and finite.
     References:
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import straight_through
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
+      >>> print(straight_through(jax.random.key(0), logits, temperature=0.5).round(2))
+      [[1. 0.]
+       [0. 1.]]
     """
     perturbed = _perturbed(key, logits, groups)
     relaxed = _relaxed(perturbed, temperature)
@@ -104,7 +125,7 @@ def straight_through(key, logits, *, temperature, groups=None):
     return hard + (relaxed - jax.lax.stop_gradient(relaxed))
 
 
-def categorical(key, logits):
+def categorical(key: jax.Array, logits: ArrayLike) -> jax.Array:
     r"""One exact one-hot sample of every categorical distribution; no gradient flows through it.
 
     .. math:: z \sim \mathrm{Categorical}(\mathrm{softmax}(g))
@@ -118,6 +139,13 @@ def categorical(key, logits):
       ValueError: if `logits` has no class axis.
     References:
       Maddison, Mnih and Teh 2016, the Gumbel-max trick.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import categorical
+      >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
+      >>> print(categorical(jax.random.key(0), logits))
+      [[1. 0.]
+       [0. 1.]]
     """
     perturbed = _perturbed(key, logits)
     return jax.nn.one_hot(perturbed.argmax(axis=-1), perturbed.shape[-1], dtype=perturbed.dtype)

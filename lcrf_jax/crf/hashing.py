@@ -1,8 +1,8 @@
 """Numbering distinct keys with a hash table, in static shapes and without sorting.
 
-Keys are rows of integers, known by two linear hashes of 32 bits each: the keys of neighbours in a lattice then
-differ by a constant from a key's own. Entries claim slots of an open-addressing table by a scatter-minimum, so
-that the same entries give the same table, whatever the order in which they arrive.
+Keys are rows of integers. Two linear hashes of 32 bits each identify a key. As they are linear, the hashes of
+neighbours in a lattice differ from those of the key itself by a constant. Entries claim slots of an open-addressing
+table by a scatter-minimum, so that the same entries give the same table in any order.
 """
 
 import math
@@ -18,23 +18,19 @@ _NUM_PROBES = 64
 _EMPTY = np.int32(2**31 - 1)
 
 
-def fingerprint_multipliers(num_coordinates):
+def fingerprint_multipliers(num_coordinates: int) -> np.ndarray:
     """Multipliers of the two linear hashes; for nearly all pairs of keys one of the two differs.
 
     Args:
       num_coordinates: coordinates of a key, n.
     Returns:
       [2, n] odd uint32 NumPy array, always the same.
-    Raises:
-      None.
-    References:
-      None.
     """
     draws = np.random.default_rng(20100531).integers(0, 2**31, size=(2, num_coordinates), dtype=np.int64)
     return (2 * draws + 1).astype(np.uint32)
 
 
-def fingerprints(keys, multipliers):
+def fingerprints(keys: jax.Array, multipliers: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """The two linear hashes of integer keys: the key a + b has the sum of the hashes of a and b.
 
     Args:
@@ -42,13 +38,10 @@ def fingerprints(keys, multipliers):
       multipliers: [2, n] of `fingerprint_multipliers`.
     Returns:
       Two arrays [...] uint32.
-    Raises:
-      None.
-    References:
-      None.
     """
     keys = keys.astype(jnp.uint32)
-    return tuple(sum(keys[i] * row[i] for i in range(len(row))) for row in multipliers)
+    first, second = (jnp.asarray(sum(keys[i] * row[i] for i in range(len(row)))) for row in multipliers)
+    return first, second
 
 
 def _slot(hashes, probe, table_bits):
@@ -63,7 +56,7 @@ class DistinctKeys(NamedTuple):
     """Distinct keys among [r, n] entries, numbered in the order of their first entries, as a hash table.
 
     Attributes:
-      ids: [r, n] int32, the number of each entry's key; the capacity for one that is inactive or has no room.
+      ids: [r, n] int32, the number of each entry's key; the capacity for entries that are inactive or do not fit.
       entries: [capacity] int32, the first entry of each key, row times n plus column.
       count: int32, number of distinct keys; more than the capacity if there was no room for all.
       hashes: two arrays [r, n] uint32, the fingerprints of the entries.
@@ -73,13 +66,15 @@ class DistinctKeys(NamedTuple):
 
     ids: jax.Array
     entries: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # it hides tuple.count, which has no use here
     hashes: tuple[jax.Array, jax.Array]
     owners: jax.Array
     ids_of_slots: jax.Array
 
 
-def distinct_keys(hashes, active, num_columns, block, capacity):
+def distinct_keys(
+    hashes: tuple[jax.Array, jax.Array], active: jax.Array, num_columns: int | jax.Array, block: int, capacity: int
+) -> DistinctKeys:
     """Number the distinct keys among the active entries of the first columns.
 
     Args:
@@ -90,10 +85,6 @@ def distinct_keys(hashes, active, num_columns, block, capacity):
       capacity: static number of keys to provide for.
     Returns:
       DistinctKeys.
-    Raises:
-      None.
-    References:
-      None.
     """
     first, second = hashes
     rows, size = first.shape
@@ -134,36 +125,32 @@ def distinct_keys(hashes, active, num_columns, block, capacity):
         ids_of_slots = ids_of_slots.at[jnp.where(owns_slot, slots, num_slots)].set(numbers, mode="drop")
         entries = entries.at[jnp.where(new, numbers, capacity)].set(entry, mode="drop")
         block_ids = ids_of_slots.at[slots].get(mode="fill", fill_value=capacity)
-        # An entry that finds no slot, as the table is full, gets a number of its own, so that the overflow shows.
+        # If the table is full, an entry without a slot gets its own number, so that `count` shows the overflow.
         block_ids = jnp.where(unresolved, numbers, block_ids)
         ids = jax.lax.dynamic_update_slice_in_dim(ids, block_ids, i * block, axis=1)
         return ids, owners, ids_of_slots, entries, count + new.sum(dtype=jnp.int32)
 
-    state = (
+    empty = (
         jnp.full((rows, size), capacity, jnp.int32),
         jnp.full(num_slots, _EMPTY),
         jnp.full(num_slots, capacity, jnp.int32),
         jnp.zeros(capacity, jnp.int32),
         jnp.int32(0),
     )
-    state = tuple(varying_like(part, first) for part in state)
+    state = tuple(varying_like(part, first) for part in empty)
     state = jax.lax.fori_loop(0, num_blocks(num_columns, block), insert_block, state)
     ids, owners, ids_of_slots, entries, count = state
     return DistinctKeys(ids, entries, count, hashes, owners, ids_of_slots)
 
 
-def key_numbers(table, keys):
+def key_numbers(table: DistinctKeys, keys: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Numbers of keys in a table.
 
     Args:
       table: DistinctKeys.
-      keys: two arrays [...] uint32, the fingerprints of the keys that are sought.
+      keys: two arrays [...] uint32, the fingerprints of the keys to look up.
     Returns:
       [...] int32 numbers; the capacity of the table for keys that are not in it.
-    Raises:
-      None.
-    References:
-      None.
     """
     capacity = len(table.entries)
     first, second = (part.ravel() for part in table.hashes)
@@ -182,12 +169,12 @@ def key_numbers(table, keys):
     def unfinished(state):
         return jnp.any(state[1]) & (state[2] < _NUM_PROBES)
 
-    start = (jnp.full(keys[0].shape, capacity, jnp.int32), jnp.ones(keys[0].shape, bool))
-    start = (*(varying_like(part, keys[0]) for part in start), 0)
+    unknown = varying_like(jnp.full(keys[0].shape, capacity, jnp.int32), keys[0])
+    start = (unknown, varying_like(jnp.ones(keys[0].shape, bool), keys[0]), 0)
     return jax.lax.while_loop(unfinished, probe, start)[0]
 
 
-def num_blocks(count, block):
+def num_blocks(count: int | jax.Array, block: int) -> int | jax.Array:
     """How many blocks of a size hold a number of things.
 
     Args:
@@ -195,10 +182,6 @@ def num_blocks(count, block):
       block: size of a block.
     Returns:
       int, or a traced one.
-    Raises:
-      None.
-    References:
-      None.
     """
     above = count + block - 1
     return above // block if isinstance(above, int) else jax.lax.div(above, np.int32(block))

@@ -5,32 +5,38 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from lcrf_jax.crf.energy import checked_compatibility, times_compatibility
+from lcrf_jax.crf.energy import KernelLike, checked_compatibility, times_compatibility
 from lcrf_jax.crf.image_kernels import lattice_image_kernel
 from lcrf_jax.crf.kernel import as_kernel
+from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
 
 
 def mean_field(
-    unary_logits, kernel, *, num_iterations=10, compatibility=None, tolerance=None, drop_below=None
-):
+    unary_logits: ArrayLike,
+    kernel: KernelLike,
+    *,
+    num_iterations: int = 10,
+    compatibility: ArrayLike | None = None,
+    tolerance: ArrayLike | None = None,
+    drop_below: ArrayLike | None = None,
+) -> jax.Array:
     r"""Mean-field inference in the dense CRF with a unary term.
 
     .. math:: q_i^{t+1} = \mathrm{softmax}\Bigl(u_i - \sum_{j \ne i} k_{ij}\,\mu\,q_j^t\Bigr), \qquad
               q_i^0 = \mathrm{softmax}(u_i)
 
-    All pixels are updated in parallel; a lattice takes its two orders of blurring in turn. A fixed point is a
+    All pixels are updated in parallel; a lattice alternates between its two orders of blurring. A fixed point is a
     stationary point of `kl_to_prior` minus the expected unary, if the kernel is symmetric. Self-pairs are left
     out.
 
-    Labels that are improbable everywhere can be dropped, which makes the iterations faster, about in
-    proportion. With Potts, a kernel that is nowhere negative and row sums of at most R, a label with q^0 <= e
-    at every pixel has q^t <= 2.72 e for all t, if e <= 1 / (2.72 R): its message adds at most R q^t to its
-    own logit, and no message lowers the normaliser. So nothing that is dropped could have become more
-    probable than 2.72 `drop_below` anywhere; in the result it keeps its unary logit, without a message.
+    Labels that are improbable everywhere can be dropped: the time is about in proportion to the labels that remain.
+    With a kernel that is nowhere negative, a dropped label would never exceed 2.72 `drop_below` at any pixel
+    (proof: docs/engine.md, "Dropping labels"). In the result it keeps its unary logit, without a message.
 
     Args:
       unary_logits: [m, K] log-probabilities of a network, or any other logits.
@@ -39,8 +45,9 @@ def mean_field(
       compatibility: [K, K] cost mu(a, b); None is Potts.
       tolerance: stop early once no probability has changed by more than this, in 0..1; None never does.
       drop_below: drop labels with q^0 below this at every pixel, in 0..1, or below 1 / (2.72 R) if that is
-        less; for Potts only. The number kept is rounded up to 4, 8, 16, ..., up to .6 K, or else to K, each
-        compiled for itself. None drops none. Under vmap images are done one by one.
+        less, with R the largest row sum of the kernel; for Potts only. The number kept is rounded up to 4, 8,
+        16, ..., up to .6 K, or else to K, and each size is compiled. None drops none. Under vmap the images
+        are computed one by one.
     Returns:
       [m, K] log-probabilities; their argmax are the labels.
     Raises:
@@ -48,6 +55,12 @@ def mean_field(
         compatibility than Potts.
     References:
       Krahenbuhl and Koltun 2011, algorithm 1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import mean_field
+      >>> unary = np.array([[3.0, 0.0], [3.0, 0.0], [0.0, 0.5]])  # the third pixel is unsure
+      >>> mean_field(unary, 2 * np.ones((3, 3))).argmax(axis=1).tolist()
+      [0, 0, 0]
     """
     _, num_classes = check_shape("unary_logits", unary_logits, ("m", "K"), _ONE_SET)
     check_number("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
@@ -65,7 +78,8 @@ def mean_field(
     log_unary = jax.nn.log_softmax(promote_float(unary_logits), axis=-1)
     if drop_below is None or num_iterations == 0:
         return jax.nn.log_softmax(iterate(log_unary, kernel), axis=-1)
-    return jax.custom_batching.sequential_vmap(functools.partial(_iterated_on_few, iterate, drop_below))(log_unary, kernel)
+    on_few = jax.custom_batching.sequential_vmap(functools.partial(_iterated_on_few, iterate, drop_below))
+    return on_few(log_unary, kernel)
 
 
 def _iterated(log_unary, kernel, num_iterations, compatibility, tolerance):
@@ -119,16 +133,16 @@ def _iterated_on_few(iterate, drop_below, log_unary, kernel):
 
 
 def refine(
-    image,
-    logits,
-    params,
+    image: ArrayLike,
+    logits: ArrayLike,
+    params: KernelParams,
     *,
-    num_iterations=10,
-    valid=None,
-    capacity=None,
-    colour_max=255.0,
-    drop_below=1e-3,
-):
+    num_iterations: int = 10,
+    valid: ArrayLike | None = None,
+    capacity: int | None = None,
+    colour_max: float | None = 255.0,
+    drop_below: ArrayLike | None = 1e-3,
+) -> jax.Array:
     """Mean field of the dense CRF on an image at its own size, with a network's output as the unary.
 
     Builds `lattice_image_kernel` (symmetric normalisation, self-pairs left out, Potts) and runs `mean_field`
@@ -153,6 +167,14 @@ def refine(
       ValueError: if image and logits are not of one size, or a width or number is out of range.
     References:
       Krahenbuhl and Koltun 2011, algorithm 1.
+    Example:
+      >>> import jax, numpy as np
+      >>> from lcrf_jax import KernelParams, refine
+      >>> image, logits = np.zeros((4, 4, 3), np.uint8), np.tile([1.0, 0.0], (4, 4, 1))
+      >>> logits[1, 1] = [0.0, 0.5]  # another label than its neighbours, but the same colour
+      >>> refined = jax.jit(lambda i, z: refine(i, z, KernelParams(), drop_below=None))(image, logits)
+      >>> refined.shape, refined[1, 1].argmax().item()
+      ((4, 4, 2), 0)
     """
     height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
     remedy = "resize the logits to the image, height first, classes last"

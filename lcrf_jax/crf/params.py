@@ -1,4 +1,4 @@
-r"""What a dense CRF is told, and what its Gaussians see of an image.
+r"""The parameters of a dense CRF, and the features of an image that its Gaussians compare.
 
 The pairwise kernel of the dense CRF is
 
@@ -14,11 +14,13 @@ with p the pixel's position and I its colour. Conventions, the same everywhere i
   added; after that the diagonal is removed: k_ii = 0.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
@@ -30,8 +32,8 @@ class KernelParams(NamedTuple):
     """Weights and widths of the bilateral and the spatial Gaussian.
 
     The defaults are the usual ones for photographs at full resolution; `scaled` takes them to a coarser grid.
-    The weights mean something only together with a normalisation: these are for `symmetric`, where the rows
-    of each Gaussian sum to about 1.
+    The weights depend on the normalisation: these are for `symmetric`, where the rows of each Gaussian sum to
+    about 1.
 
     Attributes:
       bilateral_weight: w1, weight of the Gaussian over position and colour.
@@ -48,7 +50,7 @@ class KernelParams(NamedTuple):
     gaussian_position_width: float = 3.0
 
 
-def scaled(params, stride):
+def scaled(params: KernelParams, stride: float) -> KernelParams:
     """The same kernel on a grid that is `stride` times coarser.
 
     Args:
@@ -58,8 +60,10 @@ def scaled(params, stride):
       A `KernelParams` with both position widths divided by `stride`; weights and colour width stay.
     Raises:
       ValueError: if `stride` is not a positive number.
-    References:
-      None.
+    Example:
+      >>> from lcrf_jax import KernelParams, scaled
+      >>> scaled(KernelParams(), stride=8).bilateral_position_width
+      10.0
     """
     check_number("stride", stride, minimum=0, strict=True, remedy="4 takes 320x240 pixels to 80x60 cells")
     return params._replace(
@@ -68,24 +72,22 @@ def scaled(params, stride):
     )
 
 
-def colours(image, *, colour_max=255.0):
-    """An image as floats in 0..255, after checking that its values can be what the caller says they are.
+def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
+    """An image as floats in 0..255, after checking its values against `colour_max`.
 
-    An image in 0..1 that is taken for one in 0..255 gives a kernel that sees no colour, silently. Values are
-    checked where they are known, that is, outside jit and vmap; dtypes always.
+    Without this check an image in 0..1 that is taken for one in 0..255 would silently give a kernel that ignores
+    colour. Values are checked where they are known, that is, outside jit and vmap; dtypes always.
 
     Args:
       image: [H, W, C] real values in 0..colour_max, any dtype, any number of channels.
-      colour_max: the value of full colour: 255, or 1, or another number > 0, such as 65535. None takes
-        channels that are no colours as they are, unchecked; their widths are then in their own units.
+      colour_max: the value of full colour: 255, or 1, or another number > 0, such as 65535. None is
+        for channels that are not colours: they are not checked or scaled, and their widths are in their own units.
     Returns:
       [H, W, C] float32 in 0..255, or float64 for a float64 image.
     Raises:
       ValueError: if `image` is not [H, W, C], `colour_max` is not positive, an integer image comes with a
         colour_max of 1, or, where values are known, one is not in 0..colour_max (a tenth more for floats, as
         resampling overshoots) or all that differ are within the lowest 255th of it in an image of floats.
-    References:
-      None.
     """
     check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
     if colour_max is None:
@@ -112,7 +114,9 @@ def colours(image, *, colour_max=255.0):
     return image if colour_max == 255 else image * (255 / colour_max)
 
 
-def position_features(height, width, *, position_width, dtype=jnp.float32):
+def position_features(
+    height: int, width: int, *, position_width: ArrayLike, dtype: DTypeLike = jnp.float32
+) -> jax.Array:
     """Positions of all pixels in units of a width; the first pixel is the origin.
 
     Args:
@@ -124,8 +128,6 @@ def position_features(height, width, *, position_width, dtype=jnp.float32):
       [height * width, 2] rows and columns, divided by `position_width`.
     Raises:
       ValueError: if a size is smaller than 1 or the width is not positive.
-    References:
-      None.
     """
     check_number("height", height, minimum=1, remedy="an image needs a pixel")
     check_number("width", width, minimum=1, remedy="an image needs a pixel")
@@ -134,7 +136,9 @@ def position_features(height, width, *, position_width, dtype=jnp.float32):
     return grid.reshape(height * width, 2) / position_width
 
 
-def guide_features(image, *, position_width, colour_width):
+def guide_features(
+    image: ArrayLike, *, position_width: ArrayLike, colour_width: ArrayLike | Sequence[float]
+) -> jax.Array:
     """Position and colour of every pixel, each in units of its width.
 
     A Gaussian of unit width on these features is the bilateral kernel.
@@ -151,10 +155,17 @@ def guide_features(image, *, position_width, colour_width):
       ValueError: if `image` is not [H, W, C] or a width is not positive.
     References:
       Krahenbuhl and Koltun 2011, eq. 3.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import guide_features
+      >>> features = guide_features(np.full((2, 3, 3), 26.0), position_width=2.0, colour_width=13.0)
+      >>> features.shape, features[-1].tolist()
+      ((6, 5), [0.5, 1.0, 2.0, 2.0, 2.0])
     """
     height, width, channels = check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
     if np.ndim(colour_width):
-        check_shape("colour_width", jnp.asarray(colour_width), (channels,), "give one width for all channels, or one for each")
+        remedy = "give one width for all channels, or one for each"
+        check_shape("colour_width", jnp.asarray(colour_width), (channels,), remedy)
     for channel_width in colour_width if isinstance(colour_width, (tuple, list, np.ndarray)) else [colour_width]:
         check_number("colour_width", channel_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
     image = promote_float(image)

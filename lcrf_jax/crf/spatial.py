@@ -1,4 +1,4 @@
-"""The Gaussian over positions alone, one side of the image after the other."""
+"""The Gaussian over positions alone, as a separable filter."""
 
 import functools
 import math
@@ -7,16 +7,17 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 _WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
-# The Gaussian at four widths is 3e-4 of its peak; what lies beyond is left out.
+# At four widths the Gaussian is 3e-4 of its peak; it is cut off there.
 _TRUNCATION = 4.0
 _TAP_GROUP = 13
 
 
-def gaussian_taps(width):
+def gaussian_taps(width: float) -> np.ndarray:
     """The Gaussian at whole pixels in one dimension, cut off at four widths.
 
     Args:
@@ -27,8 +28,6 @@ def gaussian_taps(width):
     Raises:
       TypeError: if the width is not a Python number, but traced, say.
       ValueError: if it is not positive.
-    References:
-      None.
     """
     if not isinstance(width, numbers.Real):
         raise TypeError(
@@ -40,13 +39,13 @@ def gaussian_taps(width):
     return np.exp(-0.5 * (np.arange(-radius, radius + 1) / width) ** 2)
 
 
-def separable_filter(values, taps):
-    r"""The weighted sum over a grid, in one direction after the other.
+def separable_filter(values: ArrayLike, taps: ArrayLike) -> jax.Array:
+    r"""A separable filter: weighted sums along the columns, then along the rows.
 
     .. math:: v'_{rc} = \sum_{s,t} h_s h_t\, v_{r+s,\,c+t}
 
-    With `gaussian_taps` this is the Gaussian over positions, for a time linear in pixels and taps. Nothing
-    lies beyond the border: pixels there have smaller row sums. Not normalised; the self-pair is part of the
+    With `gaussian_taps` this is the Gaussian over positions, in a time linear in pixels and taps. The grid is
+    padded with zeros: pixels near the border have smaller row sums. Not normalised; the self-pair is part of the
     sum.
 
     Args:
@@ -56,8 +55,6 @@ def separable_filter(values, taps):
       [H, W, K] filtered values.
     Raises:
       ValueError: if `values` is not [H, W, K] or the number of taps is even.
-    References:
-      None.
     """
     height, width, channels = check_shape("values", values, ("H", "W", "K"), "give a grid with channels last")
     (num_taps,) = check_shape("taps", taps, ("2r+1",), "give the weights as one row")
@@ -80,14 +77,15 @@ def _shifted_sum(values, taps, axis, step):
     taps = jnp.pad(taps, (0, missing)).reshape(num_groups, _TAP_GROUP)
     padding = [(0, 0), (0, 0)]
     padding[axis] = (radius * step, (radius + missing) * step)
-    # Without the barrier XLA on CPU asks for every tap of every pixel whether it lies in the padding.
+    # Without the barrier XLA on CPU tests for every tap of every pixel whether it lies in the padding.
     padded = jax.lax.optimization_barrier(jnp.pad(values, padding))
 
     def add_group(group, total):
         of_group = jax.lax.dynamic_index_in_dim(taps, group, keepdims=False, allow_negative_indices=False)
         for t in range(_TAP_GROUP):
             start = (group * _TAP_GROUP + t) * step
-            total = total + of_group[t] * jax.lax.dynamic_slice_in_dim(padded, start, size, axis, allow_negative_indices=False)
+            shifted = jax.lax.dynamic_slice_in_dim(padded, start, size, axis, allow_negative_indices=False)
+            total = total + of_group[t] * shifted
         return total
 
     return jax.lax.fori_loop(0, num_groups, add_group, varying_like(jnp.zeros_like(values), values))
