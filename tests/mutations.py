@@ -45,7 +45,7 @@ TESTS = {
     "data/sources/tfds.py": ("tfds_source",),
     "machine/cache.py": ("cache",),
     "machine/compilation.py": ("compilation",),
-    "machine/locks.py": ("faults", "cache"),
+    "machine/locks.py": ("locks", "faults", "cache"),
     "machine/processes.py": ("processes",),
     "machine/signals.py": ("faults",),
     "nets/inputs.py": ("features", "original", "voc2012"),
