@@ -9,9 +9,10 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 
-def promote_float(array):
+def promote_float(array: ArrayLike) -> jax.Array:
     """The array as float32, or as float64 where it already is float64.
 
     float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels keep their

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_number, check_shape, promote_float
 
@@ -68,7 +69,7 @@ def scaled(params, stride):
     )
 
 
-def colours(image, *, colour_max=255.0):
+def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
     """An image as floats in 0..255, after checking that its values can be what the caller says they are.
 
     An image in 0..1 that is taken for one in 0..255 gives a kernel that sees no colour, silently. Values are
