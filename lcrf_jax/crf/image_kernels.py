@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from lcrf_jax.crf.anchor_building import build_anchors
 from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian
-from lcrf_jax.crf.kernel import ImageKernel, SpatialGaussian
+from lcrf_jax.crf.kernel import BilateralForm, ImageKernel, SpatialGaussian
 from lcrf_jax.crf.lattice_building import build_lattice, default_capacity
 from lcrf_jax.crf.params import KernelParams, colours, guide_features
 from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
@@ -43,7 +43,13 @@ def _is_zero(weight):
     return isinstance(weight, (int, float)) and weight == 0
 
 
-def _assembled(image, params, bilateral, normalisation, counted):
+def _assembled(
+    image: jax.Array,
+    params: KernelParams,
+    bilateral: BilateralForm | None,
+    normalisation: str,
+    counted: jax.Array | None,
+) -> ImageKernel:
     """The kernel of an image of both Gaussians; `bilateral` is not normalised yet."""
     height, width, _ = image.shape
     dtype = image.dtype

@@ -138,9 +138,9 @@ def make_train_step(
 
     Returns:
       Function (state, variables, batch, key) -> (state, metrics), `batch` being a `Record` of a batch without names,
-        metrics being scalars averaged over the batch, and "skipped_steps". `state` is donated;
-        `variables` are those of the frozen backbone. The key of the step is fold_in(key, state.step), so a resumed run
-        draws the same numbers.
+        metrics being scalars averaged over the batch, and "skipped_steps". `state` is donated; `variables`
+        are those of the frozen backbone. The key of the step is fold_in(key, state.step), so a resumed run draws the
+        same numbers.
     """
 
     def image_loss(params, variables, key, record, step):
