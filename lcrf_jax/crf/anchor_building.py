@@ -6,6 +6,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.crf.anchors import Anchors, in_blocks, in_strips
 from lcrf_jax.numerics import check_number, check_shape, promote_float, squared_distances, varying_like
@@ -99,7 +100,15 @@ def _inverse_root(centres):
     return jax.lax.fori_loop(0, len(centres), substitute, varying_like(jnp.zeros_like(factor), factor))
 
 
-def build_anchors(image, *, position_width, colour_width, num_anchors=None, block_size=None, valid=None):
+def build_anchors(
+    image: ArrayLike,
+    *,
+    position_width: float | jax.Array,
+    colour_width: float | jax.Array,
+    num_anchors: int | None = None,
+    block_size: int | None = None,
+    valid: ArrayLike | None = None,
+) -> Anchors:
     r"""The bilateral Gaussian of an image, as a form of the kernel, see `lcrf_jax.crf.kernel`.
 
     .. math:: K_{ij} = \exp(-|p_i-p_j|^2 / 2 s_a^2 - |I_i-I_j|^2 / 2 s_b^2) \approx (S^T B S)_{ij}
@@ -151,7 +160,7 @@ def build_anchors(image, *, position_width, colour_width, num_anchors=None, bloc
     centres = _chosen_centres(sample, num_anchors)
     row_basis = jnp.asarray(_block_basis(height, block_size), colours.dtype)
     column_basis = jnp.asarray(_block_basis(width, block_size), colours.dtype)
-    blocks = (*(len(basis) for basis in (row_basis, column_basis)), row_basis.shape[1], column_basis.shape[1])
+    blocks = (len(row_basis), len(column_basis), row_basis.shape[1], column_basis.shape[1])
     return Anchors(
         colours=jax.vmap(in_blocks, in_axes=(0, None))(in_strips(colours, blocks), blocks),
         weights=weights,

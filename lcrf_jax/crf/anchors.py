@@ -14,11 +14,12 @@ of it again costs less than reading it from memory.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.numerics import check_shape, promote_float
 
@@ -55,7 +56,7 @@ class Anchors(NamedTuple):
     row_kernel: jax.Array
     column_kernel: jax.Array
 
-    def scaled(self, scale):
+    def scaled(self, scale: ArrayLike) -> Self:
         r"""The anchors of the kernel with rows and columns scaled, diag(s) K diag(s).
 
         Args:
@@ -69,7 +70,7 @@ class Anchors(NamedTuple):
         scale = promote_float(scale).astype(self.weights.dtype)
         return self._replace(weights=self.weights * scale.reshape(self.weights.shape))
 
-    def splat(self, values):
+    def splat(self, values: ArrayLike) -> jax.Array:
         """Values summed over the pixels of each block, for each anchor and each of the three functions of the block.
 
         Args:
@@ -98,7 +99,7 @@ class Anchors(NamedTuple):
 
         return jax.lax.map(strip_sums, (self.colours, _basis(self), in_strips(values, blocks)))
 
-    def blur(self, coarse):
+    def blur(self, coarse: ArrayLike) -> jax.Array:
         """The Gaussian over rows and columns between the sums; symmetric and positive semi-definite.
 
         Args:
@@ -113,7 +114,7 @@ class Anchors(NamedTuple):
         blurred = _dense_blur if math.prod(table.shape[:3]) <= _DENSE_BLUR else _separable_blur
         return blurred(self, table).reshape(coarse.shape)
 
-    def slice(self, coarse):
+    def slice(self, coarse: ArrayLike) -> jax.Array:
         """The values at the pixels; the transpose of `splat`.
 
         Args:
@@ -146,12 +147,12 @@ class Anchors(NamedTuple):
         values = values.reshape(down * rows, across * columns, channels)[:height, :width]
         return values.reshape(height * width, channels)
 
-    def apply(self, values, *, backwards=False):
+    def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
         """The kernel times values [m, K], self-pairs included; symmetric, so that there is one order only."""
         del backwards
         return self.slice(self.blur(self.splat(values)))
 
-    def row_sums(self, counted):
+    def row_sums(self, counted: jax.Array) -> jax.Array:
         """Sums of the kernel's rows over the pixels that count.
 
         A pixel far from all anchors lacks most of its self-pair, which is known to be the square of its factor.
@@ -164,7 +165,7 @@ class Anchors(NamedTuple):
         sums = self.apply(counted[:, None])[:, 0]
         return jnp.maximum(sums - self.diagonal(), 0) + jnp.square(self.weights).reshape(-1)
 
-    def diagonal(self):
+    def diagonal(self) -> jax.Array:
         """The diagonal of the kernel: what each pixel adds to its own result, near 1 where colours are not rare.
 
         Returns:
@@ -195,7 +196,7 @@ def _blocks(anchors):
     return down, across, rows, columns
 
 
-def in_strips(grid, blocks):
+def in_strips(grid: jax.Array, blocks: tuple[int, int, int, int]) -> jax.Array:
     """A grid in strips of whole blocks, with zeros up to the last one.
 
     Args:
@@ -210,7 +211,7 @@ def in_strips(grid, blocks):
     return padded.reshape(down, rows, across * columns, channels)
 
 
-def in_blocks(strip, blocks):
+def in_blocks(strip: jax.Array, blocks: tuple[int, int, int, int]) -> jax.Array:
     """A strip block by block.
 
     Args:
@@ -248,7 +249,7 @@ def _map_blocks(function, anchors, *arrays):
     return jax.lax.map(lambda block: function(*block), arrays, batch_size=at_once)
 
 
-def _checked_coarse(anchors, coarse, source):
+def _checked_coarse(anchors: Anchors, coarse: ArrayLike, source: str) -> jax.Array:
     down, across, _, _ = _blocks(anchors)
     expected = (down, across, len(_FUNCTIONS), len(anchors.centres), "K")
     check_shape("coarse", coarse, expected, f"give what {source} returns for the same anchors")

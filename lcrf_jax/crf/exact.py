@@ -2,13 +2,14 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from lcrf_jax.crf.params import colours, guide_features, position_features
+from lcrf_jax.crf.params import KernelParams, colours, guide_features, position_features
 from lcrf_jax.numerics import check_number, check_shape, promote_float, squared_distances
 
 # 2^x on 0..1 to 2e-7, highest power first: the polynomial of degree 6 through the Chebyshev nodes.
@@ -17,7 +18,7 @@ _EXP2_COEFFICIENTS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, d
 ).coef[::-1]
 
 
-def gaussian_kernel(features_a, features_b=None):
+def gaussian_kernel(features_a: ArrayLike, features_b: ArrayLike | None = None) -> jax.Array:
     r"""The Gaussian of unit width between two sets of features, exactly.
 
     .. math:: K_{ij} = \exp(-|a_i - b_j|^2 / 2)
@@ -58,7 +59,9 @@ NORMALISATIONS = {
 }
 
 
-def dense_kernel(image, params, *, normalisation="symmetric", colour_max=255.0):
+def dense_kernel(
+    image: ArrayLike, params: KernelParams, *, normalisation: str = "symmetric", colour_max: float | None = 255.0
+) -> jax.Array:
     r"""The pairwise kernel of the dense CRF as a matrix.
 
     .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
@@ -96,7 +99,7 @@ def dense_kernel(image, params, *, normalisation="symmetric", colour_max=255.0):
     return jnp.where(jnp.eye(height * width, dtype=bool), 0, kernel)
 
 
-def filter_exact(features, values, *, block_size=None):
+def filter_exact(features: ArrayLike, values: ArrayLike, *, block_size: int | None = None) -> jax.Array:
     r"""The Gaussian-weighted sum over all pixels, exactly, in bounded memory.
 
     .. math:: v'_i = \sum_j \exp(-|f_i - f_j|^2 / 2)\, v_j
@@ -120,8 +123,8 @@ def filter_exact(features, values, *, block_size=None):
     check_shape("values", values, (num_pixels, "K"), "flatten the pixels to one axis, channels last")
     features, values = promote_float(features), promote_float(values)
     if block_size is None:
-        # Small kernels in parts that stay in the cache of a core, large ones in parts that are worth a parallel product.
-        # A single part is slower than two: XLA on CPU does not make it a matrix first.
+        # Small kernels in parts that stay in the cache of a core, large ones in parts that are worth a parallel
+        # product. A single part is slower than two: XLA on CPU does not make it a matrix first.
         block_size = (2**20 if num_pixels <= 64**2 else 2**22) // num_pixels
         block_size = max(1, min(block_size, math.ceil(num_pixels / 2)))
     check_number("block_size", block_size, minimum=1, remedy="None chooses one")
@@ -148,7 +151,8 @@ def _filtered_in_blocks(block_size, exp, features, values):
 def _filtered(block_size, features, values):
     exp = _exp_of_negative if values.dtype == features.dtype == jnp.float32 else jnp.exp
     # A batch is done image by image: blocks of all images at once would not stay in the cache.
-    return jax.custom_batching.sequential_vmap(functools.partial(_filtered_in_blocks, block_size, exp))(features, values)
+    filtered = functools.partial(_filtered_in_blocks, block_size, exp)
+    return jax.custom_batching.sequential_vmap(filtered)(features, values)
 
 
 def _filtered_forward(block_size, features, values):
@@ -194,31 +198,31 @@ class ExactGaussian(NamedTuple):
     features: jax.Array
     scale: jax.Array
 
-    def splat(self, values):
+    def splat(self, values: ArrayLike) -> ArrayLike:
         """The values [m, K] themselves."""
         return values
 
-    def blur(self, values):
+    def blur(self, values: ArrayLike) -> jax.Array:
         """The kernel times values [m, K], self-pairs included."""
         return self.apply(values)
 
-    def slice(self, values):
+    def slice(self, values: jax.Array) -> jax.Array:
         """The values [m, K] themselves."""
         return values
 
-    def apply(self, values, *, backwards=False):
+    def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
         """The kernel times values [m, K], self-pairs included; symmetric, so that there is one order only."""
         del backwards
         return self.scale[:, None] * filter_exact(self.features, self.scale[:, None] * values)
 
-    def diagonal(self):
+    def diagonal(self) -> jax.Array:
         """[m] the self-pairs."""
         return jnp.square(self.scale)
 
-    def scaled(self, scale):
+    def scaled(self, scale: ArrayLike) -> Self:
         """The kernel with rows and columns scaled by [m] factors, diag(s) K diag(s)."""
         return self._replace(scale=self.scale * scale)
 
-    def row_sums(self, counted):
+    def row_sums(self, counted: jax.Array) -> jax.Array:
         """[m] sums of the rows over the pixels that count [m], self-pairs included."""
         return self.apply(counted[:, None])[:, 0]

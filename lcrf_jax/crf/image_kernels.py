@@ -9,15 +9,17 @@
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from lcrf_jax.crf.anchor_building import build_anchors
-from lcrf_jax.crf.exact import NORMALISATIONS
-from lcrf_jax.crf.kernel import ExactGaussian, ImageKernel, SpatialGaussian
+from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian
+from lcrf_jax.crf.kernel import BilateralForm, ImageKernel, SpatialGaussian
 from lcrf_jax.crf.lattice_building import build_lattice, default_capacity
-from lcrf_jax.crf.params import colours, guide_features
+from lcrf_jax.crf.params import KernelParams, colours, guide_features
 from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
 from lcrf_jax.numerics import check_shape
 
@@ -28,7 +30,7 @@ _POSITION_CELL, _COLOUR_CELL = 0.2, 0.5
 _EXACT_PIXELS = 48**2
 
 
-def _counted(image, valid):
+def _counted(image: ArrayLike, valid: ArrayLike | None) -> jax.Array | None:
     """Which pixels count [m], or None for all."""
     if valid is None:
         return None
@@ -41,7 +43,13 @@ def _is_zero(weight):
     return isinstance(weight, (int, float)) and weight == 0
 
 
-def _assembled(image, params, bilateral, normalisation, counted):
+def _assembled(
+    image: jax.Array,
+    params: KernelParams,
+    bilateral: BilateralForm | None,
+    normalisation: str,
+    counted: jax.Array | None,
+) -> ImageKernel:
     """The kernel of an image of both Gaussians; `bilateral` is not normalised yet."""
     height, width, _ = image.shape
     dtype = image.dtype
@@ -78,7 +86,14 @@ def _inverse_root(sums, mask):
     return jnp.where(mask > 0, jax.lax.rsqrt(jnp.where(mask > 0, sums, 1)), 0)
 
 
-def exact_image_kernel(image, params, *, normalisation="symmetric", valid=None, colour_max=255.0):
+def exact_image_kernel(
+    image: ArrayLike,
+    params: KernelParams,
+    *,
+    normalisation: str = "symmetric",
+    valid: ArrayLike | None = None,
+    colour_max: float | None = 255.0,
+) -> ImageKernel:
     r"""The pairwise kernel of the dense CRF without its matrix, every pair exactly.
 
     .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
@@ -113,8 +128,14 @@ def exact_image_kernel(image, params, *, normalisation="symmetric", valid=None, 
 
 
 def anchor_image_kernel(
-    image, params, *, normalisation="symmetric", valid=None, colour_max=255.0, num_anchors=None
-):
+    image: ArrayLike,
+    params: KernelParams,
+    *,
+    normalisation: str = "symmetric",
+    valid: ArrayLike | None = None,
+    colour_max: float | None = 255.0,
+    num_anchors: int | None = None,
+) -> ImageKernel:
     r"""The pairwise kernel of the dense CRF by dense matrix products, through blocks of space and colour anchors.
 
     .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
@@ -153,8 +174,14 @@ def anchor_image_kernel(
 
 
 def lattice_image_kernel(
-    image, params, *, normalisation="symmetric", valid=None, colour_max=255.0, capacity=None
-):
+    image: ArrayLike,
+    params: KernelParams,
+    *,
+    normalisation: str = "symmetric",
+    valid: ArrayLike | None = None,
+    colour_max: float | None = 255.0,
+    capacity: int | None = None,
+) -> ImageKernel:
     r"""The pairwise kernel of the dense CRF on a downsampled permutohedral lattice, for images of any size.
 
     .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
@@ -192,10 +219,14 @@ def lattice_image_kernel(
     return _assembled(image, params, bilateral, normalisation, counted)
 
 
-FORMS = {"anchors": anchor_image_kernel, "exact": exact_image_kernel, "lattice": lattice_image_kernel}
+FORMS: dict[str, Callable[..., ImageKernel]] = {
+    "anchors": anchor_image_kernel,
+    "exact": exact_image_kernel,
+    "lattice": lattice_image_kernel,
+}
 
 
-def default_form(num_pixels, normalisation="symmetric"):
+def default_form(num_pixels: int, normalisation: str = "symmetric") -> str:
     """The form that `image_kernel` takes: the fastest one whose energy and gradient are right to a few per cent.
 
     Args:
@@ -211,8 +242,16 @@ def default_form(num_pixels, normalisation="symmetric"):
 
 
 def image_kernel(
-    image, params, *, form=None, normalisation="symmetric", valid=None, colour_max=255.0, capacity=None, num_anchors=None
-):
+    image: ArrayLike,
+    params: KernelParams,
+    *,
+    form: str | None = None,
+    normalisation: str = "symmetric",
+    valid: ArrayLike | None = None,
+    colour_max: float | None = 255.0,
+    capacity: int | None = None,
+    num_anchors: int | None = None,
+) -> ImageKernel:
     r"""The pairwise kernel of the dense CRF of one image, in the form that suits its size.
 
     .. math:: K = w_1 N(K_{bilateral}) + w_2 N(K_{spatial}), \qquad k_{ii} = 0
@@ -242,7 +281,9 @@ def image_kernel(
     return FORMS[form](image, params, normalisation=normalisation, valid=valid, colour_max=colour_max, **options)
 
 
-def _prepared(image, normalisation, valid, colour_max):
+def _prepared(
+    image: ArrayLike, normalisation: str, valid: ArrayLike | None, colour_max: float | None
+) -> tuple[jax.Array, jax.Array | None]:
     """The image in 0..255 as floats, and which of its pixels count [m], or None."""
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")

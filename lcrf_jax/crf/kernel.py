@@ -11,8 +11,9 @@ is
   symmetric part where the form is not symmetric of itself. Such a form has two orders to work in, each the
   transpose of the other, and `backwards`, which may be traced, takes the second.
 
-`DenseKernel` has them for a matrix, `ImageKernel` for the two Gaussians of an image. Its bilateral one takes one of
-three forms, `ExactGaussian`, `Anchors` and `Lattice`, and each has these four methods *with* self-pairs, and three more:
+A class with these is a `Kernel`: `DenseKernel` for a matrix, `ImageKernel` for the two Gaussians of an image. Its
+bilateral one takes one of three forms, `ExactGaussian`, `Anchors` and `Lattice` of `lcrf_jax.crf.exact`, `anchors` and
+`lattice`. Each is a `BilateralForm`: it has these four methods *with* self-pairs, and three more:
 
 * `diagonal()`: the self-pairs [m];
 * `scaled(scale [m])`: the form of diag(s) K diag(s);
@@ -21,18 +22,56 @@ three forms, `ExactGaussian`, `Anchors` and `Lattice`, and each has these four m
 `lcrf_jax.crf.image_kernels` builds them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from lcrf_jax.crf.anchors import Anchors
-from lcrf_jax.crf.exact import ExactGaussian
-from lcrf_jax.crf.lattice import Lattice
 from lcrf_jax.crf.spatial import separable_filter
 from lcrf_jax.numerics import check_shape, promote_float
 
+# Those of the bilateral and of the spatial Gaussian, one or two each, and the values themselves.
+_Sums = tuple[tuple[Any, ...], tuple[jax.Array, ...], jax.Array]
+
 _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A pairwise kernel between m pixels, as energy and mean field ask for it; see the module."""
+
+    def splat(self, values: ArrayLike) -> Any:
+        """The sums of values [m, K] that `blur` needs, a pytree of arrays with K columns."""
+        ...
+
+    def blur(self, splatted: Any) -> Any:
+        """The symmetric part of the kernel between those sums; of the same structure."""
+        ...
+
+    def slice(self, blurred: Any) -> jax.Array:
+        """What `blur` returns, at the pixels [m, K]; the transpose of `splat`."""
+        ...
+
+    def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
+        """The kernel times values [m, K], in the second of its two orders if `backwards`."""
+        ...
+
+
+class BilateralForm(Kernel, Protocol):
+    """A form of the bilateral Gaussian: its four products have the self-pairs in them."""
+
+    def diagonal(self) -> jax.Array:
+        """The self-pairs [m]."""
+        ...
+
+    def scaled(self, scale: ArrayLike) -> Self:
+        """The form of diag(s) K diag(s), for factors s [m]."""
+        ...
+
+    def row_sums(self, counted: jax.Array) -> jax.Array:
+        """The sums [m] of its rows over the pixels that count: [m], 1 for these and 0 for others."""
+        ...
 
 
 class SpatialGaussian(NamedTuple):
@@ -64,26 +103,27 @@ class ImageKernel(NamedTuple):
       row_scales: ([m], [m]) diagonals of R_1 and R_2, for row normalisation alone; None for the identity.
     """
 
-    bilateral: Lattice | Anchors | ExactGaussian | None
+    bilateral: BilateralForm | None
     bilateral_weight: jax.Array
     bilateral_diagonal: jax.Array
     gaussian: SpatialGaussian | None
     gaussian_weight: jax.Array
     row_scales: tuple[jax.Array, jax.Array] | None
 
-    def splat(self, values):
+    def splat(self, values: ArrayLike) -> _Sums:
         """The sums of values [m, K] that `blur` needs: of the bilateral and the spatial Gaussian, and themselves."""
         values = promote_float(values)
         check_shape("values", values, (*self.bilateral_diagonal.shape, "K"), _ONE_SET)
         bilateral_scale, gaussian_scale = self.row_scales or (None, None)
-        bilateral, gaussian = (), ()
+        bilateral: tuple[Any, ...] = ()
+        gaussian: tuple[jax.Array, ...] = ()
         if self.bilateral is not None:
             bilateral = tuple(self.bilateral.splat(side) for side in _sides(values, bilateral_scale))
         if self.gaussian is not None:
             gaussian = _sides(values, gaussian_scale)
         return bilateral, gaussian, values
 
-    def blur(self, splatted):
+    def blur(self, splatted: _Sums) -> _Sums:
         """The symmetric part of the kernel between the sums that `splat` returns; of the same structure."""
         bilateral, gaussian, values = splatted
         if self.bilateral is not None:
@@ -94,7 +134,7 @@ class ImageKernel(NamedTuple):
             gaussian = tuple(self.gaussian_weight * part for part in blurred)
         return bilateral, gaussian, -self.bilateral_weight * self.bilateral_diagonal[:, None] * values
 
-    def slice(self, blurred):
+    def slice(self, blurred: _Sums) -> jax.Array:
         """What `blur` returns, at the pixels [m, K]."""
         bilateral, gaussian, values = blurred
         bilateral_scale, gaussian_scale = self.row_scales or (None, None)
@@ -104,7 +144,7 @@ class ImageKernel(NamedTuple):
             values = values + _joined(gaussian, gaussian_scale)
         return values
 
-    def apply(self, values, *, backwards=False):
+    def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
         """The kernel times values [m, K], self-pairs left out; a lattice is blurred in one order only."""
         values = promote_float(values)
         check_shape("values", values, (*self.bilateral_diagonal.shape, "K"), _ONE_SET)
@@ -163,23 +203,23 @@ class DenseKernel(NamedTuple):
 
     matrix: jax.Array
 
-    def splat(self, values):
+    def splat(self, values: ArrayLike) -> jax.Array:
         """The values [m, K] themselves, promoted and checked."""
-        check_shape("values", values, ("m", "K"), _ONE_SET)
+        num_pixels, _ = check_shape("values", values, ("m", "K"), _ONE_SET)
         remedy = "the kernel needs one row and column per pixel"
-        check_shape("kernel", self.matrix, (len(values), len(values)), remedy)
+        check_shape("kernel", self.matrix, (num_pixels, num_pixels), remedy)
         return promote_float(values)
 
-    def blur(self, values):
+    def blur(self, values: jax.Array) -> jax.Array:
         """The symmetric part of the kernel times values [m, K], self-pairs left out."""
         matrix = promote_float(self.matrix)
         return (_dense_product(matrix, values) + _dense_product(matrix.T, values)) / 2
 
-    def slice(self, values):
+    def slice(self, values: jax.Array) -> jax.Array:
         """The values themselves."""
         return values
 
-    def apply(self, values, *, backwards=False):
+    def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
         """The kernel times values [m, K], self-pairs left out."""
         del backwards
         return _dense_product(promote_float(self.matrix), self.splat(values))
@@ -190,7 +230,7 @@ def _dense_product(matrix, values):
     return product - jnp.diagonal(matrix)[:, None] * values
 
 
-def as_kernel(kernel):
+def as_kernel(kernel: ArrayLike | Kernel) -> Kernel:
     """A kernel object for what callers may give as a kernel.
 
     Args:
@@ -198,10 +238,10 @@ def as_kernel(kernel):
     Returns:
       The object itself, or a `DenseKernel`.
     """
-    return kernel if hasattr(kernel, "splat") else DenseKernel(jnp.asarray(kernel))
+    return kernel if isinstance(kernel, Kernel) else DenseKernel(jnp.asarray(kernel))
 
 
-def filter_with(kernel, values):
+def filter_with(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
     r"""The kernel applied to values, self-pairs left out.
 
     .. math:: v'_i = \sum_{j \ne i} k_{ij} v_j
@@ -219,7 +259,7 @@ def filter_with(kernel, values):
     return as_kernel(kernel).apply(values)
 
 
-def filter_symmetric(kernel, values):
+def filter_symmetric(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
     r"""The symmetric part of the kernel applied to values, self-pairs left out.
 
     .. math:: v'_i = \sum_{j \ne i} \tfrac12 (k_{ij} + k_{ji}) v_j

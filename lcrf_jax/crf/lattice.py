@@ -18,11 +18,12 @@ over the cells and vertices in use, so a generous capacity costs memory and litt
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.crf.hashing import num_blocks
 from lcrf_jax.numerics import check_shape, promote_float, varying_like
@@ -62,7 +63,7 @@ class Lattice(NamedTuple):
     num_cells: jax.Array
     num_vertices: jax.Array
 
-    def splat(self, values):
+    def splat(self, values: ArrayLike) -> jax.Array:
         r"""The splat S: what every vertex of the lattice gets of the pixels' values.
 
         Args:
@@ -77,7 +78,7 @@ class Lattice(NamedTuple):
         check_shape("values", values, (*self.cells.shape, "K"), _FLATTEN)
         return _splat(self, promote_float(values))
 
-    def blur(self, table, *, symmetric=True):
+    def blur(self, table: ArrayLike, *, symmetric: bool = True) -> jax.Array:
         r"""The blur B: the Gaussian between vertices of the self, along its directions in turn.
 
         The constant that the blur lacks is set by the integral of the Gaussian, which is right where features fill
@@ -99,7 +100,7 @@ class Lattice(NamedTuple):
         blur = _blur_both_ways if symmetric else _blur_forwards
         return _mass_correction(len(self.weights) - 1) * blur(self, promote_float(table))
 
-    def slice(self, table):
+    def slice(self, table: ArrayLike) -> jax.Array:
         r"""The slice S^T: the lattice read at every pixel, with the weights of the splat.
 
         Args:
@@ -114,7 +115,7 @@ class Lattice(NamedTuple):
         check_shape("table", table, (self.neighbours.shape[-1], "K"), "give what blur returns")
         return _slice(self, promote_float(table))
 
-    def apply(self, values, *, backwards=False):
+    def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
         r"""The Gaussian-weighted sum over all pixels, approximately.
 
         .. math:: v'_i \approx \sum_j \exp(-|f_i - f_j|^2 / 2)\, v_j
@@ -135,7 +136,7 @@ class Lattice(NamedTuple):
         lattice = self if backwards is False else self.reversed(backwards)
         return _mass_correction(len(self.weights) - 1) * _filter(lattice, promote_float(values))
 
-    def row_sums(self, counted):
+    def row_sums(self, counted: jax.Array) -> jax.Array:
         """Sums of the symmetric kernel's rows over the pixels that count.
 
         Args:
@@ -145,7 +146,7 @@ class Lattice(NamedTuple):
         """
         return self.slice(self.blur(self.splat(counted[:, None])))[:, 0]
 
-    def reversed(self, backwards=True):
+    def reversed(self, backwards: bool | jax.Array = True) -> Self:
         """The lattice that is blurred in the reverse order of directions: without `symmetric`, the transposed kernel.
 
         One order alone is a few per cent off the other one. Who filters repeatedly, as mean field does, takes the
@@ -158,7 +159,7 @@ class Lattice(NamedTuple):
         """
         return self._replace(order=jnp.where(backwards, self.order[::-1], self.order))
 
-    def scaled(self, scale):
+    def scaled(self, scale: ArrayLike) -> Self:
         r"""The lattice of the kernel with rows and columns scaled, diag(s) K diag(s).
 
         The scale is folded into the weights of the cells: filtering costs nothing more.
@@ -175,7 +176,7 @@ class Lattice(NamedTuple):
         of_cells = varying_like(jnp.zeros(self.weights.shape[1], scale.dtype), scale)
         return self._replace(weights=self.weights * of_cells.at[self.cells].set(scale, mode="drop"))
 
-    def diagonal(self):
+    def diagonal(self) -> jax.Array:
         r"""The weight of each pixel's own value in `apply`.
 
         Corners k and l of a simplex are |k - l| steps apart in different directions, and d + 1 steps in all
@@ -198,7 +199,7 @@ class Lattice(NamedTuple):
         return jnp.where(self.num_vertices > self.neighbours.shape[-1], jnp.nan, diagonal)
 
 
-def lattice_overflowed(lattice):
+def lattice_overflowed(lattice: Lattice) -> bool:
     """Whether the features needed more vertices than the lattice has; call it outside jit.
 
     Args:
@@ -268,7 +269,8 @@ def _blurred_along(direction, neighbours, source, target, num_blocks_in_use):
 
     def blurred(i, target):
         start = jnp.minimum(i * block, capacity - block)
-        before, after = jax.lax.dynamic_slice(neighbours, (direction, np.int32(0), start), (1, 2, block), **_AS_THEY_ARE)[0]
+        at = (direction, np.int32(0), start)
+        before, after = jax.lax.dynamic_slice(neighbours, at, (1, 2, block), **_AS_THEY_ARE)[0]
         rows = jax.lax.dynamic_slice_in_dim(source, start, block, **_AS_THEY_ARE)
         rows = rows + (_rows_of(source, before) + _rows_of(source, after)) / 2
         return jax.lax.dynamic_update_slice_in_dim(target, rows, start, 0, **_AS_THEY_ARE)

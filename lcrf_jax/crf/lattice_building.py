@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.crf.hashing import distinct_keys, fingerprint_multipliers, fingerprints, key_numbers, num_blocks
 from lcrf_jax.crf.lattice import CELL_BLOCK, NARROWING, VERTEX_BLOCK, Lattice
@@ -14,7 +16,7 @@ from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_
 _FLATTEN = "flatten the pixels to one axis, channels last"
 
 
-def default_capacity(num_pixels, num_features, *, share=1.0):
+def default_capacity(num_pixels: int, num_features: int, *, share: float = 1.0) -> int:
     """Vertices to provide for: one per pixel in large images, two up to 32,768 pixels, and 65,536 in between.
 
     d + 1 vertices a pixel is the hard upper bound, reached only if no two pixels share a corner; up to 16,384
@@ -143,7 +145,13 @@ def _neighbours_of(vertices, capacity):
     return jnp.stack(jax.lax.fori_loop(0, num_blocks(num_vertices, block), link_block, (none, none)), axis=1)
 
 
-def build_lattice(features, capacity=None, *, cell_sizes=None, valid=None):
+def build_lattice(
+    features: ArrayLike,
+    capacity: int | None = None,
+    *,
+    cell_sizes: Sequence[float] | None = None,
+    valid: ArrayLike | None = None,
+) -> Lattice:
     """The permutohedral lattice of a set of features.
 
     Args:

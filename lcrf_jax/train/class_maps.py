@@ -1,15 +1,22 @@
 """Class maps of the frozen tag classifier for every image of a source."""
 
 import functools
-from typing import NamedTuple
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
+from lcrf_jax.bound.record import Record
+from lcrf_jax.data.example import Source
+from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.machine.cache import cached_arrays
-from lcrf_jax.nets.tag_classifier import fit_tag_classifier
-from lcrf_jax.train.features import in_batches, no_progress, square_batches
+from lcrf_jax.nets.network import Network
+from lcrf_jax.nets.tag_classifier import TagClassifier, fit_tag_classifier
+from lcrf_jax.train.features import CachedViews, in_batches, no_progress, square_batches
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -40,7 +47,7 @@ class ClassMaps(NamedTuple):
     peaks: np.ndarray
 
 
-def pooled_head(network, variables, s32, batch_size=64):
+def pooled_head(network: Network, variables: Mapping[str, Any], s32: np.ndarray, batch_size: int = 64) -> np.ndarray:
     """Spatial mean of the head's features.
 
     Args:
@@ -56,7 +63,9 @@ def pooled_head(network, variables, s32, batch_size=64):
     return in_batches(pool, s32, batch_size)
 
 
-def map_functions(network, variables, weights, grid):
+def map_functions(
+    network: Network, variables: Mapping[str, Any], weights: ArrayLike, grid: int
+) -> tuple[Callable[[ArrayLike], jax.Array], Callable[[ArrayLike], jax.Array]]:
     """Jitted functions to class maps on a g x g grid: from a tap, and from images of any one size.
 
     Args:
@@ -70,10 +79,12 @@ def map_functions(network, variables, weights, grid):
       [B, g, g, K - 1] float32, without bias.
     """
     given = jax.device_put((variables, weights))
-    return tuple(functools.partial(maps, *given, network=network, grid=grid) for maps in (_maps_of_tap, _maps_of_images))
+    kinds = (_maps_of_tap, _maps_of_images)
+    of_tap, of_images = (functools.partial(maps, *given, network=network, grid=grid) for maps in kinds)
+    return of_tap, of_images
 
 
-def mean_map(plain, mirrored, others):
+def mean_map(plain: np.ndarray, mirrored: np.ndarray | None, others: Sequence[np.ndarray]) -> np.ndarray:
     """One map from those of several inputs: the mean over sizes, the size with a mirror image counting once.
 
     Args:
@@ -89,19 +100,19 @@ def mean_map(plain, mirrored, others):
 
 
 def class_maps(
-    source,
-    views,
-    network,
-    variables,
-    weights,
+    source: Source,
+    views: CachedViews,
+    network: Network,
+    variables: Mapping[str, Any],
+    weights: ArrayLike,
     *,
-    extra_sizes,
-    grid,
-    identity,
-    directory,
-    batch_size=8,
-    progress=no_progress,
-):
+    extra_sizes: Sequence[int],
+    grid: int,
+    identity: Mapping[str, Any],
+    directory: str | os.PathLike,
+    batch_size: int = 8,
+    progress: Callable[..., None] = no_progress,
+) -> ClassMaps:
     """Class maps of every image of a source, averaged over input sizes, and over mirroring at the main size.
 
     Args:
@@ -148,28 +159,40 @@ class MappedViews:
       view_options: seed, scale_range and ratio_range of the views.
     """
 
-    def __init__(self, records, *, maps, constants, grid, view_options):
+    def __init__(
+        self,
+        records: CachedViews | ViewDataset,
+        *,
+        maps: Mapping[str, np.ndarray],
+        constants: Mapping[str, np.ndarray],
+        grid: int,
+        view_options: Mapping[str, Any],
+    ) -> None:
         self._records, self._maps, self._constants, self._grid = records, maps, constants, grid
         self._view_options = dict(view_options)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> Record:
         record = self._records[position]
-        index = int(record.index)
-        view = sample_view(index=index, view_number=int(record.view), **self._view_options)
+        # The records of views have both of them.
+        index, number = int(record.index), int(record.view)  # type: ignore[arg-type]
+        view = sample_view(index=index, view_number=number, **self._view_options)
         size = (self._grid, self._grid)
-        cut = {
+        fields: dict[str, Any] = {
             name: apply_view_to_mask(maps[index], view, size)
             if maps.dtype == np.uint8
             else apply_view(np.asarray(maps[index], np.float32), view, size)
             for name, maps in self._maps.items()
         }
-        return record._replace(**cut, **{name: values[index] for name, values in self._constants.items()})
+        fields |= {name: values[index] for name, values in self._constants.items()}
+        return record._replace(**fields)
 
 
-def fitted_classifier(network, variables, s32, tags, *, l2):
+def fitted_classifier(
+    network: Network, variables: Mapping[str, Any], s32: np.ndarray, tags: np.ndarray, *, l2: float
+) -> tuple[TagClassifier, np.ndarray]:
     """The tag classifier fitted on the pooled head of the training images.
 
     Args:

@@ -2,8 +2,11 @@
 
 import functools
 import hashlib
+import os
 import pathlib
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +14,26 @@ import numpy as np
 
 from lcrf_jax.baselines import NO_CUE, localisation_cues
 from lcrf_jax.baselines.saliency import barrier_saliency
+from lcrf_jax.data.example import Source
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import cell_means
+from lcrf_jax.nets.network import Network
+from lcrf_jax.nets.tag_classifier import TagClassifier
+from lcrf_jax.train.class_maps import ClassMaps
 from lcrf_jax.train.features import in_batches, no_progress, square_batches
 
 
-def image_saliency(source, *, image_size, contrast, level, grid, directory, batch_size=32, progress=no_progress):
+def image_saliency(
+    source: Source,
+    *,
+    image_size: int,
+    contrast: float,
+    level: float,
+    grid: int,
+    directory: str | os.PathLike,
+    batch_size: int = 32,
+    progress: Callable[..., None] = no_progress,
+) -> np.ndarray:
     """`barrier_saliency` of every image of a source, kept on disk.
 
     Args:
@@ -49,8 +66,18 @@ def _barrier_maps(images, *, contrast, level, grid):
 
 
 def gradient_saliency(
-    source, network, variables, classifier, *, size, grid, identity, directory, batch_size=8, progress=no_progress
-):
+    source: Source,
+    network: Network,
+    variables: Mapping[str, Any],
+    classifier: TagClassifier,
+    *,
+    size: int,
+    grid: int,
+    identity: Mapping[str, Any],
+    directory: str | os.PathLike,
+    batch_size: int = 8,
+    progress: Callable[..., None] = no_progress,
+) -> np.ndarray:
     """Saliency of every image from the gradient of the tag classifier, kept on disk.
 
     The largest modulus over the colours of the derivative of the tagged classes' summed logits with respect to the
@@ -98,7 +125,7 @@ def _fingerprint(source):
     return hashlib.sha256(repr((source.fingerprint, source.tags.tolist())).encode()).hexdigest()
 
 
-def median_3x3(maps):
+def median_3x3(maps: jax.Array) -> jax.Array:
     """The median over each cell and its eight neighbours; the border is repeated.
 
     Args:
@@ -114,10 +141,11 @@ def median_3x3(maps):
 
 
 @jax.jit
-def saliency_rank(saliency):
+def saliency_rank(saliency: jax.Array | np.ndarray) -> jax.Array:
     """The rank of each cell's saliency in its image: the share of the other cells that are less salient.
 
-    Equal cells share the mean of their ranks, so that an image whose saliency is the same everywhere has 1/2 everywhere.
+    Equal cells share the mean of their ranks, so that an image whose saliency is the same everywhere has 1/2
+    everywhere.
 
     Args:
       saliency: [B, h, w], finite.
@@ -134,7 +162,9 @@ def saliency_rank(saliency):
     return jax.vmap(one)(saliency.reshape(len(saliency), -1)).reshape(saliency.shape)
 
 
-def classifier_cues(maps, tags, saliency, *, foreground_level, background_share):
+def classifier_cues(
+    maps: ClassMaps, tags: np.ndarray, saliency: np.ndarray, *, foreground_level: float, background_share: float
+) -> np.ndarray:
     """`localisation_cues` of every image.
 
     Args:
@@ -162,7 +192,7 @@ def _cues_of_maps(rows, *, foreground_level, background_share):
     return found.reshape(quiet.shape).astype(jnp.uint8)
 
 
-def read_cues(path, names, num_classes, grid):
+def read_cues(path: str | os.PathLike, names: Sequence[str], num_classes: int, grid: int) -> np.ndarray:
     """Cues from a file: a NumPy .npz with "ids" [M] str and "cues" [M, h, w] uint8, 255 where there is no cue.
 
     Args:

@@ -2,16 +2,22 @@
 
 import functools
 import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
+from lcrf_jax.data.example import Source
 from lcrf_jax.data.loader import stack_records
+from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import chosen_inputs, square_image
-from lcrf_jax.nets.network import feature_identity
+from lcrf_jax.nets.network import Network, feature_identity
 
 
 @functools.partial(jax.jit, static_argnames=("network", "mirror"))
@@ -21,7 +27,7 @@ def _test_time_taps(variables, images, *, network, mirror):
     return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *taps)
 
 
-def no_progress(count, *, earlier=False):
+def no_progress(count: int, *, earlier: bool = False) -> None:
     """Says nothing of the images that are done.
 
     Args:
@@ -32,7 +38,7 @@ def no_progress(count, *, earlier=False):
 
 
 def _batched(records, batch_size, progress, first=0):
-    """Batches of records from the first on, all of the same size (the last one padded), with the number of true rows."""
+    """Batches of records from the first on, all of one size (the last one padded), with the number of true rows."""
     if 0 < first < len(records):
         progress(first, earlier=True)
     for start in range(first, len(records), batch_size):
@@ -49,7 +55,8 @@ class CachedViews:
     (uint8), and the mask where masks are given.
 
     Args:
-      views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`; its masks, if it has some, are not used.
+      views: lcrf_jax.data.pipeline.ViewDataset of a source with a `fingerprint`; its masks, if it has some, are not
+        used.
       network: lcrf_jax.nets.network.Network.
       variables: of its backbone.
       weights_digest: sha256 of the backbone's weights.
@@ -57,30 +64,32 @@ class CachedViews:
       guide_stride: pixels of the view per cell of the guide; None is the grid of the logits.
       batch_size: images that pass the backbone at once.
       progress: called with the number of images after each batch.
-      masks: the same views of a source with masks, or None. They are kept by themselves, so that methods with and without
-        them share the features.
+      masks: the same views of a source with masks, or None. They are kept by themselves, so that methods with and
+        without them share the features.
       taps: names of the taps to keep; None for all that the network takes.
     """
 
     def __init__(
         self,
-        views,
-        network,
-        variables,
-        weights_digest,
+        views: ViewDataset,
+        network: Network,
+        variables: Mapping[str, Any],
+        weights_digest: str,
         *,
-        directory,
-        guide_stride=None,
-        batch_size=16,
-        progress=no_progress,
-        masks=None,
-        taps=None,
-    ):
+        directory: str | os.PathLike,
+        guide_stride: int | None = None,
+        batch_size: int = 16,
+        progress: Callable[..., None] = no_progress,
+        masks: ViewDataset | None = None,
+        taps: Sequence[str] | None = None,
+    ) -> None:
         self.num_views, self._length = views.num_views, len(views)
         kept = network.taps if taps is None else tuple(taps)
         named = network.description["taps"] if taps is None else list(taps)
         description = {**feature_identity(network.description), "taps": named}
-        identity = {"kind": "views", "weights": weights_digest, "network": description, "views": views.identity}
+        identity: dict[str, Any] = {
+            "kind": "views", "weights": weights_digest, "network": description, "views": views.identity
+        }  # fmt: skip
         if guide_stride not in (None, network.stride):
             identity["guide_stride"] = guide_stride
 
@@ -98,10 +107,10 @@ class CachedViews:
         self._masks = None if masks is None else _cached_masks(masks, directory, batch_size)
         self._names, self._tags = views.source.names, views.source.tags
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, position):
+    def __getitem__(self, position: int) -> Record:
         view, index = divmod(int(position), len(self._names))
         return Record(
             tags=self._tags[index],
@@ -113,11 +122,11 @@ class CachedViews:
             mask=None if self._masks is None else self._masks[position],
         )
 
-    def tap(self, name, view=0):
+    def tap(self, name: str, view: int = 0) -> np.ndarray:
         """[N, h, w, C] features of one tap of all images in the given view, memory-mapped."""
         return self._features[name][self._rows(view)]
 
-    def guide(self, view=0):
+    def guide(self, view: int = 0) -> np.ndarray:
         """[N, s, s, 3] uint8 guides of all images in the given view, memory-mapped."""
         return self._guide[self._rows(view)]
 
@@ -135,7 +144,9 @@ def _cached_masks(views, directory, batch_size):
     return cache.arrays["mask"]
 
 
-def in_batches(function, rows, batch_size=64):
+def in_batches(
+    function: Callable[[Any], ArrayLike], rows: np.ndarray | tuple[np.ndarray, ...], batch_size: int = 64
+) -> np.ndarray:
     """A function of a batch applied to many rows, part by part.
 
     Args:
@@ -166,7 +177,9 @@ class _Squares:
         return Record(example.tags, image=square_image(example.image, self._size))
 
 
-def square_batches(source, size, batch_size, progress=no_progress, first=0):
+def square_batches(
+    source: Source, size: int, batch_size: int, progress: Callable[..., None] = no_progress, first: int = 0
+) -> Iterator[tuple[int, Record]]:
     """The images of a source in order, each as a square, in batches of one size.
 
     Args:
@@ -182,8 +195,18 @@ def square_batches(source, size, batch_size, progress=no_progress, first=0):
     return _batched(_Squares(source, size), batch_size, progress, first)
 
 
-def test_time_features(source, network, variables, weights_digest, *, size, mirror, directory, batch_size=8,
-                       progress=no_progress):
+def test_time_features(
+    source: Source,
+    network: Network,
+    variables: Mapping[str, Any],
+    weights_digest: str,
+    *,
+    size: int,
+    mirror: bool,
+    directory: str | os.PathLike,
+    batch_size: int = 8,
+    progress: Callable[..., None] = no_progress,
+) -> dict[str, np.ndarray]:
     """Frozen features of every image as `lcrf_jax.predict.segmenter` needs them at one input size, kept on disk.
 
     Args:

@@ -2,15 +2,18 @@
 
 import collections
 import contextlib
+import os
 import pathlib
 import shutil
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcrf_jax.bound.objective import empty_chains, uses_chains
+from lcrf_jax.bound.record import Record
 from lcrf_jax.data.loader import device_prefetch, make_loader
 from lcrf_jax.data.pipeline import ImageSubset
 from lcrf_jax.machine.cache import cached_arrays
@@ -25,8 +28,9 @@ from lcrf_jax.runfolder.checkpoints import RunCheckpoints
 from lcrf_jax.runfolder.description import save_description
 from lcrf_jax.runfolder.metrics import MetricsWriter
 from lcrf_jax.train.posteriors import posterior_evidence
-from lcrf_jax.train.preparation import inference_params, training_records, validation_features
+from lcrf_jax.train.preparation import Prepared, inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
+    TrainState,
     check_batch_size,
     data_mesh,
     initial_state,
@@ -35,11 +39,14 @@ from lcrf_jax.train.step import (
 )
 
 
-def train(prepared, workdir, *, devices=None):
+def train(
+    prepared: Prepared, workdir: str | os.PathLike, *, devices: Sequence[jax.Device] | None = None
+) -> pathlib.Path:
     """Train the decoder, round after round; a folder that holds a run continues it.
 
     A method that trains nothing, such as CAM, is saved as it is. SIGTERM and Ctrl-C save the state after the step that
-    is under way and end the run. Of several processes (see `lcrf_jax.machine.processes`) all call this with the same arguments.
+    is under way and end the run. Of several processes (see `lcrf_jax.machine.processes`) all call this with the same
+    arguments.
 
     Writes checkpoints (last/ and best/), config.json and the metrics to the folder.
 
@@ -97,7 +104,7 @@ class _Outputs(NamedTuple):
     stop: StopRequest
 
 
-def first_step(prepared):
+def first_step(prepared: Prepared) -> tuple[Callable[..., Any], TrainState, Any, Record, jax.Array]:
     """The train step of the first round and what it takes, for measurements.
 
     Args:
@@ -121,7 +128,7 @@ def _first_batch(prepared, this, mesh):
     return next(_round_batches(prepared, this, None, mesh))._replace(name=None)
 
 
-def step_bytes(prepared):
+def step_bytes(prepared: Prepared) -> int | None:
     """Memory that the compiled train step of the first round needs: what XLA plans for arguments, results and between.
 
     Args:
@@ -138,7 +145,7 @@ def step_bytes(prepared):
     return planned_bytes(_step_function(prepared, this, mesh).lower(state, variables, batch, key).compile())
 
 
-def planned_bytes(program):
+def planned_bytes(program: jax.stages.Compiled) -> int | None:
     """Memory that XLA plans for a compiled program, donated arguments once.
 
     Args:
@@ -282,8 +289,8 @@ def _check_skipped(state, step, recent, most):
     )
     raise ValueError(
         f"the losses or gradients of {most} steps in a row, from step {start} on, were not finite; these steps changed "
-        f"nothing, and what was saved before is kept. Look at the images, or lower optimizer.learning_rate, and run the "
-        f"same command again. The batches were:\n{batches}"
+        f"nothing, and what was saved before is kept. Look at the images, or lower optimizer.learning_rate, and run "
+        f"the same command again. The batches were:\n{batches}"
     )
 
 

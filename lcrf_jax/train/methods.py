@@ -6,8 +6,8 @@ takes. docs/methods.md says how to add one.
 
 import functools
 import json
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,8 @@ class Method(NamedTuple):
       further_inputs: function from the config to what they hold on top of that.
       round_epochs: function from the config to the number of epochs of each round. A round after the first has in its
         records the "pixel_evidence" [h, w, K] that the network of the round before gives, restricted to the tags.
-      posterior: function from the config to the settings of `lcrf_jax.train.posteriors.posterior_evidence` between rounds.
+      posterior: function from the config to the settings of `lcrf_jax.train.posteriors.posterior_evidence` between
+        rounds.
       simple_rounds: in how many rounds, from the first on, only images with a single tag take part.
       output: what is made of the network's output at test time, a key of `lcrf_jax.predict.outputs.OUTPUTS`.
       smoothed_title: heading of a further column with the labels smoothed in superpixels; "" for none.
@@ -41,10 +42,10 @@ class Method(NamedTuple):
     title: str
     supervision: str
     objective: Callable | None
-    inputs: tuple = ()
-    further_inputs: Callable = lambda config: ()
-    round_epochs: Callable = lambda config: [sum(config["epochs"])]
-    posterior: Callable = lambda config: config["posterior"]
+    inputs: tuple[str, ...] = ()
+    further_inputs: Callable[[Mapping[str, Any]], Sequence[str]] = lambda config: ()
+    round_epochs: Callable[[Mapping[str, Any]], list[int]] = lambda config: [sum(config["epochs"])]
+    posterior: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config["posterior"]
     simple_rounds: int = 0
     output: str = "softmax"
     smoothed_title: str = ""
@@ -208,7 +209,7 @@ METHODS = {
 }  # fmt: skip
 
 
-def method_of(config):
+def method_of(config: Mapping[str, Any]) -> Method:
     """The method of a configuration.
 
     Args:
@@ -225,7 +226,7 @@ def method_of(config):
     return METHODS[config["method"]]
 
 
-def inputs_of(config):
+def inputs_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What the records of a configuration hold beside features and tags.
 
     Args:
@@ -241,7 +242,7 @@ def inputs_of(config):
     return (*method.inputs, *method.further_inputs(config))
 
 
-def localisation(config):
+def localisation(config: Mapping[str, Any]) -> str:
     """What tells the method where in an image a class is, beside the tags, in words; "" for nothing.
 
     Args:
@@ -257,8 +258,8 @@ def localisation(config):
     return INPUTS[inputs[-1]] if inputs else ""
 
 
-def make_objective(config, *, stride, steps_per_epoch):
-    """What a configuration minimises; the same function for the same settings, so that a step is compiled once for both.
+def make_objective(config: Mapping[str, Any], *, stride: int, steps_per_epoch: int) -> Callable | None:
+    """What a configuration minimises; the same function for the same settings, for which a step is compiled once.
 
     Args:
       config: dict with "method", "objective" and "baselines".

@@ -1,8 +1,8 @@
 """What a configuration means: resolved once, refused here if it cannot be trained with, and handed on."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,7 +63,8 @@ class Plan(NamedTuple):
 
     def objective(self, this: Round) -> Callable:
         """What a round minimises, see `lcrf_jax.train.methods.make_objective`."""
-        return make_objective(self.config, stride=self.network.stride, steps_per_epoch=this.steps_per_epoch)
+        objective = make_objective(self.config, stride=self.network.stride, steps_per_epoch=this.steps_per_epoch)
+        return objective  # type: ignore[return-value]  # a method with rounds has one
 
     def optimizer(self, this: Round) -> optax.GradientTransformation:
         """The optimiser of a round."""
@@ -134,12 +135,13 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     return plan
 
 
-def planned_rounds(config, num_images):
+def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:
     """The rounds of a configuration, with their steps.
 
     Args:
-      config: dict with "epochs", "method", which makes rounds of them (see `lcrf_jax.train.methods`), "batch_size" and, if it is
-        not 0, "least_steps" of a round: where the images do not make so many, an epoch is several passes over them.
+      config: dict with "epochs", "method", which makes rounds of them (see `lcrf_jax.train.methods`), "batch_size" and,
+        if it is not 0, "least_steps" of a round: where the images do not make so many, an epoch is several passes over
+        them.
       num_images: images in the training split.
 
     Returns:
@@ -170,7 +172,7 @@ def planned_rounds(config, num_images):
     return rounds
 
 
-def images_of_round(method, this, tags):
+def images_of_round(method: Method, this: Round, tags: np.ndarray) -> np.ndarray | None:
     """The images that take part in a round.
 
     Args:
@@ -189,13 +191,13 @@ def images_of_round(method, this, tags):
     simple = np.flatnonzero(np.asarray(tags)[:, 1:].sum(axis=1) == 1)
     if not len(simple):
         raise ValueError(
-            f"method: {method.title} begins with images of a single tag, and none of the {len(tags)} training images is "
-            "one; add some, or choose another method"
+            f"method: {method.title} begins with images of a single tag, and none of the {len(tags)} training images "
+            "is one; add some, or choose another method"
         )
     return simple
 
 
-def guide_stride(config, network):
+def guide_stride(config: Mapping[str, Any], network: Network) -> int:
     """Pixels of the input per cell of the image that the pairwise term sees.
 
     Args:

@@ -1,6 +1,8 @@
 """Labels of the training images under a trained network: the evidence of the next round."""
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,10 @@ from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams, scaled
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.nets.inputs import guide_image, network_inputs
+from lcrf_jax.train.preparation import Prepared
 
 
-def posterior_evidence(prepared, params, settings):
+def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, Any]) -> np.ndarray:
     """Mean-field posteriors of the training images under a trained network, given their tags.
 
     The network's log-probabilities of the whole image and of its mirror image are averaged, classes that are not tagged
@@ -44,7 +47,8 @@ def posterior_evidence(prepared, params, settings):
         images = np.stack([record.image for record in records])
         return _inputs_of_images(variables, images, network=network, guide_stride=stride)
 
-    params = jax.device_put(jax.tree.map(np.asarray, params))  # of all devices and processes; the rest is done by this one
+    # Of all devices and processes; the rest is done by this one.
+    params = jax.device_put(jax.tree.map(np.asarray, params))
     rows = []
     with image_progress("posteriors", len(tags)) as done:
         for start in range(0, len(tags), 32):

@@ -1,19 +1,21 @@
 """From a configuration to what training starts from: data, frozen features, classifier, evidence."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcrf_jax.data.example import Source
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.processes import from_first
 from lcrf_jax.machine.progress import image_progress, say
-from lcrf_jax.nets.network import backbone_variables, feature_identity
+from lcrf_jax.nets.network import Network, backbone_variables, feature_identity
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
 from lcrf_jax.runfolder.digests import params_digest
-from lcrf_jax.train.class_maps import MappedViews, class_maps, fitted_classifier
+from lcrf_jax.train.class_maps import ClassMaps, MappedViews, class_maps, fitted_classifier
 from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.train.features import CachedViews, test_time_features
 from lcrf_jax.train.plan import Plan, resolved_plan
@@ -38,33 +40,33 @@ class Prepared(NamedTuple):
     """
 
     plan: Plan
-    train: Any
-    val: Any
-    variables: Any
+    train: Source
+    val: Source | None
+    variables: Mapping[str, Any]
     digest: str
-    views: Any
+    views: CachedViews | ViewDataset
     classifier: TagClassifier | None
-    maps: Any
-    cues: Any = None
-    saliency: Any = None
-    gradient_saliency: Any = None
+    maps: ClassMaps | None
+    cues: np.ndarray | None = None
+    saliency: np.ndarray | None = None
+    gradient_saliency: np.ndarray | None = None
 
     @property
-    def config(self):
+    def config(self) -> dict[str, Any]:
         """The configuration, a plain dict."""
         return self.plan.config
 
     @property
-    def network(self):
+    def network(self) -> Network:
         """The inference network."""
         return self.plan.network
 
-    def with_config(self, config):
+    def with_config(self, config: dict[str, Any]) -> Self:
         """The same data and features with other settings, of those that do not change them."""
         return self._replace(plan=resolved_plan(config, self.train.class_names, self.train.tags))
 
 
-def prepare(config):
+def prepare(config: dict[str, Any]) -> Prepared:
     """Open the data, load the backbone, cache its features, fit the tag classifier and compute the class maps.
 
     Args:
@@ -81,17 +83,17 @@ def prepare(config):
     network, size, directory = plan.network, config["input_size"], config["cache"]["directory"] or default_directory()
     variables, digest = backbone_variables(network.description, config.get("weights", ""))
     say(f"backbone {network.description['backbone']}, weights sha256 {digest}")
-    views = ViewDataset(train, size=size, **config["views"])
+    of_images = ViewDataset(train, size=size, **config["views"])
     whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
     if not config["cache"]["features"]:
         whole = ViewDataset(whole.source, 1, size)
     with image_progress("features", len(whole)) as done:
         cached = CachedViews(
             whole, network, variables, digest, directory=directory, guide_stride=plan.guide_stride, progress=done,
-            masks=views if train.masks and config["cache"]["features"] else None,
+            masks=of_images if train.masks and config["cache"]["features"] else None,
             taps=None if config["cache"]["features"] else ("s32",),
         )
-    views = cached if config["cache"]["features"] else views
+    views = cached if config["cache"]["features"] else of_images
     prepared = Prepared(plan, train, val, variables, digest, views, None, None)
     inputs = plan.inputs
     if {"class_maps", "gradient_saliency", "cues"} & set(inputs):
@@ -153,7 +155,7 @@ def _gradient_saliency(prepared, directory):
         )
 
 
-def num_trainable(prepared):
+def num_trainable(prepared: Prepared) -> int:
     """Number of weights that training changes.
 
     Args:
@@ -172,7 +174,7 @@ def num_trainable(prepared):
     return count_parameters(jax.eval_shape(params, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)))
 
 
-def precision_line(split, source, scores):
+def precision_line(split: str, source: Source, scores: np.ndarray) -> str:
     """The tag classifier's average precision in one line.
 
     Args:
@@ -188,7 +190,9 @@ def precision_line(split, source, scores):
     return f"tag classifier, average precision on {split} tags: mean {np.nanmean(values):.3f} ({each})"
 
 
-def training_records(prepared, evidence=None):
+def training_records(
+    prepared: Prepared, evidence: np.ndarray | None = None
+) -> CachedViews | ViewDataset | MappedViews:
     """The records of a round: views with the maps that its likelihood needs.
 
     Args:
@@ -198,11 +202,14 @@ def training_records(prepared, evidence=None):
     Returns:
       Random access to records.
     """
-    inputs, maps, constants = prepared.plan.inputs, {}, {}
+    inputs = prepared.plan.inputs
+    maps: dict[str, np.ndarray] = {}
+    constants: dict[str, np.ndarray] = {}
     if evidence is not None:
         maps = {"pixel_evidence": evidence}
     else:
         if "class_maps" in inputs:
+            assert prepared.classifier is not None and prepared.maps is not None
             bias = np.asarray(prepared.classifier.bias, np.float32)
             maps["class_maps"] = prepared.maps.maps
             constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
@@ -213,7 +220,7 @@ def training_records(prepared, evidence=None):
     return MappedViews(prepared.views, maps=maps, constants=constants, grid=prepared.plan.grid, view_options=options)
 
 
-def validation_features(prepared, source):
+def validation_features(prepared: Prepared, source: Source) -> list[dict[str, np.ndarray]] | None:
     """The frozen features of a source at test time, for scoring many networks on it; None where they are not cached.
 
     Args:
@@ -221,7 +228,8 @@ def validation_features(prepared, source):
       source: images.
 
     Returns:
-      List of dict from tap to array, one for each input size, see `lcrf_jax.train.features.test_time_features`; or None.
+      List of dict from tap to array, one for each input size, see `lcrf_jax.train.features.test_time_features`; or
+        None.
     """
     config = prepared.config
     if not config["cache"]["features"]:
@@ -238,7 +246,7 @@ def validation_features(prepared, source):
         ]
 
 
-def inference_params(prepared, params):
+def inference_params(prepared: Prepared, params: Any) -> dict[str, Any]:
     """All that a checkpoint for inference holds.
 
     Args:
@@ -248,7 +256,7 @@ def inference_params(prepared, params):
     Returns:
       dict of NumPy arrays: "backbone", "decoder" and, where there is one, "classifier".
     """
-    stored = {"backbone": prepared.variables, "decoder": params}
+    stored: dict[str, Any] = {"backbone": prepared.variables, "decoder": params}
     if prepared.classifier is not None:
         stored["classifier"] = prepared.classifier._asdict()
     return jax.tree.map(np.asarray, stored)

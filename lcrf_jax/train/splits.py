@@ -1,13 +1,16 @@
 """The splits of the data that a configuration names, looked at before anything is computed from them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lcrf_jax.data.check import listed, usable
-from lcrf_jax.data.example import PartOfSource
+from lcrf_jax.data.example import PartOfSource, Source
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train.methods import method_of
 
 
-def open_split(config, split, *, masks):
+def open_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Source:
     """A split as it is, without a look at its files.
 
     Args:
@@ -29,7 +32,7 @@ def open_split(config, split, *, masks):
     return open_source(data["kind"], split, root=data["root"], masks=masks, **options)
 
 
-def checked_split(config, split, *, masks):
+def checked_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Source:
     """A split that can be read, as far as that is cheap to tell: heads of photographs, and all of those with masks.
 
     With "on_bad_image" of "skip" every file is decoded, those that cannot be read are left out, and all are named.
@@ -57,7 +60,7 @@ def checked_split(config, split, *, masks):
     return source
 
 
-def open_data(config):
+def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
     """The training source (tags only, unless the method needs masks) and the source of the validation masks.
 
     Args:
@@ -80,7 +83,7 @@ def open_data(config):
     return train, val
 
 
-def without_masks(config, train):
+def without_masks(config: Mapping[str, Any], train: Source) -> Source:
     """The training source as methods that learn from tags have it: features know nothing of masks.
 
     Args:

@@ -5,6 +5,7 @@ one image, (key, logits, record, step) -> (loss, terms), mapped over the batch h
 """
 
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lcrf_jax.nets.inputs import network_inputs
+from lcrf_jax.nets.network import Network
 
 
 class TrainState(NamedTuple):
@@ -34,10 +36,10 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     skipped: jax.Array
-    chains: Any = None
+    chains: jax.Array | None = None
 
 
-def data_mesh(devices=None):
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh of one axis, "data", over all devices.
 
     Args:
@@ -53,7 +55,15 @@ def data_mesh(devices=None):
 
 
 @functools.cache
-def make_optimizer(*, learning_rate, num_steps, warmup_steps, final_share, weight_decay, clip_norm):
+def make_optimizer(
+    *,
+    learning_rate: float,
+    num_steps: int,
+    warmup_steps: int,
+    final_share: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformation:
     """AdamW with a linear warm-up, cosine decay and clipping by the global norm; the same object for the same numbers.
 
     Args:
@@ -73,7 +83,7 @@ def make_optimizer(*, learning_rate, num_steps, warmup_steps, final_share, weigh
     return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
 
 
-def check_batch_size(batch_size, num_devices, accumulation_steps=1):
+def check_batch_size(batch_size: int, num_devices: int, accumulation_steps: int = 1) -> None:
     """Refuse a batch that the devices cannot share.
 
     Args:
@@ -90,13 +100,22 @@ def check_batch_size(batch_size, num_devices, accumulation_steps=1):
     if batch_size % parts:
         fitting = max(batch_size // parts, 1) * parts
         raise ValueError(
-            f"batch_size: {batch_size} images cannot be shared by {num_devices} device(s) in {accumulation_steps} part(s) "
-            f"each; choose a multiple of {parts}, such as {fitting}, or fewer devices"
+            f"batch_size: {batch_size} images cannot be shared by {num_devices} device(s) in {accumulation_steps} "
+            f"part(s) each; choose a multiple of {parts}, such as {fitting}, or fewer devices"
         )
 
 
 @functools.lru_cache(maxsize=16)
-def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, accumulation_steps=1, max_skipped=10):
+def make_train_step(
+    network: Network,
+    objective: Callable,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    guide_stride: int | None = None,
+    *,
+    accumulation_steps: int = 1,
+    max_skipped: int = 10,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step, spread over the mesh with shard_map: the batch is split, the gradients are averaged.
 
     For equal arguments it is the same function, so that a second run of the same settings compiles nothing. The frozen
@@ -118,9 +137,10 @@ def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, a
       max_skipped: steps in a row that may be skipped.
 
     Returns:
-      Function (state, variables, batch, key) -> (state, metrics), `batch` being a `Record` of a batch without names, metrics being scalars averaged over the batch, and
-        "skipped_steps". `state` is donated; `variables` are those of the frozen backbone. The key of the step is
-        fold_in(key, state.step), so a resumed run draws the same numbers.
+      Function (state, variables, batch, key) -> (state, metrics), `batch` being a `Record` of a batch without names,
+        metrics being scalars averaged over the batch, and "skipped_steps". `state` is donated; `variables`
+        are those of the frozen backbone. The key of the step is fold_in(key, state.step), so a resumed run draws the
+        same numbers.
     """
 
     def image_loss(params, variables, key, record, step):
@@ -136,7 +156,8 @@ def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, a
             records = batch._replace(image=None, features=features, guide=guide)
 
         def batch_loss(params):
-            losses, terms = jax.vmap(image_loss, in_axes=(None, None, 0, 0, None))(params, variables, keys, records, step)
+            losses_of = jax.vmap(image_loss, in_axes=(None, None, 0, 0, None))
+            losses, terms = losses_of(params, variables, keys, records, step)
             chains = terms.pop("chain", None)
             metrics = {"loss": losses.mean(), **{name: value.mean() for name, value in terms.items()}}
             return losses.mean(), (metrics, chains)
@@ -154,7 +175,8 @@ def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, a
             return jax.tree.map(jnp.add, sums, new), chains
 
         parts = jax.tree.map(lambda rows: rows.reshape(accumulation_steps, -1, *rows.shape[1:]), (keys, batch))
-        shapes, _ = jax.eval_shape(lambda part: gradient(params, variables, *part, step), jax.tree.map(lambda rows: rows[0], parts))
+        first = jax.tree.map(lambda rows: rows[0], parts)
+        shapes, _ = jax.eval_shape(lambda part: gradient(params, variables, *part, step), first)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         sums, chains = jax.lax.scan(add, zeros, parts)
         chains = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), chains)
@@ -193,7 +215,15 @@ def make_train_step(network, objective, optimizer, mesh, guide_stride=None, *, a
     return step
 
 
-def initial_state(key, network, variables, optimizer, input_size, mesh, chains=None):
+def initial_state(
+    key: jax.Array,
+    network: Network,
+    variables: Mapping[str, Any],
+    optimizer: optax.GradientTransformation,
+    input_size: int,
+    mesh: jax.sharding.Mesh,
+    chains: jax.Array | None = None,
+) -> TrainState:
     """A fresh training state, replicated over the mesh.
 
     Args:
@@ -222,7 +252,7 @@ def _initialiser(network, optimizer, input_size, mesh):
     return jax.jit(init, out_shardings=NamedSharding(mesh, P()))
 
 
-def replicated(tree, mesh):
+def replicated(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """A copy of arrays on every device of a mesh.
 
     Args:
@@ -240,7 +270,7 @@ def replicated(tree, mesh):
     return jax.tree.map(placed, tree)
 
 
-def count_parameters(params):
+def count_parameters(params: Any) -> int:
     """Number of scalars in a pytree of arrays.
 
     Args:

@@ -9,7 +9,7 @@ import reference
 from pictures import COARSE, PIXELS, case_of, picture, relative, soft_labels
 
 from lcrf_jax.crf.anchors import Anchors
-from lcrf_jax.crf.exact import NORMALISATIONS
+from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian
 from lcrf_jax.crf.image_kernels import (
     FORMS,
     anchor_image_kernel,
@@ -18,7 +18,7 @@ from lcrf_jax.crf.image_kernels import (
     image_kernel,
     lattice_image_kernel,
 )
-from lcrf_jax.crf.kernel import DenseKernel, ExactGaussian, ImageKernel, as_kernel, filter_symmetric, filter_with
+from lcrf_jax.crf.kernel import DenseKernel, ImageKernel, as_kernel, filter_symmetric, filter_with
 from lcrf_jax.crf.lattice import Lattice
 from lcrf_jax.crf.params import KernelParams
 
