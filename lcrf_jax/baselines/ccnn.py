@@ -142,10 +142,10 @@ def ccnn_loss(logits: ArrayLike, tags: ArrayLike, **options: Any) -> jax.Array:
     References:
       Pathak, Krahenbuhl and Darrell 2015, section 5.
     Example:
-      >>> import numpy as np
+      >>> import jax, numpy as np
       >>> from lcrf_jax import ccnn_loss
       >>> logits, tags = np.array([[2.0, 0.0, 0.0]] * 4), np.array([True, True, False])
-      >>> round(float(ccnn_loss(logits, tags)), 2)
+      >>> round(float(jax.jit(ccnn_loss)(logits, tags)), 2)
       0.84
     """
     return soft_cross_entropy(logits, jnp.exp(ccnn_distribution(logits, tags, **options).log_probs))
