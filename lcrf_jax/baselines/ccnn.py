@@ -73,10 +73,10 @@ def ccnn_distribution(
       Pathak, Krahenbuhl and Darrell 2015, sections 4 and 5; Darroch and Ratcliff 1972, for the step; O'Donoghue and
       Candes 2015, for the restarts.
     Example:
-      >>> import numpy as np
+      >>> import jax, numpy as np
       >>> from lcrf_jax import ccnn_distribution
       >>> logits, tags = np.array([[2.0, 0.0, 0.0]] * 4), np.array([True, True, False])
-      >>> found = ccnn_distribution(logits, tags)  # at most 0.7 background, none of the absent class
+      >>> found = jax.jit(ccnn_distribution)(logits, tags)  # at most 0.7 background, none of the absent class
       >>> print(np.exp(found.log_probs).mean(axis=0).round(2))
       [0.7 0.3 0. ]
     """
