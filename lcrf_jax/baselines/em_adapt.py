@@ -43,7 +43,7 @@ def em_adapt_labels(
       >>> import jax
       >>> from lcrf_jax import em_adapt_labels
       >>> logits, tags = jax.numpy.array([[5.0, 1.0], [5.0, 4.0], [5.0, 3.0]]), jax.numpy.array([True, True])
-      >>> em_adapt_labels(jax.random.key(0), logits, tags).tolist()
+      >>> jax.jit(em_adapt_labels)(jax.random.key(0), logits, tags).tolist()
       [0, 1, 0]
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)

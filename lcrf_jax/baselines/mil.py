@@ -49,10 +49,10 @@ def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
     References:
       Pinheiro and Collobert 2015, section 3.1.
     Example:
-      >>> import numpy as np
+      >>> import jax, numpy as np
       >>> from lcrf_jax import mil_lse_loss
       >>> logits, tags = np.array([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), np.array([True, True, False])
-      >>> round(float(mil_lse_loss(logits, tags)), 3)
+      >>> round(float(jax.jit(mil_lse_loss)(logits, tags)), 3)
       0.768
     """
     scores = mil_lse_scores(logits, sharpness=sharpness)

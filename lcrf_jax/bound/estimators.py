@@ -313,13 +313,6 @@ def elbo(
       ValueError: if the shapes do not fit or the log-likelihood is not a scalar.
     References:
       Pandey and Dukkipati 2017; Krahenbuhl and Koltun 2011.
-    Example:
-      >>> import jax
-      >>> from lcrf_jax.bound import elbo, max_pool
-      >>> logits, tags = jax.numpy.zeros((4, 2)), jax.numpy.array([True, True])
-      >>> terms = elbo(jax.random.key(0), logits, 0.1 * jax.numpy.ones((4, 4)), lambda z: max_pool(z, tags))
-      >>> round(float(terms.entropy), 3), round(float(terms.pairwise_energy), 3)
-      (2.773, 0.3)
     """
     remedy = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
     check_shape("logits", logits, ("m", "K"), remedy)
