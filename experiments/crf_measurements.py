@@ -81,7 +81,7 @@ def inputs(photo, size, num_classes, unary="every class"):
 def params_at(size, grid_of):
     """The kernel on a square grid of a photograph of `grid_of` pixels a side; that of the pixels for other shapes."""
     height, width = size
-    return lcrf_jax.scaled(PARAMS, grid_of / width) if height == width < grid_of else PARAMS
+    return PARAMS.at_stride(grid_of / width) if height == width < grid_of else PARAMS
 
 
 def peer_module(name):

@@ -23,7 +23,7 @@ from lcrf_jax.bound.estimators import expected_log_prob
 from lcrf_jax.bound.likelihoods import EXPECTATIONS, IMAGE_LIKELIHOODS, TAG_LIKELIHOODS
 from lcrf_jax.bound.pixel_evidence import class_evidence, log_evidence
 from lcrf_jax.crf.exact import dense_kernel
-from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.crf.params import KernelParams
 
 NUM_CLASSES = 3
 NUM_BATCHES = 32
@@ -32,7 +32,7 @@ BURN_IN = 100
 TAGS = (True, True, False)
 # The evidence of the default configuration, and its kernel at stride 8.
 EVIDENCE = {"background_level": 0.2, "sharpness": 2.0, "floor": 0.01}
-KERNEL = scaled(KernelParams(0.3, 80.0, 13.0, 0.1, 24.0), 8)
+KERNEL = KernelParams(0.3, 80.0, 13.0, 0.1, 24.0).at_stride(8)
 FLIP_PROBABILITY = 0.05
 MOST_LABELLINGS = 3**9
 

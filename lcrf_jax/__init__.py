@@ -30,6 +30,11 @@ Symbols, the same in code, docstrings and tests:
     mu     [K, K]             label compatibility; Potts: mu(a, b) = [a != b]
 """
 
+import importlib
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
 from lcrf_jax.baselines import (
     ccnn_distribution,
     ccnn_loss,
@@ -43,24 +48,16 @@ from lcrf_jax.baselines import (
     soft_cross_entropy,
 )
 from lcrf_jax.baselines.saliency import barrier_saliency
+from lcrf_jax.bound import likelihoods
+from lcrf_jax.bound.chains import gibbs
 from lcrf_jax.bound.estimators import (
     ElboTerms,
+    elbo,
     expected_log_prob,
     gumbel_softmax_likelihood,
     mean_likelihood,
     reinforce_likelihood,
     straight_through_likelihood,
-)
-from lcrf_jax.bound.likelihoods import (
-    area,
-    evidence,
-    expected_evidence,
-    expected_max_pool,
-    frozen_classifier,
-    gwrp,
-    log_mean_exp,
-    max_pool,
-    noisy_or,
 )
 from lcrf_jax.bound.pixel_evidence import class_evidence, cue_evidence, log_evidence
 from lcrf_jax.bound.sampling import block_groups, categorical, gumbel_softmax, straight_through
@@ -68,11 +65,32 @@ from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
 from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
 from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
 from lcrf_jax.crf.inference import mean_field, refine
-from lcrf_jax.crf.params import KernelParams, guide_features, scaled
+from lcrf_jax.crf.params import KernelParams, guide_features
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 
+if TYPE_CHECKING:
+    from lcrf_jax.predict.model import Model
 
-def load(checkpoint, *, which="best"):
+# Names that said too little at the top level: (where they are now, what to write). They work for one release more.
+_LIKELIHOODS = (
+    "area", "evidence", "expected_evidence", "expected_max_pool", "frozen_classifier", "gwrp", "log_mean_exp", "max_pool",
+    "noisy_or",
+)  # fmt: skip
+_MOVED = {name: ("lcrf_jax.bound.likelihoods", f"lcrf_jax.likelihoods.{name}") for name in _LIKELIHOODS}
+_MOVED["scaled"] = ("lcrf_jax.crf.params", "params.at_stride(stride)")
+
+
+def __getattr__(name: str) -> Any:
+    """Names that have moved: found, with a word once."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, better = _MOVED[name]
+    warnings.warn(f"lcrf_jax.{name} has moved: write {better}", DeprecationWarning, stacklevel=2)
+    found = globals()[name] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def load(checkpoint: str | os.PathLike, *, which: str = "best") -> "Model":
     """A trained model from the folder of a run: ``load(RUN).segment("photo.jpg").labels``.
 
     Args:
@@ -95,59 +113,56 @@ def load(checkpoint, *, which="best"):
 
     return load_model(checkpoint, which=which)
 
-
-__all__ = [
-    "ElboTerms",
+__all__ = [  # noqa: RUF022 - by room
+    # crf
     "KernelParams",
     "anchor_image_kernel",
-    "area",
-    "barrier_saliency",
-    "block_groups",
-    "categorical",
-    "ccnn_distribution",
-    "ccnn_loss",
-    "class_evidence",
-    "confusion_matrix",
-    "cue_evidence",
     "dense_kernel",
-    "em_adapt_labels",
-    "evidence",
     "exact_image_kernel",
-    "expected_evidence",
-    "expected_log_prob",
-    "expected_max_pool",
     "filter_exact",
-    "format_iou_table",
-    "frozen_classifier",
     "gaussian_kernel",
     "guide_features",
-    "gumbel_softmax",
-    "gumbel_softmax_likelihood",
-    "gwrp",
-    "ilp_log_probs",
     "image_kernel",
-    "iou_per_class",
     "kl_to_prior",
-    "label_cross_entropy",
     "lattice_image_kernel",
-    "load",
-    "localisation_cues",
-    "log_evidence",
-    "log_mean_exp",
-    "max_pool",
     "mean_field",
-    "mean_iou",
-    "mean_likelihood",
-    "mil_lse_loss",
-    "noisy_or",
     "pairwise_energy",
     "refine",
+    # bound
+    "ElboTerms",
+    "block_groups",
+    "categorical",
+    "class_evidence",
+    "cue_evidence",
+    "elbo",
+    "expected_log_prob",
+    "gibbs",
+    "gumbel_softmax",
+    "gumbel_softmax_likelihood",
+    "likelihoods",
+    "log_evidence",
+    "mean_likelihood",
     "reinforce_likelihood",
-    "saliency_target",
-    "scaled",
-    "sec_loss",
-    "soft_cross_entropy",
     "straight_through",
     "straight_through_likelihood",
+    # metrics
+    "confusion_matrix",
+    "format_iou_table",
+    "iou_per_class",
+    "mean_iou",
+    # baselines
+    "barrier_saliency",
+    "ccnn_distribution",
+    "ccnn_loss",
+    "em_adapt_labels",
+    "ilp_log_probs",
+    "label_cross_entropy",
+    "localisation_cues",
+    "mil_lse_loss",
+    "saliency_target",
+    "sec_loss",
+    "soft_cross_entropy",
+    # predict
+    "load",
 ]
 __version__ = "0.1.0"

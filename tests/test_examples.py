@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import warnings
 
 import pytest
 from test_house import MODULES, PURE, module_of, room
@@ -12,8 +13,6 @@ import lcrf_jax
 PURE_NAMES = sorted(module_of(path) for path in MODULES if room(path) in PURE)
 EXPORTED = [getattr(lcrf_jax, name) for name in lcrf_jax.__all__]
 FUNCTIONS = [found for found in EXPORTED if inspect.isfunction(found) and found.__module__ in PURE_NAMES]
-# No example is asked of these.
-WITHOUT = {"lcrf_jax.crf.exact", "lcrf_jax.crf.image_kernels"}
 
 
 @pytest.mark.parametrize("name", PURE_NAMES)
@@ -24,5 +23,22 @@ def test_the_examples_of_a_module_give_what_they_show(name):
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_an_exported_function_has_an_example(function):
-    if function.__module__ not in WITHOUT:
-        assert "\nExample:\n" in inspect.getdoc(function)
+    assert "\nExample:\n" in inspect.getdoc(function)
+
+
+@pytest.mark.parametrize("name", sorted(lcrf_jax._MOVED))
+def test_names_that_have_moved_work_and_say_so_once(name):
+    vars(lcrf_jax).pop(name, None)
+    with pytest.warns(DeprecationWarning, match=rf"lcrf_jax\.{name} has moved: write \S+"):
+        first = getattr(lcrf_jax, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert getattr(lcrf_jax, name) is first
+    if name != "scaled":
+        assert first is getattr(lcrf_jax.likelihoods, name)
+    vars(lcrf_jax).pop(name)
+
+
+def test_a_name_that_never_was_is_an_error():
+    with pytest.raises(AttributeError, match="no attribute 'lattices'"):
+        lcrf_jax.lattices  # noqa: B018

@@ -91,6 +91,12 @@ def gibbs(
       ValueError: if the shapes do not fit or a number is out of range.
     References:
       Geman and Geman 1984; Martens and Sutskever 2010, for the Gaussian fields; Metropolis et al. 1953, Hastings 1970.
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lcrf_jax import gibbs
+      >>> unary = jnp.array([[0.0, 9.0]] * 4)  # four pixels that are nearly sure of their label
+      >>> gibbs(jax.random.key(0), jnp.zeros(4, int), 0.1 * jnp.ones((4, 4)), unary).labels.tolist()
+      [1, 1, 1, 1]
     """
     remedy = "pass one image, pixels flattened to one axis"
     num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), remedy)

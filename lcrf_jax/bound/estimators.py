@@ -93,7 +93,8 @@ def gumbel_softmax_likelihood(
       Jang, Gu and Poole 2016.
     Example:
       >>> import jax
-      >>> from lcrf_jax import gumbel_softmax_likelihood, noisy_or
+      >>> from lcrf_jax import gumbel_softmax_likelihood
+      >>> from lcrf_jax.bound import noisy_or
       >>> tags = jax.numpy.array([True, True])
       >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
       >>> value = gumbel_softmax_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
@@ -139,7 +140,8 @@ def straight_through_likelihood(
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
     Example:
       >>> import jax
-      >>> from lcrf_jax import noisy_or, straight_through_likelihood
+      >>> from lcrf_jax import straight_through_likelihood
+      >>> from lcrf_jax.bound import noisy_or
       >>> tags = jax.numpy.array([True, True])
       >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
       >>> value = straight_through_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
@@ -185,7 +187,8 @@ def reinforce_likelihood(
       Williams 1992; Mnih and Rezende 2016, and Kool, van Hoof and Welling 2019, for the baseline.
     Example:
       >>> import jax
-      >>> from lcrf_jax import noisy_or, reinforce_likelihood
+      >>> from lcrf_jax import reinforce_likelihood
+      >>> from lcrf_jax.bound import noisy_or
       >>> tags = jax.numpy.array([True, True])
       >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])  # nearly certain: all samples are the same
       >>> value = reinforce_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
@@ -236,7 +239,8 @@ def mean_likelihood(
       Scalar, float32, nats.
     Example:
       >>> import jax
-      >>> from lcrf_jax import mean_likelihood, noisy_or
+      >>> from lcrf_jax import mean_likelihood
+      >>> from lcrf_jax.bound import noisy_or
       >>> tags = jax.numpy.array([True, True])
       >>> logits = jax.numpy.array([[9.0, -9.0], [-9.0, 9.0]])
       >>> value = mean_likelihood(jax.random.key(0), logits, lambda z: noisy_or(z, tags))
@@ -313,6 +317,14 @@ def elbo(
       ValueError: if the shapes do not fit or the log-likelihood is not a scalar.
     References:
       Pandey and Dukkipati 2017; Krahenbuhl and Koltun 2011.
+    Example:
+      >>> import jax
+      >>> from lcrf_jax import elbo, likelihoods
+      >>> logits, tags = jax.numpy.zeros((4, 2)), jax.numpy.array([True, True])
+      >>> kernel = 0.1 * jax.numpy.ones((4, 4))
+      >>> terms = elbo(jax.random.key(0), logits, kernel, lambda z: likelihoods.max_pool(z, tags))
+      >>> round(float(terms.entropy), 3), round(float(terms.pairwise_energy), 3)
+      (2.773, 0.3)
     """
     remedy = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
     check_shape("logits", logits, ("m", "K"), remedy)

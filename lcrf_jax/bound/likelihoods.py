@@ -58,7 +58,7 @@ def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax
       Pearl 1988, the noisy-or gate.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import noisy_or
+      >>> from lcrf_jax.bound import noisy_or
       >>> labels, tags = np.eye(2)[[0, 0, 1]], np.array([True, True])
       >>> round(float(noisy_or(labels, tags, rho=0.5)), 3)
       -0.981
@@ -97,7 +97,7 @@ def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike 
       Pathak et al. 2015, multi-class multiple instance learning.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import max_pool
+      >>> from lcrf_jax.bound import max_pool
       >>> labels, tags = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([True, True])
       >>> round(float(max_pool(labels, tags)), 3)
       -0.329
@@ -126,7 +126,7 @@ def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: A
       ValueError: if the shapes do not fit or epsilon is out of range.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import expected_max_pool
+      >>> from lcrf_jax.bound import expected_max_pool
       >>> logits, tags = np.zeros((8, 2)), np.array([True, True])
       >>> round(float(expected_max_pool(logits, tags, flip_probability=0.01)), 3)
       -0.056
@@ -157,7 +157,7 @@ def log_mean_exp(labels: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
       Pinheiro and Collobert 2015.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import log_mean_exp
+      >>> from lcrf_jax.bound import log_mean_exp
       >>> labels, tags = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([True, True])
       >>> round(float(log_mean_exp(labels, tags)), 3)
       -0.669
@@ -194,7 +194,7 @@ def area(
       Pathak, Krahenbuhl and Darrell 2015, for constraints on the area.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import area
+      >>> from lcrf_jax.bound import area
       >>> labels, tags = np.eye(3)[[0, 0, 1]], np.array([True, True, False])
       >>> round(float(area(labels, tags)), 3)
       -0.137
@@ -263,7 +263,7 @@ def gwrp(
       Kolesnikov and Lampert 2016, section 3.3.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import gwrp
+      >>> from lcrf_jax.bound import gwrp
       >>> labels, tags = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([True, True])
       >>> round(float(gwrp(labels, tags)), 3)
       -0.625
@@ -300,7 +300,7 @@ def frozen_classifier(
       Zhou et al. 2016, for the maps.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import frozen_classifier
+      >>> from lcrf_jax.bound import frozen_classifier
       >>> labels, tags = np.eye(2)[[0, 1]], np.array([True, True])
       >>> class_maps = np.array([[0.0], [6.0]])  # one foreground class, strong at the second pixel
       >>> round(float(frozen_classifier(labels, tags, class_maps, bias=-1.0)), 3)
@@ -336,7 +336,7 @@ def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> j
       The original leaves p(y|z,x) open; this factorised form is ours.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import evidence
+      >>> from lcrf_jax.bound import evidence
       >>> labels, tags = np.eye(2)[[0, 1]], np.array([True, True])
       >>> round(float(evidence(labels, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
       -0.616
@@ -363,7 +363,7 @@ def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayL
       ValueError: if the shapes do not fit.
     Example:
       >>> import numpy as np
-      >>> from lcrf_jax import expected_evidence
+      >>> from lcrf_jax.bound import expected_evidence
       >>> logits, tags = np.zeros((2, 2)), np.array([True, True])
       >>> round(float(expected_evidence(logits, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
       -1.918

@@ -14,7 +14,7 @@ from lcrf_jax.bound.sampling import block_groups
 from lcrf_jax.crf.energy import pairwise_energy
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, image_kernel
-from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.numerics import check_number, entropy, promote_float
 
 _NO_CHAIN = 255
@@ -224,7 +224,7 @@ def latent_crf_objective(
       ValueError: if a name is unknown or settings do not go together.
     """
     _check_objective(config)
-    kernel_params = scaled(KernelParams(**config["kernel"]), config["pairwise_stride"] or stride)
+    kernel_params = KernelParams(**config["kernel"]).at_stride(config["pairwise_stride"] or stride)
     warmup_steps = config["pairwise_warmup_epochs"] * steps_per_epoch
 
     def pairwise_weight(step):

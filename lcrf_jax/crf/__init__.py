@@ -13,7 +13,7 @@ from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
 from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
 from lcrf_jax.crf.inference import mean_field, refine
 from lcrf_jax.crf.kernel import DenseKernel, ImageKernel, filter_symmetric, filter_with
-from lcrf_jax.crf.params import KernelParams, guide_features, scaled
+from lcrf_jax.crf.params import KernelParams, guide_features
 
 __all__ = [
     "DenseKernel",
@@ -33,5 +33,4 @@ __all__ = [
     "mean_field",
     "pairwise_energy",
     "refine",
-    "scaled",
 ]

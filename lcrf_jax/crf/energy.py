@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lcrf_jax.crf.kernel import DenseKernel, ImageKernel, as_kernel, filter_symmetric
+from lcrf_jax.crf.kernel import Kernel, as_kernel, filter_symmetric
 from lcrf_jax.numerics import check_shape, entropy, promote_float
 
 _ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
-KernelLike = ArrayLike | DenseKernel | ImageKernel
+KernelLike = ArrayLike | Kernel
 """What every function takes as its kernel: a dense matrix [m, m], or an object of `lcrf_jax.crf.kernel`."""
 
 

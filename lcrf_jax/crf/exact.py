@@ -35,6 +35,11 @@ def gaussian_kernel(features_a: ArrayLike, features_b: ArrayLike | None = None) 
       ValueError: if the features are not two matrices with the same number of columns.
     References:
       Krahenbuhl and Koltun 2011, eq. 2.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import gaussian_kernel
+      >>> gaussian_kernel(np.zeros((2, 3)), np.zeros((4, 3))).shape
+      (2, 4)
     """
     _, dimensions = check_shape("features_a", features_a, ("m", "d"), "flatten the pixels to one axis")
     features_b = features_a if features_b is None else features_b
@@ -82,6 +87,11 @@ def dense_kernel(
       ValueError: if `image` is not [H, W, C], a width is not positive, or the normalisation is unknown.
     References:
       Krahenbuhl and Koltun 2011, eq. 3; Krahenbuhl and Koltun 2013 for the normalisation.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import KernelParams, dense_kernel
+      >>> dense_kernel(np.zeros((2, 3, 3), np.uint8), KernelParams()).shape
+      (6, 6)
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")
@@ -118,6 +128,11 @@ def filter_exact(features: ArrayLike, values: ArrayLike, *, block_size: int | No
       ValueError: if the shapes do not fit or `block_size` is smaller than 1.
     References:
       Krahenbuhl and Koltun 2011, section 3.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import filter_exact
+      >>> filter_exact(np.zeros((4, 2)), np.ones((4, 1)))[:, 0].tolist()  # four pixels at one place
+      [4.0, 4.0, 4.0, 4.0]
     """
     num_pixels, _ = check_shape("features", features, ("m", "d"), "flatten the pixels to one axis")
     check_shape("values", values, (num_pixels, "K"), "flatten the pixels to one axis, channels last")

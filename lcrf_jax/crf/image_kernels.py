@@ -118,6 +118,12 @@ def exact_image_kernel(
       TypeError: if `gaussian_position_width` is not a Python number.
     References:
       Krahenbuhl and Koltun 2011, eq. 3.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import KernelParams, exact_image_kernel
+      >>> kernel = exact_image_kernel(np.zeros((6, 8, 3), np.uint8), KernelParams().at_stride(8))
+      >>> kernel.apply(np.ones((48, 2))).shape
+      (48, 2)
     """
     image, counted = _prepared(image, normalisation, valid, colour_max)
     bilateral = None
@@ -159,6 +165,12 @@ def anchor_image_kernel(
       TypeError: if a position width is not a Python number.
     References:
       Krahenbuhl and Koltun 2011, eq. 3; Williams and Seeger 2001, the Nystrom method.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import KernelParams, anchor_image_kernel
+      >>> kernel = anchor_image_kernel(np.zeros((6, 8, 3), np.uint8), KernelParams().at_stride(8))
+      >>> kernel.apply(np.ones((48, 2))).shape
+      (48, 2)
     """
     image, counted = _prepared(image, normalisation, valid, colour_max)
     bilateral = None
@@ -208,6 +220,12 @@ def lattice_image_kernel(
       TypeError: if `gaussian_position_width` is not a Python number.
     References:
       Krahenbuhl and Koltun 2011, eq. 3; Adams, Baek and Davis 2010.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import KernelParams, lattice_image_kernel
+      >>> kernel = lattice_image_kernel(np.zeros((6, 8, 3), np.uint8), KernelParams().at_stride(8))
+      >>> kernel.apply(np.ones((48, 2))).shape
+      (48, 2)
     """
     image, counted = _prepared(image, normalisation, valid, colour_max)
     bilateral = None
@@ -272,6 +290,12 @@ def image_kernel(
       TypeError: if a position width is not a Python number.
     References:
       Krahenbuhl and Koltun 2011, eq. 3.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import KernelParams, image_kernel
+      >>> kernel = image_kernel(np.zeros((6, 8, 3), np.uint8), KernelParams().at_stride(8))
+      >>> kernel.apply(np.ones((48, 2))).shape
+      (48, 2)
     """
     height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
     form = default_form(height * width, normalisation) if form is None else form

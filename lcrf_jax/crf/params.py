@@ -31,7 +31,7 @@ _WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
 class KernelParams(NamedTuple):
     """Weights and widths of the bilateral and the spatial Gaussian.
 
-    The defaults are the usual ones for photographs at full resolution; `scaled` takes them to a coarser grid.
+    The defaults are the usual ones for photographs at full resolution; `at_stride` takes them to a coarser grid.
     The weights depend on the normalisation: these are for `symmetric`, where the rows of each Gaussian sum to
     about 1.
 
@@ -49,27 +49,37 @@ class KernelParams(NamedTuple):
     gaussian_weight: float = 3.0
     gaussian_position_width: float = 3.0
 
+    def at_stride(self, stride: float) -> "KernelParams":
+        """The same kernel on a grid that is `stride` times coarser.
+
+        Args:
+          stride: pixels of this grid per cell of the coarse one, > 0.
+        Returns:
+          A `KernelParams` with both position widths divided by `stride`; weights and colour width stay.
+        Raises:
+          ValueError: if `stride` is not a positive number.
+        Example:
+          >>> from lcrf_jax import KernelParams
+          >>> KernelParams().at_stride(8).bilateral_position_width
+          10.0
+        """
+        check_number("stride", stride, minimum=0, strict=True, remedy="4 takes 320x240 pixels to 80x60 cells")
+        return self._replace(
+            bilateral_position_width=self.bilateral_position_width / stride,
+            gaussian_position_width=self.gaussian_position_width / stride,
+        )
+
 
 def scaled(params: KernelParams, stride: float) -> KernelParams:
-    """The same kernel on a grid that is `stride` times coarser.
+    """`KernelParams.at_stride`, under its old name.
 
     Args:
       params: a `KernelParams` for the fine grid.
       stride: pixels of the fine grid per cell of the coarse one, > 0.
     Returns:
-      A `KernelParams` with both position widths divided by `stride`; weights and colour width stay.
-    Raises:
-      ValueError: if `stride` is not a positive number.
-    Example:
-      >>> from lcrf_jax import KernelParams, scaled
-      >>> scaled(KernelParams(), stride=8).bilateral_position_width
-      10.0
+      A `KernelParams`.
     """
-    check_number("stride", stride, minimum=0, strict=True, remedy="4 takes 320x240 pixels to 80x60 cells")
-    return params._replace(
-        bilateral_position_width=params.bilateral_position_width / stride,
-        gaussian_position_width=params.gaussian_position_width / stride,
-    )
+    return params.at_stride(stride)
 
 
 def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:

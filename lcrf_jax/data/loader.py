@@ -118,7 +118,7 @@ class Loader:
       batches_from: function from that number to an iterator over the batches from there on.
     """
 
-    def __init__(self, batches_from: Callable[[int], Iterator[Record]]):
+    def __init__(self, batches_from: Callable[[int], Iterator[Record]]) -> None:
         self._batches_from, self._done = batches_from, 0
         self._batches: Iterator[Record] | None = None
 
@@ -190,7 +190,7 @@ class DevicePrefetch:
       ValueError: if depth is below 1; on iteration, if a batch does not divide by the number of devices.
     """
 
-    def __init__(self, iterator: Batches, sharding: jax.sharding.Sharding, depth: int = 2):
+    def __init__(self, iterator: Batches, sharding: jax.sharding.Sharding, depth: int = 2) -> None:
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         self._iterator, self._sharding, self._depth = iterator, sharding, depth

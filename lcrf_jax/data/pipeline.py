@@ -42,7 +42,7 @@ class ViewDataset:
         seed: int = 0,
         scale_range: tuple[float, float] = (0.4, 1.0),
         ratio_range: tuple[float, float] = (0.75, 4 / 3),
-    ):
+    ) -> None:
         if num_views < 1 or size < 1:
             raise ValueError(f"num_views and size must be at least 1, got {num_views} and {size}")
         self.num_views = num_views
@@ -92,7 +92,7 @@ class ImageSubset:
       ValueError: if no image is kept.
     """
 
-    def __init__(self, records: Sequence[Record], images: np.ndarray, num_views: int):
+    def __init__(self, records: Sequence[Record], images: np.ndarray, num_views: int) -> None:
         if not len(images):
             raise ValueError("expected at least one image to keep, got none")
         self._records, self._images, self._num_views = records, np.asarray(images), num_views

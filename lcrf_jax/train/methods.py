@@ -17,7 +17,7 @@ from lcrf_jax import baselines
 from lcrf_jax.bound.objective import latent_crf_objective
 from lcrf_jax.bound.record import Record
 from lcrf_jax.crf.exact import dense_kernel
-from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.crf.params import KernelParams
 
 
 class Method(NamedTuple):
@@ -121,7 +121,7 @@ def _ccnn(config, *, stride, steps_per_epoch):
 def _sec(config, *, stride, steps_per_epoch):
     del steps_per_epoch
     options = config["baselines"]["sec"]
-    kernel_params = scaled(KernelParams(**options["kernel"]), stride)
+    kernel_params = KernelParams(**options["kernel"]).at_stride(stride)
     decays = {name: options[name] for name in ("foreground_decay", "background_decay")}
     _check_options(
         lambda logits, tags: baselines.expand_loss(

@@ -10,7 +10,7 @@ import numpy as np
 
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.inference import mean_field
-from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.nets.inputs import guide_image, network_inputs
 from lcrf_jax.train.preparation import Prepared
@@ -35,7 +35,7 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
     stride, variables = prepared.plan.guide_stride, jax.device_put(prepared.variables)
     posterior = functools.partial(
         _posteriors, network=network, guide_ratio=network.stride // stride,
-        kernel_params=scaled(KernelParams(**settings["kernel"]), network.stride),
+        kernel_params=KernelParams(**settings["kernel"]).at_stride(network.stride),
         **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
     )
 

@@ -27,7 +27,7 @@ from lcrf_jax.bound import estimators, likelihoods, objective
 from lcrf_jax.bound.chains import gibbs
 from lcrf_jax.bound.record import Record
 from lcrf_jax.bound.sampling import block_groups
-from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.nets.inputs import guide_image
 from lcrf_jax.train.methods import make_objective
 
@@ -71,7 +71,7 @@ def evidence_of(given):
 def expected_terms(name, logits, given):
     """(log-likelihood of the probabilities, entropy, pairwise energy) in float64, in nats of the image."""
     probs = reference.softmax(logits).reshape(-1, NUM_CLASSES)
-    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    kernel = reference.dense_kernel(given.guide, KernelParams(**KERNEL).at_stride(STRIDE), "symmetric")
     if name == "evidence":
         log_likelihood = np.log((probs * evidence_of(given)).sum(axis=1)).sum()
     else:
@@ -241,7 +241,7 @@ def test_the_pairwise_term_on_a_finer_grid_than_the_logits(stride, form):
     config = config_with(estimator="mean", pairwise_stride=stride, pairwise_form=form)
     loss, terms = objective_of(config)(jax.random.key(0), logits, given, jnp.int32(4))
     fine = reference.softmax(bilinear(logits, SIZE // stride)).reshape(-1, NUM_CLASSES)
-    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), stride), "symmetric")
+    kernel = reference.dense_kernel(given.guide, KernelParams(**KERNEL).at_stride(stride), "symmetric")
     energy = reference.pairwise_energy(fine, kernel) / len(fine)
     np.testing.assert_allclose(terms["pairwise_energy"], energy, rtol=0.1 if form == "lattice" else 2e-4)
     rest = -1.7 * terms["log_likelihood"] - 0.9 * terms["entropy"]
@@ -444,7 +444,7 @@ def test_mcmc_fits_q_to_the_marginals_of_a_chain(name, begun, step, ramp):
 
     start_key, chain_key = jax.random.split(key)
     start = chain.reshape(-1) if begun else jax.random.categorical(start_key, logits.reshape(-1, NUM_CLASSES))
-    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    kernel = reference.dense_kernel(given.guide, KernelParams(**KERNEL).at_stride(STRIDE), "symmetric")
     samples = sampled(chain_key, jnp.asarray(start, jnp.int32), np.float32(6 * ramp * kernel), given,
                       np.float32(1.7 * np.log(evidence_of(given))))
     marginals, probs = np.float64(samples.marginals), reference.softmax(logits).reshape(-1, NUM_CLASSES)
@@ -466,7 +466,7 @@ def small_record():
 
 def posterior_marginals(name, given, likelihood_weight, pairwise_weight):
     """[9, 3] of p(y | z, x)^a p(z | x)^b, by enumeration."""
-    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    kernel = reference.dense_kernel(given.guide, KernelParams(**KERNEL).at_stride(STRIDE), "symmetric")
     one_hot = np.eye(3)[reference.labellings(9, 3)]
     log_likelihood = 0.0
     if "evidence" in name:

@@ -7,7 +7,7 @@ from compiled import compiled
 from jax.test_util import check_grads
 
 from lcrf_jax.crf.exact import NORMALISATIONS, dense_kernel, filter_exact, gaussian_kernel
-from lcrf_jax.crf.params import KernelParams, colours, guide_features, position_features, scaled
+from lcrf_jax.crf.params import KernelParams, colours, guide_features, position_features
 from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
 
 colours, dense_kernel, filter_exact, gaussian_kernel, guide_features, position_features, separable_filter = map(
@@ -81,9 +81,9 @@ def test_kernel_does_not_see_a_shift_of_colours_and_follows_a_flip():
 
 
 def test_a_coarser_grid_has_smaller_widths():
-    assert scaled(KernelParams(), 4) == KernelParams(10.0, 20.0, 13.0, 3.0, 0.75)
+    assert KernelParams().at_stride(4) == KernelParams(10.0, 20.0, 13.0, 3.0, 0.75)
     with pytest.raises(ValueError, match="stride"):
-        scaled(KernelParams(), 0)
+        KernelParams().at_stride(0)
 
 
 def test_weights_are_differentiable():

@@ -13,7 +13,7 @@ from records import BATCH, GRID, KERNEL, NUM_CLASSES, STRIDE, config_with, featu
 from experiments.configs import base, textures
 from lcrf_jax import baselines
 from lcrf_jax.bound.record import Record
-from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.metrics import mean_iou
 from lcrf_jax.predict import evaluation
@@ -89,7 +89,7 @@ def test_gradient_saliency_is_an_input_where_the_evidence_asks_for_it():
 def test_objectives_are_the_losses_of_the_record(index):
     given, logits = record(index), logits_of(index)
     cells, tags = logits.reshape(-1, NUM_CLASSES), given.tags
-    kernel = reference.dense_kernel(given.guide, scaled(KernelParams(**KERNEL), STRIDE), "symmetric")
+    kernel = reference.dense_kernel(given.guide, KernelParams(**KERNEL).at_stride(STRIDE), "symmetric")
     target = baselines.saliency_target(given.saliency.reshape(-1), tags)
     expected = {
         "mil_ilp": baselines.mil_lse_loss(cells, tags),

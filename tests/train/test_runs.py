@@ -14,7 +14,7 @@ from PIL import Image
 from small_runs import assert_same_trees, lines, small_config, train_and_kill
 
 from experiments.measuring import CompilationCount
-from lcrf_jax.crf.params import KernelParams, scaled
+from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.data.example import Example
 from lcrf_jax.data.sources.textures import TexturesSource
 from lcrf_jax.metrics import mean_iou
@@ -376,7 +376,7 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
     tags = prepared.train.tags
     np.testing.assert_allclose(np.float32(result).sum(axis=-1), 1, atol=3e-3)
     assert not result[~np.broadcast_to(tags[:, None, None], result.shape)].any()
-    kernel_params = scaled(KernelParams(**settings["kernel"]), network.stride)
+    kernel_params = KernelParams(**settings["kernel"]).at_stride(network.stride)
     for index in (0, 11):
         each = []
         for view in (0, 1):
