@@ -1,4 +1,4 @@
-"""The rules of the house: floors, docstrings, declared dependencies, and an import that does nothing."""
+"""The rules of the house: rooms, docstrings, types, declared dependencies, and an import that does nothing."""
 
 import ast
 import configparser

@@ -6,6 +6,7 @@ import re
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,6 +16,7 @@ SCALING, FAULTS, PHOTOGRAPHS, ORIGINAL, EXPORT, CARD = (
 )
 
 
+@pytest.mark.filterwarnings("error::DeprecationWarning")
 def test_the_library_example_runs():
     _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
@@ -26,6 +28,7 @@ def test_the_library_example_runs():
     assert names["labels"].shape == (576,)
 
 
+@pytest.mark.filterwarnings("error::DeprecationWarning")
 def test_the_example_of_the_dense_crf_runs_as_printed():
     code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}

@@ -70,7 +70,7 @@ def get_config():
     config.objective = ConfigDict()
     config.objective.likelihood = "evidence"  # a name of lcrf_jax.bound.likelihoods; those below are its options
     config.objective.likelihood_options = options(
-        # saliency_weight above 0 needs the classifier's gradient for every training image.
+        # Of class_evidence; saliency_weight above 0 needs the classifier's gradient for every training image.
         evidence=options(background_level=0.2, sharpness=2.0, floor=0.01, saliency_weight=0.0),
         frozen_classifier=options(scale=1.0),
         gwrp=options(foreground_decay=0.996, background_decay=0.999),

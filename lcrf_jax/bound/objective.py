@@ -105,7 +105,10 @@ def _factor(name, config, record):
 
 
 def _pixel_evidence(record, options, cue_confidence):
-    """[m, K], that of an earlier round or made of the class maps, and of cues where these are used."""
+    """[m, K], that of an earlier round or made of the class maps, and of cues where these are used.
+
+    The options, such as `background_level`, are those of `class_evidence`.
+    """
     if record.pixel_evidence is not None:
         return _pixels(record.pixel_evidence)
     tags = record.tags

@@ -3,7 +3,7 @@
 Read `params` first: the numbers of a CRF and what its Gaussians see of an image. `exact` and `spatial` are the two
 Gaussians by their definition. Two forms of the bilateral one are faster: `lattice`, which `lattice_building` builds with
 the help of `hashing`, and `anchors`, which `anchor_building` builds. `kernel` puts the forms behind one interface, `image_kernels`
-makes one for an image. On it stand `energy`, the pairwise energy and the KL to the prior, and `inference`, mean field.
+makes one for an image. On it stand `energy`, the pairwise energy with its own gradient and the KL to the prior, and `inference`, mean field.
 
 The room imports jax, numpy, einops and `lcrf_jax.numerics`, nothing else.
 """

@@ -77,6 +77,7 @@ def _pairwise_energy_forward(*arguments):
 
 
 def _pairwise_energy_backward(residuals, cotangent):
+    """The gradient in the probabilities comes from the forward pass; those in the kernel and in mu are made here."""
     gradient, arguments = residuals
     if arguments is None:
         return cotangent * gradient, None, None

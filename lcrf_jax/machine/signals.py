@@ -1,4 +1,7 @@
-"""Ending on request: SIGTERM and Ctrl-C between two steps instead of in the middle of one."""
+"""Ending on request: SIGTERM and Ctrl-C between two steps instead of in the middle of one.
+
+This file notes the request. `lcrf_jax.train.fit` saves the state and ends the run, `experiments.reporting` sets the exit code.
+"""
 
 import signal
 import sys

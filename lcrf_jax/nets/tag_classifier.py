@@ -1,4 +1,7 @@
-"""A linear multi-label classifier of image tags on frozen features."""
+"""A linear multi-label classifier of image tags on frozen features.
+
+Its class maps become evidence for the labels of pixels in `lcrf_jax.bound.pixel_evidence.class_evidence`.
+"""
 
 from typing import NamedTuple
 

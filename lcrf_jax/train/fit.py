@@ -45,7 +45,8 @@ def train(
     """Train the decoder, round after round; a folder that holds a run continues it.
 
     A method that trains nothing, such as CAM, is saved as it is. SIGTERM and Ctrl-C save the state after the step that
-    is under way and end the run. Of several processes (see `lcrf_jax.machine.processes`) all call this with the same
+    is under way (with several processes after the next one that is logged or saved) and end the run. Of several
+    processes (see `lcrf_jax.machine.processes`) all call this with the same
     arguments.
 
     Writes checkpoints (last/ and best/), config.json and the metrics to the folder.

@@ -143,47 +143,9 @@ def make_train_step(
         same numbers.
     """
 
-    def image_loss(params, variables, key, record, step):
-        dropout_key, sample_key = jax.random.split(key)
-        taps = {tap: record.features[tap][None] for tap in network.taps}
-        logits = network.logits(params, variables, taps, dropout_key)[0]
-        return objective(sample_key, logits, record, step)
-
-    def gradient(params, variables, keys, batch, step):
-        records = batch
-        if batch.image is not None:
-            features, guide = network_inputs(network, variables, batch.image, guide_stride)
-            records = batch._replace(image=None, features=features, guide=guide)
-
-        def batch_loss(params):
-            losses_of = jax.vmap(image_loss, in_axes=(None, None, 0, 0, None))
-            losses, terms = losses_of(params, variables, keys, records, step)
-            chains = terms.pop("chain", None)
-            metrics = {"loss": losses.mean(), **{name: value.mean() for name, value in terms.items()}}
-            return losses.mean(), (metrics, chains)
-
-        grads, (metrics, chains) = jax.grad(batch_loss, has_aux=True)(params)
-        return (grads, metrics), chains
-
-    def shard_step(params, variables, keys, batch, step):
-        if accumulation_steps == 1:
-            sums, chains = gradient(params, variables, keys, batch, step)
-            return jax.lax.pmean(sums, "data"), chains
-
-        def add(sums, part):
-            new, chains = gradient(params, variables, *part, step)
-            return jax.tree.map(jnp.add, sums, new), chains
-
-        parts = jax.tree.map(lambda rows: rows.reshape(accumulation_steps, -1, *rows.shape[1:]), (keys, batch))
-        first = jax.tree.map(lambda rows: rows[0], parts)
-        shapes, _ = jax.eval_shape(lambda part: gradient(params, variables, *part, step), first)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        sums, chains = jax.lax.scan(add, zeros, parts)
-        chains = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), chains)
-        return jax.lax.pmean(jax.tree.map(lambda leaf: leaf / accumulation_steps, sums), "data"), chains
-
+    gradient = _gradient_of(network, objective, guide_stride)
     spread = jax.shard_map(
-        shard_step,
+        _in_parts(gradient, accumulation_steps),
         mesh=mesh,
         in_specs=(P(), P(), P("data"), P("data"), P()),
         out_specs=(P(), P("data")),
@@ -213,6 +175,57 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state, skipped, chains), metrics
 
     return step
+
+
+def _gradient_of(network, objective, guide_stride):
+    """Function (params, variables, keys, batch, step) -> ((gradient, metrics), chains), means over the batch."""
+
+    def image_loss(params, variables, key, record, step):
+        dropout_key, sample_key = jax.random.split(key)
+        taps = {tap: record.features[tap][None] for tap in network.taps}
+        logits = network.logits(params, variables, taps, dropout_key)[0]
+        return objective(sample_key, logits, record, step)
+
+    def gradient(params, variables, keys, batch, step):
+        records = batch
+        if batch.image is not None:
+            features, guide = network_inputs(network, variables, batch.image, guide_stride)
+            records = batch._replace(image=None, features=features, guide=guide)
+
+        def batch_loss(params):
+            losses_of = jax.vmap(image_loss, in_axes=(None, None, 0, 0, None))
+            losses, terms = losses_of(params, variables, keys, records, step)
+            chains = terms.pop("chain", None)
+            metrics = {"loss": losses.mean(), **{name: value.mean() for name, value in terms.items()}}
+            return losses.mean(), (metrics, chains)
+
+        grads, (metrics, chains) = jax.grad(batch_loss, has_aux=True)(params)
+        return (grads, metrics), chains
+
+    return gradient
+
+
+def _in_parts(gradient, accumulation_steps):
+    """The mean gradient over all devices; each works through its share of the batch in parts."""
+
+    def shard_step(params, variables, keys, batch, step):
+        if accumulation_steps == 1:
+            sums, chains = gradient(params, variables, keys, batch, step)
+            return jax.lax.pmean(sums, "data"), chains
+
+        def add(sums, part):
+            new, chains = gradient(params, variables, *part, step)
+            return jax.tree.map(jnp.add, sums, new), chains
+
+        parts = jax.tree.map(lambda rows: rows.reshape(accumulation_steps, -1, *rows.shape[1:]), (keys, batch))
+        first = jax.tree.map(lambda rows: rows[0], parts)
+        shapes, _ = jax.eval_shape(lambda part: gradient(params, variables, *part, step), first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        sums, chains = jax.lax.scan(add, zeros, parts)
+        chains = jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), chains)
+        return jax.lax.pmean(jax.tree.map(lambda leaf: leaf / accumulation_steps, sums), "data"), chains
+
+    return shard_step
 
 
 def initial_state(

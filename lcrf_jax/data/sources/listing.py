@@ -1,4 +1,4 @@
-"""What a folder of photographs with tags holds, found without opening a photograph.
+"""Reads tag file, class names and lists of a folder, and finds its photographs and masks, without opening a photograph.
 
 All that is wrong with names, tags and lists is collected and told together; see `lcrf_jax.data.sources.folder` for the layout.
 """
