@@ -15,6 +15,7 @@ EXPORTED = [getattr(lcrf_jax, name) for name in lcrf_jax.__all__]
 FUNCTIONS = [found for found in EXPORTED if inspect.isfunction(found) and found.__module__ in PURE_NAMES]
 
 
+@pytest.mark.slow_except("*numerics", "*metrics", "*params", "*energy", "*sampling", "*likelihoods", "*pixel_evidence", "*labels", "*mil")
 @pytest.mark.parametrize("name", PURE_NAMES)
 def test_the_examples_of_a_module_give_what_they_show(name):
     failures, _ = doctest.testmod(importlib.import_module(name), globs={})
