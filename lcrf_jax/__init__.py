@@ -103,6 +103,9 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> "Model":
     Raises:
       lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, or its files are damaged.
       ImportError: if the extra `train` is not installed.
+
+    Example:
+      >>> lcrf_jax.load("runs/demo").segment("photo.jpg").labels  # doctest: +SKIP
     """
     try:
         from lcrf_jax.predict.model import load as load_model

@@ -33,6 +33,11 @@ class ElboTerms(NamedTuple):
       entropy: H(q), exact.
       pairwise_energy: expected pairwise energy under q, exact.
       log_partition: log Z(x) where the caller knows it, else 0; then `bound` is the bound plus log Z(x).
+
+    Example:
+      >>> from lcrf_jax import ElboTerms
+      >>> float(ElboTerms(log_likelihood=-3.0, entropy=2.0, pairwise_energy=0.5, log_partition=0.0).bound)
+      -1.5
     """
 
     log_likelihood: jax.Array

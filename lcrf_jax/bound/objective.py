@@ -136,6 +136,11 @@ def _check_objective(config):
     for name, values in known.items():
         if config[name] not in values:
             raise ValueError(f"objective.{name}: expected one of {sorted(values)}, got {config[name]!r}")
+    _check_likelihoods(config)
+    _check_estimator(config)
+
+
+def _check_likelihoods(config):
     for name, weight in config["further_likelihoods"].items():
         at = f"objective.further_likelihoods.{name}"
         check_number(at, weight, minimum=0, remedy="0 leaves it out")
@@ -158,6 +163,9 @@ def _check_objective(config):
         raise ValueError(
             f"objective.cue_confidence: expected a probability below 1, got {config['cue_confidence']}; 0.97 is usual"
         )
+
+
+def _check_estimator(config):
     estimator = config["estimator"]
     names = [config["likelihood"], *(name for name, _ in _further(config))]
     if estimator == "exact" and not likelihoods.EXPECTATIONS.keys() >= set(names):

@@ -41,6 +41,11 @@ class KernelParams(NamedTuple):
       bilateral_colour_width: s_b, standard deviation in colour units of 0..255.
       gaussian_weight: w2, weight of the Gaussian over position alone.
       gaussian_position_width: s_g, standard deviation in pixels of the grid.
+
+    Example:
+      >>> from lcrf_jax import KernelParams
+      >>> KernelParams(bilateral_weight=5.0).gaussian_weight
+      3.0
     """
 
     bilateral_weight: float = 10.0

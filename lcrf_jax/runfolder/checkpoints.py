@@ -6,9 +6,8 @@
     RUN/damaged/        states that could not be read back when the run was taken up again
 
 Arrays are saved as copies on the host under dotted names (`params.decoder.kernel`) with the sha256 of each in
-the record, and every restore checks them: a byte that changed on the disk is an error, not a slightly
-different mask. Since they come back as NumPy arrays and are then put where the new state lies, the number of
-devices may change.
+the record, and every restore checks them: a byte that changed on the disk is an error, not a slightly different
+mask. They come back as NumPy arrays and are then put where the new state lies: the number of devices may change.
 """
 
 import base64
