@@ -69,9 +69,13 @@ class CachedArrays:
             self._noted = time.monotonic()
 
     def note(self) -> None:
-        """Note how many rows are there, for a run that goes on from here."""
-        if self._open:
-            _note(self._unfinished, self._open, self.first)
+        """Note how many rows are there, once they are on the disk, for a run that goes on from here."""
+        if self._unfinished is None or not self._open:
+            return
+        self.flush()
+        new = self._unfinished / f"{_PROGRESS_FILE}.tmp"
+        new.write_text(json.dumps({"rows": self.first, "arrays": sorted(self._open)}), encoding="utf-8")
+        os.replace(new, self._unfinished / _PROGRESS_FILE)
 
     def flush(self) -> None:
         """Bring what was written to the disk."""
@@ -166,15 +170,6 @@ def _begun(unfinished, num_records):
     except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, or a damaged one: from the start
         pass
     return {}, 0
-
-
-def _note(unfinished, arrays, row):
-    """Note how far the arrays are written, once these rows are on the disk."""
-    for array in arrays.values():
-        array.flush()
-    new = unfinished / f"{_PROGRESS_FILE}.tmp"
-    new.write_text(json.dumps({"rows": row, "arrays": sorted(arrays)}), encoding="utf-8")
-    os.replace(new, unfinished / _PROGRESS_FILE)
 
 
 def _new_arrays(unfinished, folder, num_records, batch):
