@@ -67,6 +67,7 @@ from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, 
 from lcrf_jax.crf.inference import mean_field, refine
 from lcrf_jax.crf.params import KernelParams, guide_features
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
+from lcrf_jax.numerics import checked_under_jit
 
 if TYPE_CHECKING:
     from lcrf_jax.predict.model import Model
@@ -117,6 +118,8 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> "Model":
     return load_model(checkpoint, which=which)
 
 __all__ = [  # noqa: RUF022 - by room
+    # numerics
+    "checked_under_jit",
     # crf
     "KernelParams",
     "anchor_image_kernel",

@@ -2,18 +2,31 @@
 
 The whole library computes in float32: half-precision and integer inputs are promoted on entry,
 float64 is kept where JAX has it enabled (the tests use it).
+
+Shapes and dtypes are always known, and always checked. Values are checked where they are known, that is, outside
+jit, vmap and grad; within `checked_under_jit` they are checked there as well, while the program runs.
 """
 
+import contextlib
+import contextvars
 import math
 import numbers
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 Number = TypeVar("Number")
+
+ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
+"""What to do about a shape that is not [m, K]."""
+ONE_IMAGE = "pass one image as [height, width, channels]; for a batch use jax.vmap"
+"""What to do about a shape that is not [H, W, C]."""
+
+_UNDER_JIT: contextvars.ContextVar[bool] = contextvars.ContextVar("checked_under_jit", default=False)
 
 
 def promote_float(array: ArrayLike) -> jax.Array:
@@ -86,14 +99,29 @@ def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], reme
     return shape
 
 
+def known_number(value: Any) -> float | None:
+    """A number that is known: of Python or NumPy, or an array of JAX or NumPy without axes that is not traced.
+
+    Args:
+      value: anything.
+    Returns:
+      A Python number; None for a traced value and for what is no number.
+    """
+    if isinstance(value, numbers.Real):
+        return value  # type: ignore[return-value]  # as good as a float, and prints as the caller wrote it
+    if isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        return value.item()
+    return None
+
+
 def check_number(
     name: str, value: Number, *, minimum: float, remedy: str, strict: bool = False, whole: bool = False
 ) -> Number:
-    """The value, after checking a Python or NumPy number against a lower bound; traced values pass unchecked.
+    """The value, after checking a number against a lower bound; None and traced values pass unchecked.
 
     Args:
       name: name of the argument, for the message.
-      value: the number.
+      value: the number, of Python, NumPy or JAX.
       minimum: smallest allowed value; itself excluded if `strict`.
       remedy: what the caller can do, for the message.
       strict: whether the bound itself is refused.
@@ -102,33 +130,209 @@ def check_number(
       The value, unchanged.
     Raises:
       ValueError: if the number is not finite, below the bound, or has a fraction that it must not have.
+      TypeError: if it is no number.
     """
-    if isinstance(value, numbers.Real):
-        too_small = value <= minimum if strict else value < minimum
-        if not math.isfinite(value) or too_small:
-            sign = ">" if strict else ">="
-            raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {value}; {remedy}")
-        if whole and value != math.floor(value):
-            raise ValueError(f"{name}: expected a whole number, got {value}; {remedy}")
+    known = known_number(value)
+    if known is None:
+        if value is not None and not (isinstance(value, jax.core.Tracer) and value.ndim == 0):
+            got = f"an array of shape {list(jnp.shape(value))}" if hasattr(value, "shape") else repr(value)
+            raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
+        return value
+    too_small = known <= minimum if strict else known < minimum
+    if not math.isfinite(known) or too_small:
+        sign = ">" if strict else ">="
+        raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {known}; {remedy}")
+    if whole and known != math.floor(known):
+        raise ValueError(f"{name}: expected a whole number, got {known}; {remedy}")
     return value
 
 
-def check_share(name: str, value: Number, remedy: str) -> Number:
-    """The value, after checking that a Python or NumPy number lies in (0, 1]; traced values pass unchecked.
+def check_count(name: str, value: Any, *, minimum: int, remedy: str) -> int:
+    """A static whole number as an int, after checking it against a lower bound.
 
     Args:
       name: name of the argument, for the message.
-      value: the number.
+      value: the number; 2.0 is allowed.
+      minimum: smallest allowed value.
+      remedy: what the caller can do, for the message.
+    Returns:
+      A Python int.
+    Raises:
+      ValueError: if the number is below the bound, not finite or not whole.
+      TypeError: if it is traced, or no number.
+    """
+    if isinstance(value, jax.core.Tracer) or value is None:
+        what = "None" if value is None else "a traced value"
+        raise TypeError(
+            f"{name}: expected a Python int, got {what}; it is static: close over it, or name it in static_argnames"
+        )
+    return int(check_number(name, value, minimum=minimum, whole=True, remedy=remedy))
+
+
+def check_share(name: str, value: Number, remedy: str) -> Number:
+    """The value, after checking that a number lies in (0, 1]; traced values pass unchecked.
+
+    Args:
+      name: name of the argument, for the message.
+      value: the number, of Python, NumPy or JAX.
       remedy: what the caller can do, for the message.
     Returns:
       The value, unchanged.
     Raises:
       ValueError: if the number is not in (0, 1].
+      TypeError: if it is no number.
     """
     check_number(name, value, minimum=0, strict=True, remedy=remedy)
-    if isinstance(value, numbers.Real) and not value <= 1:
-        raise ValueError(f"{name}: expected a number of at most 1, got {value}; {remedy}")
+    known = known_number(value)
+    if known is not None and not known <= 1:
+        raise ValueError(f"{name}: expected a number of at most 1, got {known}; {remedy}")
     return value
+
+
+@contextlib.contextmanager
+def checked_under_jit(on: bool = True) -> Iterator[None]:
+    """Values are checked under jit, vmap and grad as they are outside: for looking for a fault.
+
+    What is traced inside checks the values it meets when it runs, and fails with the same message, as a
+    `jax.errors.JaxRuntimeError`. A program that was traced before is not traced again, so it does not check.
+    Each check brings an array to the host, which takes time.
+
+    Args:
+      on: whether to check.
+    Yields:
+      Nothing.
+    Example:
+      >>> import jax, numpy as np
+      >>> from lcrf_jax import checked_under_jit, mean_field
+      >>> with checked_under_jit():
+      ...     log_probs = jax.jit(mean_field)(np.zeros((4, 2)), np.ones((4, 4)))
+      >>> log_probs.shape
+      (4, 2)
+    """
+    token = _UNDER_JIT.set(on)
+    try:
+        yield
+    finally:
+        _UNDER_JIT.reset(token)
+
+
+def check_values(name: str, array: ArrayLike, fault_of: Callable[[np.ndarray], str | None]) -> None:
+    """Refuse an array whose values, where they are known, have a fault.
+
+    Args:
+      name: name of the argument, for the message.
+      array: any array.
+      fault_of: what is wrong with a NumPy array and what to do about it, or None; half precision comes as float32.
+    Raises:
+      ValueError: if there is a fault.
+    """
+
+    def check(values):
+        values = np.asarray(values)
+        if values.dtype.kind not in "biufc" or values.dtype == np.float16:
+            values = values.astype(np.float32)
+        fault = fault_of(values)
+        if fault is not None:
+            raise ValueError(f"{name}: {fault}")
+
+    if isinstance(array, jax.core.Tracer):
+        if _UNDER_JIT.get():
+            jax.debug.callback(check, array)
+    elif not isinstance(array, jax.Array) or array.is_fully_addressable:
+        check(array)
+
+
+def first_place(where: np.ndarray) -> list[int]:
+    """The indices of the first true entry, as they are printed.
+
+    Args:
+      where: [...] booleans, one of them true.
+    Returns:
+      One index per axis.
+    """
+    return [int(i) for i in np.unravel_index(np.argmax(where), where.shape)]
+
+
+def check_finite(
+    name: str, array: ArrayLike, remedy: str, *, minimum: float = -math.inf, maximum: float = math.inf
+) -> None:
+    """Refuse an array with NaN, an infinity, or a value outside a range, where its values are known.
+
+    Args:
+      name: name of the argument, for the message.
+      array: any real array.
+      remedy: what the caller can do, for the message.
+      minimum: smallest allowed value.
+      maximum: largest allowed value.
+    Raises:
+      ValueError: if there is such a value; the message has the first one and its place.
+    """
+
+    def fault_of(values):
+        if values.size == 0 or (values.min() >= max(minimum, -np.inf) and values.max() <= maximum and
+                                np.isfinite(values.min()) and np.isfinite(values.max())):
+            return None
+        place = first_place(~np.isfinite(values) | (values < minimum) | (values > maximum))
+        ranges = {(False, False): "finite numbers", (True, False): f"finite numbers >= {minimum:g}",
+                  (False, True): f"finite numbers <= {maximum:g}"}
+        asked = ranges.get((minimum > -math.inf, maximum < math.inf), f"numbers in {minimum:g}..{maximum:g}")
+        return f"expected {asked}, got {values[tuple(place)]} at {place}; {remedy}"
+
+    check_values(name, array, fault_of)
+
+
+def _fault_of_logits(values):
+    lowest, highest = (values.min(), values.max()) if values.size else (0, 0)
+    if not highest < np.inf:  # NaN as well
+        place = first_place(~(values < np.inf))
+        return (f"expected numbers below infinity, got {values[tuple(place)]} at {place}; look for a division by zero "
+                "or a training that diverged")
+    if lowest == -np.inf and np.any(nowhere := (values.max(axis=-1) == -np.inf)):
+        return f"expected a class that is possible, got -inf in every class at {first_place(nowhere)}; leave one"
+    if lowest < 0 or values.shape[-1] == 1 or values.size == 0:
+        return None
+    if highest <= 1.001 and np.all(np.abs(values.sum(axis=-1) - 1) < 2e-3) and np.any(values % 1):
+        return "expected logits, got probabilities: each row sums to 1; pass their logarithm"
+    if highest > 0 and np.all(np.abs(np.exp(-values.astype(np.float32)).sum(axis=-1) - 1) < 2e-3):
+        return "expected logits, got energies -log p, the input of pydensecrf; pass them with the sign turned"
+    return None
+
+
+def check_logits(name: str, logits: ArrayLike) -> None:
+    """Refuse values that are no logits, where they are known.
+
+    Refused are NaN, infinity, -inf in every class of a pixel, probabilities (all rows sum to 1, and not one-hot),
+    and energies (-log of probabilities), whose largest would be the least likely class.
+
+    Args:
+      name: name of the argument, for the message.
+      logits: [..., K] unnormalised log-probabilities; a class may have -inf.
+    Raises:
+      ValueError: if they are none; the message has the first place.
+    """
+    check_values(name, logits, _fault_of_logits)
+
+
+def check_probs(name: str, probs: ArrayLike) -> None:
+    """Refuse values that are no probabilities, where they are known.
+
+    Args:
+      name: name of the argument, for the message.
+      probs: [..., K] probabilities of K classes; rows sum to 1, up to 2e-3.
+    Raises:
+      ValueError: if a value is not in 0..1 or a row does not sum to 1; the message has the first place.
+    """
+    remedy = "take the softmax of logits"
+
+    def fault_of(values):
+        sums = values.sum(axis=-1)
+        if values.size == 0 or np.all(np.abs(sums - 1) < 2e-3):
+            return None
+        place = first_place(~(np.abs(sums - 1) < 2e-3))
+        return f"expected rows that sum to 1, got {sums[tuple(place)]} at {place}; {remedy}"
+
+    check_finite(name, probs, remedy, minimum=-1e-6, maximum=1 + 1e-3)
+    check_values(name, probs, fault_of)
 
 
 def squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
