@@ -14,6 +14,7 @@ from lcrf_jax.crf.lattice import CELL_BLOCK, NARROWING, VERTEX_BLOCK, Lattice
 from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
 
 _FLATTEN = "flatten the pixels to one axis, channels last"
+_LONGEST_PATH = 6
 
 
 def default_capacity(num_pixels: int, num_features: int, *, share: float = 1.0) -> int:
@@ -92,7 +93,10 @@ def _cells_of(features, valid, cell_sizes, num_cells):
 
 
 def _corners_of(features, num_cells, block):
-    """Weights [d + 1, n] and two fingerprints [d + 1, n] of the corners of each cell's simplex."""
+    """Of the corners of each cell's simplex: weights, two fingerprints, and the way to the next; all [d + 1, n].
+
+    A step along direction `ways[k]` leads from corner k to corner k + 1, and from the last one back to the first.
+    """
     size, num_features = features.shape
     corners = num_features + 1
     number = np.arange(corners, dtype=np.int32)[:, None, None]
@@ -103,7 +107,8 @@ def _corners_of(features, num_cells, block):
         origin, rank, weights = _enclosing_simplex(part)
         # Corner k lies at origin + k, less d + 1 in the coordinates of the k highest ranks.
         keys = origin[None] + number - corners * (rank[None] > num_features - number).astype(jnp.int32)
-        parts = weights, *fingerprints(jnp.moveaxis(keys, 1, 0), multipliers)
+        ways = jnp.stack([jnp.sum(jnp.where(rank == num_features - k, number[:, 0], 0), axis=0) for k in range(corners)])
+        parts = weights, ways, *fingerprints(jnp.moveaxis(keys, 1, 0), multipliers)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(array, new, i * block, axis=1)
             for array, new in zip(state, parts, strict=True)
@@ -111,12 +116,64 @@ def _corners_of(features, num_cells, block):
 
     state = (
         jnp.zeros((corners, size), features.dtype),
+        jnp.zeros((corners, size), jnp.int32),
         jnp.zeros((corners, size), jnp.uint32),
         jnp.zeros((corners, size), jnp.uint32),
     )
     state = tuple(varying_like(part, features) for part in state)
-    weights, *hashes = jax.lax.fori_loop(0, num_blocks(num_cells, block), add_block, state)
-    return weights, tuple(hashes)
+    weights, ways, *hashes = jax.lax.fori_loop(0, num_blocks(num_cells, block), add_block, state)
+    return weights, ways, tuple(hashes)
+
+
+def _with_one_more(ordered, new):
+    """Arrays that ascend from one to the next, with another one sorted in."""
+    result = []
+    for array in ordered:
+        result.append(jnp.minimum(array, new))
+        new = jnp.maximum(array, new)
+    return [*result, new]
+
+
+def _self_weights(weights, vertices, ways, neighbours, num_cells, block):
+    """[n] the weight of each cell's value in its own result, before the constant.
+
+    The corners of a simplex lie on a circle: a step along `ways[k]` leads from corner k to the next. The blur goes
+    through its directions in their order and takes each step, forwards or back, with 1/2. So it connects corners
+    that are n steps apart on the circle by 2^-n, if the vertices on the way are there: one path forwards and one
+    back. Paths of more than `_LONGEST_PATH` steps are left out: all are positive, so the result is never too large.
+    """
+    corners, size = weights.shape
+    capacity = neighbours.shape[-1]
+    flat = neighbours.reshape(-1)
+
+    def exists(vertices, ordered, side):
+        """[d + 1, n] whether the path from each corner along the ordered directions exists."""
+        at, there = vertices, True
+        # The last step ends at a corner, which is there.
+        for way in ordered[:-1]:
+            at = flat.at[(2 * way + side) * capacity + at].get(mode="promise_in_bounds")
+            there &= at < capacity
+            at = jnp.minimum(at, capacity - 1)
+        return there
+
+    def add_block(i, result):
+        weights_of, vertices_of, ways_of = (
+            jax.lax.dynamic_slice_in_dim(array, i * block, block, axis=1) for array in (weights, vertices, ways)
+        )
+        weights_of = jnp.where(vertices_of < capacity, weights_of, 0)
+        vertices_of = jnp.minimum(vertices_of, capacity - 1)
+        total = weights_of * weights_of
+        for side in (0, 1):
+            ordered = []
+            for length in range(1, min(corners, _LONGEST_PATH) + 1):
+                shift = -length if side else length
+                ordered = _with_one_more(ordered, jnp.roll(ways_of, shift + 1 if side else shift, axis=0))
+                ends = 2.0**-length * weights_of * jnp.roll(weights_of, shift, axis=0)
+                total = total + jnp.where(exists(vertices_of, ordered, side), ends, 0)
+        return jax.lax.dynamic_update_slice_in_dim(result, total.sum(axis=0), i * block, 0)
+
+    start = varying_like(jnp.zeros(size, weights.dtype), weights)
+    return jax.lax.fori_loop(0, num_blocks(num_cells, block), add_block, start)
 
 
 def _neighbours_of(vertices, capacity):
@@ -203,9 +260,10 @@ def _built(features, valid, cell_sizes, capacity):
         active = varying_like(jnp.ones(size, bool), features)
     # The barriers keep XLA on CPU from computing a stage again wherever the next one reads it.
     cells, means, num_cells = jax.lax.optimization_barrier((cells, means, num_cells))
-    weights, hashes = jax.lax.optimization_barrier(_corners_of(means, num_cells, block))
+    weights, ways, hashes = jax.lax.optimization_barrier(_corners_of(means, num_cells, block))
     active = jnp.broadcast_to(active, weights.shape)
     vertices = jax.lax.optimization_barrier(distinct_keys(hashes, active, num_cells, block, capacity))
-    neighbours = _neighbours_of(vertices, capacity)
+    neighbours = jax.lax.optimization_barrier(_neighbours_of(vertices, capacity))
+    self_weights = _self_weights(weights, vertices.ids, ways, neighbours, num_cells, block)
     order = varying_like(jnp.arange(len(weights), dtype=jnp.int32), features)
-    return Lattice(cells, vertices.ids, weights, neighbours, order, num_cells, vertices.count)
+    return Lattice(cells, vertices.ids, weights, self_weights, neighbours, order, num_cells, vertices.count)
