@@ -34,8 +34,8 @@ SAMPLE = 4096
 
 def refined_labels(image, log_probs):
     """[H, W] uint8, the labels after refinement as the library does it by default; 255 where it gave NaN."""
-    refined = lcrf_jax.refine(image, log_probs, PARAMS, num_iterations=NUM_ITERATIONS)
-    return jnp.where(jnp.isnan(refined[:, :, 0]), FAILED, refined.argmax(-1)).astype(jnp.uint8)
+    refined = lcrf_jax.refined_posterior(image, log_probs, PARAMS, num_iterations=NUM_ITERATIONS)
+    return jnp.where(refined.overflowed, FAILED, refined.log_probs.argmax(-1)).astype(jnp.uint8)
 
 
 def photograph(path, height, width):
@@ -292,7 +292,7 @@ def parity(photo, size, num_classes, unaries, peer=None):
     # What the kernel takes away at each pixel: the self-pairs, or, to have them in, less what it left out elsewhere.
     gaussian_pairs = jnp.square(kernel.gaussian.scale).reshape(-1)
     diagonal = -PARAMS.gaussian_weight / PARAMS.bilateral_weight * gaussian_pairs
-    diagonals = jnp.stack([kernel.bilateral_diagonal, diagonal])
+    diagonals = jnp.stack([kernel.bilateral_diagonal, diagonal.reshape(kernel.bilateral_diagonal.shape)])
 
     def exact(unary, diagonal):
         every = kernel._replace(bilateral_diagonal=diagonal)

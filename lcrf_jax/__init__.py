@@ -63,8 +63,10 @@ from lcrf_jax.bound.pixel_evidence import class_evidence, cue_evidence, log_evid
 from lcrf_jax.bound.sampling import block_groups, categorical, gumbel_softmax, straight_through
 from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
 from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
+from lcrf_jax.crf.feature_kernels import feature_kernel, volume_features
 from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
-from lcrf_jax.crf.inference import mean_field, refine
+from lcrf_jax.crf.inference import MeanFieldPosterior, mean_field, mean_field_posterior, refine, refined_posterior
+from lcrf_jax.crf.loss import dense_crf_loss
 from lcrf_jax.crf.params import KernelParams, guide_features
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.numerics import checked_under_jit
@@ -122,9 +124,12 @@ __all__ = [  # noqa: RUF022 - by room
     "checked_under_jit",
     # crf
     "KernelParams",
+    "MeanFieldPosterior",
     "anchor_image_kernel",
+    "dense_crf_loss",
     "dense_kernel",
     "exact_image_kernel",
+    "feature_kernel",
     "filter_exact",
     "gaussian_kernel",
     "guide_features",
@@ -132,8 +137,11 @@ __all__ = [  # noqa: RUF022 - by room
     "kl_to_prior",
     "lattice_image_kernel",
     "mean_field",
+    "mean_field_posterior",
     "pairwise_energy",
     "refine",
+    "refined_posterior",
+    "volume_features",
     # bound
     "ElboTerms",
     "block_groups",

@@ -199,8 +199,8 @@ def checked_under_jit(on: bool = True) -> Iterator[None]:
 
     Args:
       on: whether to check.
-    Yields:
-      Nothing.
+    Returns:
+      A context manager.
     Example:
       >>> import jax, numpy as np
       >>> from lcrf_jax import checked_under_jit, mean_field

@@ -3,25 +3,32 @@
 Read `params` first: the numbers of a CRF and what its Gaussians see of an image. `exact` and `spatial` are the two
 Gaussians by their definition. Two forms of the bilateral one are faster: `lattice`, which `lattice_building` builds with
 the help of `hashing`, and `anchors`, which `anchor_building` builds. `kernel` puts the forms behind one interface, `image_kernels`
-makes one for an image. On it stand `energy`, the pairwise energy with its own gradient and the KL to the prior, and `inference`, mean field.
+makes one for an image, `feature_kernels` one for a volume. On it stand `energy`, the pairwise energy and the KL to the
+prior, `inference`, mean field with its `iterations`, and `loss`. `linear` has what makes all of it differentiable.
 
 The room imports jax, numpy, einops and `lcrf_jax.numerics`, nothing else.
 """
 
 from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
 from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
+from lcrf_jax.crf.feature_kernels import KernelSum, feature_kernel, volume_features
 from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
-from lcrf_jax.crf.inference import mean_field, refine
+from lcrf_jax.crf.inference import MeanFieldPosterior, mean_field, mean_field_posterior, refine, refined_posterior
 from lcrf_jax.crf.kernel import DenseKernel, ImageKernel, filter_symmetric, filter_with
+from lcrf_jax.crf.loss import dense_crf_loss
 from lcrf_jax.crf.params import KernelParams, guide_features
 
 __all__ = [
     "DenseKernel",
     "ImageKernel",
     "KernelParams",
+    "KernelSum",
+    "MeanFieldPosterior",
     "anchor_image_kernel",
+    "dense_crf_loss",
     "dense_kernel",
     "exact_image_kernel",
+    "feature_kernel",
     "filter_exact",
     "filter_symmetric",
     "filter_with",
@@ -31,6 +38,9 @@ __all__ = [
     "kl_to_prior",
     "lattice_image_kernel",
     "mean_field",
+    "mean_field_posterior",
     "pairwise_energy",
     "refine",
+    "refined_posterior",
+    "volume_features",
 ]

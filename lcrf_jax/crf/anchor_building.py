@@ -1,7 +1,6 @@
 """How the anchors and blocks of `lcrf_jax.crf.anchors` are chosen for an image."""
 
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +8,18 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.anchors import Anchors, in_blocks, in_strips
-from lcrf_jax.numerics import check_number, check_shape, promote_float, squared_distances, varying_like
+from lcrf_jax.crf.params import WIDTH_REMEDY, check_image_shape
+from lcrf_jax.numerics import (
+    check_count,
+    check_number,
+    check_shape,
+    known_number,
+    promote_float,
+    squared_distances,
+    varying_like,
+)
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-_ONE_IMAGE = "pass one image as [height, width, channels]; for a batch use jax.vmap"
-_WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
 _NUM_ANCHORS, _NUM_ANCHORS_LARGE = 128, 96
 _BLOCK_PER_WIDTH, _LARGEST_BLOCK = 2 / 3, 64
 _SAMPLE, _ROUND, _NUM_LLOYD, _DRAW_POWER = 2048, 16, 4, 1.5
@@ -144,12 +150,12 @@ def build_anchors(
     References:
       Williams and Seeger 2001, the Nystrom method; Arthur and Vassilvitskii 2007 for choosing the anchors.
     """
-    height, width, channels = check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
-    check_number("position_width", position_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
-    check_number("colour_width", colour_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
+    height, width, channels = check_image_shape(image)
+    check_number("position_width", position_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
+    check_number("colour_width", colour_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
     if num_anchors is None:
         num_anchors = _NUM_ANCHORS if height * width <= 200**2 else _NUM_ANCHORS_LARGE
-    check_number("num_anchors", num_anchors, minimum=1, remedy="None chooses one")
+    num_anchors = check_count("num_anchors", num_anchors, minimum=1, remedy="None chooses one")
     block_size = _checked_block_size(block_size, position_width)
     colours = promote_float(image) / colour_width
     weights = jnp.ones_like(colours[:, :, 0])
@@ -174,11 +180,11 @@ def build_anchors(
 
 
 def _checked_block_size(block_size, position_width):
-    if block_size is None and not isinstance(position_width, numbers.Real):
+    if block_size is None and known_number(position_width) is None:
         raise TypeError(
             f"position_width: expected a Python number, got {type(position_width).__name__}; it sets the size of the "
             "blocks: close over it, or give block_size"
         )
     if block_size is None:
-        block_size = min(max(1, round(_BLOCK_PER_WIDTH * position_width)), _LARGEST_BLOCK)
-    return check_number("block_size", block_size, minimum=1, remedy="None is two thirds of the position width")
+        block_size = min(max(1, round(_BLOCK_PER_WIDTH * known_number(position_width))), _LARGEST_BLOCK)
+    return check_count("block_size", block_size, minimum=1, remedy="None is two thirds of the position width")

@@ -47,6 +47,9 @@ class Anchors(NamedTuple):
       column_kernel: [2 c, 2 c] the same for columns.
     """
 
+    # A low rank leaves entries of either sign.
+    nonnegative = False
+
     colours: jax.Array
     weights: jax.Array
     centres: jax.Array
@@ -164,6 +167,15 @@ class Anchors(NamedTuple):
         """
         sums = self.apply(counted[:, None])[:, 0]
         return jnp.maximum(sums - self.diagonal(), 0) + jnp.square(self.weights).reshape(-1)
+
+    def overflowed(self) -> jax.Array:
+        """False: there is nothing that could be too small."""
+        return jnp.zeros((), bool)
+
+    def cleared(self, overflowed: jax.Array) -> Self:
+        """The same."""
+        del overflowed
+        return self
 
     def diagonal(self) -> jax.Array:
         """The diagonal of the kernel: what each pixel adds to its own result, near 1 where colours are not rare.

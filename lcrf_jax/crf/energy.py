@@ -9,12 +9,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.crf.kernel import Kernel, as_kernel, filter_symmetric
-from lcrf_jax.numerics import check_shape, entropy, promote_float
+from lcrf_jax.crf.kernel import Kernel, as_kernel, filter_symmetric, in_one_precision, pixels_of
+from lcrf_jax.crf.linear import is_sought, sought_parts
+from lcrf_jax.numerics import check_finite, check_logits, check_shape, check_values, entropy, first_place, promote_float
 
-_ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
 KernelLike = ArrayLike | Kernel
 """What every function takes as its kernel: a dense matrix [m, m], or an object of `lcrf_jax.crf.kernel`."""
 
@@ -42,11 +43,24 @@ def checked_compatibility(compatibility: ArrayLike | None, num_classes: int) -> 
     Returns:
       [K, K], or None for Potts.
     Raises:
-      ValueError: if it is not [K, K].
+      ValueError: if it is not [K, K], or its values are known and not finite or not symmetric.
     """
     if compatibility is None:
         return None
     check_shape("compatibility", compatibility, (num_classes, num_classes), "give one row and column per class")
+    check_finite("compatibility", compatibility, "None is Potts")
+
+    def fault_of(costs):
+        apart = np.abs(costs - costs.T)
+        if apart.max() <= 1e-5 * np.abs(costs).max():
+            return None
+        a, b = first_place(apart == apart.max())
+        return (
+            f"expected a symmetric matrix, got mu({a}, {b}) = {costs[a, b]} and mu({b}, {a}) = {costs[b, a]}; a pair of "
+            "pixels has no order, so only (mu + mu.T) / 2 has a meaning: pass that"
+        )
+
+    check_values("compatibility", compatibility, fault_of)
     compatibility = promote_float(compatibility)
     return (compatibility + compatibility.T) / 2
 
@@ -59,35 +73,24 @@ def _energy_of_sums(probs, kernel, compatibility):
     return sum(jax.tree.leaves(products)) / 2
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _pairwise_energy(probs, kernel, compatibility):
     return _energy_of_sums(probs, kernel, compatibility)
 
 
-def _pairwise_energy_forward(*arguments):
-    """The arguments come from JAX with `symbolic_zeros`: each array says whether its gradient is needed."""
-    def is_leaf(node):
-        return isinstance(node, jax.custom_derivatives.CustomVJPPrimal)
-
-    probs, kernel, compatibility = jax.tree.map(lambda leaf: leaf.value, arguments, is_leaf=is_leaf)
-    sought = any(leaf.perturbed for leaf in jax.tree.leaves(arguments[1:], is_leaf=is_leaf))
+@functools.partial(_pairwise_energy.defjvp, symbolic_zeros=True)
+def _pairwise_energy_derivative(primals, tangents):
+    probs, kernel, compatibility = primals
     # The gradient is needed anyway, and its product with q is the cheapest way to the energy.
     gradient = times_compatibility(filter_symmetric(kernel, probs), compatibility)
-    return jnp.vdot(probs, gradient) / 2, (gradient, (probs, kernel, compatibility) if sought else None)
-
-
-def _pairwise_energy_backward(residuals, cotangent):
-    """The gradient in the probabilities comes from the forward pass; those in the kernel and in mu are made here."""
-    gradient, arguments = residuals
-    if arguments is None:
-        return cotangent * gradient, None, None
-    # The energy is linear in the kernel and in mu.
-    probs, kernel, compatibility = arguments
-    _, pull = jax.vjp(functools.partial(_energy_of_sums, probs), kernel, compatibility)
-    return (cotangent * gradient, *pull(cotangent))
-
-
-_pairwise_energy.defvjp(_pairwise_energy_forward, _pairwise_energy_backward, symbolic_zeros=True)
+    value = jnp.vdot(probs, gradient) / 2
+    derivative = jnp.vdot(gradient, tangents[0]) if is_sought(tangents[0]) else jnp.zeros_like(value)
+    leaves, leaf_tangents, replaced = sought_parts((kernel, compatibility), tangents[1:])
+    if leaves:
+        # The energy is linear in the kernel and in mu.
+        along = jax.jvp(lambda new: _energy_of_sums(probs, *replaced(new)), (leaves,), (leaf_tangents,))[1]
+        derivative = derivative + along
+    return value, derivative
 
 
 def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLike | None = None) -> jax.Array:
@@ -98,13 +101,16 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
     Each unordered pair counts once and i = j never does. Only the symmetric parts of k and mu affect the
     energy: with a kernel that is not symmetric, k_ij stands for (k_ij + k_ji) / 2.
     The value alone needs no slice (see `lcrf_jax.crf.kernel`), value and gradient in `probs` together a single
-    filtering, and the gradient is the exact one of this value. Gradients in a dense kernel, in the two weights of
-    an `ImageKernel` and in mu are exact as well; there are none in the arrays of a lattice. Reverse mode only.
+    filtering, and the gradient is the exact one of this value. Derivatives in a dense kernel, in the two weights of
+    an `ImageKernel` and in mu are exact as well; in the image and the widths they exist for the forms 'exact' and
+    'anchors', and a lattice refuses them. All modes and orders (table: docs/engine.md, "Derivatives").
 
     Args:
-      probs: [m, K] probabilities, rows summing to 1 (not checked; the energy is defined without that).
+      probs: [m, K], or [H, W, K] on the grid of the kernel: probabilities, rows summing to 1 (not checked; the energy
+        is defined without that).
       kernel: [m, m] matrix or kernel object, of any normalisation.
-      compatibility: [K, K] cost mu(a, b) of a pair with labels a and b; None is Potts, mu(a, b) = [a != b].
+      compatibility: [K, K] symmetric cost mu(a, b) of a pair with labels a and b; None is Potts, mu(a, b) = [a != b].
+        Under jit its symmetric part is taken.
     Returns:
       Scalar, not divided by m.
     Raises:
@@ -118,9 +124,16 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
       >>> float(pairwise_energy(labels, kernel))  # two of the three pairs differ, each costs 0.5
       1.0
     """
-    _, num_classes = check_shape("probs", probs, ("m", "K"), _ONE_SET)
-    probs = promote_float(probs)
-    return _pairwise_energy(probs, as_kernel(kernel), checked_compatibility(compatibility, num_classes))
+    kernel = as_kernel(kernel)
+    probs, shape = pixels_of("probs", probs, kernel)
+    check_finite("probs", probs, "take the softmax of logits")
+    compatibility = checked_compatibility(compatibility, shape[-1])
+    kernel, probs = in_one_precision(kernel, probs)
+    if compatibility is not None:
+        compatibility = compatibility.astype(probs.dtype)
+    if all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") or jnp.isscalar(leaf) for leaf in jax.tree.leaves(kernel)):
+        return _pairwise_energy(probs, kernel, compatibility)
+    return _energy_of_sums(probs, kernel, compatibility)  # JAX cannot look into the kernel
 
 
 def kl_to_prior(logits: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLike | None = None) -> jax.Array:
@@ -131,9 +144,9 @@ def kl_to_prior(logits: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLi
     Each unordered pair counts once; k_ii = 0; log Z(x) is not included, which no parameter of q changes.
 
     Args:
-      logits: [m, K] unnormalised log-probabilities of q.
+      logits: [m, K], or [H, W, K] on the grid of the kernel: unnormalised log-probabilities of q.
       kernel: [m, m] matrix or kernel object of `lcrf_jax.crf.kernel`.
-      compatibility: [K, K] cost mu(a, b); None is Potts.
+      compatibility: [K, K] symmetric cost mu(a, b); None is Potts.
     Returns:
       Scalar in nats, not divided by m. Add log Z(x) to get the divergence itself.
     Raises:
@@ -146,7 +159,8 @@ def kl_to_prior(logits: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLi
       >>> round(float(kl_to_prior(np.zeros((3, 2)), 0.5 * np.ones((3, 3)))), 3)
       -1.329
     """
-    check_shape("logits", logits, ("m", "K"), _ONE_SET)
-    logits = promote_float(logits)
+    kernel = as_kernel(kernel)
+    check_logits("logits", logits)
+    logits, _ = pixels_of("logits", logits, kernel)
     probs = jax.nn.softmax(logits, axis=-1)
     return pairwise_energy(probs, kernel, compatibility=compatibility) - entropy(logits).sum()

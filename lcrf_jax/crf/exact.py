@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.crf.params import KernelParams, colours, guide_features, position_features
-from lcrf_jax.numerics import check_number, check_shape, promote_float, squared_distances
+from lcrf_jax.crf.linear import is_sought, transposable
+from lcrf_jax.crf.params import KernelParams, checked_params, colours, guide_features, position_features
+from lcrf_jax.numerics import check_count, check_shape, promote_float, squared_distances
 
 # 2^x on 0..1 to 2e-7, highest power first: the polynomial of degree 6 through the Chebyshev nodes.
 _EXP2_COEFFICIENTS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, domain=[0, 1]).convert(
@@ -95,6 +96,7 @@ def dense_kernel(
     """
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")
+    checked_params(params)
     image = colours(image, colour_max=colour_max)
     height, width, _ = image.shape
     normalised = NORMALISATIONS[normalisation]
@@ -142,7 +144,7 @@ def filter_exact(features: ArrayLike, values: ArrayLike, *, block_size: int | No
         # product. A single part is slower than two: XLA on CPU does not make it a matrix first.
         block_size = (2**20 if num_pixels <= 64**2 else 2**22) // num_pixels
         block_size = max(1, min(block_size, math.ceil(num_pixels / 2)))
-    check_number("block_size", block_size, minimum=1, remedy="None chooses one")
+    block_size = check_count("block_size", block_size, minimum=1, remedy="None chooses one")
     return _filtered(block_size, features, values)
 
 
@@ -161,27 +163,35 @@ def _filtered_in_blocks(block_size, exp, features, values):
     return blocks.reshape(num_blocks * rows, -1)[:num_pixels]
 
 
-# The kernel is symmetric, so the sum is its own transpose in the values, and its derivative needs nothing stored.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _filtered(block_size, features, values):
     exp = _exp_of_negative if values.dtype == features.dtype == jnp.float32 else jnp.exp
     # A batch is done image by image: blocks of all images at once would not stay in the cache.
-    filtered = functools.partial(_filtered_in_blocks, block_size, exp)
-    return jax.custom_batching.sequential_vmap(filtered)(features, values)
+    blocks = jax.custom_batching.sequential_vmap(functools.partial(_filtered_in_blocks, block_size, exp))
+    exactly = functools.partial(_filtered_in_blocks, block_size, jnp.exp)
+    return _with_derivatives(blocks, exactly)(features, values)
 
 
-def _filtered_forward(block_size, features, values):
-    return _filtered(block_size, features, values), (features, values)
+def _with_derivatives(blocks, exactly):
+    """The filter, its derivatives in both arguments; none of them stores the kernel."""
 
+    @jax.custom_jvp
+    def filtered(features, values):
+        return blocks(features, values)
 
-def _filtered_backward(block_size, residuals, cotangent):
-    features, values = residuals
-    # Where nobody asks for the derivative in the features, jit drops the work.
-    _, pull = jax.vjp(lambda moved: _filtered_in_blocks(block_size, jnp.exp, moved, values), features)
-    return *pull(cotangent), _filtered(block_size, features, cotangent)
+    @functools.partial(filtered.defjvp, symbolic_zeros=True)
+    def derivative(primals, tangents):
+        features, values = primals
+        total = jnp.zeros_like(values)
+        if is_sought(tangents[0]):
+            # Where nobody asks for the derivative in the features, nothing of it is traced.
+            total = jax.jvp(lambda moved: exactly(moved, values), (features,), (tangents[0],))[1]
+        if is_sought(tangents[1]):
+            # The kernel is symmetric, so the sum is its own transpose in the values.
+            product = functools.partial(filtered, features)
+            total = total + transposable(product, product, tangents[1])
+        return filtered(features, values), total
 
-
-_filtered.defvjp(_filtered_forward, _filtered_backward)
+    return filtered
 
 
 def _exp_of_negative(x):
@@ -209,6 +219,8 @@ class ExactGaussian(NamedTuple):
       features: [m, d] features in units of their widths.
       scale: [m] factors s of diag(s) K diag(s).
     """
+
+    nonnegative = True
 
     features: jax.Array
     scale: jax.Array
@@ -241,3 +253,12 @@ class ExactGaussian(NamedTuple):
     def row_sums(self, counted: jax.Array) -> jax.Array:
         """[m] sums of the rows over the pixels that count [m], self-pairs included."""
         return self.apply(counted[:, None])[:, 0]
+
+    def overflowed(self) -> jax.Array:
+        """False: there is nothing that could be too small."""
+        return jnp.zeros((), bool)
+
+    def cleared(self, overflowed: jax.Array) -> Self:
+        """The same."""
+        del overflowed
+        return self

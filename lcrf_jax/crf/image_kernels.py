@@ -5,7 +5,7 @@
   cent without any normalisation;
 * `lattice_image_kernel`: the permutohedral lattice; the fastest for large images, right to a few per cent
   after normalisation;
-* `image_kernel` chooses by the number of pixels and the normalisation.
+* `image_kernel` chooses by the numbers of pixels and channels and the normalisation.
 """
 
 import math
@@ -13,21 +13,24 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from lcrf_jax.crf.anchor_building import build_anchors
 from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian
 from lcrf_jax.crf.kernel import BilateralForm, ImageKernel, SpatialGaussian
+from lcrf_jax.crf.lattice import Lattice, lattice_overflowed
 from lcrf_jax.crf.lattice_building import build_lattice, default_capacity
-from lcrf_jax.crf.params import KernelParams, colours, guide_features
+from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours, guide_features
 from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
-from lcrf_jax.numerics import check_shape
+from lcrf_jax.numerics import check_shape, known_number
 
 # Sizes of the lattice's cells in widths, rows and columns and then every channel: finer ones are slower and no closer
 # to the exact sum than the lattice is anyway.
 _POSITION_CELL, _COLOUR_CELL = 0.2, 0.5
 # Pixels up to which the exact form is the default; the measurements are in docs/engine.md.
 _EXACT_PIXELS = 48**2
+# Channels up to which a lattice is close to the exact sum.
+_LATTICE_CHANNELS = 5
 
 
 def _counted(image: ArrayLike, valid: ArrayLike | None) -> jax.Array | None:
@@ -40,7 +43,48 @@ def _counted(image: ArrayLike, valid: ArrayLike | None) -> jax.Array | None:
 
 def _is_zero(weight):
     """Whether a weight is known to be 0 while a function is traced."""
-    return isinstance(weight, (int, float)) and weight == 0
+    return known_number(weight) == 0
+
+
+def assembled(
+    grid: tuple[int, int],
+    dtype: DTypeLike,
+    bilateral: BilateralForm | None,
+    weight: ArrayLike,
+    normalisation: str,
+    counted: jax.Array | None = None,
+) -> ImageKernel:
+    """A kernel of a bilateral Gaussian alone.
+
+    Args:
+      grid: (H, W) of the pixels.
+      dtype: of the kernel.
+      bilateral: the Gaussian, not normalised yet; None leaves it out.
+      weight: w1.
+      normalisation: 'none', 'row' or 'symmetric'.
+      counted: [m] booleans, which pixels count; None is all.
+    Returns:
+      An `ImageKernel` without a spatial Gaussian.
+    """
+    mask = jnp.ones(math.prod(grid), dtype) if counted is None else counted.astype(dtype)
+    scale, diagonal = mask, jnp.zeros_like(mask)
+    if bilateral is not None:
+        diagonal = bilateral.diagonal()
+        if normalisation != "none":
+            scale = _inverse_root(bilateral.row_sums(mask), mask)
+        bilateral = bilateral.scaled(scale)
+        diagonal = diagonal * jnp.square(scale)
+        if normalisation != "none":
+            # Normalised rows, with the self-pair, sum to about 1.
+            diagonal = jnp.minimum(diagonal, 1)
+    return ImageKernel(
+        bilateral=bilateral,
+        bilateral_weight=jnp.asarray(weight, dtype),
+        bilateral_diagonal=diagonal.reshape(grid),
+        gaussian=None,
+        gaussian_weight=jnp.zeros((), dtype),
+        row_scales=(scale, mask) if normalisation == "row" else None,
+    )
 
 
 def _assembled(
@@ -51,39 +95,24 @@ def _assembled(
     counted: jax.Array | None,
 ) -> ImageKernel:
     """The kernel of an image of both Gaussians; `bilateral` is not normalised yet."""
-    height, width, _ = image.shape
-    dtype = image.dtype
-    mask = jnp.ones(height * width, dtype) if counted is None else counted.astype(dtype)
-    bilateral_scale = gaussian_scale = mask
-    diagonal, gaussian = jnp.zeros_like(mask), None
-    if bilateral is not None:
-        diagonal = bilateral.diagonal()
-        if normalisation != "none":
-            bilateral_scale = _inverse_root(bilateral.row_sums(mask), mask)
-        bilateral = bilateral.scaled(bilateral_scale)
-        diagonal = diagonal * jnp.square(bilateral_scale)
-        if normalisation != "none":
-            # That of a lattice is an upper bound; but normalised rows, with the self-pair, sum to 1.
-            diagonal = jnp.minimum(diagonal, 1)
+    grid, dtype = image.shape[:2], image.dtype
+    kernel = assembled(grid, dtype, bilateral, params.bilateral_weight, normalisation, counted)
+    gaussian = None
+    mask = jnp.ones(math.prod(grid), dtype) if counted is None else counted.astype(dtype)
+    scale = mask
     if not _is_zero(params.gaussian_weight):
         taps = jnp.asarray(gaussian_taps(params.gaussian_position_width), dtype)
         if normalisation != "none":
-            sums = separable_filter(mask.reshape(height, width, 1), taps).reshape(-1)
-            gaussian_scale = _inverse_root(sums, mask)
-        gaussian = SpatialGaussian(taps, gaussian_scale.reshape(height, width))
-    return ImageKernel(
-        bilateral=bilateral,
-        bilateral_weight=jnp.asarray(params.bilateral_weight, dtype),
-        bilateral_diagonal=diagonal,
-        gaussian=gaussian,
-        gaussian_weight=jnp.asarray(params.gaussian_weight, dtype),
-        row_scales=(bilateral_scale, gaussian_scale) if normalisation == "row" else None,
-    )
+            scale = _inverse_root(separable_filter(mask.reshape(*grid, 1), taps).reshape(-1), mask)
+        gaussian = SpatialGaussian(taps, scale.reshape(grid))
+    row_scales = None if kernel.row_scales is None else (kernel.row_scales[0], scale)
+    weight = jnp.asarray(params.gaussian_weight, dtype)
+    return kernel._replace(gaussian=gaussian, gaussian_weight=weight, row_scales=row_scales)
 
 
 def _inverse_root(sums, mask):
-    """sums^-1/2 where the mask is not 0, and 0 elsewhere."""
-    return jnp.where(mask > 0, jax.lax.rsqrt(jnp.where(mask > 0, sums, 1)), 0)
+    """sums^-1/2 where the mask is not 0, and 0 elsewhere; only where a lattice overflowed is a sum 0."""
+    return jnp.where(mask > 0, jax.lax.rsqrt(jnp.where((mask > 0) & (sums > 0), sums, 1)), 0)
 
 
 def exact_image_kernel(
@@ -125,7 +154,7 @@ def exact_image_kernel(
       >>> kernel.apply(np.ones((48, 2))).shape
       (48, 2)
     """
-    image, counted = _prepared(image, normalisation, valid, colour_max)
+    image, counted = _prepared(image, params, normalisation, valid, colour_max)
     bilateral = None
     if not _is_zero(params.bilateral_weight):
         guide = _guide(image, params)
@@ -172,7 +201,7 @@ def anchor_image_kernel(
       >>> kernel.apply(np.ones((48, 2))).shape
       (48, 2)
     """
-    image, counted = _prepared(image, normalisation, valid, colour_max)
+    image, counted = _prepared(image, params, normalisation, valid, colour_max)
     bilateral = None
     if not _is_zero(params.bilateral_weight):
         bilateral = build_anchors(
@@ -227,14 +256,68 @@ def lattice_image_kernel(
       >>> kernel.apply(np.ones((48, 2))).shape
       (48, 2)
     """
-    image, counted = _prepared(image, normalisation, valid, colour_max)
+    image, counted = _prepared(image, params, normalisation, valid, colour_max)
     bilateral = None
     if not _is_zero(params.bilateral_weight):
         guide = _guide(image, params)
         cell_sizes = (_POSITION_CELL,) * 2 + (_COLOUR_CELL,) * image.shape[-1]
-        capacity = _lattice_capacity(image, params) if capacity is None else capacity
-        bilateral = build_lattice(guide, capacity, cell_sizes=cell_sizes, valid=counted)
+        bilateral = with_room(guide, cell_sizes, counted, capacity, _lattice_capacity(image, params))
     return _assembled(image, params, bilateral, normalisation, counted)
+
+
+def with_room(
+    features: jax.Array,
+    cell_sizes: tuple[float, ...] | None,
+    counted: jax.Array | None,
+    capacity: int | None,
+    usual: int,
+) -> Lattice:
+    """A lattice that did not overflow; inside jit, where nobody knows, one of the given or the usual capacity.
+
+    Args:
+      features: [m, d], see `build_lattice`.
+      cell_sizes: see `build_lattice`.
+      counted: [m] booleans, see `build_lattice`.
+      capacity: what the caller asked for, or None.
+      usual: the capacity to try first where nobody asked.
+    Returns:
+      A `Lattice`.
+    Raises:
+      ValueError: if `capacity` is too small, outside jit, or none would do.
+    """
+    tried = usual if capacity is None else capacity
+    while True:
+        lattice = build_lattice(features, tried, cell_sizes=cell_sizes, valid=counted)
+        if isinstance(lattice.num_vertices, jax.core.Tracer) or not lattice_overflowed(lattice):
+            return lattice
+        tried = grown_capacity(int(lattice.num_vertices), capacity, len(features), features.shape[1])
+
+
+def grown_capacity(needed: int, given: int | None, num_pixels: int, num_features: int) -> int:
+    """The capacity to build a lattice with after one has overflowed.
+
+    Args:
+      needed: vertices that it needed, `Lattice.num_vertices`.
+      given: the capacity that the caller asked for; None if it was chosen here.
+      num_pixels: H * W.
+      num_features: d, C + 2.
+    Returns:
+      A number that is larger than before.
+    Raises:
+      ValueError: if the caller asked for too little, or no capacity would do.
+    """
+    most = num_pixels * (num_features + 1)
+    if needed > most:
+        raise ValueError(
+            "image: expected channels that a lattice can hold, got values that are not finite or too many widths apart; "
+            "use larger widths, or form='exact'"
+        )
+    if given is not None:
+        raise ValueError(
+            f"capacity: expected at least {needed} vertices for this image, got {given}; None chooses, and "
+            f"H * W * (C + 3) = {most} is always enough"
+        )
+    return min(most, 2 ** math.ceil(math.log2(needed)))
 
 
 FORMS: dict[str, Callable[..., ImageKernel]] = {
@@ -244,17 +327,19 @@ FORMS: dict[str, Callable[..., ImageKernel]] = {
 }
 
 
-def default_form(num_pixels: int, normalisation: str = "symmetric") -> str:
+def default_form(num_pixels: int, normalisation: str = "symmetric", *, num_channels: int = 3) -> str:
     """The form that `image_kernel` takes: the fastest one whose energy and gradient are right to a few per cent.
 
     Args:
       num_pixels: H * W, static.
       normalisation: of the kernel.
+      num_channels: C, static.
     Returns:
-      A key of `FORMS`: 'exact' up to 48 x 48 pixels; beyond, 'lattice' for a normalised kernel and 'anchors' for
-      the normalisation 'none', where a lattice is off by its constant.
+      A key of `FORMS`: 'exact' up to 48 x 48 pixels, and for images of more than 5 channels of any size, whose colours
+      neither a lattice nor anchors represent; otherwise 'lattice' for a normalised kernel and 'anchors' for the
+      normalisation 'none', where a lattice is off by its constant.
     """
-    if num_pixels <= _EXACT_PIXELS:
+    if num_pixels <= _EXACT_PIXELS or num_channels > _LATTICE_CHANNELS:
         return "exact"
     return "anchors" if normalisation == "none" else "lattice"
 
@@ -277,7 +362,7 @@ def image_kernel(
     Args:
       image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
       params: `KernelParams` for this grid; its position widths Python numbers.
-      form: a key of `FORMS`; None is `default_form(H * W, normalisation)`.
+      form: a key of `FORMS`; None is `default_form(H * W, normalisation, num_channels=C)`.
       normalisation: 'none', 'row' or 'symmetric', see `lcrf_jax.crf.exact.dense_kernel`.
       valid: [H, W] booleans, the pixels that count, see `exact_image_kernel`; None is all.
       colour_max: the value of full colour in `image`: 255, or 1.
@@ -297,8 +382,8 @@ def image_kernel(
       >>> kernel.apply(np.ones((48, 2))).shape
       (48, 2)
     """
-    height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
-    form = default_form(height * width, normalisation) if form is None else form
+    height, width, channels = check_image_shape(image)
+    form = default_form(height * width, normalisation, num_channels=channels) if form is None else form
     if form not in FORMS:
         raise ValueError(f"form: expected one of {sorted(FORMS)} or None, got {form!r}")
     options = {"anchors": {"num_anchors": num_anchors}, "lattice": {"capacity": capacity}}.get(form, {})
@@ -306,9 +391,10 @@ def image_kernel(
 
 
 def _prepared(
-    image: ArrayLike, normalisation: str, valid: ArrayLike | None, colour_max: float | None
+    image: ArrayLike, params: KernelParams, normalisation: str, valid: ArrayLike | None, colour_max: float | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The image in 0..255 as floats, and which of its pixels count [m], or None."""
+    """The image in 0..255 as floats, and which of its pixels count [m], or None; everything is checked."""
+    checked_params(params)
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")
     return colours(image, colour_max=colour_max), _counted(image, valid)
@@ -317,8 +403,12 @@ def _prepared(
 def _lattice_capacity(image, params):
     """Two to three times the vertices that photographs need at these widths; see `default_capacity` for its bounds."""
     height, width, channels = image.shape
+    if channels > 3:
+        # Noise fills the space of many channels: then hardly two pixels share a vertex.
+        return height * width * (channels + 3)
     widths = params.bilateral_position_width, params.bilateral_colour_width
-    share = min(1.0, 320 / math.prod(widths)) if all(isinstance(w, (int, float)) for w in widths) else 1.0
+    known = [known_number(w) for w in widths]
+    share = 1.0 if None in known else min(1.0, 320 / math.prod(known))
     return default_capacity(height * width, 2 + channels, share=share)
 
 

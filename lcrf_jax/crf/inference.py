@@ -1,19 +1,43 @@
 r"""Mean-field inference in the dense conditional random field of `lcrf_jax.crf.energy` with a unary term."""
 
 import functools
-import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lcrf_jax.crf.energy import KernelLike, checked_compatibility, times_compatibility
-from lcrf_jax.crf.image_kernels import lattice_image_kernel
-from lcrf_jax.crf.kernel import as_kernel
-from lcrf_jax.crf.params import KernelParams
-from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
+from lcrf_jax.crf.energy import KernelLike, checked_compatibility, kl_to_prior
+from lcrf_jax.crf.image_kernels import default_form, grown_capacity, image_kernel
+from lcrf_jax.crf.iterations import iterated
+from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
+from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours
+from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number, promote_float
 
-_ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
+
+class MeanFieldPosterior(NamedTuple):
+    r"""The factorised posterior q that mean field ends with, and how it came about.
+
+    Attributes:
+      log_probs: log q, in the shape of the unary; rows of probabilities sum to 1.
+      num_iterations: int32, updates that were made; fewer than asked only with a tolerance.
+      change: the largest change of a probability in the last update, in 0..1; 0 without an update.
+      free_energy: E_q[-u] + sum_{i<j} k_ij q_i^T mu q_j - H(q), in nats, for the normalised unary u: what the updates
+        lower, up to the approximations of a lattice.
+      overflowed: bool, whether the lattice of the kernel had too little room; then log_probs are those of the unary,
+        without any update.
+
+    Example:
+      >>> from lcrf_jax import MeanFieldPosterior
+      >>> MeanFieldPosterior._fields
+      ('log_probs', 'num_iterations', 'change', 'free_energy', 'overflowed')
+    """
+
+    log_probs: jax.Array
+    num_iterations: jax.Array
+    change: jax.Array
+    free_energy: jax.Array
+    overflowed: jax.Array
 
 
 def mean_field(
@@ -35,24 +59,30 @@ def mean_field(
     out.
 
     Labels that are improbable everywhere can be dropped: the time is about in proportion to the labels that remain.
-    With a kernel that is nowhere negative, a dropped label would never exceed 2.72 `drop_below` at any pixel
-    (proof: docs/engine.md, "Dropping labels"). In the result it keeps its unary logit, without a message.
+    A dropped label would never exceed 2.72 `drop_below` at any pixel (proof for every form of the kernel:
+    docs/engine.md, "Dropping labels"). In the result it keeps its unary logit, without a message.
+
+    Derivatives in the unary, in a dense kernel, in the weights of an `ImageKernel` and in the compatibility: all modes
+    and orders, under jit and vmap. There are none in the tolerance and in `drop_below`.
 
     Args:
-      unary_logits: [m, K] log-probabilities of a network, or any other logits.
+      unary_logits: [m, K], or [H, W, K] on the grid of the kernel: log-probabilities of a network, or any other
+        logits. Energies, as pydensecrf takes them, are logits with the sign turned.
       kernel: [m, m] matrix or kernel object of `lcrf_jax.crf.kernel`.
       num_iterations: static number of updates; 0 returns the normalised unary.
-      compatibility: [K, K] cost mu(a, b); None is Potts.
+      compatibility: [K, K] symmetric cost mu(a, b); None is Potts. Under jit its symmetric part is taken.
       tolerance: stop early once no probability has changed by more than this, in 0..1; None never does.
       drop_below: drop labels with q^0 below this at every pixel, in 0..1, or below 1 / (2.72 R) if that is
         less, with R the largest row sum of the kernel; for Potts only. The number kept is rounded up to 4, 8,
-        16, ..., up to .6 K, or else to K, and each size is compiled. None drops none. Under vmap the images
-        are computed one by one.
+        16, ..., up to .6 K, or else to K, and each size is compiled. None drops none, and none is dropped where
+        the kernel may have negative entries, as that of `anchors`. Under vmap the images are computed one by one.
     Returns:
-      [m, K] log-probabilities; their argmax are the labels.
+      Log-probabilities in the shape of `unary_logits`; their argmax are the labels. Where the lattice of the kernel
+      has overflowed they are those of the unary; `mean_field_posterior` tells.
     Raises:
-      ValueError: if shapes do not fit, a number is out of range, or labels are to be dropped with another
-        compatibility than Potts.
+      ValueError: if shapes do not fit, a number is out of range, values that are known are not logits, or labels are
+        to be dropped with another compatibility than Potts.
+      TypeError: if `num_iterations` is traced.
     References:
       Krahenbuhl and Koltun 2011, algorithm 1.
     Example:
@@ -62,81 +92,93 @@ def mean_field(
       >>> mean_field(unary, 2 * np.ones((3, 3))).argmax(axis=1).tolist()
       [0, 0, 0]
     """
-    _, num_classes = check_shape("unary_logits", unary_logits, ("m", "K"), _ONE_SET)
-    check_number("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
+    return _posterior(unary_logits, kernel, num_iterations, compatibility, tolerance, drop_below, measured=False)
+
+
+def mean_field_posterior(
+    unary_logits: ArrayLike,
+    kernel: KernelLike,
+    *,
+    num_iterations: int = 10,
+    compatibility: ArrayLike | None = None,
+    tolerance: ArrayLike | None = None,
+    drop_below: ArrayLike | None = None,
+) -> MeanFieldPosterior:
+    """`mean_field`, and what happened: iterations used, the last change, the free energy, and whether a lattice overflowed.
+
+    Takes the time of one more product with the kernel.
+
+    Args:
+      unary_logits: [m, K] or [H, W, K], as for `mean_field`.
+      kernel: [m, m] matrix or kernel object.
+      num_iterations: static number of updates.
+      compatibility: [K, K] symmetric cost mu(a, b); None is Potts.
+      tolerance: stop once no probability has changed by more than this; None never does.
+      drop_below: drop labels that are less probable than this everywhere; None drops none.
+    Returns:
+      A `MeanFieldPosterior`.
+    Raises:
+      ValueError: as `mean_field`.
+      TypeError: if `num_iterations` is traced.
+    References:
+      Krahenbuhl and Koltun 2011, algorithm 1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import mean_field_posterior
+      >>> posterior = mean_field_posterior(np.zeros((3, 2)), np.ones((3, 3)), tolerance=1e-3)
+      >>> int(posterior.num_iterations), round(float(posterior.free_energy), 3)  # uniform: nothing to change
+      (1, 1.5)
+    """
+    return _posterior(unary_logits, kernel, num_iterations, compatibility, tolerance, drop_below, measured=True)
+
+
+def _posterior(unary_logits, kernel, num_iterations, compatibility, tolerance, drop_below, measured):
+    kernel = as_kernel(kernel)
+    unary, shape = pixels_of("unary_logits", unary_logits, kernel)
+    check_logits("unary_logits", unary_logits)
+    num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     check_number("tolerance", tolerance, minimum=0, remedy=".001 stops when labels hardly change any more")
     check_number("drop_below", drop_below, minimum=0, remedy=".001 is safe")
     if drop_below is not None and compatibility is not None:
         raise ValueError("drop_below: expected None with a compatibility, as its bound holds for Potts only")
-    kernel = as_kernel(kernel)
-    iterate = functools.partial(
-        _iterated,
-        num_iterations=num_iterations,
-        compatibility=checked_compatibility(compatibility, num_classes),
-        tolerance=tolerance,
+    compatibility = checked_compatibility(compatibility, shape[-1])
+    kernel, unary = in_one_precision(kernel, unary)
+    if compatibility is not None:
+        compatibility = compatibility.astype(unary.dtype)
+    log_unary = jax.nn.log_softmax(unary, axis=-1)
+    overflowed, usable = _usable(kernel)
+    result = iterated(
+        log_unary, usable, compatibility, num_iterations=num_iterations, tolerance=tolerance, drop_below=drop_below,
+        measured=measured,
     )
-    log_unary = jax.nn.log_softmax(promote_float(unary_logits), axis=-1)
-    if drop_below is None or num_iterations == 0:
-        return jax.nn.log_softmax(iterate(log_unary, kernel), axis=-1)
-    on_few = jax.custom_batching.sequential_vmap(functools.partial(_iterated_on_few, iterate, drop_below))
-    return on_few(log_unary, kernel)
+    logits = result.logits if overflowed is None else jnp.where(overflowed, log_unary, result.logits)
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    if not measured:
+        return log_probs.reshape(shape)
+    expected_unary = jnp.sum(jnp.exp(log_probs) * jnp.where(jnp.exp(log_probs) > 0, log_unary, 0))
+    overflow = jnp.zeros((), bool) if overflowed is None else overflowed
+    return MeanFieldPosterior(
+        log_probs=log_probs.reshape(shape),
+        num_iterations=jnp.where(overflow, 0, result.num_iterations),
+        change=jnp.where(overflow, 0, result.change),
+        free_energy=kl_to_prior(log_probs, kernel, compatibility=compatibility) - expected_unary,
+        overflowed=overflow,
+    )
 
 
-def _iterated(log_unary, kernel, num_iterations, compatibility, tolerance):
-    """The logits of mean field after the given number of updates."""
-
-    def updated(iteration, logits):
-        # Without the barriers XLA on CPU fuses the filter into the softmax and runs it once per reduction.
-        probs = jax.lax.optimization_barrier(jax.nn.softmax(logits, axis=-1))
-        filtered = jax.lax.optimization_barrier(kernel.apply(probs, backwards=iteration % 2 == 1))
-        # With Potts the cost is the sum over the other labels; the sum over all is the same for every label.
-        message = -filtered if compatibility is None else times_compatibility(filtered, compatibility)
-        return probs, log_unary - message
-
-    if tolerance is None:
-        return jax.lax.fori_loop(0, num_iterations, lambda iteration, logits: updated(iteration, logits)[1], log_unary)
-
-    def unfinished(state):
-        return (state[0] < num_iterations) & (state[1] > tolerance)
-
-    def step(state):
-        iteration, _, logits = state
-        probs, new = updated(iteration, logits)
-        change = jnp.max(jnp.abs(jax.nn.softmax(new, axis=-1) - probs))
-        return iteration + 1, change, new
-
-    start = (0, varying_like(jnp.array(jnp.inf, log_unary.dtype), log_unary), log_unary)
-    return jax.lax.while_loop(unfinished, step, start)[2]
-
-
-def _iterated_on_few(iterate, drop_below, log_unary, kernel):
-    """Mean field on the labels that matter, in the smallest of the static sizes that holds them."""
-    num_pixels, num_classes = log_unary.shape
-    row_sums = kernel.apply(jnp.ones((num_pixels, 1), log_unary.dtype))
-    peaks = jnp.exp(log_unary.max(axis=0))
-    num_kept = jnp.sum(peaks > jnp.minimum(drop_below, 1 / (math.e * row_sums.max())))
-    ordered = jnp.argsort(-peaks)
-    sizes = [2**i for i in range(2, num_classes.bit_length()) if 2**i <= 0.6 * num_classes] + [num_classes]
-
-    def with_labels(size):
-        def iterated(log_unary, kernel):
-            if size == num_classes:
-                return iterate(log_unary, kernel)
-            kept = ordered[:size]
-            return log_unary.at[:, kept].set(iterate(log_unary[:, kept], kernel))
-
-        return iterated
-
-    smallest = jnp.searchsorted(jnp.array(sizes), num_kept)
-    logits = jax.lax.switch(smallest, [with_labels(size) for size in sizes], log_unary, kernel)
-    return jax.nn.log_softmax(logits, axis=-1)
+def _usable(kernel):
+    """Whether a kernel has overflowed, or None if it cannot, and one whose products are finite in any case."""
+    if not hasattr(kernel, "overflowed") or not hasattr(kernel, "without_overflow"):
+        return None, kernel
+    return kernel.overflowed(), kernel.without_overflow()
 
 
 def refine(
     image: ArrayLike,
     logits: ArrayLike,
-    params: KernelParams,
+    params: KernelParams = KernelParams(),  # noqa: B008 - a tuple of numbers
     *,
+    form: str | None = None,
     num_iterations: int = 10,
     valid: ArrayLike | None = None,
     capacity: int | None = None,
@@ -145,41 +187,124 @@ def refine(
 ) -> jax.Array:
     """Mean field of the dense CRF on an image at its own size, with a network's output as the unary.
 
-    Builds `lattice_image_kernel` (symmetric normalisation, self-pairs left out, Potts) and runs `mean_field`
-    on it. All shapes are static: one compilation for each image size. Jit it with `params` closed over or
-    static.
+    Builds `image_kernel` (symmetric normalisation, self-pairs left out, Potts) and runs `mean_field` on it. Called
+    plainly it is compiled once for each size of image; inside jit, vmap or grad it is a part of your program.
+    Derivatives: those of `mean_field`, in the logits and the two weights; in the image and the widths with the forms
+    'exact' and 'anchors'.
 
     Args:
       image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
       logits: [H, W, K] unnormalised log-probabilities at the size of the image.
-      params: `KernelParams` in pixels of this image.
+      params: `KernelParams` in pixels of this image; the default is the usual one.
+      form: of the kernel, see `image_kernel`; None chooses by the numbers of pixels and channels.
       num_iterations: static number of mean-field updates.
-      valid: [H, W] bool, the pixels that belong to the image, see `lattice_image_kernel`; None is all.
-      capacity: static number of lattice vertices; None chooses, see `lattice_image_kernel`.
+      valid: [H, W] bool, the pixels that belong to the image, see `image_kernel`; None is all.
+      capacity: static number of lattice vertices, see `lattice_image_kernel`; None chooses, and chooses again where
+        it was too small and `refine` is called plainly.
       colour_max: the value of full colour in `image`: 255, or 1.
       drop_below: labels less probable than this at every pixel are left out of the iterations, see
         `mean_field`; None keeps all.
     Returns:
-      [H, W, K] log-probabilities; their argmax are the labels. Every one is NaN if the image needed more
-      lattice vertices than the capacity, which takes strong noise or very small widths;
-      `capacity=H * W * (C + 3)` is always enough.
+      [H, W, K] log-probabilities; their argmax are the labels. Inside jit they are those of the unary if the image
+      needed more lattice vertices than the capacity, which takes strong noise or very small widths:
+      `refined_posterior` tells, and `capacity=H * W * (C + 3)` is always enough.
     Raises:
-      ValueError: if image and logits are not of one size, or a width or number is out of range.
+      ValueError: if image and logits are not of one size, a width or number is out of range, values that are known
+        are no colours or no logits, or, called plainly, a given `capacity` was too small.
     References:
       Krahenbuhl and Koltun 2011, algorithm 1.
     Example:
-      >>> import jax, numpy as np
-      >>> from lcrf_jax import KernelParams, refine
+      >>> import numpy as np
+      >>> from lcrf_jax import refine
       >>> image, logits = np.zeros((4, 4, 3), np.uint8), np.tile([1.0, 0.0], (4, 4, 1))
       >>> logits[1, 1] = [0.0, 0.5]  # another label than its neighbours, but the same colour
-      >>> refined = jax.jit(lambda i, z: refine(i, z, KernelParams(), drop_below=None))(image, logits)
+      >>> refined = refine(image, logits)
       >>> refined.shape, refined[1, 1].argmax().item()
       ((4, 4, 2), 0)
     """
-    height, width, _ = check_shape("image", image, ("H", "W", "C"), "pass one image; for a batch use jax.vmap")
-    remedy = "resize the logits to the image, height first, classes last"
-    num_classes = check_shape("logits", logits, (height, width, "K"), remedy)[-1]
-    kernel = lattice_image_kernel(image, params, valid=valid, capacity=capacity, colour_max=colour_max)
-    unary_logits = promote_float(logits).reshape(height * width, num_classes)
-    log_probs = mean_field(unary_logits, kernel, num_iterations=num_iterations, drop_below=drop_below)
-    return log_probs.reshape(height, width, num_classes)
+    return _refined(image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, False)
+
+
+def refined_posterior(
+    image: ArrayLike,
+    logits: ArrayLike,
+    params: KernelParams = KernelParams(),  # noqa: B008 - a tuple of numbers
+    *,
+    form: str | None = None,
+    num_iterations: int = 10,
+    valid: ArrayLike | None = None,
+    capacity: int | None = None,
+    colour_max: float | None = 255.0,
+    drop_below: ArrayLike | None = 1e-3,
+) -> MeanFieldPosterior:
+    """`refine`, and what happened, see `MeanFieldPosterior`.
+
+    Args:
+      image: [H, W, C] colours, as for `refine`.
+      logits: [H, W, K] unnormalised log-probabilities at the size of the image.
+      params: `KernelParams` in pixels of this image.
+      form: of the kernel; None chooses.
+      num_iterations: static number of mean-field updates.
+      valid: [H, W] bool, the pixels that belong to the image; None is all.
+      capacity: static number of lattice vertices; None chooses.
+      colour_max: the value of full colour in `image`: 255, or 1.
+      drop_below: labels less probable than this at every pixel are left out; None keeps all.
+    Returns:
+      A `MeanFieldPosterior` with log_probs [H, W, K].
+    Raises:
+      ValueError: as `refine`.
+    References:
+      Krahenbuhl and Koltun 2011, algorithm 1.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import refined_posterior
+      >>> posterior = refined_posterior(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 4, 2)), num_iterations=5)
+      >>> int(posterior.num_iterations), bool(posterior.overflowed)
+      (5, False)
+    """
+    return _refined(image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, True)
+
+
+def _refined(image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, measured):
+    height, width, channels = check_image_shape(image)
+    check_shape("logits", logits, (height, width, "K"), "resize the logits to the image, height first, classes last")
+    checked_params(params)
+    num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
+    check_number("drop_below", drop_below, minimum=0, remedy=".001 is safe")
+    form = default_form(height * width, num_channels=channels) if form is None else form
+    options = {"form": form, "num_iterations": num_iterations, "colour_max": colour_max, "measured": measured}
+    leaves = jax.tree.leaves((image, logits, params, valid, drop_below, colour_max))
+    widths = params.bilateral_position_width, params.gaussian_position_width
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *widths)):
+        return _refine(image, logits, params, valid, drop_below, capacity=capacity, **options)[0]
+    # Values are known here alone: the program below is compiled once, for any values.
+    colours(image, colour_max=colour_max)
+    check_logits("logits", logits)
+    static = params._replace(**{name: known_number(getattr(params, name)) for name in _SIZES})
+    options["colour_max"] = known_number(colour_max)
+    tried = capacity
+    while True:
+        result, needed = _compiled_refine(image, logits, static, valid, drop_below, capacity=tried, **options)
+        if form != "lattice" or not bool(needed > 0):
+            return result
+        tried = grown_capacity(int(needed), capacity, height * width, channels + 2)
+
+
+_SIZES = ("bilateral_position_width", "gaussian_position_width")
+
+
+def _refine(image, logits, params, valid, drop_below, *, form, num_iterations, capacity, colour_max, measured):
+    """The posterior or its log-probabilities, and the vertices that were needed if they were too many, 0 else."""
+    height, width, num_classes = jnp.shape(logits)
+    kernel = image_kernel(image, params, form=form, valid=valid, capacity=capacity, colour_max=colour_max)
+    unary = promote_float(logits).reshape(height * width, num_classes)
+    result = _posterior(unary, kernel, num_iterations, None, None, drop_below, measured)
+    needed = jnp.where(kernel.overflowed(), getattr(kernel.bilateral, "num_vertices", 0), 0)
+    if measured:
+        return result._replace(log_probs=result.log_probs.reshape(height, width, num_classes)), needed
+    return result.reshape(height, width, num_classes), needed
+
+
+@functools.partial(jax.jit, static_argnames=("form", "num_iterations", "capacity", "colour_max", "measured"))
+def _compiled_refine(image, logits, params, valid, drop_below, **options):
+    return _refine(image, logits, params, valid, drop_below, **options)

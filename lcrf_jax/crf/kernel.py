@@ -8,8 +8,8 @@ is
 * `slice(blurred)`: the result at the pixels [m, K]. `slice(blur(splat(values)))` is the symmetric part of the
   kernel times the values, self-pairs left out, and `slice` is the transpose of `splat`;
 * `apply(values, backwards=False)`: the kernel itself times the values, self-pairs left out; faster than the
-  symmetric part where the form is not symmetric of itself. Such a form has two orders to work in, each the
-  transpose of the other, and `backwards`, which may be traced, takes the second.
+  symmetric part where the form is not symmetric of itself. Such a form has two orders to work in, and `backwards`,
+  which may be traced, takes the second. Without row normalisation each is the transpose of the other.
 
 A class with these is a `Kernel`: `DenseKernel` for a matrix, `ImageKernel` for the two Gaussians of an image. Its
 bilateral one takes one of three forms, `ExactGaussian`, `Anchors` and `Lattice` of `lcrf_jax.crf.exact`, `anchors` and
@@ -17,7 +17,14 @@ bilateral one takes one of three forms, `ExactGaussian`, `Anchors` and `Lattice`
 
 * `diagonal()`: the self-pairs [m];
 * `scaled(scale [m])`: the form of diag(s) K diag(s);
-* `row_sums(counted [m])`: the sums of its rows over the pixels that count, which normalise it.
+* `row_sums(counted [m])`: the sums of its rows over the pixels that count, which normalise it;
+* `overflowed()`: whether it had too little room for this image, so that its results mean nothing;
+
+and a class attribute, `nonnegative`: whether no entry of it can be below 0.
+
+A kernel may also have `overflowed`, `without_overflow`, `largest_row_sums` and `signed`, as `ImageKernel` has: with the
+first two mean field falls back to the unary, with the third it can drop labels. A kernel whose class is a pytree of JAX may be passed through
+jit and vmap; any other object works as well, where JAX need not look into it.
 
 `lcrf_jax.crf.image_kernels` builds them.
 """
@@ -29,12 +36,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.spatial import separable_filter
-from lcrf_jax.numerics import check_shape, promote_float
+from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, promote_float
 
 # Those of the bilateral and of the spatial Gaussian, one or two each, and the values themselves.
 _Sums = tuple[tuple[Any, ...], tuple[jax.Array, ...], jax.Array]
-
-_ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vmap"
 
 
 @runtime_checkable
@@ -73,6 +78,19 @@ class BilateralForm(Kernel, Protocol):
         """The sums [m] of its rows over the pixels that count: [m], 1 for these and 0 for others."""
         ...
 
+    def overflowed(self) -> jax.Array:
+        """Whether it had too little room for this image."""
+        ...
+
+    def cleared(self, overflowed: jax.Array) -> Self:
+        """This form, such that it does not say so any more if `overflowed`."""
+        ...
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no entry can be below 0."""
+        ...
+
 
 class SpatialGaussian(NamedTuple):
     """The Gaussian over the positions of a grid, cut off at four widths, self-pairs left out.
@@ -97,7 +115,7 @@ class ImageKernel(NamedTuple):
     Attributes:
       bilateral: the bilateral Gaussian, an `ExactGaussian`, `Anchors` or a `Lattice`; None if its weight is 0.
       bilateral_weight: w1.
-      bilateral_diagonal: [m] its self-pairs.
+      bilateral_diagonal: [H, W] its self-pairs, normalised.
       gaussian: the `SpatialGaussian`; None if its weight is 0.
       gaussian_weight: w2.
       row_scales: ([m], [m]) diagonals of R_1 and R_2, for row normalisation alone; None for the identity.
@@ -112,8 +130,7 @@ class ImageKernel(NamedTuple):
 
     def splat(self, values: ArrayLike) -> _Sums:
         """The sums of values [m, K] that `blur` needs: of the bilateral and the spatial Gaussian, and themselves."""
-        values = promote_float(values)
-        check_shape("values", values, (*self.bilateral_diagonal.shape, "K"), _ONE_SET)
+        values = self._checked(values)
         bilateral_scale, gaussian_scale = self.row_scales or (None, None)
         bilateral: tuple[Any, ...] = ()
         gaussian: tuple[jax.Array, ...] = ()
@@ -132,7 +149,7 @@ class ImageKernel(NamedTuple):
         if self.gaussian is not None:
             blurred = _crossed(lambda table: _spatial_sum(self.gaussian, table), gaussian)
             gaussian = tuple(self.gaussian_weight * part for part in blurred)
-        return bilateral, gaussian, -self.bilateral_weight * self.bilateral_diagonal[:, None] * values
+        return bilateral, gaussian, self._self_pairs(values)
 
     def slice(self, blurred: _Sums) -> jax.Array:
         """What `blur` returns, at the pixels [m, K]."""
@@ -146,10 +163,9 @@ class ImageKernel(NamedTuple):
 
     def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
         """The kernel times values [m, K], self-pairs left out; a lattice is blurred in one order only."""
-        values = promote_float(values)
-        check_shape("values", values, (*self.bilateral_diagonal.shape, "K"), _ONE_SET)
+        values = self._checked(values)
         bilateral_scale, gaussian_scale = self.row_scales or (None, None)
-        total = -self.bilateral_weight * self.bilateral_diagonal[:, None] * values
+        total = self._self_pairs(values)
         if self.bilateral is not None:
             product = self.bilateral.apply(_sides(values, bilateral_scale)[-1], backwards=backwards)
             total = total + self.bilateral_weight * _joined([product], bilateral_scale)
@@ -157,6 +173,53 @@ class ImageKernel(NamedTuple):
             product = _spatial_sum(self.gaussian, _sides(values, gaussian_scale)[-1])
             total = total + self.gaussian_weight * _joined([product], gaussian_scale)
         return total
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the image."""
+        height, width = self.bilateral_diagonal.shape
+        return height, width
+
+    def overflowed(self) -> jax.Array:
+        """Whether the bilateral Gaussian had too little room for this image; its results are NaN or mean nothing then."""
+        return jnp.zeros((), bool) if self.bilateral is None else self.bilateral.overflowed()
+
+    def without_overflow(self) -> "ImageKernel":
+        """This kernel, its products finite even where it overflowed; they mean nothing then."""
+        if self.bilateral is None:
+            return self
+        overflowed = self.overflowed()
+        weight = jnp.where(overflowed, 0, self.bilateral_weight)
+        return self._replace(bilateral=self.bilateral.cleared(overflowed), bilateral_weight=weight)
+
+    @property
+    def signed(self) -> bool:
+        """Whether the kernel has entries below 0 only because of its form, which stands for one that has none.
+
+        Mean field then keeps its messages within what a kernel without such entries could give.
+        """
+        return self.bilateral is not None and not self.bilateral.nonnegative
+
+    def largest_row_sums(self) -> tuple[jax.Array, jax.Array]:
+        """Bounds of the sums over a row of the entries above 0, and of the magnitudes of those below 0.
+
+        The second is infinite if a weight is below 0, and counts no entries that `signed` speaks of.
+        """
+        ones = jnp.ones((self.bilateral_diagonal.size, 1), self.bilateral_diagonal.dtype)
+        # A form with two orders of blurring has other rows in each.
+        sums = jnp.maximum(self.apply(ones).max(), self.apply(ones, backwards=True).max())
+        negative = (self.bilateral_weight < 0) | (self.gaussian_weight < 0)
+        return sums, jnp.where(negative, jnp.inf, 0).astype(sums.dtype)
+
+    def _checked(self, values):
+        values = promote_float(values)
+        check_shape("values", values, (self.grid[0] * self.grid[1], "K"), ONE_SET)
+        return values.astype(self.bilateral_diagonal.dtype)
+
+    def _self_pairs(self, values):
+        """What takes the self-pairs of the bilateral Gaussian away; NaN where it overflowed."""
+        diagonal = jnp.where(self.overflowed(), jnp.nan, self.bilateral_diagonal).reshape(-1, 1)
+        return -self.bilateral_weight * diagonal * values
 
 
 def _inverse(scale):
@@ -203,9 +266,14 @@ class DenseKernel(NamedTuple):
 
     matrix: jax.Array
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(m, 1): how the pixels lie is not known."""
+        return len(self.matrix), 1
+
     def splat(self, values: ArrayLike) -> jax.Array:
         """The values [m, K] themselves, promoted and checked."""
-        num_pixels, _ = check_shape("values", values, ("m", "K"), _ONE_SET)
+        num_pixels, _ = check_shape("values", values, ("m", "K"), ONE_SET)
         remedy = "the kernel needs one row and column per pixel"
         check_shape("kernel", self.matrix, (num_pixels, num_pixels), remedy)
         return promote_float(values)
@@ -224,6 +292,12 @@ class DenseKernel(NamedTuple):
         del backwards
         return _dense_product(promote_float(self.matrix), self.splat(values))
 
+    def largest_row_sums(self) -> tuple[jax.Array, jax.Array]:
+        """The largest sums over a row of the entries above 0, and of the magnitudes of those below 0."""
+        matrix = promote_float(self.matrix)
+        matrix = jnp.where(jnp.eye(len(matrix), dtype=bool), 0, matrix)
+        return jnp.maximum(matrix, 0).sum(axis=1).max(), jnp.maximum(-matrix, 0).sum(axis=1).max()
+
 
 def _dense_product(matrix, values):
     product = jnp.matmul(matrix, values, precision=jax.lax.Precision.HIGHEST)
@@ -237,8 +311,66 @@ def as_kernel(kernel: ArrayLike | Kernel) -> Kernel:
       kernel: [m, m] matrix, whose diagonal is ignored, or an object with the four methods of the module.
     Returns:
       The object itself, or a `DenseKernel`.
+    Raises:
+      ValueError: if the matrix is not square, or has a value that is known not to be finite.
+      TypeError: if it is neither.
     """
-    return kernel if isinstance(kernel, Kernel) else DenseKernel(jnp.asarray(kernel))
+    if isinstance(kernel, Kernel):
+        return kernel
+    remedy = "give a matrix [m, m], or what image_kernel returns"
+    if not (hasattr(kernel, "__array__") or isinstance(kernel, (jax.Array, list, tuple))):
+        raise TypeError(f"kernel: expected a matrix or an object with splat, blur, slice and apply, got {kernel!r}; {remedy}")
+    check_shape("kernel", kernel, ("m", "m"), remedy)
+    check_finite("kernel", kernel, "look at what it was computed from")
+    return DenseKernel(jnp.asarray(kernel))
+
+
+def pixels_of(name: str, values: ArrayLike, kernel: Kernel) -> tuple[jax.Array, tuple[int, ...]]:
+    """Values of the pixels as [m, K] in the dtype of their computation with a kernel, and the shape in which they came.
+
+    Args:
+      name: name of the argument, for the message.
+      values: [m, K], or [H, W, K] on the grid of the kernel.
+      kernel: a kernel object.
+    Returns:
+      The values [m, K], float32, or float64 if they or the kernel are; and their own shape.
+    Raises:
+      ValueError: if they have another shape.
+    """
+    shape = tuple(jnp.shape(values))
+    values = promote_float(values)
+    grid = getattr(kernel, "grid", None)
+    if len(shape) == 3 and grid is not None:
+        fits = shape[:2] == grid or (grid[1] == 1 and shape[0] * shape[1] == grid[0])
+        if not fits:
+            known = f"{grid[0]} pixels" if grid[1] == 1 else f"grid, {grid[0]} x {grid[1]}"
+            raise ValueError(
+                f"{name}: expected shape [m, K], got {list(shape)}; or [H, W, K] on the kernel's {known}; {ONE_SET}"
+            )
+        values = values.reshape(-1, shape[-1])
+    check_shape(name, values, ("m", "K"), ONE_SET)
+    return values, shape
+
+
+def in_one_precision(kernel: Any, values: jax.Array) -> tuple[Any, jax.Array]:
+    """A kernel and values in float64 if one of them is, and in float32 otherwise.
+
+    Args:
+      kernel: a kernel object; its arrays are looked at if it is a pytree of arrays.
+      values: any array of floats.
+    Returns:
+      Both, converted.
+    """
+    def is_float(leaf):
+        return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+    leaves = [leaf for leaf in jax.tree.leaves(kernel) if is_float(leaf)]
+    wide = any(leaf.dtype == jnp.float64 for leaf in [*leaves, values])
+    dtype = jnp.float64 if wide else jnp.float32
+    if all(leaf.dtype == dtype for leaf in [*leaves, values]):
+        return kernel, values
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype) if is_float(leaf) else leaf, kernel), values.astype(dtype)
+
 
 
 def filter_with(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
@@ -256,7 +388,8 @@ def filter_with(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
     References:
       Krahenbuhl and Koltun 2011, section 3.
     """
-    return as_kernel(kernel).apply(values)
+    kernel, values = in_one_precision(as_kernel(kernel), promote_float(values))
+    return kernel.apply(values)
 
 
 def filter_symmetric(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
@@ -272,5 +405,5 @@ def filter_symmetric(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array
     Raises:
       ValueError: if the kernel does not fit the values.
     """
-    kernel = as_kernel(kernel)
+    kernel, values = in_one_precision(as_kernel(kernel), promote_float(values))
     return kernel.slice(kernel.blur(kernel.splat(values)))

@@ -17,6 +17,7 @@ dropped, with all the mass on them; `lattice_overflowed` tells, outside jit, whe
 over the cells and vertices in use, so a generous capacity costs memory and little time.
 """
 
+import functools
 import math
 from typing import NamedTuple, Self
 
@@ -26,8 +27,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.hashing import num_blocks
+from lcrf_jax.crf.linear import linear_map
 from lcrf_jax.numerics import check_shape, promote_float, varying_like
 
+NO_DERIVATIVE = (
+    "a lattice has no derivative in the image, the widths of the kernel or the arrays that it holds; use form='exact' or "
+    "'anchors', or put jax.lax.stop_gradient round the image"
+)
 _FLATTEN = "flatten the pixels to one axis, channels last"
 CELL_BLOCK = 8192
 VERTEX_BLOCK = 4096
@@ -56,6 +62,8 @@ class Lattice(NamedTuple):
       num_cells: int32, cells in use.
       num_vertices: int32, vertices the features need; the lattice overflowed if it is larger than c.
     """
+
+    nonnegative = True
 
     cells: jax.Array
     vertices: jax.Array
@@ -189,16 +197,25 @@ class Lattice(NamedTuple):
         vertices on the way exist; very long paths are left out. So what remains of the self-pair after it is
         subtracted is never negative: pixels that all have the same distribution never change their label.
 
-        Where the lattice has overflowed it is NaN, so that no result of a kernel looks like one.
-
         Returns:
           [m] weights, positive; 0 for pixels that do not count.
         References:
           Adams, Baek and Davis 2010, section 3.
         """
         weights = self.self_weights.at[self.cells].get(mode="fill", fill_value=0)
-        diagonal = _mass_correction(len(self.weights) - 1) * weights
-        return jnp.where(self.num_vertices > self.neighbours.shape[-1], jnp.nan, diagonal)
+        return _mass_correction(len(self.weights) - 1) * weights
+
+    def overflowed(self) -> jax.Array:
+        """Whether the features needed more vertices than the lattice has; bool, may be traced."""
+        return jnp.asarray(self.num_vertices > self.neighbours.shape[-1])
+
+    def cleared(self, overflowed: jax.Array) -> Self:
+        """An empty lattice where this one overflowed: its products are 0, and it says nothing any more."""
+        return self._replace(
+            weights=jnp.where(overflowed, 0, self.weights),
+            num_vertices=jnp.where(overflowed, 0, self.num_vertices),
+            num_cells=jnp.where(overflowed, 0, self.num_cells),
+        )
 
 
 def lattice_overflowed(lattice: Lattice) -> bool:
@@ -212,7 +229,7 @@ def lattice_overflowed(lattice: Lattice) -> bool:
     Raises:
       jax.errors.ConcretizationTypeError: under jit.
     """
-    return bool(jnp.any(lattice.num_vertices > lattice.neighbours.shape[-1]))
+    return bool(jnp.any(lattice.overflowed()))
 
 
 def _mass_correction(num_features):
@@ -320,25 +337,10 @@ def _blurred_both_ways(lattice, table):
     return (_blurred(lattice, table) + _blurred_backwards(lattice, table)) / 2
 
 
-def _linear_in_values(function, transpose):
-    """A map linear in its values, whose derivative in them is another map; it has none in the lattice."""
-    # A batch is filtered image by image: the number of blocks differs from image to image.
-    function = jax.custom_batching.sequential_vmap(function)
-    transpose = jax.custom_batching.sequential_vmap(transpose)
-    linear = jax.custom_vjp(function)
-    linear.defvjp(
-        lambda lattice, values: (function(lattice, values), lattice),
-        lambda lattice, cotangent: (None, transpose(lattice, cotangent)),
-    )
-    return linear
-
+_linear_in_values = functools.partial(linear_map, message=NO_DERIVATIVE)
 
 _splat = _linear_in_values(_splatted, _sliced)
-
 _slice = _linear_in_values(_sliced, _splatted)
-
 _blur_forwards = _linear_in_values(_blurred, _blurred_backwards)
-
 _filter = _linear_in_values(_filtered, _filtered_backwards)
-
 _blur_both_ways = _linear_in_values(_blurred_both_ways, _blurred_both_ways)

@@ -10,11 +10,35 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.hashing import distinct_keys, fingerprint_multipliers, fingerprints, key_numbers, num_blocks
-from lcrf_jax.crf.lattice import CELL_BLOCK, NARROWING, VERTEX_BLOCK, Lattice
-from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
+from lcrf_jax.crf.lattice import CELL_BLOCK, NARROWING, NO_DERIVATIVE, VERTEX_BLOCK, Lattice
+from lcrf_jax.crf.linear import without_derivative
+from lcrf_jax.numerics import (
+    check_count,
+    check_number,
+    check_shape,
+    check_values,
+    first_place,
+    promote_float,
+    varying_like,
+)
 
 _FLATTEN = "flatten the pixels to one axis, channels last"
 _LONGEST_PATH = 6
+# Features are moved towards the origin by multiples of this, and refused or marked if they spread more than that.
+_MOVE = 1024
+_SPREAD = 1e5
+
+
+def _fault_of_features(values):
+    if not np.all(np.isfinite(values)):
+        place = first_place(~np.isfinite(values))
+        return f"expected finite numbers, got {values[tuple(place)]} at {place}; look at the image and the widths"
+    spread = np.ptp(values, axis=0)
+    widest, limit = int(spread.argmax()), _SPREAD / (values.shape[1] + 1)
+    if spread[widest] > limit:
+        return (f"expected features at most {limit:.4g} widths apart, got {spread[widest]:.4g} in column {widest}; use a "
+                "larger width")
+    return None
 
 
 def default_capacity(num_pixels: int, num_features: int, *, share: float = 1.0) -> int:
@@ -66,7 +90,8 @@ def _enclosing_simplex(features):
     fraction = (elevated - corners * origin.astype(features.dtype)) / corners
     in_order = jnp.stack([jnp.sum(jnp.where(rank == r, fraction, 0), axis=0) for r in range(corners)])
     descending = jnp.flip(in_order, 0)
-    weights = descending - jnp.concatenate([descending[-1:] - 1, descending[:-1]])
+    # Never below 0 but for rounding: then the kernel would have negative entries.
+    weights = jnp.maximum(descending - jnp.concatenate([descending[-1:] - 1, descending[:-1]]), 0)
     return corners * origin, rank, weights
 
 
@@ -107,7 +132,8 @@ def _corners_of(features, num_cells, block):
         origin, rank, weights = _enclosing_simplex(part)
         # Corner k lies at origin + k, less d + 1 in the coordinates of the k highest ranks.
         keys = origin[None] + number - corners * (rank[None] > num_features - number).astype(jnp.int32)
-        ways = jnp.stack([jnp.sum(jnp.where(rank == num_features - k, number[:, 0], 0), axis=0) for k in range(corners)])
+        with_rank = [jnp.where(rank == num_features - k, number[:, 0], 0) for k in range(corners)]
+        ways = jnp.stack([coordinates.sum(axis=0, dtype=jnp.int32) for coordinates in with_rank])
         parts = weights, ways, *fingerprints(jnp.moveaxis(keys, 1, 0), multipliers)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(array, new, i * block, axis=1)
@@ -212,30 +238,43 @@ def build_lattice(
     """The permutohedral lattice of a set of features.
 
     Args:
-      features: [m, d] features in units of their widths, finite.
+      features: [m, d] features in units of their widths, finite; the largest and the smallest of a feature at most
+        1e5 / (d + 1) apart, or float32 would lose the place within a simplex.
       capacity: static number of vertices to provide for; None is `default_capacity(m, d)`.
       cell_sizes: d sizes > 0 of a cell along each feature, in units of the widths, for a downsampled lattice;
         None makes every pixel a cell of its own.
       valid: [m] booleans; pixels that are false get and give nothing. None means that all count.
     Returns:
-      A `Lattice`. Check `lattice_overflowed` on it, outside jit.
+      A `Lattice`. Check `lattice_overflowed` on it, outside jit. Under jit features that are not finite, or too
+      far apart, count as an overflow.
     Raises:
-      ValueError: if `features` is not [m, d], `valid` or `cell_sizes` does not fit, or `capacity` is smaller
-        than 1.
+      ValueError: if `features` is not [m, d] or has a value that is known to be out of range, `valid` or `cell_sizes`
+        does not fit, or `capacity` is smaller than 1.
+      TypeError: while JAX differentiates with respect to the features.
     References:
       Adams, Baek and Davis 2010, sections 3 and 4.
     """
     num_pixels, num_features = check_shape("features", features, ("m", "d"), _FLATTEN)
     capacity = default_capacity(num_pixels, num_features) if capacity is None else capacity
-    check_number("capacity", capacity, minimum=1, remedy="None chooses one")
+    capacity = check_count("capacity", capacity, minimum=1, remedy="None chooses one")
     features = promote_float(features)
-    valid = jnp.ones(num_pixels, bool) if valid is None else jnp.asarray(valid, bool)
-    check_shape("valid", valid, (num_pixels,), "give one boolean per pixel")
+    if valid is None:
+        valid = jnp.ones(num_pixels, bool)
+    else:
+        valid = jnp.asarray(valid, bool)
+        check_shape("valid", valid, (num_pixels,), "give one boolean per pixel")
+        features = jnp.where(valid[:, None], features, 0)
+    check_values("features", features, _fault_of_features)
+    features = without_derivative(features, NO_DERIVATIVE)
     if cell_sizes is not None:
         check_shape("cell_sizes", np.asarray(cell_sizes), (num_features,), "give one size per feature")
         cell_sizes = tuple(map(float, cell_sizes))
         for size in cell_sizes:
             check_number("cell_sizes", size, minimum=0, strict=True, remedy="a few tenths of a width are usual")
+
+    # Features far from the origin keep their digits; moves of whole units leave all others as they are.
+    far = _MOVE * jnp.round(features.mean(axis=0) / _MOVE)
+    features = features - jax.lax.stop_gradient(far)
 
     # A batch is built image by image: the numbers of blocks differ from image to image.
     @jax.custom_batching.sequential_vmap
@@ -266,4 +305,7 @@ def _built(features, valid, cell_sizes, capacity):
     neighbours = jax.lax.optimization_barrier(_neighbours_of(vertices, capacity))
     self_weights = _self_weights(weights, vertices.ids, ways, neighbours, num_cells, block)
     order = varying_like(jnp.arange(len(weights), dtype=jnp.int32), features)
-    return Lattice(cells, vertices.ids, weights, self_weights, neighbours, order, num_cells, vertices.count)
+    # What float32 cannot place in a simplex is no lattice either. Written so that NaN is marked as well.
+    within = jnp.max(jnp.abs(features)) * (features.shape[1] + 1) <= _SPREAD
+    num_vertices = jnp.where(within, vertices.count, jnp.int32(2**30))
+    return Lattice(cells, vertices.ids, weights, self_weights, neighbours, order, num_cells, num_vertices)

@@ -14,6 +14,7 @@ with p the pixel's position and I its colour. Conventions, the same everywhere i
   added; after that the diagonal is removed: k_ii = 0.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,10 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float
+from lcrf_jax.numerics import (
+    ONE_IMAGE,
+    check_count,
+    check_finite,
+    check_number,
+    check_shape,
+    check_values,
+    first_place,
+    promote_float,
+)
 
-_ONE_IMAGE = "pass one image as [height, width, channels]; for a batch use jax.vmap"
-_WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
+WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
+"""What to do about a width that is out of range."""
 
 
 class KernelParams(NamedTuple):
@@ -33,7 +43,8 @@ class KernelParams(NamedTuple):
 
     The defaults are the usual ones for photographs at full resolution; `at_stride` takes them to a coarser grid.
     The weights depend on the normalisation: these are for `symmetric`, where the rows of each Gaussian sum to
-    about 1.
+    about 1. Position widths set sizes of arrays: under jit they are static parts of the structure, and a function
+    that was compiled for some is compiled again for others. Weights and the colour width are leaves.
 
     Attributes:
       bilateral_weight: w1, weight of the Gaussian over position and colour.
@@ -75,6 +86,81 @@ class KernelParams(NamedTuple):
         )
 
 
+    @classmethod
+    def from_pydensecrf(
+        cls,
+        *,
+        sxy: float = 80.0,
+        srgb: float | Sequence[float] = 13.0,
+        compat: float = 10.0,
+        gaussian_sxy: float = 3.0,
+        gaussian_compat: float = 3.0,
+    ) -> "KernelParams":
+        """The kernel in the words of pydensecrf's `addPairwiseBilateral` and `addPairwiseGaussian`.
+
+        Both libraries normalise symmetrically by default, and their numbers mean the same. pydensecrf keeps self-pairs,
+        this library leaves them out.
+
+        Args:
+          sxy: of `addPairwiseBilateral`, in pixels, > 0; one number for both axes.
+          srgb: of `addPairwiseBilateral`, in 0..255, > 0; one for all channels or one for each.
+          compat: of `addPairwiseBilateral`, the Potts weight, >= 0.
+          gaussian_sxy: of `addPairwiseGaussian`, in pixels, > 0; one number for both axes.
+          gaussian_compat: of `addPairwiseGaussian`, >= 0.
+        Returns:
+          A `KernelParams`.
+        Raises:
+          ValueError: if a number is out of range.
+          TypeError: if one is no number; for a matrix of label costs use `compatibility` of `mean_field`.
+        Example:
+          >>> from lcrf_jax import KernelParams
+          >>> KernelParams.from_pydensecrf(sxy=40, srgb=10, compat=5).bilateral_weight
+          5
+        """
+        return checked_params(cls(compat, sxy, srgb if np.ndim(srgb) == 0 else tuple(srgb), gaussian_compat, gaussian_sxy))
+
+
+_STATIC = ("bilateral_position_width", "gaussian_position_width")
+_LEAVES = tuple(name for name in KernelParams._fields if name not in _STATIC)
+
+
+def _flattened(params):
+    leaves = [(jax.tree_util.GetAttrKey(name), getattr(params, name)) for name in _LEAVES]
+    return leaves, tuple(getattr(params, name) for name in _STATIC)
+
+
+def _unflattened(static, leaves):
+    return KernelParams(**dict(zip(_STATIC, static, strict=True)), **dict(zip(_LEAVES, leaves, strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(KernelParams, _flattened, _unflattened)
+
+
+def checked_params(params: KernelParams) -> KernelParams:
+    """The parameters, after checking those that are known.
+
+    Args:
+      params: a `KernelParams`.
+    Returns:
+      The same.
+    Raises:
+      ValueError: if a weight is negative, a width is not positive, or one is not finite.
+      TypeError: if one is no number, or `params` is something else.
+    """
+    if not isinstance(params, KernelParams):
+        raise TypeError(f"params: expected a KernelParams, got {params!r}; KernelParams() has the usual numbers")
+    for name in ("bilateral_weight", "gaussian_weight"):
+        remedy = "weights are >= 0: a pair of pixels with different labels costs them"
+        check_number(name, getattr(params, name), minimum=0, remedy=remedy)
+    for name in _STATIC:
+        check_number(name, getattr(params, name), minimum=0, strict=True, remedy=WIDTH_REMEDY)
+    widths = params.bilateral_colour_width
+    for width in widths if isinstance(widths, (tuple, list)) else (widths,):
+        if np.ndim(width) == 0:
+            check_number("bilateral_colour_width", width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
+    return params
+
+
 def scaled(params: KernelParams, stride: float) -> KernelParams:
     """`KernelParams.at_stride`, under its old name.
 
@@ -85,6 +171,31 @@ def scaled(params: KernelParams, stride: float) -> KernelParams:
       A `KernelParams`.
     """
     return params.at_stride(stride)
+
+
+def check_image_shape(image: ArrayLike) -> tuple[int, ...]:
+    """The shape of an image, after checking that it is one.
+
+    Args:
+      image: [H, W, C].
+    Returns:
+      (H, W, C).
+    Raises:
+      ValueError: if it has another number of axes, or its channels seem to be first.
+    """
+    remedy = ONE_IMAGE
+    if jnp.ndim(image) == 4:
+        remedy += "; a volume or a video is not supported as one: use jax.vmap for its slices one by one, or " \
+            "lcrf_jax.feature_kernel with features of your own for pairs across slices"
+    elif jnp.ndim(image) == 2:
+        remedy += "; give a grey image an axis of one channel, image[:, :, None]"
+    shape = check_shape("image", image, ("H", "W", "C"), remedy)
+    if shape[0] in (1, 3) and shape[2] > 64 and shape[1] > 8:
+        raise ValueError(
+            f"image: expected shape [H, W, C], got {list(shape)}, whose channels seem to be first; move them to the end, "
+            "image.transpose(1, 2, 0)"
+        )
+    return shape
 
 
 def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
@@ -104,27 +215,35 @@ def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
         colour_max of 1, or, where values are known, one is not in 0..colour_max (a tenth more for floats, as
         resampling overshoots) or all that differ are within the lowest 255th of it in an image of floats.
     """
-    check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
+    check_image_shape(image)
     if colour_max is None:
+        check_finite("image", image, "look at how it was read")
         return promote_float(image)
     check_number("colour_max", colour_max, minimum=0, strict=True, remedy="255 and 1 are usual")
     integers = jnp.issubdtype(jnp.result_type(image), jnp.integer)
     if integers and colour_max <= 1:
         raise ValueError(f"image: expected floats in 0..{colour_max}, got integers; pass colour_max=255")
-    if not isinstance(image, jax.core.Tracer):
-        lowest, highest = float(np.min(np.asarray(image))), float(np.max(np.asarray(image)))
-        # Resampled floats overshoot by a few per cent. Written so that NaN is refused as well.
+
+    def fault_of(values):
+        lowest, highest = float(values.min()), float(values.max())
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            place = first_place(~np.isfinite(values))
+            return f"expected finite numbers, got {values[tuple(place)]} at {place}; look at how it was read"
+        # Resampled floats overshoot by a few per cent.
         slack = 0 if integers else 0.1
         if not (lowest >= -slack * highest and highest <= (1 + slack) * colour_max):
-            raise ValueError(
-                f"image: expected values in 0..{colour_max}, got {lowest:.4g}..{highest:.4g}; pass "
+            return (
+                f"expected values in 0..{colour_max}, got {lowest:.4g}..{highest:.4g}; pass "
                 "colour_max=255 for 0..255, 1 for 0..1, or None for channels that are no colours"
             )
         if not integers and lowest < highest <= colour_max / 255:
-            raise ValueError(
-                f"image: expected values in 0..{colour_max}, got {lowest:.4g}..{highest:.4g}, which no width of "
+            return (
+                f"expected values in 0..{colour_max}, got {lowest:.4g}..{highest:.4g}, which no width of "
                 "colour would tell apart; pass colour_max=1 for an image in 0..1"
             )
+        return None
+
+    check_values("image", image, fault_of)
     image = promote_float(image)
     return image if colour_max == 255 else image * (255 / colour_max)
 
@@ -144,11 +263,11 @@ def position_features(
     Raises:
       ValueError: if a size is smaller than 1 or the width is not positive.
     """
-    check_number("height", height, minimum=1, remedy="an image needs a pixel")
-    check_number("width", width, minimum=1, remedy="an image needs a pixel")
-    check_number("position_width", position_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
+    height = check_count("height", height, minimum=1, remedy="an image needs a pixel")
+    width = check_count("width", width, minimum=1, remedy="an image needs a pixel")
+    check_number("position_width", position_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
     grid = jnp.stack(jnp.meshgrid(jnp.arange(height), jnp.arange(width), indexing="ij"), axis=-1).astype(dtype)
-    return grid.reshape(height * width, 2) / position_width
+    return grid.reshape(height * width, 2) / jnp.asarray(position_width, grid.dtype)
 
 
 def guide_features(
@@ -177,12 +296,14 @@ def guide_features(
       >>> features.shape, features[-1].tolist()
       ((6, 5), [0.5, 1.0, 2.0, 2.0, 2.0])
     """
-    height, width, channels = check_shape("image", image, ("H", "W", "C"), _ONE_IMAGE)
+    height, width, channels = check_image_shape(image)
     if np.ndim(colour_width):
         remedy = "give one width for all channels, or one for each"
         check_shape("colour_width", jnp.asarray(colour_width), (channels,), remedy)
-    for channel_width in colour_width if isinstance(colour_width, (tuple, list, np.ndarray)) else [colour_width]:
-        check_number("colour_width", channel_width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
+    if np.ndim(colour_width) == 0:
+        check_number("colour_width", colour_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
+    for channel_width in colour_width if isinstance(colour_width, (tuple, list, np.ndarray)) and np.ndim(colour_width) else []:
+        check_number("colour_width", channel_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
     image = promote_float(image)
     positions = position_features(height, width, position_width=position_width, dtype=image.dtype)
     colour_width = jnp.asarray(colour_width, image.dtype)

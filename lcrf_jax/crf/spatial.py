@@ -2,16 +2,15 @@
 
 import functools
 import math
-import numbers
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
+from lcrf_jax.crf.params import WIDTH_REMEDY
+from lcrf_jax.numerics import check_number, check_shape, known_number, promote_float, varying_like
 
-_WIDTH_REMEDY = "use a width in pixels (positions) or in 0..255 units (colours)"
 # At four widths the Gaussian is 3e-4 of its peak; it is cut off there.
 _TRUNCATION = 4.0
 _TAP_GROUP = 13
@@ -29,14 +28,15 @@ def gaussian_taps(width: float) -> np.ndarray:
       TypeError: if the width is not a Python number, but traced, say.
       ValueError: if it is not positive.
     """
-    if not isinstance(width, numbers.Real):
+    known = known_number(width)
+    if known is None:
         raise TypeError(
             f"width: expected a Python number, got {type(width).__name__}; it sets the size of the filter, so close "
             "over the kernel parameters or pass them through static_argnums"
         )
-    check_number("width", width, minimum=0, strict=True, remedy=_WIDTH_REMEDY)
-    radius = math.ceil(_TRUNCATION * width)
-    return np.exp(-0.5 * (np.arange(-radius, radius + 1) / width) ** 2)
+    check_number("width", width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
+    radius = math.ceil(_TRUNCATION * known)
+    return np.exp(-0.5 * (np.arange(-radius, radius + 1) / known) ** 2)
 
 
 def separable_filter(values: ArrayLike, taps: ArrayLike) -> jax.Array:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lcrf_jax.crf.inference import refine as refine_by_mean_field
+from lcrf_jax.crf.inference import refined_posterior
 from lcrf_jax.crf.lattice_building import default_capacity
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.predict.resizing import padded_to
@@ -41,9 +42,14 @@ def refined_by_lattice(
     Returns:
       [h, w, K] float32. All are NaN if the lattice needs more vertices than the capacity.
     """
-    return refine_by_mean_field(
-        image, unary_weight * log_probs, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
+    return _refined(image, unary_weight * log_probs, kernel_params, num_iterations, valid, capacity)
+
+
+def _refined(image, unary, kernel_params, num_iterations, valid, capacity):
+    posterior = refined_posterior(
+        image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
     )
+    return jnp.where(posterior.overflowed, jnp.nan, posterior.log_probs)
 
 
 def adjustable_refinement(
@@ -82,7 +88,4 @@ def adjustable_refinement(
 def _refined_by(log_probs, image, valid, numbers, *, width, num_iterations, capacity):
     kernel = {name: value for name, value in numbers.items() if name != "unary_weight"}
     kernel_params = KernelParams(**kernel, gaussian_position_width=width)
-    unary = numbers["unary_weight"] * log_probs
-    return refine_by_mean_field(
-        image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
-    )
+    return _refined(image, numbers["unary_weight"] * log_probs, kernel_params, num_iterations, valid, capacity)

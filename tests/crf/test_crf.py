@@ -13,7 +13,7 @@ from pictures import COARSE, case_of, soft_labels
 from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
 from lcrf_jax.crf.exact import NORMALISATIONS, dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, exact_image_kernel, image_kernel
-from lcrf_jax.crf.inference import mean_field, refine
+from lcrf_jax.crf.inference import mean_field, refine, refined_posterior
 from lcrf_jax.crf.params import KernelParams
 
 kl_to_prior, mean_field, pairwise_energy, refine = map(compiled, (kl_to_prior, mean_field, pairwise_energy, refine))
@@ -311,8 +311,10 @@ def test_no_label_that_may_be_dropped_becomes_e_times_as_probable():
     peak = 1 / (np.e * row_sum)
     unary = np.full((num_pixels, num_classes), np.log((1 - peak) / (num_classes - 1)), np.float32)
     unary[:, 5] = np.log(peak)
-    run = jax.jit(lambda num_iterations: mean_field(unary, kernel, num_iterations=num_iterations)[:, 5].max())
-    grown = [float(np.exp(run(num_iterations))) / peak for num_iterations in (1, 2, 5, 10, 50)]
+    grown = [
+        float(np.exp(mean_field(unary, kernel, num_iterations=num_iterations)[:, 5].max())) / peak
+        for num_iterations in (1, 2, 5, 10, 50)
+    ]
     assert max(grown) <= np.e
     assert max(grown) > 1.5
 
@@ -451,9 +453,13 @@ def test_refine_follows_an_edge_that_noisy_logits_do_not_see():
 
 @pytest.mark.slow
 def test_an_overflow_of_the_lattice_is_not_silent():
-    run = jax.jit(lambda x: refine(x, np.zeros((8, 8, 2)), COARSE, num_iterations=1, capacity=60))
-    assert np.all(np.isnan(run(np.random.default_rng(5).uniform(0, 255, (8, 8, 1)))))
-    assert np.all(np.isfinite(run(np.full((8, 8, 1), 200.0))))
+    run = jax.jit(lambda x, z: refined_posterior(x, z, COARSE, form="lattice", num_iterations=3, capacity=60))
+    noise, logits = np.random.default_rng(5).uniform(0, 255, (8, 8, 1)), np.random.default_rng(6).normal(size=(8, 8, 2))
+    posterior = run(noise, logits)
+    assert posterior.overflowed and posterior.num_iterations == 0 and np.isnan(posterior.free_energy)
+    np.testing.assert_allclose(posterior.log_probs, jax.nn.log_softmax(np.float32(logits)), rtol=1e-5)
+    posterior = run(np.full((8, 8, 1), 200.0), logits)
+    assert not posterior.overflowed and posterior.num_iterations == 3 and np.isfinite(posterior.free_energy)
 
 
 @pytest.mark.parametrize(("call", "message"), [
