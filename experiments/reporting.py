@@ -145,7 +145,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     if source is None:
         if processes.is_first():
             write_run_report(run_dir / "report.html", source=unscored, matrices={}, image_scores=None, **report)
-            say(f"report      {run_dir / 'report.html'}\ncheckpoint  {run_dir}; no masks to score it on")
+            say(f"report      {run_dir / 'report.html'} (for a browser)\ncheckpoint  {run_dir}; no masks to score it on")
         return
     scores = evaluation.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     if not processes.is_first():
@@ -170,7 +170,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
         page, source=source, matrices=matrices, image_scores=scores.image_scores, known_samples=known, **report
     )
     say(f"\nsupervision: {used}")
-    say(f"pictures    {picture}\nreport      {page}\nresults     {path}\ncheckpoint  {run_dir}")
+    say(f"pictures    {picture}\nreport      {page} (for a browser)\nresults     {path}\ncheckpoint  {run_dir}")
     if started is not None:
         say(f"time        {time.monotonic() - started:.0f} s")
     say(f"\n{len(source)} images of {source.split}")

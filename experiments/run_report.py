@@ -73,7 +73,7 @@ def _samples(segmenter, source, image_scores, tags_given, known_samples):
             image, truth, labels, refined = sample
             layers = {"truth": truth, "prediction": labels, "refined prediction": refined}
             scored = image_scores is not None and not np.isnan(image_scores[at])
-            score = f"mIoU of its classes {100 * image_scores[at]:.0f} %" if scored else ""
+            score = f"mIoU of its classes {100 * image_scores[at]:.0f}\N{NO-BREAK SPACE}%" if scored else ""
             present = ", ".join(name for name, tag in zip(source.class_names[1:], tags[at][1:], strict=True) if tag)
             caption = "; ".join(part for part in (f"tags: {present or 'none'}", score) if part)
             known = {title: layer for title, layer in layers.items() if layer is not None}

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import runpy
 import signal
 import subprocess
@@ -51,6 +52,13 @@ def run(program, *arguments):
     return Ended(code, out.getvalue(), err.getvalue())
 
 
+def assert_refused(ended, message):
+    assert ended.code == 1, ended
+    assert re.search(message, ended.err), ended.err
+    assert "Traceback" not in ended.err
+
+
+CLASSES = ("background", "ring", "cross", "star", "stripes", "chequer", "dots")
 TINY = "--config=experiments/configs/tiny.py"
 SHORT = ("--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
          "--config.epochs=(2,)")  # as in small_runs.py, so that the same compiled functions serve both

@@ -51,7 +51,7 @@ async function run() {
   if (!file) return;
   if (running) { again = true; return; }
   running = true;
-  say('working …');
+  say(answer ? 'working …' : 'working … the first photograph takes longest');
   const query = new URLSearchParams({crf: at('crf').checked ? 1 : 0});
   for (const input of at('sliders').querySelectorAll('input[data-moved]'))
     query.set(input.name, Math.round(input.value / input.dataset.step) * input.dataset.step);

@@ -72,6 +72,28 @@ class DistinctKeys(NamedTuple):
     ids_of_slots: jax.Array
 
 
+def _claimed_slots(all_hashes, hashes, entries, wanted, owners):
+    """Owners of the slots after the wanted entries, the slot of each one's key, and which of them have found none."""
+    num_slots = len(owners)
+    first, second = hashes
+
+    def probe(state):
+        owners, slots, unresolved, number = state
+        candidates = _slot(hashes, number, num_slots.bit_length() - 1)
+        claimed = jnp.where(unresolved & (owners[candidates] == _EMPTY), candidates, num_slots)
+        owners = owners.at[claimed].min(entries, mode="drop")
+        owner = jnp.where(unresolved, owners[candidates], 0)
+        found = unresolved & (all_hashes[0][owner] == first) & (all_hashes[1][owner] == second)
+        return owners, jnp.where(found, candidates, slots), unresolved & ~found, number + 1
+
+    def unfinished(state):
+        return jnp.any(state[2]) & (state[3] < _NUM_PROBES)
+
+    slots, wanted = (varying_like(part, first) for part in (jnp.full_like(entries, num_slots), wanted))
+    owners, slots, unresolved, _ = jax.lax.while_loop(unfinished, probe, (owners, slots, wanted, 0))
+    return owners, slots, unresolved
+
+
 def distinct_keys(
     hashes: tuple[jax.Array, jax.Array], active: jax.Array, num_columns: int | jax.Array, block: int, capacity: int
 ) -> DistinctKeys:
@@ -89,8 +111,7 @@ def distinct_keys(
     first, second = hashes
     rows, size = first.shape
     flat = first.ravel(), second.ravel()
-    table_bits = max(4, math.ceil(math.log2(2 * capacity)))
-    num_slots = 2**table_bits
+    num_slots = 2 ** max(4, math.ceil(math.log2(2 * capacity)))
     entry_rows = np.arange(rows, dtype=np.int32)[:, None] * np.int32(size)
 
     def insert_block(i, state):
@@ -104,20 +125,7 @@ def distinct_keys(
         keys = part(first), part(second)
         wanted = part(active) & (columns < num_columns)
 
-        def probe(state):
-            owners, slots, unresolved, number = state
-            candidates = _slot(keys, number, table_bits)
-            claimed = jnp.where(unresolved & (owners[candidates] == _EMPTY), candidates, num_slots)
-            owners = owners.at[claimed].min(entry, mode="drop")
-            owner = jnp.where(unresolved, owners[candidates], 0)
-            found = unresolved & (flat[0][owner] == keys[0]) & (flat[1][owner] == keys[1])
-            return owners, jnp.where(found, candidates, slots), unresolved & ~found, number + 1
-
-        def unfinished(state):
-            return jnp.any(state[2]) & (state[3] < _NUM_PROBES)
-
-        start = (owners, *(varying_like(part, first) for part in (jnp.full_like(entry, num_slots), wanted)), 0)
-        owners, slots, unresolved, _ = jax.lax.while_loop(unfinished, probe, start)
+        owners, slots, unresolved = _claimed_slots(flat, keys, entry, wanted, owners)
         owns_slot = wanted & (owners.at[slots].get(mode="fill", fill_value=_EMPTY) == entry)
         new = owns_slot | unresolved
         numbers = count + jnp.cumsum(new.ravel(), dtype=jnp.int32).reshape(new.shape) - 1

@@ -28,7 +28,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """A progress bar with loss terms and images per second on a terminal, and plain lines elsewhere.
+    """A progress bar with images per second and loss terms on a terminal, and plain lines elsewhere.
 
     In a file or a CI log a bar that redraws itself is unreadable. There one line is printed at most every
     `seconds_between_lines`, and one at the end. Of several processes only the first writes.
@@ -84,7 +84,9 @@ class Progress:
         self._step += num_steps
         self._num_images += num_images
         if metrics is not None:
-            self._terms = ", ".join(f"{name} {as_scalar(name, value):.4g}" for name, value in metrics.items())
+            # What a narrow terminal cuts off stands last.
+            ordered = sorted(metrics.items(), key=lambda item: item[0] != "loss")
+            self._terms = ", ".join(f"{name} {as_scalar(name, value):.4g}" for name, value in ordered)
         if self._bar is not None:
             self._bar.set_postfix_str(self._tail(), refresh=False)
             self._bar.update(num_steps)
@@ -117,7 +119,7 @@ class Progress:
 
     def _tail(self):
         seconds = max(self._clock() - self._started, 1e-9)
-        return ", ".join(part for part in (self._terms, f"{self._num_images / seconds:.1f} images/s") if part)
+        return ", ".join(part for part in (f"{self._num_images / seconds:.1f} images/s", self._terms) if part)
 
     def _print_line(self):
         self._last_line, self._printed_step = self._clock(), self._step

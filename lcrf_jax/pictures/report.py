@@ -218,7 +218,7 @@ def _chart(name, points):
     steps, values = zip(*points, strict=True)
     low, high, first = min(values), max(values), min(steps)
     if high - low < 1e-12:
-        low, high = low - 0.5, high + 0.5
+        high = low + 1  # a line along the bottom
     span = max(max(steps) - first, 1)
     places = [
         {"step": x, "value": y, "right": (x - first) / span, "down": (high - y) / (high - low)} for x, y in points

@@ -131,6 +131,7 @@ def test_numbers_of_the_page():
     for shown in ("90.0", "50.0", "–", "25.0", "70.0", "60.0"):  # IoU in per cent, none, and the means .7 and .6
         assert f"<b>{shown}</b>" in text, shown
     assert 'title="cat called background: 5 pixels">25<' in text and 'title="background called cat: 10 pixels">10<' in text
+    assert text.count("pixels\">–<") == 3  # of the class that the truth does not have
     assert text.count('<figure class="chart">') == 1 and "step 9: 1" in text and "step 5" not in text
     assert report.curves({}) == report.gallery([], NAMES) == report.bars(NAMES, {"": {}}) == ""
 

@@ -124,14 +124,14 @@ def test_plain_lines_where_there_is_no_terminal():
     with Progress(100, first_step=90, stream=stream, seconds_between_lines=2.0, clock=clock) as progress:
         for step in range(10):
             clock.now += 0.5
-            metrics = {"loss": 1.0 / (step + 1), "kl": 0.125} if step < 4 else None
+            metrics = {"kl": 0.125, "loss": 1.0 / (step + 1)} if step < 4 else None
             progress.update(num_images=8, metrics=metrics)
         progress.message("val mIoU 0.500")
     assert stream.getvalue().splitlines() == [
-        "train 94/100  loss 0.25, kl 0.125, 16.0 images/s",
-        "train 98/100  loss 0.25, kl 0.125, 16.0 images/s",
+        "train 94/100  16.0 images/s, loss 0.25, kl 0.125",
+        "train 98/100  16.0 images/s, loss 0.25, kl 0.125",
         "val mIoU 0.500",
-        "train 100/100  loss 0.25, kl 0.125, 16.0 images/s",
+        "train 100/100  16.0 images/s, loss 0.25, kl 0.125",
     ]
     assert "\r" not in stream.getvalue()
 
@@ -155,4 +155,4 @@ def test_a_bar_on_a_terminal_shows_terms_and_speed():
         progress.message("a line of its own")
     text = stream.getvalue()
     assert "\r" in text and "fit" in text and "4/4" in text
-    assert "loss 0.5, 2.0 images/s" in text and "a line of its own\n" in text
+    assert "2.0 images/s, loss 0.5" in text and "a line of its own\n" in text

@@ -1,4 +1,4 @@
-"""Runs: rounds, interruption, posteriors, what is read of the data, and scores."""
+"""Runs: rounds, interruption, posteriors, and scores."""
 
 import contextlib
 import copy
@@ -10,16 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from PIL import Image
 from small_runs import assert_same_trees, lines, small_config, train_and_kill
 
 from experiments.measuring import CompilationCount
 from lcrf_jax.crf.params import KernelParams
-from lcrf_jax.data.example import Example
-from lcrf_jax.data.sources.textures import TexturesSource
-from lcrf_jax.metrics import mean_iou
 from lcrf_jax.predict import evaluation
-from lcrf_jax.predict.segmenter import Segmenter, make_segmenter
+from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import RunCheckpoints, restore_params
 from lcrf_jax.runfolder.description import CheckpointError, load_description
 from lcrf_jax.train import fit, plan, posteriors, preparation
@@ -65,30 +61,6 @@ def test_planned_rounds():
 def test_rounds_that_cannot_be_are_refused(epochs, num_images, message):
     with pytest.raises(ValueError, match=message):
         plan.planned_rounds({"epochs": epochs, "batch_size": 8, "method": "latent_crf"}, num_images)
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"method": "full"}, r"method: expected one of \['cam', .*'full_supervision', 'latent_crf', .*\], got 'full'"),
-    ({"input_size": 100}, "input_size: expected a multiple of 32, got 100"),
-    ({"weights": "my.pth"}, "weights: expected '' or random for the network 'small', got 'my.pth'"),
-    ({"network__decoder": "unet"}, r"network\.decoder: expected one of .*'unet'"),
-    ({"views__num_views": 1}, "num_views of at least 2"),
-    ({"network__backbone": "vgg"}, r"network\.backbone: expected one of .*'vgg'"),
-    ({"data__kind": "coco"}, "unknown source 'coco'"),
-    ({"batch_size": 32}, "24 training images do not fill one batch of 32"),
-    ({"objective__likelihood": "noisy_and"}, r"objective\.likelihood: expected one of .*'noisy_or'.*'noisy_and'"),
-    ({"objective__estimator": "nuts"}, r"objective\.estimator: expected one of .*'mcmc'.*'nuts'"),
-    ({"objective__estimator": "reinforce"}, r"objective\.num_samples: expected a finite number >= 2, got 1"),
-    ({"objective__estimator": "exact", "objective__likelihood": "gwrp"}, r"'exact' needs a likelihood .*'gwrp'"),
-    ({"objective__estimator": "mcmc", "objective__entropy_weight": 0.5}, "needs .*got {'entropy_weight': 0.5}"),
-    ({"objective__estimator": "mcmc", "views__num_views": 1, "epochs": (1,)}, "'mcmc' needs views.num_views of at least 2"),
-    ({"objective__temperature": 0.0}, r"objective\.temperature: expected a finite number > 0"),
-    ({"objective__pairwise_stride": 3}, r"objective\.pairwise_stride: expected a divisor of 16"),
-], ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "")
-def test_settings_that_cannot_be_are_refused_before_anything_is_computed(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        preparation.prepare(small_config(tmp_path, **changes))
-    assert not any(tmp_path.iterdir())
 
 
 def test_a_run_leaves_its_description_checkpoints_and_metrics(prepared, uninterrupted):
@@ -238,38 +210,6 @@ def test_scores_from_cached_features_are_those_of_the_images(prepared, uninterru
 
 
 @pytest.mark.slow
-def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_to(cache, tmp_path):
-    config = small_config(cache, objective__cue_confidence=0.9)
-    evidence = {**config["objective"]["likelihood_options"]["evidence"], "saliency_weight": 2.0}
-    config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
-    config["objective"]["further_likelihoods"] = {"gwrp": 3.0}
-    given = preparation.prepare(config)
-    assert given.cues.shape == (24, 6, 6) and given.gradient_saliency.shape == (24, 6, 6, 1)
-    assert given.gradient_saliency.min() == 0 and given.gradient_saliency.max() == 1
-    record = preparation.training_records(given)[24 + 3]  # the mirror image of the fourth
-    np.testing.assert_array_equal(record.gradient_saliency, given.gradient_saliency[3][:, ::-1])
-    np.testing.assert_array_equal(record.cues, given.cues[3][:, ::-1])
-    assert record.class_maps is not None and record.peaks is not None
-    later = preparation.training_records(given, np.full((24, 6, 6, 7), 1 / 7, np.float16))[0]
-    assert later.cues is later.gradient_saliency is later.class_maps is None
-    fit.train(given, tmp_path / "run")
-    assert (tmp_path / "run" / "last").is_dir()
-
-
-@pytest.mark.slow
-def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
-    with contextlib.redirect_stderr(io.StringIO()):
-        given = preparation.prepare(small_config(cache, method="sec", epochs=(1,)))
-    assert given.cues.shape == (24, 6, 6) and given.cues.dtype == np.uint8
-    record = preparation.training_records(given)[24 + 3]
-    np.testing.assert_array_equal(record.cues, given.cues[3][:, ::-1])
-    np.savez(tmp_path / "cues.npz", ids=np.array(given.train.names), cues=np.full((24, 41, 41), 255, np.uint8))
-    config = small_config(cache, method="sec", epochs=(1,))
-    config["baselines"]["cues"]["file"] = str(tmp_path / "cues.npz")
-    assert (preparation.prepare(config).cues == 255).all()
-
-
-@pytest.mark.slow
 def test_the_memory_of_a_step_is_at_least_that_of_its_state(prepared):
     rounds = prepared.plan.rounds
     state = fit._fresh_state(prepared, rounds[0], jax.random.key(0), step_module.data_mesh())
@@ -315,52 +255,6 @@ def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
     second = prepared.plan.rounds[1]
     with pytest.raises(ValueError, match="has no posteriors that round 2 was begun with"):
         fit._evidence_of(prepared, tmp_path, second, None, done=second.first_step + 1)
-
-
-def test_masks_of_the_training_images_are_never_made(cache, monkeypatch):
-    original = TexturesSource.__getitem__
-
-    def watched(self, index):
-        example = original(self, index)
-        assert self.split != "train" or (not self.masks and example.mask is None)
-        return example
-
-    monkeypatch.setattr(TexturesSource, "__getitem__", watched)
-    again = preparation.prepare(small_config(cache / "fresh"))
-    assert not again.train.masks and again.val.masks
-    records = preparation.training_records(again)
-    assert all(records[i].mask is None for i in range(len(records)))
-
-
-def test_full_supervision_has_masks_and_needs_no_classifier(cache):
-    given = preparation.prepare(small_config(cache, method="full_supervision", epochs=(1,)))
-    assert given.classifier is None and given.maps is None and given.train.masks
-    record = preparation.training_records(given)[3]
-    np.testing.assert_array_equal(record.mask, given.train[3].mask)
-    description = given.plan.description(given.digest)
-    assert description["supervision"] == "masks"
-
-
-def test_records_hold_what_the_likelihoods_need(prepared):
-    number = len(prepared.train) + 5  # the mirrored view of image 5
-    record = preparation.training_records(prepared)[number]
-    np.testing.assert_array_equal(record.class_maps, np.float32(prepared.maps.maps[5])[:, ::-1])
-    np.testing.assert_array_equal(record.peaks, np.float32(prepared.maps.maps[5]).max(axis=(0, 1)))
-    np.testing.assert_array_equal(record.bias, prepared.classifier.bias)
-    np.testing.assert_array_equal(record.tags, prepared.train.tags[5])
-    assert record.image is None and record.features["s16"].shape == (6, 6, 32)
-    evidence = np.random.default_rng(0).random((24, 6, 6, 7)).astype(np.float16)
-    record = preparation.training_records(prepared, evidence)[number]
-    np.testing.assert_array_equal(record.pixel_evidence, np.float32(evidence[5])[:, ::-1])
-    assert record.class_maps is None
-
-
-def test_without_a_feature_cache_records_hold_images(cache):
-    config = small_config(cache, cache__features=False, epochs=(1,), views__num_views=3)
-    given = preparation.prepare(config)
-    record = preparation.training_records(given)[2 * 24 + 5]
-    assert record.image.shape == (96, 96, 3) and record.class_maps.shape == (6, 6, 6)
-    assert record.features is None
 
 
 @pytest.mark.slow
@@ -423,12 +317,6 @@ def test_a_run_with_a_pairwise_term_finer_than_the_logits(prepared, cache, tmp_p
     assert len(energies) > 2 and np.all(np.isfinite(energies)) and min(energies) > 0
 
 
-@pytest.mark.parametrize("stride", [3, 32, -1])
-def test_a_pairwise_stride_that_does_not_divide_is_told(prepared, stride):
-    with pytest.raises(ValueError, match=f"objective.pairwise_stride: expected a divisor of 16.*got {stride}"):
-        plan.guide_stride(small_config("", objective__pairwise_stride=stride), prepared.network)
-
-
 @pytest.mark.slow
 def test_without_validation_the_newest_parameters_are_the_best(prepared, uninterrupted, tmp_path):
     fit.train(prepared._replace(val=None), tmp_path)
@@ -436,87 +324,3 @@ def test_without_validation_the_newest_parameters_are_the_best(prepared, uninter
     last = restore_params(uninterrupted, "last")
     assert_same_trees(restore_params(tmp_path, "last"), last)
     assert_same_trees(restore_params(tmp_path, "best")["decoder"], last)
-
-
-def test_a_folder_without_masks_has_no_validation(tmp_path, capsys):
-    for folder in ("JPEGImages", "ImageSets/Segmentation"):
-        (tmp_path / folder).mkdir(parents=True)
-    Image.new("RGB", (20, 10)).save(tmp_path / "JPEGImages" / "one.jpg")
-    (tmp_path / "classes.txt").write_text("background\ncat\n")
-    (tmp_path / "tags.csv").write_text("image,tags\none,cat\n")
-    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("one\n")
-    config = {"method": "latent_crf", "data": {
-        "kind": "folder", "root": str(tmp_path), "train_split": "train", "val_split": "val", "options": {}}}
-    train, val = preparation.open_data(config)
-    assert len(train) == 1 and val is None
-    assert "no validation" in capsys.readouterr().out
-    (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("one\n")
-    assert preparation.open_data(config)[1] is None
-    assert "has no mask for one" in capsys.readouterr().out
-    config["data"]["val_split"] = ""
-    assert preparation.open_data(config)[1] is None and capsys.readouterr().out == ""
-    with pytest.raises(FileNotFoundError, match="has no test.txt"):
-        preparation.open_data({**config, "data": {**config["data"], "train_split": "test"}})
-
-
-class Flat:
-    """Images of one grey level each: level 10 k is class k to the segmenter below."""
-
-    split = "val"
-
-    def __init__(self, labels, masks):
-        self._labels, self._masks = labels, masks
-
-    def __len__(self):
-        return len(self._labels)
-
-    def __getitem__(self, index):
-        mask = self._masks[index]
-        image = np.full((*mask.shape, 3), 10 * self._labels[index], np.uint8)
-        return Example(str(index), image, np.arange(3) == 0, mask)
-
-
-def grey_level_segmenter():
-    def network_log_probs(images):
-        return jnp.log(jax.nn.one_hot(images[:, :1, :1, 0] // 10, 3) + 0.01)
-
-    def enlarge(log_probs, rows, columns):
-        return jnp.broadcast_to(log_probs, (len(rows), len(columns), 3))
-
-    def refine(log_probs, image, valid):
-        return jnp.roll(log_probs, 1, axis=-1)  # class k becomes k + 1
-
-    return Segmenter(("background", "a", "b"), (4,), lambda images: images, network_log_probs, enlarge, refine)
-
-
-def confusion_by_hand(labels, masks):
-    counts = np.zeros((3, 3), int)
-    for label, mask in zip(labels, masks, strict=True):
-        for truth in mask.ravel():
-            if truth != 255:
-                counts[truth, label] += 1
-    return counts
-
-
-@pytest.mark.parametrize("batch_size", [2, 5, 8])
-def test_evaluate_counts_every_pixel_that_is_not_void(batch_size):
-    rng = np.random.default_rng(0)
-    labels = [0, 2, 1, 1, 0]
-    masks = [rng.choice(np.uint8([0, 1, 2, 255]), (3 + i, 9 - i)) for i in range(5)]
-    source = Flat(labels, masks)
-    scores = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size)
-    np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
-    assert scores.refined is None and scores.samples == []
-    each = [mean_iou(confusion_by_hand([label], [mask])) for label, mask in zip(labels, masks, strict=True)]
-    np.testing.assert_allclose(scores.image_scores, each, atol=1e-8)
-    scores = evaluation.evaluate(grey_level_segmenter(), source, crf=True, num_samples=3, batch_size=batch_size)
-    np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
-    np.testing.assert_array_equal(scores.refined, confusion_by_hand([(k + 1) % 3 for k in labels], masks))
-    each = [mean_iou(confusion_by_hand([(k + 1) % 3], [mask])) for k, mask in zip(labels, masks, strict=True)]
-    np.testing.assert_allclose(scores.image_scores, each, atol=1e-8)
-    assert [image[0, 0, 0] // 10 for image, *_ in scores.samples] == [labels[0], labels[2], labels[4]]
-    for (_, truth, plain, refined), i in zip(scores.samples, (0, 2, 4), strict=True):
-        np.testing.assert_array_equal(truth, masks[i])
-        assert set(plain.flat) == {labels[i]} and set(refined.flat) == {(labels[i] + 1) % 3}
-    given = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size, use_tags=True)
-    np.testing.assert_array_equal(given.plain, confusion_by_hand([0] * 5, masks))

@@ -1,0 +1,74 @@
+"""Scores: every pixel that is not void is counted once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcrf_jax.data.example import Example
+from lcrf_jax.metrics import mean_iou
+from lcrf_jax.predict import evaluation
+from lcrf_jax.predict.segmenter import Segmenter
+
+
+class Flat:
+    """Images of one grey level each: level 10 k is class k to the segmenter below."""
+
+    split = "val"
+
+    def __init__(self, labels, masks):
+        self._labels, self._masks = labels, masks
+
+    def __len__(self):
+        return len(self._labels)
+
+    def __getitem__(self, index):
+        mask = self._masks[index]
+        image = np.full((*mask.shape, 3), 10 * self._labels[index], np.uint8)
+        return Example(str(index), image, np.arange(3) == 0, mask)
+
+
+def grey_level_segmenter():
+    def network_log_probs(images):
+        return jnp.log(jax.nn.one_hot(images[:, :1, :1, 0] // 10, 3) + 0.01)
+
+    def enlarge(log_probs, rows, columns):
+        return jnp.broadcast_to(log_probs, (len(rows), len(columns), 3))
+
+    def refine(log_probs, image, valid):
+        return jnp.roll(log_probs, 1, axis=-1)  # class k becomes k + 1
+
+    return Segmenter(("background", "a", "b"), (4,), lambda images: images, network_log_probs, enlarge, refine)
+
+
+def confusion_by_hand(labels, masks):
+    counts = np.zeros((3, 3), int)
+    for label, mask in zip(labels, masks, strict=True):
+        for truth in mask.ravel():
+            if truth != 255:
+                counts[truth, label] += 1
+    return counts
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 8])
+def test_evaluate_counts_every_pixel_that_is_not_void(batch_size):
+    rng = np.random.default_rng(0)
+    labels = [0, 2, 1, 1, 0]
+    masks = [rng.choice(np.uint8([0, 1, 2, 255]), (3 + i, 9 - i)) for i in range(5)]
+    source = Flat(labels, masks)
+    scores = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size)
+    np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
+    assert scores.refined is None and scores.samples == []
+    each = [mean_iou(confusion_by_hand([label], [mask])) for label, mask in zip(labels, masks, strict=True)]
+    np.testing.assert_allclose(scores.image_scores, each, atol=1e-8)
+    scores = evaluation.evaluate(grey_level_segmenter(), source, crf=True, num_samples=3, batch_size=batch_size)
+    np.testing.assert_array_equal(scores.plain, confusion_by_hand(labels, masks))
+    np.testing.assert_array_equal(scores.refined, confusion_by_hand([(k + 1) % 3 for k in labels], masks))
+    each = [mean_iou(confusion_by_hand([(k + 1) % 3], [mask])) for k, mask in zip(labels, masks, strict=True)]
+    np.testing.assert_allclose(scores.image_scores, each, atol=1e-8)
+    assert [image[0, 0, 0] // 10 for image, *_ in scores.samples] == [labels[0], labels[2], labels[4]]
+    for (_, truth, plain, refined), i in zip(scores.samples, (0, 2, 4), strict=True):
+        np.testing.assert_array_equal(truth, masks[i])
+        assert set(plain.flat) == {labels[i]} and set(refined.flat) == {(labels[i] + 1) % 3}
+    given = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size, use_tags=True)
+    np.testing.assert_array_equal(given.plain, confusion_by_hand([0] * 5, masks))
