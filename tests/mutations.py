@@ -58,13 +58,14 @@ TESTS = {
     "pictures/report.py": ("html_report",),
     "predict/export.py": ("export",),
     "predict/resizing.py": ("inference",),
+    "predict/segmenter.py": ("frozen_weights",),
     "predict/tiling.py": ("tiling",),
     "runfolder/checkpoints.py": ("checkpoints", "faults"),
     "runfolder/description.py": ("faults",),
     "train/features.py": ("features",),
     "train/fit.py": ("faults", "runs"),
     "train/plan.py": ("methods", "runs"),
-    "train/posteriors.py": ("runs",),
+    "train/posteriors.py": ("runs", "frozen_weights"),
     "train/splits.py": ("check",),
     "train/step.py": ("training",),
 }
@@ -296,6 +297,12 @@ MUTATIONS = [
     Mutation("programs: the newest go first", "machine/compilation.py", "in sorted(sizes)", "in sorted(sizes, reverse=True)"),
     Mutation("programs: a switch without effect", "machine/compilation.py", 'switch == "0" or chosen', "chosen"),
     Mutation("programs: every network is the same", "nets/network.py", "json.dumps(self.description, sort_keys=True)", '""'),
+    Mutation("programs: a segmenter is closed over its weights", "predict/segmenter.py",
+             'return _network_features(beside(images)["backbone"], images, **static)',
+             'return jax.jit(lambda images: _network_features(beside(images)["backbone"], images, **static))(images)'),
+    Mutation("programs: posteriors are closed over their weights", "train/posteriors.py",
+             "return _inputs_of_images(variables, images, network=network, guide_stride=stride)",
+             "return jax.jit(lambda images: _inputs_of_images(variables, images, network=network, guide_stride=stride))(images)"),
     Mutation("nets: posteriors of images without their mirror", "train/posteriors.py", "images[:, :, ::-1]), guide", "images), guide"),
 ]
 
