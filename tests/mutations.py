@@ -62,6 +62,7 @@ TESTS = {
     "predict/tiling.py": ("tiling",),
     "runfolder/checkpoints.py": ("checkpoints", "faults"),
     "runfolder/description.py": ("faults",),
+    "train/class_maps.py": ("features",),
     "train/features.py": ("features",),
     "train/fit.py": ("faults", "runs"),
     "train/plan.py": ("methods", "runs"),
@@ -303,6 +304,8 @@ MUTATIONS = [
     Mutation("programs: posteriors are closed over their weights", "train/posteriors.py",
              "return _inputs_of_images(variables, images, network=network, guide_stride=stride)",
              "return jax.jit(lambda images: _inputs_of_images(variables, images, network=network, guide_stride=stride))(images)"),
+    Mutation("classifier: kept whatever the tags", "train/class_maps.py", '"tags": digest, **identity', "**identity"),
+    Mutation("classifier: kept whatever the penalty", "train/class_maps.py", '"l2": l2, "tags"', '"tags"'),
     Mutation("nets: posteriors of images without their mirror", "train/posteriors.py", "images[:, :, ::-1]), guide", "images), guide"),
 ]
 

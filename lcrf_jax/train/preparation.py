@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lcrf_jax.data.example import Source
@@ -19,7 +18,6 @@ from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_salien
 from lcrf_jax.train.features import CachedViews, test_time_features
 from lcrf_jax.train.plan import Plan, resolved_plan
 from lcrf_jax.train.splits import open_data, without_masks
-from lcrf_jax.train.step import count_parameters
 
 
 class Prepared(NamedTuple):
@@ -112,9 +110,13 @@ def prepare(config: dict[str, Any]) -> Prepared:
 def _with_class_maps(prepared, cached, views_identity):
     """With the tag classifier and its maps."""
     config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
+    features = {**_backbone_identity(prepared), "views": views_identity}
     # Hosts of different kinds would differ in the last bits.
     classifier, scores = from_first(
-        fitted_classifier(network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"])
+        fitted_classifier(
+            network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"], identity=features,
+            directory=prepared.plan.cache_directory,
+        )
     )
     say(precision_line("training", train, scores))
     identity = {**_classifier_identity(prepared, classifier), "views": views_identity}
@@ -128,11 +130,11 @@ def _with_class_maps(prepared, cached, views_identity):
 
 def _classifier_identity(prepared, classifier):
     """What the maps and gradients of a classifier depend on, beside the images."""
-    return {
-        "weights": prepared.digest,
-        "network": feature_identity(prepared.network.description),
-        "classifier": params_digest(classifier._asdict()),
-    }
+    return {**_backbone_identity(prepared), "classifier": params_digest(classifier._asdict())}
+
+
+def _backbone_identity(prepared):
+    return {"weights": prepared.digest, "network": feature_identity(prepared.network.description)}
 
 
 def _cues(prepared):
@@ -153,25 +155,6 @@ def _gradient_saliency(prepared):
             identity=_classifier_identity(prepared, prepared.classifier), directory=prepared.plan.cache_directory,
             progress=done,
         )
-
-
-def num_trainable(prepared: Prepared) -> int:
-    """Number of weights that training changes.
-
-    Args:
-      prepared: Prepared.
-
-    Returns:
-      int; 0 for a method that trains nothing.
-    """
-    if not prepared.plan.rounds:
-        return 0
-    network, size = prepared.network, prepared.config["input_size"]
-
-    def params(images):
-        return network.init(jax.random.key(0), prepared.variables, network.features(prepared.variables, images))
-
-    return count_parameters(jax.eval_shape(params, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)))
 
 
 def precision_line(split: str, source: Source, scores: np.ndarray) -> str:
