@@ -27,7 +27,8 @@ from experiments.measuring import Report, Timing, number, per_cent
 from lcrf_jax.crf.image_kernels import FORMS
 from lcrf_jax.data.files.images import read_image
 from lcrf_jax.machine.progress import say
-from lcrf_jax.train.preparation import num_trainable, prepare
+from lcrf_jax.train.fit import num_trainable
+from lcrf_jax.train.preparation import prepare
 
 _AGAINST = flags.DEFINE_enum("against", None, sorted(crf_measurements.PEERS), "Another implementation to compare with.")
 _IMAGE = flags.DEFINE_string("image", None, "Photograph; by default the astronaut of scikit-image.")

@@ -37,7 +37,7 @@ def main(argv):
     prepared = preparation.prepare(config)
     say(
         f"{len(prepared.train)} training images with tags of {len(prepared.train.class_names) - 1} classes; "
-        f"logits {prepared.plan.grid} x {prepared.plan.grid}; {preparation.num_trainable(prepared):,} trainable weights"
+        f"logits {prepared.plan.grid} x {prepared.plan.grid}; {fit.num_trainable(prepared):,} trainable weights"
     )
     fit.train(prepared, _WORKDIR.value)
     for source in (prepared.train, prepared.val):

@@ -10,7 +10,6 @@ import collections
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import grain
 import jax
 import numpy as np
 
@@ -55,6 +54,8 @@ def make_loader(
       ValueError: if a number is out of its range, the items are fewer than a batch, or the runs do not
         divide.
     """
+    import grain  # a third of a second, which programs that only score or predict do not need
+
     num_processes, process = jax.process_count(), jax.process_index()
     num_records = len(items) // max(num_views, 1)
     _check_loader(len(items), batch_size, num_epochs, drop_remainder, num_threads, num_views)

@@ -8,13 +8,15 @@ import functools
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from lcrf_jax.pictures.palette import overlay, palette
+
+if TYPE_CHECKING:
+    import jinja2
 
 PICTURE_SIDE = 480
 
@@ -38,7 +40,7 @@ class Sample(NamedTuple):
 
 
 @functools.cache
-def templates(package: str) -> jinja2.Environment:
+def templates(package: str) -> "jinja2.Environment":
     """The templates in the folder `templates` of a package: all that they are given is escaped, and must be given.
 
     Args:
@@ -47,6 +49,8 @@ def templates(package: str) -> jinja2.Environment:
     Returns:
       The environment, the same one at every call.
     """
+    import jinja2  # for the page at the end alone
+
     return jinja2.Environment(
         loader=jinja2.PackageLoader(package), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,

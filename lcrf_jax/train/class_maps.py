@@ -1,6 +1,7 @@
 """Class maps of the frozen tag classifier for every image of a source."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -191,20 +192,36 @@ class MappedViews:
 
 
 def fitted_classifier(
-    network: Network, variables: Mapping[str, Any], s32: np.ndarray, tags: np.ndarray, *, l2: float
+    network: Network,
+    variables: Mapping[str, Any],
+    s32: np.ndarray,
+    tags: np.ndarray,
+    *,
+    l2: float,
+    identity: Mapping[str, Any],
+    directory: str | os.PathLike,
 ) -> tuple[TagClassifier, np.ndarray]:
-    """The tag classifier fitted on the pooled head of the training images.
+    """The tag classifier fitted on the pooled head of the training images, kept on disk.
 
     Args:
       network: lcrf_jax.nets.network.Network.
       variables: of its backbone.
-      s32: [N, h, w, C] array of the tap "s32" of the whole images.
+      s32: [N, h, w, C] array of the tap "s32" of the whole images; it is read only where there is no classifier yet.
       tags: [N, K] bool.
       l2: see `fit_tag_classifier`.
+      identity: dict that JSON can hold: what identifies the images and the backbone's weights.
+      directory: folder of the caches.
 
     Returns:
-      (TagClassifier, [N, K - 1] float32 logits on the training images).
+      (TagClassifier, [N, K - 1] float32 logits on the training images), of NumPy arrays.
     """
-    pooled = pooled_head(network, variables, s32)
-    classifier, _, _ = fit_tag_classifier(pooled, tags, l2=l2)
-    return classifier, pooled @ np.asarray(classifier.weights) + np.asarray(classifier.bias)
+    digest = hashlib.sha256(repr(np.asarray(tags, bool).tolist()).encode()).hexdigest()
+    with cached_arrays(directory, {"kind": "tag classifier", "l2": l2, "tags": digest, **identity}, 1) as cache:
+        if not cache.first:
+            pooled = pooled_head(network, variables, s32)
+            classifier, _, _ = fit_tag_classifier(pooled, tags, l2=l2)
+            scores = pooled @ np.asarray(classifier.weights) + np.asarray(classifier.bias)
+            made = {**classifier._asdict(), "scores": scores}
+            cache.write(**{name: np.asarray(array)[None] for name, array in made.items()})
+    kept: dict[str, Any] = {name: np.array(rows[0]) for name, rows in cache.arrays.items()}
+    return TagClassifier(kept["weights"], kept["bias"]), kept["scores"]

@@ -32,6 +32,7 @@ from lcrf_jax.train.preparation import Prepared, inference_params, training_reco
 from lcrf_jax.train.step import (
     TrainState,
     check_batch_size,
+    count_parameters,
     data_mesh,
     initial_state,
     make_train_step,
@@ -127,6 +128,21 @@ def _beginning(prepared):
 
 def _first_batch(prepared, this, mesh):
     return next(_round_batches(prepared, this, None, mesh))._replace(name=None)
+
+
+def num_trainable(prepared: Prepared) -> int:
+    """Number of weights that training changes; nothing is computed.
+
+    Args:
+      prepared: Prepared.
+
+    Returns:
+      int; 0 for a method that trains nothing.
+    """
+    if not prepared.plan.rounds:
+        return 0
+    this, mesh, key = _beginning(prepared)
+    return count_parameters(_state_shapes(prepared, this, key, mesh).params)
 
 
 def step_bytes(prepared: Prepared) -> int | None:

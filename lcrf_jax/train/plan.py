@@ -1,6 +1,7 @@
 """What a configuration means: resolved once, refused here if it cannot be trained with, and handed on."""
 
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from lcrf_jax.bound.objective import uses_chains
+from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.train.methods import Method, inputs_of, make_objective, method_of
@@ -60,6 +62,11 @@ class Plan(NamedTuple):
     rounds: tuple[Round, ...]
     images: tuple[np.ndarray | None, ...]
     inference: dict
+
+    @property
+    def cache_directory(self) -> str | pathlib.Path:
+        """The folder of the caches: that of the configuration, or `lcrf_jax.machine.cache.default_directory`."""
+        return self.config["cache"]["directory"] or default_directory()
 
     def objective(self, this: Round) -> Callable:
         """What a round minimises, see `lcrf_jax.train.methods.make_objective`."""

@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lcrf_jax.data.example import Source
 from lcrf_jax.data.pipeline import ViewDataset
-from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.processes import from_first
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.nets.network import Network, backbone_variables, feature_identity
@@ -20,7 +18,6 @@ from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_salien
 from lcrf_jax.train.features import CachedViews, test_time_features
 from lcrf_jax.train.plan import Plan, resolved_plan
 from lcrf_jax.train.splits import open_data, without_masks
-from lcrf_jax.train.step import count_parameters
 
 
 class Prepared(NamedTuple):
@@ -80,7 +77,7 @@ def prepare(config: dict[str, Any]) -> Prepared:
     """
     train, val = open_data(config)
     plan = resolved_plan(config, train.class_names, train.tags)
-    network, size, directory = plan.network, config["input_size"], config["cache"]["directory"] or default_directory()
+    network, size = plan.network, config["input_size"]
     variables, digest = backbone_variables(network.description, config.get("weights", ""))
     say(f"backbone {network.description['backbone']}, weights sha256 {digest}")
     of_images = ViewDataset(train, size=size, **config["views"])
@@ -89,89 +86,75 @@ def prepare(config: dict[str, Any]) -> Prepared:
         whole = ViewDataset(whole.source, 1, size)
     with image_progress("features", len(whole)) as done:
         cached = CachedViews(
-            whole, network, variables, digest, directory=directory, guide_stride=plan.guide_stride, progress=done,
-            masks=of_images if train.masks and config["cache"]["features"] else None,
+            whole, network, variables, digest, directory=plan.cache_directory, guide_stride=plan.guide_stride,
+            progress=done, masks=of_images if train.masks and config["cache"]["features"] else None,
             taps=None if config["cache"]["features"] else ("s32",),
         )
     views = cached if config["cache"]["features"] else of_images
     prepared = Prepared(plan, train, val, variables, digest, views, None, None)
     inputs = plan.inputs
     if {"class_maps", "gradient_saliency", "cues"} & set(inputs):
-        prepared = _with_class_maps(prepared, cached, whole.identity, directory)
+        prepared = _with_class_maps(prepared, cached, whole.identity)
     if "saliency" in inputs:
         with image_progress("saliency", len(train)) as done:
             saliency = image_saliency(
-                train, **config["baselines"]["saliency"], grid=prepared.plan.grid, directory=directory, progress=done
+                train, **config["baselines"]["saliency"], grid=plan.grid, directory=plan.cache_directory, progress=done
             )
         prepared = prepared._replace(saliency=saliency)
     if "gradient_saliency" in inputs:
-        ranks = saliency_rank(_gradient_saliency(prepared, directory))
+        ranks = saliency_rank(_gradient_saliency(prepared))
         prepared = prepared._replace(gradient_saliency=np.asarray(ranks, np.float16)[..., None])
-    return prepared._replace(cues=_cues(prepared, directory)) if "cues" in inputs else prepared
+    return prepared._replace(cues=_cues(prepared)) if "cues" in inputs else prepared
 
 
-def _with_class_maps(prepared, cached, views_identity, directory):
+def _with_class_maps(prepared, cached, views_identity):
     """With the tag classifier and its maps."""
     config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
+    features = {**_backbone_identity(prepared), "views": views_identity}
     # Hosts of different kinds would differ in the last bits.
     classifier, scores = from_first(
-        fitted_classifier(network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"])
+        fitted_classifier(
+            network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"], identity=features,
+            directory=prepared.plan.cache_directory,
+        )
     )
     say(precision_line("training", train, scores))
     identity = {**_classifier_identity(prepared, classifier), "views": views_identity}
     with image_progress("class maps", len(train) * len(config["class_maps"]["extra_sizes"])) as done:
         maps = class_maps(
             train, cached, network, variables, classifier.weights, **config["class_maps"], identity=identity,
-            directory=directory, progress=done,
+            directory=prepared.plan.cache_directory, progress=done,
         )
     return prepared._replace(classifier=classifier, maps=maps)
 
 
 def _classifier_identity(prepared, classifier):
     """What the maps and gradients of a classifier depend on, beside the images."""
-    return {
-        "weights": prepared.digest,
-        "network": feature_identity(prepared.network.description),
-        "classifier": params_digest(classifier._asdict()),
-    }
+    return {**_backbone_identity(prepared), "classifier": params_digest(classifier._asdict())}
 
 
-def _cues(prepared, directory):
+def _backbone_identity(prepared):
+    return {"weights": prepared.digest, "network": feature_identity(prepared.network.description)}
+
+
+def _cues(prepared):
     """Localisation cues: from a file, or of the tag classifier's maps and gradients."""
     train, settings = prepared.train, prepared.config["baselines"]["cues"]
     if settings["file"]:
         return read_cues(settings["file"], train.names, len(train.class_names), prepared.plan.grid)
     levels = {name: settings[name] for name in ("foreground_level", "background_share")}
-    return classifier_cues(prepared.maps, train.tags, _gradient_saliency(prepared, directory), **levels)
+    return classifier_cues(prepared.maps, train.tags, _gradient_saliency(prepared), **levels)
 
 
-def _gradient_saliency(prepared, directory):
+def _gradient_saliency(prepared):
     """[N, g, g] of the tag classifier on the training images."""
     train, size = prepared.train, prepared.config["input_size"]
     with image_progress("gradient saliency", len(train)) as done:
         return gradient_saliency(
             train, prepared.network, prepared.variables, prepared.classifier, size=size, grid=prepared.plan.grid,
-            identity=_classifier_identity(prepared, prepared.classifier), directory=directory, progress=done,
+            identity=_classifier_identity(prepared, prepared.classifier), directory=prepared.plan.cache_directory,
+            progress=done,
         )
-
-
-def num_trainable(prepared: Prepared) -> int:
-    """Number of weights that training changes.
-
-    Args:
-      prepared: Prepared.
-
-    Returns:
-      int; 0 for a method that trains nothing.
-    """
-    if not prepared.plan.rounds:
-        return 0
-    network, size = prepared.network, prepared.config["input_size"]
-
-    def params(images):
-        return network.init(jax.random.key(0), prepared.variables, network.features(prepared.variables, images))
-
-    return count_parameters(jax.eval_shape(params, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)))
 
 
 def precision_line(split: str, source: Source, scores: np.ndarray) -> str:
@@ -231,16 +214,15 @@ def validation_features(prepared: Prepared, source: Source) -> list[dict[str, np
       List of dict from tap to array, one for each input size, see `lcrf_jax.train.features.test_time_features`; or
         None.
     """
-    config = prepared.config
-    if not config["cache"]["features"]:
+    if not prepared.config["cache"]["features"]:
         return None
-    inference, directory = prepared.plan.inference, config["cache"]["directory"] or default_directory()
+    inference = prepared.plan.inference
     sizes = inference["input_sizes"]
     with image_progress(f"features of {source.split}", len(source) * len(sizes)) as done:
         return [
             test_time_features(
                 source, prepared.network, prepared.variables, prepared.digest, size=size, mirror=inference["mirror"],
-                directory=directory, progress=done,
+                directory=prepared.plan.cache_directory, progress=done,
             )
             for size in sizes
         ]

@@ -86,7 +86,7 @@ def test_eight_steps_on_one_device_and_on_four(prepared, trained, weights):
         assert records[-1]["step"] == 8 and len(losses[count]) == 4
         assert losses[count][-1] < losses[count][0] and np.isfinite(losses[count]).all()
         params[count] = restore_params(run_dir, "last")
-        assert count_parameters(params[count]) == preparation.num_trainable(prepared) == 10_629_397
+        assert count_parameters(params[count]) == fit.num_trainable(prepared) == 10_629_397
         assert load_description(run_dir)["backbone_sha256"] == file_digest(weights)
     # Adam divides each gradient by its own size: weights of which it is all rounding go their own ways.
     np.testing.assert_allclose(losses[1], losses[4], rtol=5e-3)

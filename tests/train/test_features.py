@@ -11,7 +11,7 @@ import reference
 from lcrf_jax.data.example import Example
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
-from lcrf_jax.nets import inputs
+from lcrf_jax.nets import inputs, tag_classifier
 from lcrf_jax.nets.network import backbone_variables, build_network
 from lcrf_jax.nets.tag_classifier import average_precision
 from lcrf_jax.train import class_maps, features
@@ -313,7 +313,8 @@ def test_the_maps_average_to_the_logits_of_the_classifier(tmp_path):
     _, records = cached(tmp_path, source)
     network, variables = network_and_variables()
     s32 = records.tap("s32")
-    classifier, scores = class_maps.fitted_classifier(network, variables, s32, source.tags, l2=1e-4)
+    classifier, scores = class_maps.fitted_classifier(
+        network, variables, s32, source.tags, l2=1e-4, identity={}, directory=tmp_path)
     assert scores.shape == (NUM_IMAGES, NUM_CLASSES - 1)
     seen = source.tags[:, 1:].any(axis=0)
     assert seen.any() and np.all(average_precision(scores, source.tags[:, 1:])[seen] == 1)
@@ -323,6 +324,31 @@ def test_the_maps_average_to_the_logits_of_the_classifier(tmp_path):
     images = np.stack([ViewDataset(source, 1, SIZE)[i].image for i in range(NUM_IMAGES)])
     maps = from_tap(s32)
     np.testing.assert_allclose(from_images(images), maps, atol=1e-2 * np.abs(maps).max())  # float16 taps
+
+
+def test_the_classifier_is_kept_by_what_it_depends_on(tmp_path, monkeypatch):
+    (network, variables), tags = network_and_variables(), Pictures().tags
+    s32, fits = np.random.default_rng(0).random((NUM_IMAGES, 3, 3, 48)).astype(np.float16), []
+
+    def counting(*arguments, **options):
+        fits.append(options)
+        return tag_classifier.fit_tag_classifier(*arguments, **options)
+
+    def fitted(s32=s32, tags=tags, l2=0.1, **identity):
+        classifier, scores = class_maps.fitted_classifier(
+            network, variables, s32, tags, l2=l2, identity=identity, directory=tmp_path)
+        assert all(isinstance(array, np.ndarray) for array in (*classifier, scores))
+        return *classifier, scores
+
+    monkeypatch.setattr(class_maps, "fit_tag_classifier", counting)
+    first = fitted(weights="a")
+    again = fitted(None, weights="a")  # the features are not read
+    assert len(fits) == 1
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+    for number, change in enumerate(({"weights": "b"}, {"l2": 0.2}, {"tags": ~tags}), 2):
+        fitted(**{"weights": "a", **change})
+        assert len(fits) == number, change
 
 
 def test_pooled_head_does_not_depend_on_the_batch():

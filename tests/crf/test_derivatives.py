@@ -1,0 +1,232 @@
+"""The table of derivatives in docs/engine.md, cell by cell, against differences in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
+from lcrf_jax.crf.exact import dense_kernel
+from lcrf_jax.crf.image_kernels import image_kernel
+from lcrf_jax.crf.inference import mean_field, mean_field_posterior, refine
+from lcrf_jax.crf.loss import dense_crf_loss
+from lcrf_jax.crf.params import KernelParams
+
+HEIGHT, WIDTH, CLASSES = 5, 6, 6
+PARAMS = KernelParams(2.0, 3.0, 30.0, 1.5, 1.5)
+FORMS = ("dense", "exact", "anchors", "lattice")
+IMAGE = reference.smooth_image(1, HEIGHT, WIDTH).astype(np.float64)
+STEP = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def kernel_of(form, image=IMAGE, params=PARAMS):
+    return dense_kernel(image, params) if form == "dense" else image_kernel(image, params, form=form)
+
+
+def weighted(kernel, weight):
+    return weight * kernel if isinstance(kernel, jax.Array) else kernel._replace(bilateral_weight=weight)
+
+
+def draws(seed):
+    """Logits in which two of the classes are improbable everywhere, and a direction."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(HEIGHT * WIDTH, CLASSES)) - np.array([0, 0, 0, 0, 12, 12])
+    return logits, rng.normal(size=logits.shape)
+
+
+def difference(function, at, along, step=STEP):
+    """(f(x + h v) - f(x - h v)) / 2 h, of a compiled function."""
+    return jax.tree.map(lambda a, b: (a - b) / (2 * step), function(at + step * along), function(at - step * along))
+
+
+def check_every_mode(function, at, along, second=True, atol=1e-7):
+    """Reverse mode, forward mode, under jit and vmap, and products with the second derivative both ways."""
+    function = jax.jit(function)
+    gradient = jax.jit(jax.grad(function))
+    expected = difference(function, at, along)
+    np.testing.assert_allclose(jnp.vdot(gradient(at), along), expected, rtol=1e-5, atol=atol)
+    np.testing.assert_allclose(jax.jit(lambda x: jax.jvp(function, (x,), (along,))[1])(at), expected, rtol=1e-5, atol=atol)
+    _, pull = jax.vjp(function, at)
+    np.testing.assert_allclose(pull(jnp.ones(()))[0], gradient(at), rtol=1e-6, atol=1e-9)
+    both = jnp.stack([at, at + along])
+    one_by_one = jnp.stack([gradient(x) for x in both])
+    np.testing.assert_allclose(jax.jit(jax.vmap(jax.grad(function)))(both), one_by_one, rtol=1e-6, atol=1e-9)
+    total = jax.jit(jax.grad(lambda x: jax.vmap(function)(x).sum()))(both)
+    np.testing.assert_allclose(total, one_by_one, rtol=1e-6, atol=1e-9)
+    if second:
+        products = difference(gradient, at, along)
+        forwards = jax.jit(lambda x: jax.jvp(jax.grad(function), (x,), (along,))[1])(at)
+        backwards = jax.jit(jax.grad(lambda x: jnp.vdot(jax.grad(function)(x), along)))(at)
+        np.testing.assert_allclose(forwards, products, rtol=1e-4, atol=atol)
+        np.testing.assert_allclose(backwards, products, rtol=1e-4, atol=atol)
+
+
+@pytest.mark.slow_except("lattice")
+@pytest.mark.parametrize("form", FORMS)
+def test_energy_in_the_probabilities(form):
+    logits, along = draws(0)
+    kernel = kernel_of(form)
+    check_every_mode(lambda probs: pairwise_energy(probs, kernel), jax.nn.softmax(logits), along)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_kl_in_the_logits(form):
+    logits, along = draws(1)
+    kernel = kernel_of(form)
+    check_every_mode(lambda logits: kl_to_prior(logits, kernel), jnp.asarray(logits), along)
+
+
+@pytest.mark.slow_except("lattice")
+@pytest.mark.parametrize("form", FORMS)
+def test_energy_in_the_weight_and_the_compatibility(form):
+    probs, kernel = jax.nn.softmax(draws(2)[0]), kernel_of(form)
+    check_every_mode(lambda w: pairwise_energy(probs, weighted(kernel, w)), jnp.array(2.0), jnp.array(1.0))
+    along = np.random.default_rng(3).normal(size=(CLASSES, CLASSES))
+    along, costs = along + along.T, jnp.asarray(1 - np.eye(CLASSES))
+    check_every_mode(lambda mu: pairwise_energy(probs, kernel, compatibility=mu), costs, along)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["dense", "exact", "anchors"])
+def test_energy_in_the_image_and_the_colour_width(form):
+    probs = jax.nn.softmax(draws(4)[0])
+    along = np.random.default_rng(4).normal(size=IMAGE.shape)
+    # Smooth but for the choice of the anchors, which a small step does not change.
+    check_every_mode(lambda image: pairwise_energy(probs, kernel_of(form, image)), jnp.asarray(IMAGE), along, second=False)
+    params = functools.partial(PARAMS._replace)
+    check_every_mode(
+        lambda width: pairwise_energy(probs, kernel_of(form, params=params(bilateral_colour_width=width))),
+        jnp.array(30.0), jnp.array(1.0), second=False,
+    )
+
+
+OPTIONS = {
+    "plain": {},
+    "tolerance": {"tolerance": 1e-3},
+    "dropping": {"drop_below": 1e-3},
+    "both": {"drop_below": 1e-3, "tolerance": 1e-3},
+}
+
+
+@pytest.mark.slow_except("lattice-dropping", "dense-both")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_mean_field_in_the_logits(form, options):
+    logits, along = draws(5)
+    kernel, cotangent = kernel_of(form), np.random.default_rng(6).normal(size=logits.shape)
+
+    def function(logits):
+        return jnp.vdot(jnp.exp(mean_field(logits, kernel, num_iterations=4, **OPTIONS[options])), cotangent)
+
+    check_every_mode(function, jnp.asarray(logits), along, second=form != "anchors", atol=1e-6)
+
+
+@pytest.mark.slow_except("lattice-dropping")
+@pytest.mark.parametrize("options", ["plain", "dropping"])
+@pytest.mark.parametrize("form", FORMS)
+def test_mean_field_in_the_weight(form, options):
+    logits, cotangent = draws(7)
+    kernel = kernel_of(form)
+
+    def function(weight):
+        result = mean_field(logits, weighted(kernel, weight), num_iterations=3, **OPTIONS[options])
+        return jnp.vdot(jnp.exp(result), cotangent)
+
+    check_every_mode(function, jnp.array(2.0), jnp.array(1.0), second=False, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_mean_field_in_the_compatibility():
+    logits, cotangent = draws(8)
+    kernel, along = kernel_of("exact"), np.random.default_rng(9).normal(size=(CLASSES, CLASSES))
+
+    def function(costs):
+        return jnp.vdot(jnp.exp(mean_field(logits, kernel, num_iterations=3, compatibility=costs)), cotangent)
+
+    check_every_mode(function, jnp.asarray(1 - np.eye(CLASSES)), along + along.T, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["exact", "lattice"])
+def test_refine_with_its_defaults(form):
+    logits, along = draws(10)
+    shape = (HEIGHT, WIDTH, CLASSES)
+
+    def function(logits, weight=2.0):
+        log_probs = refine(IMAGE, logits.reshape(shape), PARAMS._replace(bilateral_weight=weight), form=form)
+        return jnp.vdot(jnp.exp(log_probs), along.reshape(shape))
+
+    check_every_mode(function, jnp.asarray(logits), along, second=False, atol=1e-6)
+    check_every_mode(lambda w: function(logits, w), jnp.array(2.0), jnp.array(1.0), second=False, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_network():
+    rng = np.random.default_rng(11)
+    image, logits = reference.smooth_image(2, 20, 24).astype(np.float64), jnp.asarray(rng.normal(size=(5, 6, 3)))
+    check_every_mode(lambda logits: dense_crf_loss(image, logits), logits, rng.normal(size=logits.shape))
+    gradient = jax.grad(lambda weight: dense_crf_loss(image, logits, KernelParams(bilateral_weight=weight)))(10.0)
+    assert gradient > 0
+    assert not np.any(jax.grad(lambda image: dense_crf_loss(image, logits))(image))
+
+
+@pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd])
+def test_what_a_lattice_cannot_is_said(differentiate):
+    probs = jax.nn.softmax(draws(12)[0])
+    widths = PARAMS.bilateral_colour_width
+
+    def of_image(image):
+        return pairwise_energy(probs, kernel_of("lattice", image))
+
+    def of_width(width):
+        return pairwise_energy(probs, kernel_of("lattice", params=PARAMS._replace(bilateral_colour_width=width)))
+
+    def of_array(weights):
+        kernel = kernel_of("lattice")
+        return pairwise_energy(probs, kernel._replace(bilateral=kernel.bilateral._replace(weights=weights)))
+
+    for function, at in ((of_image, IMAGE), (of_width, widths), (of_array, kernel_of("lattice").bilateral.weights)):
+        with pytest.raises(TypeError, match="a lattice has no derivative in the image, the widths .* form='exact'"):
+            differentiate(function)(at)
+    stopped = jax.grad(lambda image: of_image(jax.lax.stop_gradient(image)))(IMAGE)
+    assert not np.any(stopped)
+
+
+def test_a_kernel_that_jax_cannot_look_into_works_as_well():
+    """Four methods, and no pytree."""
+
+    class Smooth:
+        def splat(self, values):
+            return values
+
+        def blur(self, values):
+            return values.sum(axis=0) - values
+
+        def slice(self, values):
+            return values
+
+        def apply(self, values, *, backwards=False):
+            return values.sum(axis=0) - values
+
+    logits, _ = draws(13)
+    matrix = np.ones((len(logits), len(logits)))
+    probs = jax.nn.softmax(logits)
+    for run in (jax.jit, lambda function: function):
+        energy = run(lambda probs: pairwise_energy(probs, Smooth()))
+        np.testing.assert_allclose(energy(probs), pairwise_energy(probs, matrix), rtol=1e-9)
+        np.testing.assert_allclose(
+            run(jax.grad(energy))(probs), jax.grad(lambda p: pairwise_energy(p, matrix))(probs), rtol=1e-9
+        )
+        posterior = run(lambda logits: mean_field_posterior(logits, Smooth(), tolerance=1e-3, drop_below=1e-3))(logits)
+        expected = mean_field_posterior(logits, matrix, tolerance=1e-3)
+        np.testing.assert_allclose(posterior.log_probs, expected.log_probs, rtol=1e-6)

@@ -1,0 +1,124 @@
+"""What a dense CRF must not do, in every form of its kernel."""
+
+import jax
+import numpy as np
+import pytest
+import reference
+from cases import logits_and_kernel
+from pictures import COARSE, case_of
+
+from lcrf_jax.crf.exact import dense_kernel
+from lcrf_jax.crf.image_kernels import FORMS, default_form, image_kernel
+from lcrf_jax.crf.inference import mean_field, refine
+from lcrf_jax.crf.kernel import DenseKernel
+from lcrf_jax.crf.params import KernelParams
+
+
+def flips(image, form, position_width, colour_width):
+    """How many pixels change their label where all have one distribution, for weak and strong kernels and near ties."""
+    height, width, _ = image.shape
+    params = KernelParams(1.0, position_width, colour_width, 1.0, 3.0)
+
+    @jax.jit
+    def labels(probs, weight, gaussian_weight):
+        kernel = image_kernel(image, params._replace(bilateral_weight=weight, gaussian_weight=gaussian_weight), form=form)
+        return mean_field(jax.numpy.log(jax.numpy.tile(probs, (height * width, 1))), kernel).argmax(-1)
+
+    found = 0
+    for probs in ([0.6, 0.4, 1e-6], [0.4, 0.35, 0.25], [0.501, 0.498, 0.001]):
+        for weights in ((1.0, 1.0), (10.0, 3.0), (40.0, 0.1)):
+            found += int(np.sum(np.asarray(labels(np.float32(probs), *weights)) != 0))
+    return found
+
+
+def picture_with_rare_colours(height, width):
+    """A smooth picture with single pixels of other colours: those that a lattice once took too much from."""
+    rng = np.random.default_rng(height)
+    image = reference.smooth_image(height, height, width)
+    rare = rng.uniform(size=(height, width)) < 0.05
+    return np.where(rare[..., None], rng.uniform(0, 255, (height, width, 3)), image).astype(np.float32)
+
+
+@pytest.mark.slow_except("24-widths0-anchors", "24-widths0-lattice", "24-widths1-lattice", "24-widths0-exact")
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("widths", [(3.0, 3.0), (80.0, 13.0), (10.0, 5.0)])
+@pytest.mark.parametrize("size", [24, 40])
+def test_pixels_that_all_have_one_distribution_keep_their_label(size, widths, form):
+    assert flips(picture_with_rare_colours(size, size + 8), form, *widths) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [(3.0, 3.0), (80.0, 13.0)])
+def test_so_do_those_of_a_large_picture(widths):
+    assert flips(picture_with_rare_colours(300, 400), "lattice", *widths) == 0
+
+
+def dropped_too_far(kernel, num_pixels, allowed=1e-3, seed=0):
+    """The largest share that a label reaches which is no more probable anywhere than may be dropped."""
+    rng = np.random.default_rng(seed)
+    positive, negative = jax.jit(lambda: kernel.largest_row_sums())()
+    peak = min(allowed, 1 / (np.e * float(positive))) * np.exp(-float(negative))
+    unary = np.log(rng.dirichlet(np.full(40, 0.3), size=num_pixels).clip(1e-8))
+    unary[:, 7] = np.log(peak) - rng.exponential(1.0, num_pixels) * (rng.uniform(size=num_pixels) < 0.3)
+    others = np.delete(np.arange(40), 7)
+    rest = np.log1p(-np.exp(unary[:, 7]))
+    unary[:, others] += (rest - np.log(np.exp(unary[:, others]).sum(axis=1)))[:, None]
+    run = jax.jit(lambda unary, steps: mean_field(unary, kernel, num_iterations=steps), static_argnums=1)
+    return max(float(np.exp(run(unary, steps)[:, 7].max())) for steps in (1, 2, 3, 10)), peak
+
+
+@pytest.mark.slow_except("40.0-lattice", "10.0-anchors")
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("weight", [1.0, 10.0, 40.0])
+def test_a_label_that_may_be_dropped_stays_below_the_bound_in_every_form(weight, form):
+    image = picture_with_rare_colours(24, 24)
+    kernel = image_kernel(image, KernelParams(weight, 20.0, 10.0, 3.0, 3.0), form=form)
+    grown, peak = dropped_too_far(kernel, 24 * 24)
+    assert grown <= 2.72 * peak * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("least", [0.0, -0.4])
+def test_and_with_a_matrix_that_has_entries_of_either_sign(least):
+    matrix = np.random.default_rng(1).uniform(least, 0.5, (30, 30))
+    kernel = DenseKernel(np.float32(matrix + matrix.T) / 2)
+    grown, peak = dropped_too_far(kernel, 30, allowed=0.5)
+    assert grown <= 2.72 * peak * np.exp(float(kernel.largest_row_sums()[1])) * (1 + 1e-4)
+
+
+def test_the_row_sums_are_those_of_the_matrices():
+    for form in FORMS:
+        case = case_of(form, "symmetric")
+        sums, negative = case.kernel.largest_row_sums()
+        expected = max(case.matrix.sum(axis=1).max(), case.matrix.sum(axis=0).max())
+        np.testing.assert_allclose(sums, expected, rtol=1e-4)
+        assert negative == 0
+    matrix = np.array([[9.0, 2.0, -1.0], [2.0, 9.0, 3.0], [-1.0, 3.0, 9.0]])
+    assert [float(part) for part in DenseKernel(matrix).largest_row_sums()] == [5.0, 1.0]
+
+
+def test_a_negative_weight_drops_no_label():
+    _, kernel = logits_and_kernel(0)
+    kernel = image_kernel(np.zeros((4, 4, 3), np.uint8), COARSE)
+    assert np.isinf(kernel._replace(gaussian_weight=-1.0).largest_row_sums()[1])
+
+
+@pytest.mark.parametrize(("num_pixels", "normalisation", "channels", "form"), [
+    (48 * 48, "symmetric", 3, "exact"), (48 * 48 + 1, "symmetric", 3, "lattice"), (10**6, "none", 3, "anchors"),
+    (60 * 80, "symmetric", 5, "lattice"), (60 * 80, "symmetric", 6, "exact"), (60 * 80, "symmetric", 200, "exact"),
+])
+def test_the_form_suits_size_and_channels(num_pixels, normalisation, channels, form):
+    assert default_form(num_pixels, normalisation, num_channels=channels) == form
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bands", [4, 6, 32, 200])
+def test_an_image_of_many_bands_gets_the_labels_of_the_exact_form(bands):
+    rng = np.random.default_rng(bands)
+    truth = np.zeros((52, 50), int)
+    truth[:, 20:] = 1
+    spectra = rng.uniform(40, 200, (2, bands))
+    image = (spectra[truth] + rng.normal(size=(52, 50, bands)) * 6).clip(0, 255).astype(np.float32)
+    logits = (1.5 * np.eye(3)[truth] + rng.normal(size=(52, 50, 3))).astype(np.float32)
+    labels = refine(image, logits, COARSE).argmax(-1)
+    expected = mean_field(logits, dense_kernel(image, COARSE).reshape(2600, 2600)).argmax(-1)
+    assert np.mean(labels != expected) < (0.02 if bands < 6 else 1e-3)
