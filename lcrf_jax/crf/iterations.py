@@ -117,7 +117,7 @@ def _all_labels(num_iterations, measured, for_derivative, compatibility, toleran
         iteration, _, logits = state
         probs, new = updated(iteration, logits)
         change = jnp.max(jnp.abs(jax.nn.softmax(new, axis=-1) - probs))
-        return iteration + 1, jax.lax.stop_gradient(change), new
+        return iteration + 1, change, new
 
     unknown = varying_like(jnp.array(jnp.nan, log_unary.dtype), log_unary)
     if tolerance is None:
@@ -148,9 +148,9 @@ def _few_labels(iterate, drop_below, log_unary, kernel):
     sizes = [2**i for i in range(2, num_classes.bit_length()) if 2**i <= 0.6 * num_classes] + [num_classes]
     if len(sizes) == 1 or not hasattr(kernel, "largest_row_sums"):
         return iterate(log_unary, kernel)
-    positive, negative = jax.lax.stop_gradient(kernel.largest_row_sums())
+    positive, negative = kernel.largest_row_sums()
     lowest = jnp.minimum(drop_below, 1 / (math.e * positive)) * jnp.exp(-negative)
-    peaks = jnp.exp(jax.lax.stop_gradient(log_unary).max(axis=0))
+    peaks = jnp.exp(log_unary.max(axis=0))
     num_kept = jnp.sum(~(peaks <= lowest))
     ordered = jnp.argsort(-peaks)
 

@@ -39,7 +39,7 @@ def picture_with_rare_colours(height, width):
     return np.where(rare[..., None], rng.uniform(0, 255, (height, width, 3)), image).astype(np.float32)
 
 
-@pytest.mark.slow_except("24-widths0-anchors", "24-widths0-lattice", "24-widths1-lattice", "24-widths0-exact")
+@pytest.mark.slow_except("24-widths0-anchors", "24-widths0-lattice")
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize("widths", [(3.0, 3.0), (80.0, 13.0), (10.0, 5.0)])
 @pytest.mark.parametrize("size", [24, 40])
