@@ -66,7 +66,7 @@ from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
 from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
 from lcrf_jax.crf.inference import mean_field, refine
 from lcrf_jax.crf.params import KernelParams, guide_features
-from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
+from lcrf_jax.metrics import ConfusionCounts, confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.numerics import checked_under_jit
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ __all__ = [  # noqa: RUF022 - by room
     "straight_through",
     "straight_through_likelihood",
     # metrics
+    "ConfusionCounts",
     "confusion_matrix",
     "format_iou_table",
     "iou_per_class",
