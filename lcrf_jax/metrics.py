@@ -186,8 +186,8 @@ def confusion_matrix(
     if 0 <= ignore < num_classes or ignore >= 2**31:
         raise ValueError(f"expected ignore outside 0..num_classes - 1 and in int32, got num_classes "
                          f"{num_classes} and ignore {ignore}; choose a label that is no class")
-    if jnp.shape(labels) != jnp.shape(truth):
-        raise ValueError(f"expected labels and truth of one shape, got {jnp.shape(labels)} and {jnp.shape(truth)}; "
+    if np.shape(labels) != np.shape(truth):
+        raise ValueError(f"expected labels and truth of one shape, got {np.shape(labels)} and {np.shape(truth)}; "
                          "bring the prediction to the size of the mask first")
     remedy = "a prediction has to be a class at every pixel"
     predicted = _checked_classes("labels", labels, num_classes, None, remedy, xp)

@@ -42,7 +42,10 @@ def promote_float(array: ArrayLike) -> jax.Array:
       A JAX array of the same shape, float32 or float64.
     Raises:
       ValueError: if the array is complex.
+      TypeError: if it holds no numbers.
     """
+    if getattr(getattr(array, "dtype", None), "kind", "f") in "OSU":
+        raise TypeError(f"expected a real array, got dtype {array.dtype}; convert it to numbers")  # type: ignore[union-attr]
     array = jnp.asarray(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise ValueError(f"expected a real array, got dtype {array.dtype}; take its real part or its magnitude")
@@ -118,7 +121,7 @@ def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], reme
 
 def _shape_of(name, array, remedy):
     try:
-        return tuple(jnp.shape(array))
+        return tuple(np.shape(array))  # of lists as well
     except (TypeError, ValueError):  # None, a string, rows of different lengths
         raise TypeError(f"{name}: expected an array, got {array!r:.60}; {remedy}") from None
 
@@ -159,7 +162,7 @@ def check_number(
     known = known_number(value)
     if known is None:
         if value is not None and not (isinstance(value, jax.core.Tracer) and value.ndim == 0):
-            got = f"an array of shape {list(jnp.shape(value))}" if hasattr(value, "shape") else repr(value)
+            got = f"an array of shape {list(np.shape(value))}" if hasattr(value, "shape") else repr(value)
             raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
         return value
     too_small = known <= minimum if strict else known < minimum
@@ -352,7 +355,7 @@ def check_probs(name: str, probs: ArrayLike) -> None:
       ValueError: if a value is not in 0..1 or a row does not sum to 1; the message has the first place.
     """
     remedy = "take the softmax of logits"
-    slack = 2e-2 if jnp.result_type(probs).itemsize == 2 else 2e-3
+    slack = 2e-2 if getattr(getattr(probs, "dtype", None), "itemsize", 4) == 2 else 2e-3
 
     def fault_of(values):
         sums = values.sum(axis=-1)

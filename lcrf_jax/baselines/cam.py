@@ -38,7 +38,7 @@ def cam_log_probs(
     _, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), ONE_SET)
     check_shape("image_logits", image_logits, (num_foreground,), "one logit per foreground class")
     check_finite("image_logits", image_logits, "look for a division by zero")
-    class_maps = jnp.asarray(class_maps)
+    peaks = jnp.asarray(class_maps).max(axis=0)
     present = jnp.concatenate([jnp.ones(1, bool), jnp.asarray(image_logits) >= 0])
     settings = {"background_level": background_level, "sharpness": sharpness, "floor": floor}
-    return jnp.log(class_evidence(class_maps, class_maps.max(axis=0), present, **settings) + LEAST_EVIDENCE)
+    return jnp.log(class_evidence(class_maps, peaks, present, **settings) + LEAST_EVIDENCE)

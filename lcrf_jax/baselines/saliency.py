@@ -6,6 +6,7 @@ it runs as a few vector operations on every device.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.params import colours as checked_colours
@@ -41,12 +42,12 @@ def lab_colours(image: ArrayLike, *, colour_max: float = 255.0) -> jax.Array:
     References:
       CIE 15:2004; IEC 61966-2-1 for sRGB.
     """
-    if jnp.ndim(image) < 1 or jnp.shape(image)[-1] != 3:
-        raise ValueError(f"image: expected RGB [..., 3], got {list(jnp.shape(image))}; convert it first")
-    shape = jnp.shape(image)
+    if np.ndim(image) < 1 or np.shape(image)[-1] != 3:
+        raise ValueError(f"image: expected RGB [..., 3], got {list(np.shape(image))}; convert it first")
+    shape = np.shape(image)
     _check_full_colour(colour_max)
-    rgb = checked_colours(jnp.reshape(image, (1, -1, 3)), colour_max=colour_max).reshape(shape)
-    return _lab_colours(rgb)
+    flat = image.reshape(1, -1, 3) if isinstance(image, jax.Array) else np.reshape(image, (1, -1, 3))
+    return _lab_colours(checked_colours(flat, colour_max=colour_max).reshape(shape))
 
 
 def _check_full_colour(colour_max):

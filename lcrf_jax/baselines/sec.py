@@ -271,6 +271,8 @@ def sec_loss(
     check_share("background_decay", background_decay, "0.999 is usual")
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     probs = floored_probs(logits, min_prob=min_prob)
+    if isinstance(kernel, (jax.Array, np.ndarray)):
+        probs, kernel = promote_together(probs, kernel)
     seed = _seed_loss(probs, checked_indices("cues", cues))
     expand = _expand_loss(probs, tags, foreground_decay, background_decay)
     return seed + expand + _constrain_loss(probs, kernel, num_iterations)

@@ -102,7 +102,7 @@ def class_axis(name: str, array: ArrayLike) -> int:
     Raises:
       ValueError: if there is no such axis, or it is empty.
     """
-    shape = jnp.shape(array)
+    shape = np.shape(array)
     if not shape or shape[-1] < 1:
         raise ValueError(f"{name}: expected shape [..., K] with K >= 1, got {list(shape)}; put the classes last")
     return shape[-1]

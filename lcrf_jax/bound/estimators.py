@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.arguments import check_possible
@@ -67,6 +68,7 @@ class ElboTerms(NamedTuple):
         """The terms with weights >= 0, without log Z. Any weight but 1 makes it another objective than the bound."""
         for name, weight in (("likelihood", likelihood), ("entropy", entropy), ("pairwise", pairwise)):
             check_finite(name, weight, "1 is the bound, 0 leaves the term out", minimum=0)
+        _, likelihood, entropy, pairwise = promote_together(self.log_likelihood, likelihood, entropy, pairwise)
         return self.log_likelihood * likelihood + self.entropy * entropy - self.pairwise_energy * pairwise
 
 
@@ -370,6 +372,8 @@ def elbo(
         check_logits("logits", logits)
     check_finite("log_partition", log_partition, "leave it out where it is not known")
     logits = promote_float(logits)
+    if isinstance(kernel, (jax.Array, np.ndarray)):
+        logits, kernel = promote_together(logits, kernel)
     expected_log_likelihood = estimator(key, logits, log_likelihood)
     check_shape("log_likelihood", expected_log_likelihood, (), "return one number for all tags together")
     probs = jax.nn.softmax(logits, axis=-1)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.arguments import by_class, check_labels, checked_tags
@@ -310,7 +311,7 @@ def frozen_classifier(
     num_pixels, num_foreground = labels.shape[0], labels.shape[1] - 1
     check_shape("class_maps", class_maps, (num_pixels, num_foreground), "one map per foreground class")
     check_finite("class_maps", class_maps, "look for a division by zero")
-    if jnp.ndim(bias):
+    if np.ndim(bias):
         check_shape("bias", bias, (num_foreground,), "one bias per foreground class, or one number for all")
     check_finite("bias", bias, "give that of the classifier")
     check_number("scale", scale, minimum=0, remedy="1 is the classifier as it was fitted")
