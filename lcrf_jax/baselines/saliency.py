@@ -45,12 +45,13 @@ def lab_colours(image: ArrayLike, *, colour_max: float = 255.0) -> jax.Array:
     if np.ndim(image) < 1 or np.shape(image)[-1] != 3:
         raise ValueError(f"image: expected RGB [..., 3], got {list(np.shape(image))}; convert it first")
     shape = np.shape(image)
-    _check_full_colour(colour_max)
+    _check_colours(image, colour_max)
     flat = image.reshape(1, -1, 3) if isinstance(image, jax.Array) else np.reshape(image, (1, -1, 3))
     return _lab_colours(checked_colours(flat, colour_max=colour_max).reshape(shape))
 
 
-def _check_full_colour(colour_max):
+def _check_colours(image, colour_max):
+    check_finite("image", image, "decode it again")
     check_number("colour_max", colour_max, minimum=0, strict=True, remedy="255 and 1 are usual")
     if known_number(colour_max) is None:
         raise TypeError(f"colour_max: expected a number, got {colour_max!r}; 255 and 1 are usual")
@@ -134,7 +135,7 @@ def border_contrast(colours: ArrayLike, *, thickness: float = _THICKNESS) -> jax
     Returns:
       [H, W] float32 in 0..3.
     Raises:
-      ValueError: if `colours` is not [H, W, C] or not finite, or `thickness` is not in (0, 1].
+      ValueError: if `colours` is not [H, W, C] or not within 1e6, or `thickness` is not in (0, 1].
       TypeError: if `thickness` is no static number.
     References:
       Zhang et al. 2015, section 4.
@@ -144,7 +145,7 @@ def border_contrast(colours: ArrayLike, *, thickness: float = _THICKNESS) -> jax
     share = known_number(thickness)
     if share is None:
         raise TypeError(f"thickness: expected a static number, got {thickness!r}; close over it")
-    check_finite("colours", colours, "look for a division by zero")
+    check_finite("colours", colours, "bring them to about 0..255", minimum=-1e6, maximum=1e6)
     return _border_contrast(promote_float(colours), share)
 
 
@@ -211,7 +212,7 @@ def barrier_saliency(
     num_passes = check_count("num_passes", num_passes, minimum=1, remedy="3 is usual")
     check_number("contrast", contrast, minimum=0, strict=True, remedy="10 is usual")
     check_number("level", level, minimum=0, strict=True, remedy="1.5 is usual")
-    _check_full_colour(colour_max)
+    _check_colours(image, colour_max)
     lab = _lab_colours(checked_colours(image, colour_max=colour_max))
     dtype = lab.dtype
     walled = sum(_barrier_distance(lab[..., channel], num_passes) for channel in range(3))

@@ -368,18 +368,19 @@ def elbo(
       (2.773, 0.3)
     """
     check_shape("logits", logits, ("m", "K"), ONE_SET)
-    if getattr(estimator, "func", estimator) not in ESTIMATORS.values():  # those of the library check them
+    given, checks_them = logits, getattr(estimator, "func", estimator) in ESTIMATORS.values()
+    if not checks_them:
         check_logits("logits", logits)
     check_finite("log_partition", log_partition, "leave it out where it is not known")
     logits = promote_float(logits)
     if isinstance(kernel, (jax.Array, np.ndarray)):
         logits, kernel = promote_together(logits, kernel)
-    expected_log_likelihood = estimator(key, logits, log_likelihood)
+    expected_log_likelihood = estimator(key, given if checks_them else logits, log_likelihood)
     check_shape("log_likelihood", expected_log_likelihood, (), "return one number for all tags together")
     probs = jax.nn.softmax(logits, axis=-1)
     energy = 0.0 if kernel is None else pairwise_energy(probs, kernel, compatibility=compatibility)
     return ElboTerms(
-        log_likelihood=expected_log_likelihood,
+        log_likelihood=jnp.asarray(expected_log_likelihood, logits.dtype),
         entropy=entropy(logits).sum(),
         pairwise_energy=jnp.asarray(energy, logits.dtype),
         log_partition=jnp.asarray(log_partition, logits.dtype),

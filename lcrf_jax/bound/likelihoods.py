@@ -56,6 +56,11 @@ def _bernoulli(pi: jax.Array, rest: jax.Array, tags: jax.Array) -> jax.Array:
     return jnp.sum(jnp.log(_EPSILON + (1 - 2 * _EPSILON) * right))
 
 
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0, exact near 0; far from it the derivative of expm1, 1 + expm1(x), would round to 0."""
+    return jnp.where(x > -1, -jnp.expm1(jnp.maximum(x, -1)), 1 - jnp.exp(x))
+
+
 def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax.Array:
     r"""Every pixel of a class raises its tag with probability rho, independently.
 
@@ -88,7 +93,7 @@ def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax
         raise ValueError(f"rho: expected a probability below 1, got {known}; for a hard or use max_pool")
     rho = jnp.asarray(rho, labels.dtype)
     log_absent = jnp.log1p(-_EPSILON) + jnp.sum(jnp.log1p(-(labels * rho)), axis=0)
-    return jnp.sum(jnp.where(tags, jnp.log(-jnp.expm1(log_absent)), log_absent))
+    return jnp.sum(jnp.where(tags, jnp.log(_one_minus_exp(log_absent)), log_absent))
 
 
 def _check_flip_probability(value):
@@ -157,7 +162,7 @@ def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: A
     logits, tags = _checked_logits(logits, tags)
     flip = jnp.asarray(flip_probability, logits.dtype)
     log_absent = log_absences(logits)
-    right = jnp.where(tags, -jnp.expm1(log_absent), jnp.exp(log_absent))
+    right = jnp.where(tags, _one_minus_exp(log_absent), jnp.exp(log_absent))
     return jnp.sum(right * jnp.log1p(-flip) + (1 - right) * jnp.log(flip))
 
 
