@@ -161,14 +161,15 @@ def check_number(
     """
     known = known_number(value)
     if known is None:
-        if value is not None and not (isinstance(value, jax.core.Tracer) and value.ndim == 0):
-            got = f"an array of shape {list(np.shape(value))}" if hasattr(value, "shape") else repr(value)
-            raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
-        return value
-    too_small = known <= minimum if strict else known < minimum
+        if value is None or (isinstance(value, jax.core.Tracer) and value.ndim == 0):
+            return value
+        got = f"an array of shape {list(np.shape(value))}" if hasattr(value, "shape") else repr(value)
+        raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
+    size = known if isinstance(known, int) else float(known)
+    too_small = size <= minimum if strict else size < minimum
     if strict and minimum == 0:  # what float32 takes for 0
-        too_small = known < _LEAST
-    if not abs(known) <= _MOST or too_small:  # NaN as well
+        too_small = size < _LEAST
+    if not abs(size) <= _MOST or too_small:  # NaN as well
         sign = ">" if strict else ">="
         raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {known}; {remedy}")
     if whole and known != math.floor(known):

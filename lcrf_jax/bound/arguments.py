@@ -9,7 +9,6 @@ from lcrf_jax.numerics import (
     ONE_SET,
     check_finite,
     check_logits,
-    check_probs,
     check_shape,
     check_values,
     first_place,
@@ -27,7 +26,7 @@ def checked_tags(tags: ArrayLike, num_classes: int | str) -> jax.Array:
     Raises:
       ValueError: if the shape does not fit or a value is neither 0 nor 1.
     """
-    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    check_shape("tags", tags, (num_classes,), "one tag per class, background first; the classes are the last axis")
 
     def fault_of(values):
         if values.dtype == bool or np.all((values == 0) | (values == 1)):
@@ -74,21 +73,6 @@ def check_indices(name: str, indices: ArrayLike, below: int, remedy: str) -> Non
     """
     checked_indices(name, indices)
     check_finite(name, indices, remedy, minimum=0, maximum=below - 1)
-
-
-def check_labels(labels: ArrayLike) -> tuple[int, int]:
-    """The shape of labels z, after a check of it and of their values.
-
-    Args:
-      labels: [m, K] one-hot or relaxed labels.
-    Returns:
-      (m, K).
-    Raises:
-      ValueError: if they are not [m, K], or a row that is known is not on the simplex.
-    """
-    num_pixels, num_classes = check_shape("labels", labels, ("m", "K"), ONE_SET)
-    check_probs("labels", labels)
-    return num_pixels, num_classes
 
 
 def class_axis(name: str, array: ArrayLike) -> int:

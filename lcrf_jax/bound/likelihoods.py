@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.bound.arguments import by_class, check_labels, checked_tags
+from lcrf_jax.bound.arguments import by_class, checked_tags
 from lcrf_jax.bound.pixel_evidence import LEAST_EVIDENCE, check_evidence
 from lcrf_jax.bound.pooling import log_absences, ranks, smooth_maximum_parts
 from lcrf_jax.numerics import (
@@ -30,6 +30,7 @@ from lcrf_jax.numerics import (
     check_finite,
     check_logits,
     check_number,
+    check_probs,
     check_shape,
     check_share,
     known_number,
@@ -41,13 +42,17 @@ _EPSILON = 1e-6
 
 
 def _checked(labels: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    return promote_float(labels), checked_tags(tags, check_labels(labels)[1])
+    _, num_classes = check_shape("labels", labels, ("m", "K"), ONE_SET)
+    tags = checked_tags(tags, num_classes)
+    check_probs("labels", labels)
+    return promote_float(labels), tags
 
 
 def _checked_logits(logits: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
     _, num_classes = check_shape("logits", logits, ("m", "K"), ONE_SET)
+    tags = checked_tags(tags, num_classes)
     check_logits("logits", logits)
-    return promote_float(logits), checked_tags(tags, num_classes)
+    return promote_float(logits), tags
 
 
 def _bernoulli(pi: jax.Array, rest: jax.Array, tags: jax.Array) -> jax.Array:
