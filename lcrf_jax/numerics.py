@@ -166,10 +166,8 @@ def check_number(
         got = f"an array of shape {list(np.shape(value))}" if hasattr(value, "shape") else repr(value)
         raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
     size = known if isinstance(known, int) else float(known)
-    too_small = size <= minimum if strict else size < minimum
-    if strict and minimum == 0:  # what float32 takes for 0
-        too_small = size < _LEAST
-    if not abs(size) <= _MOST or too_small:  # NaN as well
+    least = _LEAST if strict and minimum == 0 else minimum  # below is what float32 takes for 0
+    if not abs(size) <= _MOST or size < least or (strict and size <= minimum):  # NaN as well
         sign = ">" if strict else ">="
         raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {known}; {remedy}")
     if whole and known != math.floor(known):

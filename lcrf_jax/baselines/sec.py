@@ -265,8 +265,8 @@ def sec_loss(
       0.71
     """
     num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), ONE_SET)
-    check_shape("cues", cues, (num_pixels,), "one label per cell, 255 where there is no cue")
     tags = checked_tags(tags, num_classes)
+    check_shape("cues", cues, (num_pixels,), "one label per cell, 255 where there is no cue")
     check_share("foreground_decay", foreground_decay, "0.996 is usual")
     check_share("background_decay", background_decay, "0.999 is usual")
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")

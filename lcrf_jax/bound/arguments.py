@@ -9,9 +9,11 @@ from lcrf_jax.numerics import (
     ONE_SET,
     check_finite,
     check_logits,
+    check_probs,
     check_shape,
     check_values,
     first_place,
+    promote_float,
 )
 
 
@@ -73,6 +75,40 @@ def check_indices(name: str, indices: ArrayLike, below: int, remedy: str) -> Non
     """
     checked_indices(name, indices)
     check_finite(name, indices, remedy, minimum=0, maximum=below - 1)
+
+
+def checked_labels(labels: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Labels z and tags y as they are computed with, after a check of both.
+
+    Args:
+      labels: [m, K] one-hot or relaxed labels.
+      tags: [K] booleans.
+    Returns:
+      [m, K] float32 and [K] bool.
+    Raises:
+      ValueError: if the shapes do not fit, or a row of labels that is known is not on the simplex.
+    """
+    _, num_classes = check_shape("labels", labels, ("m", "K"), ONE_SET)
+    tags = checked_tags(tags, num_classes)
+    check_probs("labels", labels)
+    return promote_float(labels), tags
+
+
+def checked_logits(logits: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """Logits g and tags y as they are computed with, after a check of both.
+
+    Args:
+      logits: [m, K] unnormalised log-probabilities; a class may have -inf.
+      tags: [K] booleans.
+    Returns:
+      [m, K] float32 and [K] bool.
+    Raises:
+      ValueError: if the shapes do not fit, or `logits` are none where they are known.
+    """
+    _, num_classes = check_shape("logits", logits, ("m", "K"), ONE_SET)
+    tags = checked_tags(tags, num_classes)
+    check_logits("logits", logits)
+    return promote_float(logits), tags
 
 
 def class_axis(name: str, array: ArrayLike) -> int:

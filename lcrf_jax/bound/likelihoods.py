@@ -22,37 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.bound.arguments import by_class, checked_tags
+from lcrf_jax.bound.arguments import by_class, checked_labels, checked_logits
 from lcrf_jax.bound.pixel_evidence import LEAST_EVIDENCE, check_evidence
 from lcrf_jax.bound.pooling import log_absences, ranks, smooth_maximum_parts
 from lcrf_jax.numerics import (
-    ONE_SET,
     check_finite,
-    check_logits,
     check_number,
-    check_probs,
     check_shape,
     check_share,
     known_number,
-    promote_float,
     promote_together,
 )
 
 _EPSILON = 1e-6
-
-
-def _checked(labels: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    _, num_classes = check_shape("labels", labels, ("m", "K"), ONE_SET)
-    tags = checked_tags(tags, num_classes)
-    check_probs("labels", labels)
-    return promote_float(labels), tags
-
-
-def _checked_logits(logits: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    _, num_classes = check_shape("logits", logits, ("m", "K"), ONE_SET)
-    tags = checked_tags(tags, num_classes)
-    check_logits("logits", logits)
-    return promote_float(logits), tags
 
 
 def _bernoulli(pi: jax.Array, rest: jax.Array, tags: jax.Array) -> jax.Array:
@@ -91,7 +73,7 @@ def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax
       >>> round(float(noisy_or(labels, tags, rho=0.5)), 3)
       -0.981
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_share("rho", rho, "use a probability between 0 and 1")
     known = known_number(rho)
     if known is not None and known > 1 - _EPSILON:
@@ -133,7 +115,7 @@ def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike 
       -0.329
     """
     _check_flip_probability(flip_probability)
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     flip = jnp.asarray(flip_probability, labels.dtype)
     largest = labels.max(axis=0)
     # Both cases are computed directly: 1 - pi would lose the digits of a small epsilon.
@@ -164,7 +146,7 @@ def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: A
       -0.056
     """
     _check_flip_probability(flip_probability)
-    logits, tags = _checked_logits(logits, tags)
+    logits, tags = checked_logits(logits, tags)
     flip = jnp.asarray(flip_probability, logits.dtype)
     log_absent = log_absences(logits)
     right = jnp.where(tags, _one_minus_exp(log_absent), jnp.exp(log_absent))
@@ -194,7 +176,7 @@ def log_mean_exp(labels: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
       >>> round(float(log_mean_exp(labels, tags)), 3)
       -0.669
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="5 is usual")
     largest, below = smooth_maximum_parts(labels, jnp.asarray(sharpness, labels.dtype))
     return _bernoulli(largest + below, (1 - largest) - below, tags)
@@ -232,7 +214,7 @@ def area(
       >>> round(float(area(labels, tags)), 3)
       -0.137
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_number("beta", beta, minimum=0, strict=True, remedy="20 is usual")
     check_share("foreground_share", foreground_share, "use a share of the image, say 0.1")
     check_share("background_share", background_share, "use a share of the image, say 0.3")
@@ -277,7 +259,7 @@ def gwrp(
       >>> round(float(gwrp(labels, tags)), 3)
       -0.625
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_share("foreground_decay", foreground_decay, "use a number just below 1")
     check_share("background_decay", background_decay, "use a number just below 1")
     check_number("reference_cells", reference_cells, minimum=1, remedy="41 * 41 is usual")
@@ -317,7 +299,7 @@ def frozen_classifier(
       >>> round(float(frozen_classifier(labels, tags, class_maps, bias=-1.0)), 3)
       -0.127
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     num_pixels, num_foreground = labels.shape[0], labels.shape[1] - 1
     check_shape("class_maps", class_maps, (num_pixels, num_foreground), "one map per foreground class")
     check_finite("class_maps", class_maps, "look for a division by zero")
@@ -355,7 +337,7 @@ def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> j
       >>> round(float(evidence(labels, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
       -0.616
     """
-    labels, _ = _checked(labels, tags)
+    labels, _ = checked_labels(labels, tags)
     check_shape("pixel_evidence", pixel_evidence, labels.shape, "evidence and labels lie on the same grid")
     check_evidence(pixel_evidence)
     labels, found = promote_together(labels, pixel_evidence)
@@ -384,7 +366,7 @@ def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayL
       >>> round(float(expected_evidence(logits, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
       -1.918
     """
-    logits, _ = _checked_logits(logits, tags)
+    logits, _ = checked_logits(logits, tags)
     check_shape("pixel_evidence", pixel_evidence, logits.shape, "evidence and logits lie on the same grid")
     check_evidence(pixel_evidence)
     logits, found = promote_together(logits, pixel_evidence)
