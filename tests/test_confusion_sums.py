@@ -52,7 +52,7 @@ def test_sums_are_those_of_python(matrices):
 def test_four_images_with_a_bad_label_are_bad_together_and_whatever_is_added():
     """Four times -2**30 is 0 in 32 bits."""
     merged = sum([counts(BAD)] * 4 + [counts()] * 3)
-    for bad in (merged, added(merged, counts()), of_numbers(BY_HAND, bad=2**32), of_numbers(BY_HAND, bad=2**16)):
+    for bad in (merged, added(merged, counts()), counts() + counts(BAD), counts(BAD) + counts(), of_numbers(BY_HAND, bad=2**32), of_numbers(BY_HAND, bad=2**16)):
         for function in (np.asarray, mean_iou, iou_per_class, lambda c: format_iou_table(c, ("a", "b")), list):
             with pytest.raises(ValueError, match="pixels of others: a label outside the classes was met under jit"):
                 function(bad)
