@@ -240,7 +240,8 @@ IN_VALUE = KINDS[1:7]
 
 def check_property(name, size, scale, seed, kind, position):
     """Finite, or an error that says what was expected; NaN never goes in unnoticed, and what is right is not refused."""
-    *shape, dtype = SIZES[size if name not in MAPS else max(size, 1)]
+    size = (0, 3)[size % 2] if EVERY[name].loops else max(size, 1) if name in MAPS else size  # loops take long to compile
+    *shape, dtype = SIZES[size]
     arrays = arguments_of(*shape, dtype=dtype, seed=seed, scale=SCALES[scale])
     array = EVERY[name].arrays[position % len(EVERY[name].arrays)]
     if kind is not None:
