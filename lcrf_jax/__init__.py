@@ -68,7 +68,7 @@ from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, 
 from lcrf_jax.crf.inference import MeanFieldPosterior, mean_field, mean_field_posterior, refine, refined_posterior
 from lcrf_jax.crf.loss import dense_crf_loss
 from lcrf_jax.crf.params import KernelParams, guide_features
-from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
+from lcrf_jax.metrics import ConfusionCounts, confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.numerics import checked_under_jit
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ __all__ = [  # noqa: RUF022 - by room
     "straight_through",
     "straight_through_likelihood",
     # metrics
+    "ConfusionCounts",
     "confusion_matrix",
     "format_iou_table",
     "iou_per_class",

@@ -26,6 +26,7 @@ ONE_SET = "flatten the pixels to one axis, classes last; for a batch use jax.vma
 ONE_IMAGE = "pass one image as [height, width, channels]; for a batch use jax.vmap"
 """What to do about a shape that is not [H, W, C]."""
 
+_LEAST, _MOST = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny", "max"))
 _UNDER_JIT: contextvars.ContextVar[bool] = contextvars.ContextVar("checked_under_jit", default=False)
 
 
@@ -41,7 +42,10 @@ def promote_float(array: ArrayLike) -> jax.Array:
       A JAX array of the same shape, float32 or float64.
     Raises:
       ValueError: if the array is complex.
+      TypeError: if it holds no numbers.
     """
+    if getattr(getattr(array, "dtype", None), "kind", "f") in "OSU":
+        raise TypeError(f"expected a real array, got dtype {array.dtype}; convert it to numbers")  # type: ignore[union-attr]
     array = jnp.asarray(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise ValueError(f"expected a real array, got dtype {array.dtype}; take its real part or its magnitude")
@@ -51,6 +55,22 @@ def promote_float(array: ArrayLike) -> jax.Array:
         # prevents that and changes no float32.
         promoted = jax.lax.reduce_precision(promoted, exponent_bits=8, mantissa_bits=23)
     return promoted
+
+
+def promote_together(*arrays: ArrayLike) -> tuple[jax.Array, ...]:
+    """The arrays in one type: float64 where one of them is float64, else float32.
+
+    Args:
+      arrays: real arrays or numbers; Python numbers take the type of the others.
+    Returns:
+      A tuple of JAX arrays.
+    Raises:
+      ValueError: if one of them is complex.
+    """
+    promoted = [promote_float(array) for array in arrays]
+    typed = [new for new, array in zip(promoted, arrays) if type(array) not in (bool, int, float)] or promoted
+    dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in typed) else jnp.float32
+    return tuple(array.astype(dtype) for array in promoted)
 
 
 def entropy(logits: ArrayLike) -> jax.Array:
@@ -89,7 +109,7 @@ def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], reme
     Raises:
       ValueError: if the number of axes or a fixed size differs, or an axis is empty.
     """
-    shape = tuple(jnp.shape(array))
+    shape = _shape_of(name, array, remedy)
     fits = len(shape) == len(expected) and all(
         got >= 1 if isinstance(want, str) else got == want for got, want in zip(shape, expected)
     )
@@ -97,6 +117,13 @@ def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], reme
         pattern = ", ".join(str(want) for want in expected)
         raise ValueError(f"{name}: expected shape [{pattern}], got {list(shape)}; {remedy}")
     return shape
+
+
+def _shape_of(name, array, remedy):
+    try:
+        return tuple(np.shape(array))  # of lists as well
+    except (TypeError, ValueError):  # None, a string, rows of different lengths
+        raise TypeError(f"{name}: expected an array, got {array!r:.60}; {remedy}") from None
 
 
 def known_number(value: Any) -> float | None:
@@ -110,7 +137,7 @@ def known_number(value: Any) -> float | None:
     if isinstance(value, numbers.Real):
         return value  # type: ignore[return-value]  # as good as a float, and prints as the caller wrote it
     if isinstance(value, (jax.Array, np.ndarray)) and not isinstance(value, jax.core.Tracer) and value.ndim == 0:
-        return value.item()
+        return known_number(value.item())
     return None
 
 
@@ -129,17 +156,18 @@ def check_number(
     Returns:
       The value, unchanged.
     Raises:
-      ValueError: if the number is not finite, below the bound, or has a fraction that it must not have.
+      ValueError: if the number is not finite in float32, below the bound, or has a fraction that it must not have.
       TypeError: if it is no number.
     """
     known = known_number(value)
     if known is None:
-        if value is not None and not (isinstance(value, jax.core.Tracer) and value.ndim == 0):
-            got = f"an array of shape {list(jnp.shape(value))}" if hasattr(value, "shape") else repr(value)
-            raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
-        return value
-    too_small = known <= minimum if strict else known < minimum
-    if not math.isfinite(known) or too_small:
+        if value is None or (isinstance(value, jax.core.Tracer) and value.ndim == 0):
+            return value
+        got = f"an array of shape {list(np.shape(value))}" if hasattr(value, "shape") else repr(value)
+        raise TypeError(f"{name}: expected a number, got {got}; {remedy}")
+    size = known if isinstance(known, int) else float(known)
+    least = _LEAST if strict and minimum == 0 else minimum  # below is what float32 takes for 0
+    if not abs(size) <= _MOST or size < least or (strict and size <= minimum):  # NaN as well
         sign = ">" if strict else ">="
         raise ValueError(f"{name}: expected a finite number {sign} {minimum}, got {known}; {remedy}")
     if whole and known != math.floor(known):
@@ -229,8 +257,11 @@ def check_values(name: str, array: ArrayLike, fault_of: Callable[[np.ndarray], s
 
     def check(values):
         values = np.asarray(values)
-        if values.dtype.kind not in "biufc" or values.dtype == np.float16:
-            values = values.astype(np.float32)
+        if values.dtype.kind not in "biuf" or values.dtype == np.float16:
+            try:  # bfloat16 and the like have a kind of their own
+                values = values.astype(np.float32) if values.dtype.kind == "V" else values.astype(np.float32, casting="same_kind")
+            except (TypeError, ValueError):
+                raise TypeError(f"{name}: expected real numbers, got {values.dtype}; convert them first") from None
         fault = fault_of(values)
         if fault is not None:
             raise ValueError(f"{name}: {fault}")
@@ -318,20 +349,21 @@ def check_probs(name: str, probs: ArrayLike) -> None:
 
     Args:
       name: name of the argument, for the message.
-      probs: [..., K] probabilities of K classes; rows sum to 1, up to 2e-3.
+      probs: [..., K] probabilities of K classes; rows sum to 1, up to 2e-3, or 2e-2 in half precision.
     Raises:
       ValueError: if a value is not in 0..1 or a row does not sum to 1; the message has the first place.
     """
     remedy = "take the softmax of logits"
+    slack = 2e-2 if getattr(getattr(probs, "dtype", None), "itemsize", 4) == 2 else 2e-3
 
     def fault_of(values):
         sums = values.sum(axis=-1)
-        if values.size == 0 or np.all(np.abs(sums - 1) < 2e-3):
+        if values.size == 0 or np.all(np.abs(sums - 1) < slack):
             return None
-        place = first_place(~(np.abs(sums - 1) < 2e-3))
+        place = first_place(~(np.abs(sums - 1) < slack))
         return f"expected rows that sum to 1, got {sums[tuple(place)]} at {place}; {remedy}"
 
-    check_finite(name, probs, remedy, minimum=-1e-6, maximum=1 + 1e-3)
+    check_finite(name, probs, remedy, minimum=-1e-6, maximum=1 + slack / 2)
     check_values(name, probs, fault_of)
 
 

@@ -22,7 +22,7 @@ if metadata.version("jaxlib").startswith("0.10."):  # a later one does not start
     FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 DEFAULT_FLAGS = "LCRF_TEST_DEFAULT_FLAGS"
 # The rooms of pure functions. In their tests no type is promoted without a word, and a warning is an error.
-PURE = ("crf", "bound", "baselines", "test_numerics.py", "test_metrics.py")
+PURE = ("crf", "bound", "baselines", "test_numerics.py", "test_metrics.py", "test_confusion_sums.py")
 
 
 def merged_flags(own, wanted):

@@ -193,39 +193,38 @@ def smooth_image(seed, height, width, noise=4.0):
 
 
 def tag_log_likelihood(name, labels, tags, **options):
-    """log p(y | z, x) by its definition, class by class, with the bounds on the probabilities."""
+    """log p(y | z, x) by its definition, class by class, its probabilities mixed with a little of their opposite."""
     labels, total = np.asarray(labels, np.float64), 0.0
     num_pixels, num_classes = labels.shape
     for k in range(num_classes):
         z = labels[:, k]
         if name == "noisy_or":
-            absent = 1.0
+            absent = 1 - 1e-6
             for share in z:
                 absent *= 1 - options.get("rho", 0.1) * share
-            pi, low, high = 1 - absent, 1e-6 if tags[k] else 0.0, 1.0
+            pi, epsilon = 1 - absent, 0.0
         elif name == "max_pool":
             flip = options.get("flip_probability", 1e-6)
-            pi, low, high = flip + (1 - 2 * flip) * max(z), 0.0, 1.0
+            pi, epsilon = max(z), flip
         elif name == "log_mean_exp":
             r = options.get("sharpness", 5.0)
-            pi, low, high = np.log(sum(np.exp(r * share) for share in z) / num_pixels) / r, 1e-6, 1 - 1e-6
+            pi, epsilon = np.log(sum(np.exp(r * share) for share in z) / num_pixels) / r, 1e-6
         elif name == "area":
             alpha = options.get("foreground_share", 0.1) if k else options.get("background_share", 0.3)
-            pi, low, high = sigmoid(options.get("beta", 20.0) * (sum(z) / num_pixels - alpha)), 0.0, 1.0
+            pi, epsilon = sigmoid(options.get("beta", 20.0) * (sum(z) / num_pixels - alpha)), 0.0
         elif name == "gwrp":
             decay = options.get("foreground_decay", 0.996) if k else options.get("background_decay", 0.999)
             decay = decay ** (options.get("reference_cells", 1681) / num_pixels)
             weights = [decay**rank for rank in range(num_pixels)]
             ranked = sorted(z, reverse=True)
-            pi = sum(w * share for w, share in zip(weights, ranked)) / sum(weights)
-            low, high = 1e-6, 1 - 1e-6
+            pi, epsilon = sum(w * share for w, share in zip(weights, ranked)) / sum(weights), 1e-6
         elif name == "frozen_classifier":
             if k == 0:
                 continue
             bias = np.broadcast_to(options["bias"], num_classes - 1)[k - 1]
             scores = [z[j] * options["class_maps"][j][k - 1] for j in range(num_pixels)]
-            pi, low, high = sigmoid(options.get("scale", 1.0) * sum(scores) / num_pixels + bias), 0.0, 1.0
-        pi = min(max(pi, low), high)
+            pi, epsilon = sigmoid(options.get("scale", 1.0) * sum(scores) / num_pixels + bias), 0.0
+        pi = epsilon + (1 - 2 * epsilon) * pi
         total += np.log(pi) if tags[k] else np.log(1 - pi)
     return total
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "lcrf_jax"
 
 # The rooms in the order of their imports: a room imports from those before it. A new room gets its place here.
 ROOMS = ("numerics", "crf", "bound", "metrics", "baselines", "machine", "nets", "data", "runfolder", "pictures", "predict", "train")
+PYTREES = {"ConfusionCounts"}  # the only class of the pure rooms whose + is no joining of tuples
 PURE = ROOMS[: ROOMS.index("machine")]
 MOST_FLOORS = 7  # the programs of experiments are the highest
 CORE = {"jax", "numpy", "einops"}
@@ -242,7 +243,8 @@ def test_public_functions_of_the_pure_rooms_are_documented(path):
         for argument in every:
             assert re.search(rf"^  [\w, ]*\b{argument.arg}\b[\w, ]*:", documentation, re.MULTILINE), \
                 f"{node.name}: argument {argument.arg} is not described"
-        assert "\nReturns:\n" in documentation, f"{node.name} has no Returns"
+        nothing = node.returns is not None and ast.unparse(node.returns) == "None"
+        assert nothing or re.search("^(Returns|Yields):$", documentation, re.MULTILINE), f"{node.name} has no Returns"
 
 
 EVERY_FILE = python_files("lcrf_jax")
@@ -281,7 +283,7 @@ def test_named_tuples_and_protocols_are_the_only_classes_of_the_pure_rooms(path)
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef):
             bases = [ast.unparse(base).split(".")[-1] for base in node.bases]
-            assert bases == ["NamedTuple"] or bases[-1:] == ["Protocol"], node.name
+            assert bases == ["NamedTuple"] or bases[-1:] == ["Protocol"] or node.name in PYTREES, node.name
 
 
 @pytest.mark.parametrize("path", PURE_MODULES, ids=names(PURE_MODULES))

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lcrf_jax.bound.pixel_evidence import class_evidence, log_evidence
+from lcrf_jax.bound.pixel_evidence import LEAST_EVIDENCE, class_evidence
+from lcrf_jax.numerics import ONE_SET, check_finite, check_shape
 
 
 def cam_log_probs(
@@ -30,11 +31,14 @@ def cam_log_probs(
     Returns:
       [m, K] float32 log-probabilities.
     Raises:
-      ValueError: if the shapes do not fit or a number is out of range.
+      ValueError: if the shapes do not fit, a map or logit is not finite, or a number is out of range.
     References:
       Zhou et al. 2016; the odds against a constant background are ours.
     """
-    class_maps = jnp.asarray(class_maps)
+    _, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), ONE_SET)
+    check_shape("image_logits", image_logits, (num_foreground,), "one logit per foreground class")
+    check_finite("image_logits", image_logits, "look for a division by zero")
+    peaks = jnp.asarray(class_maps).max(axis=0)
     present = jnp.concatenate([jnp.ones(1, bool), jnp.asarray(image_logits) >= 0])
     settings = {"background_level": background_level, "sharpness": sharpness, "floor": floor}
-    return log_evidence(class_evidence(class_maps, class_maps.max(axis=0), present, **settings))
+    return jnp.log(class_evidence(class_maps, peaks, present, **settings) + LEAST_EVIDENCE)

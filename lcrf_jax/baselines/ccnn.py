@@ -1,15 +1,15 @@
 r"""Constrained optimisation of the latent labels (Pathak, Krahenbuhl and Darrell 2015)."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lcrf_jax.baselines.labels import soft_cross_entropy
-from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float, varying_like
+from lcrf_jax.baselines.labels import mean_cross_entropy
+from lcrf_jax.bound.arguments import by_class, check_scores, checked_tags
+from lcrf_jax.numerics import check_count, check_number, check_share, known_number, promote_float, varying_like
 
-_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 _ABSENT = -1e9
 
 
@@ -33,7 +33,7 @@ def ccnn_distribution(
     tags: ArrayLike,
     *,
     foreground_share: ArrayLike = 0.05,
-    background_least: float = 0.3,
+    background_least: ArrayLike = 0.3,
     background_most: ArrayLike = 0.7,
     slack: ArrayLike = 2.0,
     num_iterations: int = 30,
@@ -68,7 +68,7 @@ def ccnn_distribution(
     Returns:
       `ConstrainedDistribution`; no gradient flows through it.
     Raises:
-      ValueError: if the shapes do not fit or a number is out of range.
+      ValueError: if the shapes do not fit, `logits` are not finite or none, or a number is out of range.
     References:
       Pathak, Krahenbuhl and Darrell 2015, sections 4 and 5; Darroch and Ratcliff 1972, for the step; O'Donoghue and
       Candes 2015, for the restarts.
@@ -80,23 +80,29 @@ def ccnn_distribution(
       >>> print(np.exp(found.log_probs).mean(axis=0).round(2))
       [0.7 0.3 0. ]
     """
-    _, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
-    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    _, num_classes = check_scores(logits)
+    tags = checked_tags(tags, num_classes)
     shares = {"foreground_share": foreground_share, "background_least": background_least}
     for name, share in {**shares, "background_most": background_most}.items():
         check_share(name, share, "give a share of the image")
-    check_number("background_most", background_most, minimum=background_least, remedy="it is the upper bound")
+    lower_bound = known_number(background_least)
+    if lower_bound is not None:
+        check_number("background_most", background_most, minimum=lower_bound, remedy="it is the upper bound")
     check_number("slack", slack, minimum=0, remedy="2 is usual")
-    check_number("num_iterations", num_iterations, minimum=0, whole=True, remedy="30 is usual")
-    tags = jnp.asarray(tags, bool)
+    num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="30 is usual")
     is_background = jnp.arange(num_classes) == 0
     present = tags | is_background
-    logits = jnp.where(present, jax.lax.stop_gradient(promote_float(logits)), _ABSENT)
-    least = jnp.where(is_background, background_least, foreground_share)
-    most = jnp.where(is_background & jnp.any(tags[1:]), background_most, 1.0)
+    logits = jax.lax.stop_gradient(promote_float(logits))
+    dtype = logits.dtype
+    # Less the largest of the present classes: no logit is then so low that an absent class would win.
+    logits = logits - jnp.where(present, logits, -jnp.inf).max(axis=-1, keepdims=True)
+    logits = jnp.where(present, logits, _ABSENT)
+    least = by_class(num_classes, background=background_least, foreground=foreground_share, dtype=dtype)
+    with_foreground = is_background & jnp.any(tags[1:])
+    most = jnp.where(with_foreground, jnp.asarray(background_most, dtype), 1.0)
     # Background is hard on both sides; foreground has a lower bound with slack.
-    highest = jnp.where(is_background, jnp.inf, jnp.where(present, slack, 0.0))
-    lowest = jnp.where(is_background & jnp.any(tags[1:]), -jnp.inf, 0.0)
+    highest = jnp.where(is_background, jnp.inf, jnp.where(present, jnp.asarray(slack, dtype), 0.0))
+    lowest = jnp.where(with_foreground, jnp.asarray(-jnp.inf, dtype), 0.0)
 
     def areas(shifts):
         return jax.nn.softmax(logits + shifts, axis=-1).mean(axis=0)
@@ -126,7 +132,16 @@ def ccnn_distribution(
     return ConstrainedDistribution(jax.nn.log_softmax(logits + shifts, axis=-1), shifts, residual)
 
 
-def ccnn_loss(logits: ArrayLike, tags: ArrayLike, **options: Any) -> jax.Array:
+def ccnn_loss(
+    logits: ArrayLike,
+    tags: ArrayLike,
+    *,
+    foreground_share: ArrayLike = 0.05,
+    background_least: ArrayLike = 0.3,
+    background_most: ArrayLike = 0.7,
+    slack: ArrayLike = 2.0,
+    num_iterations: int = 30,
+) -> jax.Array:
     r"""Cross-entropy with the constrained latent distribution P, which is held fixed.
 
     .. math:: -\frac{1}{m} \sum_j \sum_k P_{jk} \log \phi_{jk}
@@ -134,7 +149,11 @@ def ccnn_loss(logits: ArrayLike, tags: ArrayLike, **options: Any) -> jax.Array:
     Args:
       logits: [m, K] unnormalised log-probabilities of q.
       tags: [K] bool.
-      options: keyword arguments of `ccnn_distribution`.
+      foreground_share: least area of a present foreground class, a share of the image, in (0, 1].
+      background_least: least area of the background, in (0, 1].
+      background_most: largest area of the background, in (0, 1], at least `background_least`.
+      slack: what a missing share of a foreground class costs, >= 0.
+      num_iterations: static number of steps towards P.
     Returns:
       Scalar, float32, nats, the mean over the cells. Its gradient in the logits is (phi - P) / m.
     Raises:
@@ -148,4 +167,13 @@ def ccnn_loss(logits: ArrayLike, tags: ArrayLike, **options: Any) -> jax.Array:
       >>> round(float(jax.jit(ccnn_loss)(logits, tags)), 2)
       0.84
     """
-    return soft_cross_entropy(logits, jnp.exp(ccnn_distribution(logits, tags, **options).log_probs))
+    latent = ccnn_distribution(
+        logits,
+        tags,
+        foreground_share=foreground_share,
+        background_least=background_least,
+        background_most=background_most,
+        slack=slack,
+        num_iterations=num_iterations,
+    )
+    return mean_cross_entropy(promote_float(logits), jnp.exp(latent.log_probs))

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lcrf_jax.numerics import check_shape, check_share, promote_float
-
-_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
+from lcrf_jax.bound.arguments import by_class, check_scores, checked_tags
+from lcrf_jax.numerics import check_share, promote_float
 
 
 def em_adapt_labels(
@@ -36,7 +35,7 @@ def em_adapt_labels(
     Returns:
       [m] int32 labels.
     Raises:
-      ValueError: if the shapes do not fit or a share is not in (0, 1].
+      ValueError: if the shapes do not fit, `logits` are not finite or none, or a share is not in (0, 1].
     References:
       Papandreou, Chen, Murphy and Yuille 2015, algorithm 1 and section 3.2 (EM-Adapt).
     Example:
@@ -46,15 +45,15 @@ def em_adapt_labels(
       >>> jax.jit(em_adapt_labels)(jax.random.key(0), logits, tags).tolist()
       [0, 1, 0]
     """
-    num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), _ONE_SET)
-    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    num_pixels, num_classes = check_scores(logits)
+    present = checked_tags(tags, num_classes).at[0].set(True)
     for name, share in (("foreground_share", foreground_share), ("background_share", background_share)):
         check_share(name, share, "give a share of the image, 0.2 or 0.4")
     scores = jax.lax.stop_gradient(promote_float(logits))
-    present = jnp.asarray(tags, bool).at[0].set(True)
-    shares = jnp.where(jnp.arange(num_classes) == 0, background_share, foreground_share)
+    shares = by_class(num_classes, background=background_share, foreground=foreground_share, dtype=scores.dtype)
     ranks = jnp.ceil(shares * num_pixels).astype(jnp.int32)
-    order = jnp.concatenate([jnp.zeros(1, jnp.int32), 1 + jax.random.permutation(key, num_classes - 1)])
+    others = 1 + jax.random.permutation(key, num_classes - 1)
+    order = jnp.concatenate([jnp.zeros(1, jnp.int32), others.astype(jnp.int32)])
     suppressed = jnp.where(present, scores, -jnp.inf)
 
     def claim(turn, state):

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float
-
-_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
+from lcrf_jax.bound.arguments import check_scores, checked_tags
+from lcrf_jax.bound.pooling import smooth_maximum_parts
+from lcrf_jax.numerics import check_number, promote_float
 
 
 def mil_lse_scores(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
@@ -21,14 +21,15 @@ def mil_lse_scores(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Arra
     Returns:
       [K] float32 scores, between the mean and the maximum of each column.
     Raises:
-      ValueError: if `logits` is not [m, K] or `sharpness` is not positive.
+      ValueError: if `logits` is not [m, K], not finite or no logits, or `sharpness` is not positive.
     References:
       Pinheiro and Collobert 2015, eq. 2.
     """
-    num_pixels, _ = check_shape("logits", logits, ("m", "K"), _ONE_SET)
+    check_scores(logits)
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="5 is usual")
     logits = promote_float(logits)
-    return (jax.nn.logsumexp(sharpness * logits, axis=0) - jnp.log(num_pixels)) / sharpness
+    largest, below = smooth_maximum_parts(logits, jnp.asarray(sharpness, logits.dtype))
+    return largest + below
 
 
 def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
@@ -45,7 +46,7 @@ def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
     Returns:
       Scalar, float32, nats; the mean over the tags that are present, 0 if none is.
     Raises:
-      ValueError: if the shapes do not fit or `sharpness` is not positive.
+      ValueError: if the shapes do not fit, `logits` are not finite or none, or `sharpness` is not positive.
     References:
       Pinheiro and Collobert 2015, section 3.1.
     Example:
@@ -56,8 +57,7 @@ def mil_lse_loss(logits: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
       0.768
     """
     scores = mil_lse_scores(logits, sharpness=sharpness)
-    check_shape("tags", tags, scores.shape, "one tag per class, background first")
-    tags = jnp.asarray(tags, bool)
+    tags = checked_tags(tags, len(scores))
     log_probs = jax.nn.log_softmax(scores)
     return -jnp.sum(jnp.where(tags, log_probs, 0)) / jnp.maximum(tags.sum(dtype=log_probs.dtype), 1)
 
@@ -73,7 +73,7 @@ def ilp_log_probs(logits: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array
     Returns:
       [m, K] float32 log-probabilities.
     Raises:
-      ValueError: if `logits` is not [m, K] or `sharpness` is not positive.
+      ValueError: if `logits` is not [m, K], not finite or no logits, or `sharpness` is not positive.
     References:
       Pinheiro and Collobert 2015, section 3.2.
     Example:
@@ -98,15 +98,21 @@ def majority_labels(labels: np.ndarray, segments: np.ndarray) -> np.ndarray:
       [H, W] NumPy array, dtype of `labels`; the smallest of equally frequent labels.
     Raises:
       ValueError: if the shapes differ or an entry is negative.
+      TypeError: if one of the arrays does not hold integers.
     References:
       Pinheiro and Collobert 2015, section 3.2 (smoothing prior).
     """
     labels, segments = np.asarray(labels), np.asarray(segments)
     if labels.ndim != 2 or labels.shape != segments.shape or not labels.size:
         raise ValueError(f"expected labels and segments of one shape [H, W], got {labels.shape} and {segments.shape}")
+    for name, array in (("labels", labels), ("segments", segments)):
+        if not np.issubdtype(array.dtype, np.integer):
+            raise TypeError(f"{name}: expected integers, got {array.dtype}; number the classes and segments from 0 on")
     if labels.min() < 0 or segments.min() < 0:
         raise ValueError("expected labels and segments >= 0, got a negative one; relabel the segments from 0 on")
-    num_classes = int(labels.max()) + 1
-    pairs = segments.astype(np.int64) * num_classes + labels
-    counts = np.bincount(pairs.ravel(), minlength=(int(segments.max()) + 1) * num_classes)
-    return counts.reshape(-1, num_classes).argmax(axis=1).astype(labels.dtype)[segments]
+    # Numbered anew, so that large numbers take no more memory than small ones.
+    classes, of_class = np.unique(labels, return_inverse=True)
+    numbers, of_segment = np.unique(segments, return_inverse=True)
+    pairs = of_segment.ravel() * len(classes) + of_class.ravel()
+    counts = np.bincount(pairs, minlength=len(numbers) * len(classes)).reshape(len(numbers), len(classes))
+    return classes[counts.argmax(axis=1)][of_segment].reshape(labels.shape)

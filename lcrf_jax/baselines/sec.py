@@ -2,15 +2,29 @@ r"""Seed, expand and constrain (Kolesnikov and Lampert 2016): the three losses, 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.bound.likelihoods import ranked_mean
+from lcrf_jax.bound.arguments import by_class, checked_indices, checked_tags, class_axis
+from lcrf_jax.bound.pooling import ranks
 from lcrf_jax.crf.energy import KernelLike
 from lcrf_jax.crf.inference import mean_field
-from lcrf_jax.numerics import check_shape, check_share, promote_float
+from lcrf_jax.numerics import (
+    ONE_SET,
+    check_count,
+    check_finite,
+    check_logits,
+    check_number,
+    check_probs,
+    check_shape,
+    check_share,
+    known_number,
+    promote_float,
+    promote_together,
+)
 
-_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
 NO_CUE = 255
+_REFERENCE_CELLS = 1681  # 41 x 41, for which the decays are given
 
 
 def floored_probs(logits: ArrayLike, *, min_prob: ArrayLike = 1e-4) -> jax.Array:
@@ -26,13 +40,18 @@ def floored_probs(logits: ArrayLike, *, min_prob: ArrayLike = 1e-4) -> jax.Array
     Returns:
       [..., K] float32 probabilities; rows sum to one.
     Raises:
-      ValueError: if `min_prob` is out of range.
+      ValueError: if `logits` are none or `min_prob` is out of range.
     References:
       Kolesnikov and Lampert 2016 keep probabilities above 1e-4; this form is ours.
     """
-    num_classes = jnp.shape(logits)[-1]
-    check_share("K * min_prob", num_classes * min_prob, "1e-4 is usual")
-    return jax.nn.softmax(promote_float(logits), axis=-1) * (1 - num_classes * min_prob) + min_prob
+    num_classes = class_axis("logits", logits)
+    check_number("min_prob", min_prob, minimum=0, strict=True, remedy="1e-4 is usual")
+    known = known_number(min_prob)
+    check_share("K * min_prob", None if known is None else num_classes * known, "1e-4 is usual")
+    check_logits("logits", logits)
+    logits = promote_float(logits)
+    least = jnp.asarray(min_prob, logits.dtype)
+    return jax.nn.softmax(logits, axis=-1) * (1 - num_classes * least) + least
 
 
 def localisation_cues(
@@ -56,11 +75,12 @@ def localisation_cues(
       tags: [K] bool, index 0 is background.
       saliency: [m] any score that is higher where foreground is more likely.
       foreground_level: share of the peak, in (0, 1].
-      background_share: share of the cells, in (0, 1].
+      background_share: share of the cells, in (0, 1]; a static number.
     Returns:
       [m] int32: class indices, 255 where there is no cue.
     Raises:
-      ValueError: if the shapes do not fit or a share is out of range.
+      ValueError: if the shapes do not fit, an array is not finite, or a share is out of range.
+      TypeError: if `background_share` is no static number.
     References:
       Kolesnikov and Lampert 2016, section 3.2 and supplement.
     Example:
@@ -70,20 +90,25 @@ def localisation_cues(
       >>> localisation_cues(maps, maps.max(axis=0), tags, saliency=np.array([0.1, 0.5, 0.9])).tolist()
       [0, 255, 1]
     """
-    num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_SET)
+    num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), ONE_SET)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
-    check_shape("tags", tags, (num_foreground + 1,), "one tag per class, background first")
+    tags = checked_tags(tags, num_foreground + 1)
     check_shape("saliency", saliency, (num_pixels,), "one value per cell")
     check_share("foreground_level", foreground_level, "0.2 is usual")
     check_share("background_share", background_share, "0.1 is usual")
-    peaks = promote_float(peaks)
-    claimed = (promote_float(class_maps) > foreground_level * peaks) & (peaks > 0) & jnp.asarray(tags, bool)[1:]
+    share = known_number(background_share)
+    if share is None:
+        raise TypeError(f"background_share: expected a static number, got {background_share!r}; close over it")
+    for name, array in (("class_maps", class_maps), ("peaks", peaks), ("saliency", saliency)):
+        check_finite(name, array, "look for a division by zero")
+    class_maps, peaks = promote_together(class_maps, peaks)
+    claimed = (class_maps > jnp.asarray(foreground_level, peaks.dtype) * peaks) & (peaks > 0) & tags[1:]
     sizes = jnp.where(claimed, claimed.sum(axis=0), num_pixels + 1)
-    foreground = 1 + jnp.argmin(sizes, axis=1)
+    foreground = 1 + jnp.argmin(sizes, axis=1).astype(jnp.int32)
     saliency = promote_float(saliency)
-    rank = max(1, round(background_share * num_pixels))
+    rank = max(1, round(share * num_pixels))
     quiet = saliency <= jnp.sort(saliency)[rank - 1]
-    return jnp.where(claimed.any(axis=1), foreground, jnp.where(quiet, 0, NO_CUE)).astype(jnp.int32)
+    return jnp.where(claimed.any(axis=1), foreground, jnp.where(quiet, 0, NO_CUE).astype(jnp.int32))
 
 
 def seed_loss(probs: ArrayLike, cues: ArrayLike) -> jax.Array:
@@ -97,15 +122,25 @@ def seed_loss(probs: ArrayLike, cues: ArrayLike) -> jax.Array:
     Returns:
       Scalar, float32, nats; the mean over the cues, 0 if there is none.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or `probs` are none or not positive.
+      TypeError: if `cues` are no integers.
     References:
       Kolesnikov and Lampert 2016, eq. 2.
     """
-    num_pixels, num_classes = check_shape("probs", probs, ("m", "K"), _ONE_SET)
+    num_pixels, _ = check_shape("probs", probs, ("m", "K"), ONE_SET)
     check_shape("cues", cues, (num_pixels,), "one label per cell, 255 where there is no cue")
-    cues = jnp.asarray(cues).astype(jnp.int32)
-    chosen = cues[:, None] == jnp.arange(num_classes)
-    log_probs = jnp.log(promote_float(probs))
+    _check_positive(probs)
+    return _seed_loss(promote_float(probs), checked_indices("cues", cues))
+
+
+def _check_positive(probs):
+    check_probs("probs", probs)
+    check_finite("probs", probs, "keep them above 0, as floored_probs does", minimum=1e-30)
+
+
+def _seed_loss(probs, cues):
+    chosen = cues[:, None] == jnp.arange(probs.shape[1], dtype=cues.dtype)
+    log_probs = jnp.log(probs)
     return -jnp.sum(jnp.where(chosen, log_probs, 0)) / jnp.maximum(chosen.sum(), 1).astype(log_probs.dtype)
 
 
@@ -118,7 +153,7 @@ def expand_loss(
               - \frac{1}{|y_-|} \sum_{k \in y_-} \log(1 - \max_j f_{jk}) - \log G_0(d_0)
 
     with y_+ the present and y_- the absent foreground classes and G global weighted rank pooling
-    (`lcrf_jax.bound.likelihoods.ranked_mean`); an empty mean is 0.
+    (`lcrf_jax.bound.pooling.ranked_mean`); an empty mean is 0.
 
     Args:
       probs: [m, K] probabilities f in (0, 1), see `floored_probs`.
@@ -128,17 +163,26 @@ def expand_loss(
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or a decay is out of range.
+      ValueError: if the shapes do not fit, `probs` are none, one is 0 or 1, or a decay is out of range.
     References:
       Kolesnikov and Lampert 2016, eq. 3 to 5.
     """
-    _, num_classes = check_shape("probs", probs, ("m", "K"), _ONE_SET)
-    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
+    _, num_classes = check_shape("probs", probs, ("m", "K"), ONE_SET)
+    tags = checked_tags(tags, num_classes)
     check_share("foreground_decay", foreground_decay, "0.996 is usual")
     check_share("background_decay", background_decay, "0.999 is usual")
-    probs, tags = promote_float(probs), jnp.asarray(tags, bool)
+    _check_positive(probs)
+    if num_classes > 1:
+        check_finite("probs", probs, "keep them below 1, as floored_probs does", maximum=1 - 1e-7)
+    return _expand_loss(promote_float(probs), tags, foreground_decay, background_decay)
+
+
+def _expand_loss(probs, tags, foreground_decay, background_decay):
+    num_classes = len(tags)
     is_foreground = jnp.arange(num_classes) > 0
-    pooled = ranked_mean(probs, jnp.where(is_foreground, foreground_decay, background_decay))
+    decays = by_class(num_classes, background=background_decay, foreground=foreground_decay, dtype=probs.dtype)
+    ranked, weights = ranks(probs, decays, _REFERENCE_CELLS)
+    pooled = jnp.sum(weights * ranked, axis=0)
     present, absent = is_foreground & tags, is_foreground & ~tags
 
     def mean_over(chosen, values):
@@ -163,12 +207,20 @@ def constrain_loss(probs: ArrayLike, kernel: KernelLike, *, num_iterations: int 
     Returns:
       Scalar, float32, nats, the mean over the cells. No gradient flows through Q.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or `probs` are none or not positive.
     References:
       Kolesnikov and Lampert 2016, eq. 6; Krahenbuhl and Koltun 2011.
     """
-    check_shape("probs", probs, ("m", "K"), _ONE_SET)
-    log_probs = jnp.log(promote_float(probs))
+    check_shape("probs", probs, ("m", "K"), ONE_SET)
+    num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
+    _check_positive(probs)
+    return _constrain_loss(promote_float(probs), kernel, num_iterations)
+
+
+def _constrain_loss(probs, kernel, num_iterations):
+    if isinstance(kernel, (jax.Array, np.ndarray)):
+        probs, kernel = promote_together(probs, kernel)
+    log_probs = jnp.log(probs)
     log_refined = mean_field(jax.lax.stop_gradient(log_probs), kernel, num_iterations=num_iterations)
     # mean_field may give -inf, where Q is 0 and so is its part of the sum.
     log_refined = jax.lax.stop_gradient(jnp.maximum(log_refined, -1e4))
@@ -183,7 +235,8 @@ def sec_loss(
     *,
     min_prob: ArrayLike = 1e-4,
     num_iterations: int = 10,
-    **decays: ArrayLike,
+    foreground_decay: ArrayLike = 0.996,
+    background_decay: ArrayLike = 0.999,
 ) -> jax.Array:
     r"""The sum of the three losses, weights 1 : 1 : 1.
 
@@ -194,11 +247,13 @@ def sec_loss(
       kernel: pairwise kernel of the image.
       min_prob: see `floored_probs`.
       num_iterations: see `constrain_loss`.
-      decays: keyword arguments of `expand_loss`.
+      foreground_decay: d_+ at 41 x 41 cells, in (0, 1], see `expand_loss`.
+      background_decay: d_0 at 41 x 41 cells, in (0, 1].
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: as the three losses.
+      ValueError: if the shapes do not fit, `logits` are none, or a number is out of range.
+      TypeError: if `cues` are no integers.
     References:
       Kolesnikov and Lampert 2016, eq. 1.
     Example:
@@ -209,6 +264,15 @@ def sec_loss(
       >>> round(float(loss), 2)
       0.71
     """
+    num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), ONE_SET)
+    tags = checked_tags(tags, num_classes)
+    check_shape("cues", cues, (num_pixels,), "one label per cell, 255 where there is no cue")
+    check_share("foreground_decay", foreground_decay, "0.996 is usual")
+    check_share("background_decay", background_decay, "0.999 is usual")
+    num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     probs = floored_probs(logits, min_prob=min_prob)
-    expand = expand_loss(probs, tags, **decays)
-    return seed_loss(probs, cues) + expand + constrain_loss(probs, kernel, num_iterations=num_iterations)
+    if isinstance(kernel, (jax.Array, np.ndarray)):
+        probs, kernel = promote_together(probs, kernel)
+    seed = _seed_loss(probs, checked_indices("cues", cues))
+    expand = _expand_loss(probs, tags, foreground_decay, background_decay)
+    return seed + expand + _constrain_loss(probs, kernel, num_iterations)

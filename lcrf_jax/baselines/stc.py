@@ -2,11 +2,11 @@ r"""From simple to complex (Wei et al. 2016): the targets of its three networks.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.numerics import check_shape, promote_float
-
-_ONE_SET = "flatten the pixels of one image to one axis; for a batch use jax.vmap"
+from lcrf_jax.bound.arguments import checked_tags, class_axis
+from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, check_values, first_place, promote_float
 
 
 def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
@@ -22,7 +22,7 @@ def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
     Returns:
       [m, K] float32; rows sum to one.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or a saliency is not in 0..1.
     References:
       Wei et al. 2016, section 3.2.
     Example:
@@ -31,9 +31,9 @@ def saliency_target(saliency: ArrayLike, tags: ArrayLike) -> jax.Array:
       >>> saliency_target(np.array([0.25, 1.0]), np.array([True, False, True])).tolist()
       [[0.75, 0.0, 0.25], [0.0, 0.0, 1.0]]
     """
-    check_shape("saliency", saliency, ("m",), _ONE_SET)
-    check_shape("tags", tags, ("K",), "one tag per class, background first")
-    foreground = jnp.asarray(tags, bool).at[0].set(False)
+    check_shape("saliency", saliency, ("m",), ONE_SET)
+    check_finite("saliency", saliency, "bring it to 0..1, such as by its ranks", minimum=0, maximum=1)
+    foreground = checked_tags(tags, "K").at[0].set(False)
     salient = jnp.where(foreground.any(), promote_float(saliency), 0)[:, None]
     foreground = foreground.astype(salient.dtype)
     share = foreground / jnp.maximum(foreground.sum(), 1)
@@ -49,11 +49,17 @@ def tagged_labels(logits: ArrayLike, tags: ArrayLike) -> jax.Array:
     Returns:
       [...] int32 labels.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, or a logit is NaN.
     References:
       Wei et al. 2016, sections 3.3 and 3.4.
     """
-    num_classes = jnp.shape(logits)[-1]
-    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
-    tagged = jnp.asarray(tags, bool).at[0].set(True)
+    tagged = checked_tags(tags, class_axis("logits", logits)).at[0].set(True)
+    check_values("logits", logits, _fault_of_order)
     return jnp.where(tagged, jax.lax.stop_gradient(promote_float(logits)), -jnp.inf).argmax(axis=-1).astype(jnp.int32)
+
+
+def _fault_of_order(values):
+    """Whatever is ordered has a largest class; these may be logits or probabilities."""
+    if not np.isnan(values).any():
+        return None
+    return f"expected numbers, got nan at {first_place(np.isnan(values))}; look for a division by zero"

@@ -1,7 +1,8 @@
 """The evidence lower bound on log p(y | x): what the latent CRF maximises.
 
-Read `sampling` first, the draws of labels z from q; then `likelihoods`, log p(y | z, x) in several forms, and
-`pixel_evidence`, the evidence of a frozen classifier for each pixel; then `estimators`, the bound and four estimators
+Read `sampling` first, the draws of labels z from q; then `likelihoods`, log p(y | z, x) in several forms, which stand
+on the means of `pooling` and the checks of `arguments`, and `pixel_evidence`, the evidence of a frozen classifier for
+each pixel; then `estimators`, the bound and four estimators
 of its gradient. `chains` samples the posterior itself. `record` is what training knows of one view of an image, and
 `objective` combines all this by configuration: one function of one record.
 

@@ -17,8 +17,18 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lcrf_jax.bound.arguments import check_indices, checked_indices
 from lcrf_jax.bound.sampling import categorical
-from lcrf_jax.numerics import check_number, check_shape, promote_float, varying_like
+from lcrf_jax.numerics import (
+    ONE_SET,
+    check_count,
+    check_finite,
+    check_logits,
+    check_shape,
+    promote_float,
+    promote_together,
+    varying_like,
+)
 
 
 class GibbsSamples(NamedTuple):
@@ -88,7 +98,9 @@ def gibbs(
     Returns:
       `GibbsSamples`.
     Raises:
-      ValueError: if the shapes do not fit or a number is out of range.
+      ValueError: if the shapes do not fit, a label is no class, the kernel is not finite, `unary_logits` are none, or a
+        number is out of range or not whole.
+      TypeError: if the labels are no integers, or a number is not static.
     References:
       Geman and Geman 1984; Martens and Sutskever 2010, for the Gaussian fields; Metropolis et al. 1953, Hastings 1970.
     Example:
@@ -98,17 +110,18 @@ def gibbs(
       >>> gibbs(jax.random.key(0), jnp.zeros(4, int), 0.1 * jnp.ones((4, 4)), unary).labels.tolist()
       [1, 1, 1, 1]
     """
-    remedy = "pass one image, pixels flattened to one axis"
-    num_pixels, _ = check_shape("unary_logits", unary_logits, ("m", "K"), remedy)
+    num_pixels, num_classes = check_shape("unary_logits", unary_logits, ("m", "K"), ONE_SET)
     check_shape("labels", labels, (num_pixels,), "give the number of a class for each pixel")
     check_shape("kernel", kernel, (num_pixels, num_pixels), "pass a dense matrix, see lcrf_jax.dense_kernel")
-    check_number("num_sweeps", num_sweeps, minimum=1, whole=True, remedy="5 is usual for a chain that is kept")
-    check_number("num_blocks", num_blocks, minimum=1, whole=True, remedy="8 is usual")
-    unary_logits, kernel = jax.lax.stop_gradient((promote_float(unary_logits), promote_float(kernel)))
-    dtype = jnp.promote_types(unary_logits.dtype, kernel.dtype)
-    unary_logits, kernel = unary_logits.astype(dtype), kernel.astype(dtype)
+    num_sweeps = check_count("num_sweeps", num_sweeps, minimum=1, remedy="5 is usual for a chain that is kept")
+    num_blocks = check_count("num_blocks", num_blocks, minimum=1, remedy="8 is usual")
+    check_indices("labels", labels, num_classes, "start with a class at every pixel")
+    check_finite("kernel", kernel, "look for a division by zero")
+    check_logits("unary_logits", unary_logits)
+    unary_logits, kernel = jax.lax.stop_gradient(promote_together(unary_logits, kernel))
+    dtype = kernel.dtype
     kernel = jnp.where(jnp.eye(num_pixels, dtype=bool), 0, (kernel + kernel.T) / 2)
-    blocks = _blocks(kernel, min(int(num_blocks), num_pixels))
+    blocks = _blocks(kernel, min(num_blocks, num_pixels))
 
     def sweep(carry, sweep_key):
         one_hot, total = carry
@@ -120,11 +133,11 @@ def gibbs(
         (one_hot, marginals), _ = jax.lax.scan(update, (one_hot, one_hot), (blocks, keys))
         return (one_hot, total + marginals), None
 
-    one_hot = jax.nn.one_hot(labels, unary_logits.shape[1], dtype=dtype)
+    one_hot = jax.nn.one_hot(checked_indices("labels", labels), num_classes, dtype=dtype)
     for array in (unary_logits, kernel, jax.random.key_data(key)):
         one_hot = varying_like(one_hot, array)
     start = one_hot, jnp.zeros_like(one_hot)
-    (one_hot, total), _ = jax.lax.scan(sweep, start, jax.random.split(key, int(num_sweeps)))
+    (one_hot, total), _ = jax.lax.scan(sweep, start, jax.random.split(key, num_sweeps))
     return GibbsSamples(one_hot.argmax(axis=-1).astype(jnp.int32), total / num_sweeps)
 
 
@@ -142,8 +155,8 @@ def _updated(one_hot, marginals, block, key, unary_logits, log_likelihood):
     proposed = one_hot.at[block.pixels].set(categorical(label_key, logits), mode="drop")
     if log_likelihood is None:
         return proposed, marginals.at[block.pixels].set(jax.nn.softmax(logits, axis=-1), mode="drop")
-    gain = log_likelihood(proposed) - log_likelihood(one_hot)
+    gain = promote_float(log_likelihood(proposed) - log_likelihood(one_hot))
     check_shape("log_likelihood", gain, (), "return one number for all tags together")
-    accepted = jnp.log(jax.random.uniform(test_key)) < gain
+    accepted = jnp.log(jax.random.uniform(test_key, dtype=gain.dtype)) < gain
     one_hot = jnp.where(accepted, proposed, one_hot)
     return one_hot, one_hot

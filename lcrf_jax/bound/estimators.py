@@ -18,11 +18,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.bound.sampling import categorical, gumbel_softmax, straight_through
+from lcrf_jax.bound.arguments import check_possible
+from lcrf_jax.bound.sampling import categorical, check_samples, check_temperature, gumbel_softmax, straight_through
 from lcrf_jax.crf.energy import KernelLike, pairwise_energy
-from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
+from lcrf_jax.numerics import (
+    ONE_SET,
+    check_count,
+    check_finite,
+    check_logits,
+    check_probs,
+    check_shape,
+    entropy,
+    promote_float,
+    promote_together,
+)
 
 
 class ElboTerms(NamedTuple):
@@ -53,14 +65,22 @@ class ElboTerms(NamedTuple):
     def reweighted(
         self, *, likelihood: ArrayLike = 1.0, entropy: ArrayLike = 1.0, pairwise: ArrayLike = 1.0
     ) -> jax.Array:
-        """The terms with weights, without log Z. Any weight but 1 makes it another objective than the bound."""
+        """The terms with weights >= 0, without log Z. Any weight but 1 makes it another objective than the bound."""
+        for name, weight in (("likelihood", likelihood), ("entropy", entropy), ("pairwise", pairwise)):
+            check_finite(name, weight, "1 is the bound, 0 leaves the term out", minimum=0)
+        _, likelihood, entropy, pairwise = promote_together(self.log_likelihood, likelihood, entropy, pairwise)
         return self.log_likelihood * likelihood + self.entropy * entropy - self.pairwise_energy * pairwise
+
+
+def _check_pixels(logits, groups=None):
+    check_shape("logits", logits, ("m", "K"), ONE_SET)
+    check_samples(logits, groups)
 
 
 def _mean_over_samples(key, num_samples, function):
     """Mean of a function of a key over the samples' own keys."""
     remedy = "one sample is the least; for none use mean_likelihood"
-    check_number("num_samples", num_samples, minimum=1, remedy=remedy)
+    num_samples = check_count("num_samples", num_samples, minimum=1, remedy=remedy)
     return jnp.mean(jax.vmap(function)(jax.random.split(key, num_samples)))
 
 
@@ -93,7 +113,8 @@ def gumbel_softmax_likelihood(
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
+      ValueError: if `logits` are not [m, K] or none, `num_samples` is smaller than 1 or not whole, the temperature is
+        not positive, or the groups do not fit.
     References:
       Jang, Gu and Poole 2016.
     Example:
@@ -106,6 +127,9 @@ def gumbel_softmax_likelihood(
       >>> round(float(value), 2)
       -4.61
     """
+
+    _check_pixels(logits, groups)
+    check_temperature(temperature)
 
     def one(sample_key):
         return log_likelihood(gumbel_softmax(sample_key, logits, temperature=temperature, groups=groups))
@@ -140,7 +164,8 @@ def straight_through_likelihood(
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if `num_samples` is smaller than 1, the temperature is not positive, or the groups do not fit.
+      ValueError: if `logits` are not [m, K] or none, `num_samples` is smaller than 1 or not whole, the temperature is
+        not positive, or the groups do not fit.
     References:
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
     Example:
@@ -153,6 +178,9 @@ def straight_through_likelihood(
       >>> round(float(value), 2)
       -4.61
     """
+
+    _check_pixels(logits, groups)
+    check_temperature(temperature)
 
     def one(sample_key):
         return log_likelihood(straight_through(sample_key, logits, temperature=temperature, groups=groups))
@@ -187,7 +215,7 @@ def reinforce_likelihood(
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if `num_samples` is smaller than 2 or groups are given.
+      ValueError: if `logits` are not [m, K] or none, `num_samples` is smaller than 2 or not whole, or groups are given.
     References:
       Williams 1992; Mnih and Rezende 2016, and Kool, van Hoof and Welling 2019, for the baseline.
     Example:
@@ -201,7 +229,9 @@ def reinforce_likelihood(
       -4.61
     """
     del temperature
-    check_number("num_samples", num_samples, minimum=2, remedy="each sample's baseline is the mean of the others")
+    remedy = "each sample's baseline is the mean of the others"
+    num_samples = check_count("num_samples", num_samples, minimum=2, remedy=remedy)
+    _check_pixels(logits)
     if groups is not None:
         raise ValueError("groups: expected None, as reinforce needs independent pixels; use gumbel_softmax for blocks")
     log_probs = jax.nn.log_softmax(promote_float(logits), axis=-1)
@@ -242,6 +272,8 @@ def mean_likelihood(
       groups: not used.
     Returns:
       Scalar, float32, nats.
+    Raises:
+      ValueError: if `logits` are not [m, K] or none.
     Example:
       >>> import jax
       >>> from lcrf_jax import mean_likelihood
@@ -253,6 +285,7 @@ def mean_likelihood(
       -4.61
     """
     del key, temperature, num_samples, groups
+    _check_pixels(logits)
     return log_likelihood(jax.nn.softmax(promote_float(logits), axis=-1))
 
 
@@ -278,7 +311,7 @@ def expected_log_prob(logits: ArrayLike, target_probs: ArrayLike) -> jax.Array:
     Returns:
       Scalar, float32, nats, not divided by m.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, `logits` or `target_probs` are none, or a class with a target has -inf.
     References:
       Bornschein and Bengio 2015, the wake phase of the inference network.
     Example:
@@ -287,10 +320,13 @@ def expected_log_prob(logits: ArrayLike, target_probs: ArrayLike) -> jax.Array:
       >>> round(float(expected_log_prob(np.zeros((3, 2)), np.eye(2)[[0, 1, 1]])), 3)
       -2.079
     """
-    shape = check_shape("logits", logits, ("m", "K"), "pass one image, pixels flattened to one axis")
+    shape = check_shape("logits", logits, ("m", "K"), ONE_SET)
     check_shape("target_probs", target_probs, shape, "give one row per pixel, one column per class")
-    log_probs = jax.nn.log_softmax(promote_float(logits), axis=-1)
-    target_probs = jax.lax.stop_gradient(promote_float(target_probs))
+    check_logits("logits", logits)
+    check_probs("target_probs", target_probs)
+    logits, target_probs = promote_together(logits, jax.lax.stop_gradient(target_probs))
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    check_possible(log_probs, target_probs > 0)
     return jnp.sum(target_probs * jnp.where(target_probs > 0, log_probs, 0))
 
 
@@ -319,7 +355,7 @@ def elbo(
     Returns:
       ElboTerms of scalars, in nats, not divided by m. Their `bound` is to be maximised.
     Raises:
-      ValueError: if the shapes do not fit or the log-likelihood is not a scalar.
+      ValueError: if the shapes do not fit, `logits` are none, or the log-likelihood is not a scalar.
     References:
       Pandey and Dukkipati 2017; Krahenbuhl and Koltun 2011.
     Example:
@@ -331,15 +367,20 @@ def elbo(
       >>> round(float(terms.entropy), 3), round(float(terms.pairwise_energy), 3)
       (2.773, 0.3)
     """
-    remedy = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
-    check_shape("logits", logits, ("m", "K"), remedy)
+    check_shape("logits", logits, ("m", "K"), ONE_SET)
+    given, checks_them = logits, getattr(estimator, "func", estimator) in ESTIMATORS.values()
+    if not checks_them:
+        check_logits("logits", logits)
+    check_finite("log_partition", log_partition, "leave it out where it is not known")
     logits = promote_float(logits)
-    expected_log_likelihood = estimator(key, logits, log_likelihood)
+    if isinstance(kernel, (jax.Array, np.ndarray)):
+        logits, kernel = promote_together(logits, kernel)
+    expected_log_likelihood = estimator(key, given if checks_them else logits, log_likelihood)
     check_shape("log_likelihood", expected_log_likelihood, (), "return one number for all tags together")
     probs = jax.nn.softmax(logits, axis=-1)
     energy = 0.0 if kernel is None else pairwise_energy(probs, kernel, compatibility=compatibility)
     return ElboTerms(
-        log_likelihood=expected_log_likelihood,
+        log_likelihood=jnp.asarray(expected_log_likelihood, logits.dtype),
         entropy=entropy(logits).sum(),
         pairwise_energy=jnp.asarray(energy, logits.dtype),
         log_partition=jnp.asarray(log_partition, logits.dtype),

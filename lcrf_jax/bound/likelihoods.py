@@ -10,52 +10,62 @@ y_k ~ Bernoulli(pi_k), and a function differs from the next in its pi_k:
 `TAG_LIKELIHOODS` do not look at the image; `IMAGE_LIKELIHOODS` take what a frozen classifier sees in it as
 third argument: its class maps, or evidence made from them. Where the expectation of a likelihood under a factorised
 q has a closed form, it stands in `EXPECTATIONS`.
+
+No probability is quite 0 or 1: pi is mixed with a little epsilon, 1e-6 unless said otherwise, so that value and
+gradient are finite everywhere, and the gradient is not 0 where a tag is far from what the labels imply.
 """
 
-import math
-import numbers
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.bound.pixel_evidence import log_evidence
-from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float
+from lcrf_jax.bound.arguments import by_class, checked_labels, checked_logits
+from lcrf_jax.bound.pixel_evidence import LEAST_EVIDENCE, check_evidence
+from lcrf_jax.bound.pooling import log_absences, ranks, smooth_maximum_parts
+from lcrf_jax.numerics import (
+    check_finite,
+    check_number,
+    check_shape,
+    check_share,
+    known_number,
+    promote_together,
+)
 
-_ONE_IMAGE = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
-_TINY = 1e-6
+_EPSILON = 1e-6
 
 
-def _checked(labels: ArrayLike, tags: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    _, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
-    check_shape("tags", tags, (num_classes,), "one tag per class, background first")
-    return promote_float(labels), jnp.asarray(tags, bool)
+def _bernoulli(pi: jax.Array, rest: jax.Array, tags: jax.Array) -> jax.Array:
+    """Sum over classes of the log-probability of the tags. `rest` is 1 - pi, made without loss of digits."""
+    right = jnp.where(tags, pi, rest)
+    return jnp.sum(jnp.log(_EPSILON + (1 - 2 * _EPSILON) * right))
 
 
-def _bernoulli(pi: jax.Array, tags: jax.Array) -> jax.Array:
-    """Sum over classes of the log-probability of the tags, pi kept _TINY away from 0 and 1."""
-    pi = jnp.clip(pi, _TINY, 1 - _TINY)
-    return jnp.sum(jnp.where(tags, jnp.log(pi), jnp.log1p(-pi)))
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0, exact near 0; far from it the derivative of expm1, 1 + expm1(x), would round to 0."""
+    return jnp.where(x > -1, -jnp.expm1(jnp.maximum(x, -1)), 1 - jnp.exp(x))
 
 
 def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax.Array:
     r"""Every pixel of a class raises its tag with probability rho, independently.
 
-    .. math:: \pi_k = 1 - \prod_j (1 - \rho z_{jk})
+    .. math:: \pi_k = 1 - (1 - \epsilon) \prod_j (1 - \rho z_{jk}), \qquad \epsilon = 10^{-6}
 
-    Computed in the log domain; the pi of a present tag is kept above 1e-6. With many pixels it saturates: at
-    initialisation every pi_k is close to 1.
+    Computed in the log domain. Epsilon is a leak: the probability of a tag that no pixel raises. With many pixels pi
+    saturates: at initialisation every pi_k is close to 1.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
       tags: [K] bool.
-      rho: probability in (0, 1) that one pixel raises the tag.
+      rho: probability in (0, 1 - 1e-6] that one pixel raises the tag.
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or rho is not in (0, 1).
+      ValueError: if the shapes do not fit, a row of labels is not on the simplex, or rho is out of range.
     References:
-      Pearl 1988, the noisy-or gate.
+      Pearl 1988, the noisy-or gate and its leak.
     Example:
       >>> import numpy as np
       >>> from lcrf_jax.bound import noisy_or
@@ -63,19 +73,21 @@ def noisy_or(labels: ArrayLike, tags: ArrayLike, *, rho: ArrayLike = 0.1) -> jax
       >>> round(float(noisy_or(labels, tags, rho=0.5)), 3)
       -0.981
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_share("rho", rho, "use a probability between 0 and 1")
-    if isinstance(rho, numbers.Real) and rho == 1:
-        raise ValueError(f"rho: expected a probability below 1, got {rho}; for a hard or use max_pool")
-    log_absent = jnp.sum(jnp.log1p(-(labels * rho)), axis=0)
-    # log(1 - exp(x)) for x <= 0; the bound keeps value and gradient finite where no pixel has the class.
-    log_present = jnp.log(-jnp.expm1(jnp.minimum(log_absent, math.log1p(-_TINY))))
-    return jnp.sum(jnp.where(tags, log_present, log_absent))
+    known = known_number(rho)
+    if known is not None and known > 1 - _EPSILON:
+        raise ValueError(f"rho: expected a probability below 1, got {known}; for a hard or use max_pool")
+    rho = jnp.asarray(rho, labels.dtype)
+    log_absent = jnp.log1p(-_EPSILON) + jnp.sum(jnp.log1p(-(labels * rho)), axis=0)
+    return jnp.sum(jnp.where(tags, jnp.log(_one_minus_exp(log_absent)), log_absent))
 
 
 def _check_flip_probability(value):
-    if isinstance(value, numbers.Real) and not 0 < value < 0.5:
-        raise ValueError(f"flip_probability: expected a number in (0, 0.5), got {value}; 1e-6 is almost never")
+    known, remedy = known_number(value), "1e-6 is almost never"
+    if known is not None and not 1e-30 <= known < 0.5:
+        raise ValueError(f"flip_probability: expected a number in (0, 0.5), got {known}; {remedy}")
+    check_number("flip_probability", value, minimum=0, remedy=remedy)
 
 
 def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike = 1e-6) -> jax.Array:
@@ -92,7 +104,7 @@ def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike 
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or epsilon is out of range.
+      ValueError: if the shapes do not fit, a row of labels is not on the simplex, or epsilon is out of range.
     References:
       Pathak et al. 2015, multi-class multiple instance learning.
     Example:
@@ -102,12 +114,14 @@ def max_pool(labels: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike 
       >>> round(float(max_pool(labels, tags)), 3)
       -0.329
     """
-    labels, tags = _checked(labels, tags)
     _check_flip_probability(flip_probability)
+    labels, tags = checked_labels(labels, tags)
+    flip = jnp.asarray(flip_probability, labels.dtype)
     largest = labels.max(axis=0)
     # Both cases are computed directly: 1 - pi would lose the digits of a small epsilon.
     right = jnp.where(tags, largest, 1 - largest)
-    return jnp.sum(jnp.log(flip_probability + (1 - 2 * flip_probability) * right))
+    # Labels may exceed 1 by their rounding, and by more than a tiny epsilon.
+    return jnp.sum(jnp.log(jnp.maximum(flip + (1 - 2 * flip) * right, flip / 2)))
 
 
 def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: ArrayLike = 1e-6) -> jax.Array:
@@ -123,7 +137,7 @@ def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: A
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or epsilon is out of range.
+      ValueError: if the shapes do not fit, `logits` are none, or epsilon is out of range.
     Example:
       >>> import numpy as np
       >>> from lcrf_jax.bound import expected_max_pool
@@ -131,28 +145,28 @@ def expected_max_pool(logits: ArrayLike, tags: ArrayLike, *, flip_probability: A
       >>> round(float(expected_max_pool(logits, tags, flip_probability=0.01)), 3)
       -0.056
     """
-    logits, tags = _checked(logits, tags)
     _check_flip_probability(flip_probability)
-    # Kept just below 0, so that the log-probability of absence stays finite where a pixel is certain of a class.
-    log_probs = jnp.minimum(jax.nn.log_softmax(logits, axis=-1), -1e-7)
-    absent = jnp.exp(jnp.sum(jnp.log(-jnp.expm1(log_probs)), axis=0))
-    right = jnp.where(tags, 1 - absent, absent)
-    return jnp.sum(right * jnp.log1p(jnp.negative(flip_probability)) + (1 - right) * jnp.log(flip_probability))
+    logits, tags = checked_logits(logits, tags)
+    flip = jnp.asarray(flip_probability, logits.dtype)
+    log_absent = log_absences(logits)
+    right = jnp.where(tags, _one_minus_exp(log_absent), jnp.exp(log_absent))
+    return jnp.sum(right * jnp.log1p(-flip) + (1 - right) * jnp.log(flip))
 
 
 def log_mean_exp(labels: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Array:
     r"""A smooth maximum over the pixels.
 
-    .. math:: \pi_k = \frac1r \log \frac1m \sum_j \exp(r z_{jk})
+    .. math:: \pi_k = \epsilon + (1 - 2 \epsilon)\, \frac1r \log \frac1m \sum_j \exp(r z_{jk}), \qquad
+              \epsilon = 10^{-6}
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
       tags: [K] bool.
-      sharpness: r > 0; 0 is the mean, infinity the maximum.
+      sharpness: r > 0; the mean for r towards 0, the maximum for large r.
     Returns:
-      Scalar, float32, nats; pi is kept 1e-6 away from 0 and 1.
+      Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or the sharpness is not positive.
+      ValueError: if the shapes do not fit, a row of labels is not on the simplex, or the sharpness is not positive.
     References:
       Pinheiro and Collobert 2015.
     Example:
@@ -162,10 +176,10 @@ def log_mean_exp(labels: ArrayLike, tags: ArrayLike, *, sharpness: ArrayLike = 5
       >>> round(float(log_mean_exp(labels, tags)), 3)
       -0.669
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="5 is usual")
-    pooled = jax.nn.logsumexp(sharpness * labels, axis=0) - jnp.log(labels.shape[0])
-    return _bernoulli(pooled / sharpness, tags)
+    largest, below = smooth_maximum_parts(labels, jnp.asarray(sharpness, labels.dtype))
+    return _bernoulli(largest + below, (1 - largest) - below, tags)
 
 
 def area(
@@ -189,7 +203,8 @@ def area(
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit, beta is not positive or a share is not in (0, 1].
+      ValueError: if the shapes do not fit, a row of labels is not on the simplex, beta is not positive or a share is not
+        in (0, 1].
     References:
       Pathak, Krahenbuhl and Darrell 2015, for constraints on the area.
     Example:
@@ -199,39 +214,14 @@ def area(
       >>> round(float(area(labels, tags)), 3)
       -0.137
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_number("beta", beta, minimum=0, strict=True, remedy="20 is usual")
     check_share("foreground_share", foreground_share, "use a share of the image, say 0.1")
     check_share("background_share", background_share, "use a share of the image, say 0.3")
-    alpha = jnp.where(jnp.arange(labels.shape[1]) == 0, background_share, foreground_share)
-    logits = beta * (labels.mean(axis=0) - alpha)
+    num_classes, dtype = labels.shape[1], labels.dtype
+    alpha = by_class(num_classes, background=background_share, foreground=foreground_share, dtype=dtype)
+    logits = jnp.asarray(beta, dtype) * (labels.mean(axis=0) - alpha)
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags, logits, -logits)))
-
-
-def ranked_mean(labels: ArrayLike, decays: ArrayLike, *, reference_cells: ArrayLike = 1681) -> jax.Array:
-    r"""Global weighted rank pooling of each class: its i-th most certain pixel counts d^(i-1).
-
-    .. math:: G_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
-
-    On m cells d^(reference_cells / m) is used, so that the same share of the image is meant at every resolution.
-
-    Args:
-      labels: [m, K] one-hot or relaxed labels.
-      decays: [K] d of each class, in (0, 1].
-      reference_cells: number of cells for which the decays are given (41 x 41 in the source).
-    Returns:
-      [K] float32, each between the mean and the maximum of its column.
-    Raises:
-      ValueError: if the shapes do not fit.
-    References:
-      Kolesnikov and Lampert 2016, section 3.3.
-    """
-    num_pixels, num_classes = check_shape("labels", labels, ("m", "K"), _ONE_IMAGE)
-    check_shape("decays", decays, (num_classes,), "one decay per class, background first")
-    log_decay = jnp.log(decays) * reference_cells / num_pixels
-    weights = jnp.exp(jnp.arange(num_pixels, dtype=log_decay.dtype)[:, None] * log_decay[None, :])
-    ranked = -jnp.sort(-promote_float(labels), axis=0)
-    return jnp.sum(weights * ranked, axis=0) / weights.sum(axis=0)
 
 
 def gwrp(
@@ -244,7 +234,8 @@ def gwrp(
 ) -> jax.Array:
     r"""Global weighted rank pooling: the i-th most certain pixel counts d^(i-1).
 
-    .. math:: \pi_k = \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}
+    .. math:: \pi_k = \epsilon + (1 - 2 \epsilon) \sum_i d_k^{i-1} z_{(i)k} \Big/ \sum_i d_k^{i-1}, \qquad
+              \epsilon = 10^{-6}
 
     The decays are those of a grid of `reference_cells`; on m cells d^(reference_cells / m) is used, so that
     the same share of the image is meant at every resolution.
@@ -256,9 +247,9 @@ def gwrp(
       background_decay: d of the background, in (0, 1].
       reference_cells: number of cells for which the decays are given (41 x 41 in the source).
     Returns:
-      Scalar, float32, nats; pi is kept 1e-6 away from 0 and 1.
+      Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or a decay is not in (0, 1].
+      ValueError: if the shapes do not fit, a row of labels is not on the simplex, or a decay is not in (0, 1].
     References:
       Kolesnikov and Lampert 2016, section 3.3.
     Example:
@@ -268,12 +259,13 @@ def gwrp(
       >>> round(float(gwrp(labels, tags)), 3)
       -0.625
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     check_share("foreground_decay", foreground_decay, "use a number just below 1")
     check_share("background_decay", background_decay, "use a number just below 1")
     check_number("reference_cells", reference_cells, minimum=1, remedy="41 * 41 is usual")
-    decay = jnp.where(jnp.arange(labels.shape[1]) == 0, background_decay, foreground_decay)
-    return _bernoulli(ranked_mean(labels, decay, reference_cells=reference_cells), tags)
+    decays = by_class(labels.shape[1], background=background_decay, foreground=foreground_decay, dtype=labels.dtype)
+    ranked, weights = ranks(labels, decays, reference_cells)
+    return _bernoulli(jnp.sum(weights * ranked, axis=0), jnp.sum(weights * (1 - ranked), axis=0), tags)
 
 
 def frozen_classifier(
@@ -295,7 +287,8 @@ def frozen_classifier(
     Returns:
       Scalar, float32, nats.
     Raises:
-      ValueError: if the shapes do not fit or the scale is negative.
+      ValueError: if the shapes do not fit, a row of labels is not on the simplex, a map or bias is not finite, or the
+        scale is negative.
     References:
       Zhou et al. 2016, for the maps.
     Example:
@@ -306,13 +299,16 @@ def frozen_classifier(
       >>> round(float(frozen_classifier(labels, tags, class_maps, bias=-1.0)), 3)
       -0.127
     """
-    labels, tags = _checked(labels, tags)
+    labels, tags = checked_labels(labels, tags)
     num_pixels, num_foreground = labels.shape[0], labels.shape[1] - 1
     check_shape("class_maps", class_maps, (num_pixels, num_foreground), "one map per foreground class")
-    if jnp.ndim(bias):
+    check_finite("class_maps", class_maps, "look for a division by zero")
+    if np.ndim(bias):
         check_shape("bias", bias, (num_foreground,), "one bias per foreground class, or one number for all")
+    check_finite("bias", bias, "give that of the classifier")
     check_number("scale", scale, minimum=0, remedy="1 is the classifier as it was fitted")
-    logits = scale * jnp.mean(labels[:, 1:] * promote_float(class_maps), axis=0) + promote_float(bias)
+    labels, class_maps, bias = promote_together(labels, class_maps, bias)
+    logits = jnp.asarray(scale, labels.dtype) * jnp.mean(labels[:, 1:] * class_maps, axis=0) + bias
     return jnp.sum(jax.nn.log_sigmoid(jnp.where(tags[1:], logits, -logits)))
 
 
@@ -321,8 +317,8 @@ def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> j
 
     .. math:: \log p(y|z,x) = \sum_j \log \sum_k z_{jk}\, e_{jk}(x, y)
 
-    The tags act through the evidence, which suppresses absent classes; see `class_evidence`. The sum over the
-    classes is kept above 1e-12.
+    The tags act through the evidence, which suppresses absent classes; see `class_evidence`. 1e-12 is added to the sum
+    over the classes.
 
     Args:
       labels: [m, K] one-hot or relaxed labels.
@@ -331,7 +327,7 @@ def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> j
     Returns:
       Scalar, float32, nats, not divided by m.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, a row of labels is not on the simplex, or evidence is negative or not finite.
     References:
       The original leaves p(y|z,x) open; this factorised form is ours.
     Example:
@@ -341,9 +337,11 @@ def evidence(labels: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> j
       >>> round(float(evidence(labels, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
       -0.616
     """
-    labels, _ = _checked(labels, tags)
+    labels, _ = checked_labels(labels, tags)
     check_shape("pixel_evidence", pixel_evidence, labels.shape, "evidence and labels lie on the same grid")
-    return jnp.sum(log_evidence(jnp.sum(labels * promote_float(pixel_evidence), axis=1)))
+    check_evidence(pixel_evidence)
+    labels, found = promote_together(labels, pixel_evidence)
+    return jnp.sum(jnp.log(jnp.sum(labels * found, axis=1) + LEAST_EVIDENCE))
 
 
 def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayLike) -> jax.Array:
@@ -360,7 +358,7 @@ def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayL
     Returns:
       Scalar, float32, nats, not divided by m.
     Raises:
-      ValueError: if the shapes do not fit.
+      ValueError: if the shapes do not fit, `logits` are none, or evidence is negative or not finite.
     Example:
       >>> import numpy as np
       >>> from lcrf_jax.bound import expected_evidence
@@ -368,12 +366,14 @@ def expected_evidence(logits: ArrayLike, tags: ArrayLike, pixel_evidence: ArrayL
       >>> round(float(expected_evidence(logits, tags, np.array([[0.9, 0.1], [0.4, 0.6]]))), 3)
       -1.918
     """
-    logits, _ = _checked(logits, tags)
+    logits, _ = checked_logits(logits, tags)
     check_shape("pixel_evidence", pixel_evidence, logits.shape, "evidence and logits lie on the same grid")
-    return jnp.sum(jax.nn.softmax(logits, axis=-1) * log_evidence(pixel_evidence))
+    check_evidence(pixel_evidence)
+    logits, found = promote_together(logits, pixel_evidence)
+    return jnp.sum(jax.nn.softmax(logits, axis=-1) * jnp.log(found + LEAST_EVIDENCE))
 
 
-TAG_LIKELIHOODS = {
+TAG_LIKELIHOODS: dict[str, Callable[..., jax.Array]] = {
     "area": area,
     "gwrp": gwrp,
     "log_mean_exp": log_mean_exp,

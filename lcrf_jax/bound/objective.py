@@ -15,7 +15,7 @@ from lcrf_jax.crf.energy import pairwise_energy
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, image_kernel
 from lcrf_jax.crf.params import KernelParams
-from lcrf_jax.numerics import check_number, entropy, promote_float
+from lcrf_jax.numerics import check_count, check_number, entropy, promote_float
 
 _NO_CHAIN = 255
 
@@ -42,7 +42,14 @@ def empty_chains(num_views: int, num_images: int, grid: int) -> jax.Array:
 
     Returns:
       [num_views, num_images, grid, grid] uint8.
+
+    Raises:
+      ValueError: if a number is smaller than 1 or not whole.
     """
+    sizes = {"num_views": num_views, "num_images": num_images, "grid": grid}
+    num_views, num_images, grid = (
+        check_count(name, size, minimum=1, remedy="count what the split has") for name, size in sizes.items()
+    )
     return jnp.full((num_views, num_images, grid, grid), _NO_CHAIN, jnp.uint8)
 
 
@@ -117,7 +124,8 @@ def _pixel_evidence(record, options, cue_confidence):
     evidence = class_evidence(_pixels(record.class_maps), record.peaks, tags, **options)
     if not cue_confidence:
         return evidence
-    evidence *= cue_evidence(record.cues.reshape(-1), tags, confidence=cue_confidence)
+    cues = cue_evidence(record.cues.reshape(-1), tags, confidence=cue_confidence)
+    evidence *= cues.astype(evidence.dtype)
     return evidence / evidence.sum(axis=-1, keepdims=True)
 
 
@@ -232,9 +240,10 @@ def latent_crf_objective(
       Function (key, logits [h, w, K], record, step) -> (loss, dict of terms in nats per cell).
 
     Raises:
-      ValueError: if a name is unknown or settings do not go together.
+      ValueError: if a name is unknown, settings do not go together, or a number is out of range.
     """
     _check_objective(config)
+    check_number("steps_per_epoch", steps_per_epoch, minimum=1, remedy="give the steps in which an epoch is seen")
     kernel_params = KernelParams(**config["kernel"]).at_stride(config["pairwise_stride"] or stride)
     warmup_steps = config["pairwise_warmup_epochs"] * steps_per_epoch
 

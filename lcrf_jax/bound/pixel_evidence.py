@@ -1,15 +1,24 @@
 """Evidence for the label of each pixel, from a frozen classifier or from cues: the input of `likelihoods.evidence`."""
 
-import numbers
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lcrf_jax.numerics import check_number, check_shape, check_share, promote_float
+from lcrf_jax.bound.arguments import checked_indices, checked_tags
+from lcrf_jax.numerics import (
+    ONE_SET,
+    check_finite,
+    check_number,
+    check_shape,
+    check_share,
+    known_number,
+    promote_float,
+    promote_together,
+)
 
-_ONE_IMAGE = "pass one image, pixels flattened to one axis; for a batch use jax.vmap"
-_TINY = 1e-6
+LEAST_EVIDENCE = 1e-12
+"""What is added to evidence before its logarithm is taken."""
+_DIVIDED = "look for a division by zero"
 
 
 def class_evidence(
@@ -43,7 +52,7 @@ def class_evidence(
     Returns:
       [m, K] float32, positive, rows sum to one.
     Raises:
-      ValueError: if the shapes do not fit or a number is out of range.
+      ValueError: if the shapes do not fit, a map or peak is not finite, or a number is out of range.
     References:
       Zhou et al. 2016, for the maps; the odds against the background are ours.
     Example:
@@ -54,23 +63,29 @@ def class_evidence(
       [[1.   0.  ]
        [0.25 0.75]]
     """
-    num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), _ONE_IMAGE)
+    num_pixels, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), ONE_SET)
     check_shape("peaks", peaks, (num_foreground,), "one maximum per foreground class")
-    check_shape("tags", tags, (num_foreground + 1,), "one tag per class, background first")
+    tags = checked_tags(tags, num_foreground + 1)
     check_share("background_level", background_level, "use a share of the peak, say 0.2")
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="1 is usual")
     check_share("floor", floor, "use a small positive number, say 1e-3")
-    ratio = promote_float(class_maps) / jnp.maximum(promote_float(peaks), _TINY)
-    ratio = jnp.where(jnp.asarray(tags, bool)[1:], jnp.clip(ratio, floor, 1.0), floor)
-    background = jnp.full((num_pixels, 1), background_level, ratio.dtype)
-    log_odds = jnp.log(jnp.concatenate([background, ratio], axis=1)) * sharpness
     check_number("saliency_weight", saliency_weight, minimum=0, remedy="2 is usual, 0 leaves saliency out")
-    if saliency is None and isinstance(saliency_weight, numbers.Real) and saliency_weight > 0:
+    if saliency is None and (known_number(saliency_weight) or 0) > 0:
         at = f"saliency_weight={saliency_weight}"
         raise ValueError(f"saliency: expected [m] values for {at}, got None; or use weight 0")
     if saliency is not None:
         check_shape("saliency", saliency, (num_pixels,), "one value per pixel")
-        log_odds = log_odds.at[:, 0].add(saliency_weight * (0.5 - promote_float(saliency)))
+        check_finite("saliency", saliency, "bring it to 0..1, such as by its ranks", minimum=0, maximum=1)
+    check_finite("class_maps", class_maps, _DIVIDED)
+    check_finite("peaks", peaks, _DIVIDED)
+    class_maps, peaks, salient = promote_together(class_maps, peaks, 0.5 if saliency is None else saliency)
+    dtype = class_maps.dtype
+    floor = jnp.asarray(floor, dtype)
+    ratio = class_maps / jnp.maximum(peaks, 1e-6)
+    ratio = jnp.where(tags[1:], jnp.clip(ratio, floor, 1.0), floor)
+    background = jnp.full((len(ratio), 1), background_level, dtype)
+    log_odds = jnp.log(jnp.concatenate([background, ratio], axis=1)) * jnp.asarray(sharpness, dtype)
+    log_odds = log_odds.at[:, 0].add(jnp.asarray(saliency_weight, dtype) * (0.5 - salient))
     return jax.nn.softmax(log_odds, axis=1)
 
 
@@ -92,6 +107,7 @@ def cue_evidence(
       [m, K] float32, positive, rows sum to one.
     Raises:
       ValueError: if the shapes do not fit or a number is out of range.
+      TypeError: if `cues` are no integers.
     References:
       Kolesnikov and Lampert 2016, for cues as training signal; as a likelihood they are ours.
     Example:
@@ -102,30 +118,45 @@ def cue_evidence(
       [[0.25 0.75]
        [0.5  0.5 ]]
     """
-    check_shape("cues", cues, ("m",), _ONE_IMAGE)
-    (num_classes,) = check_shape("tags", tags, ("K",), "one tag per class, background first")
+    check_shape("cues", cues, ("m",), ONE_SET)
+    tags = checked_tags(tags, "K")
     check_share("confidence", confidence, "0.97 is usual")
-    if isinstance(confidence, numbers.Real) and confidence == 1:
+    if known_number(confidence) == 1:
         raise ValueError("confidence: expected a probability below 1, got 1; 0.97 is usual")
     check_share("absent_level", absent_level, "0.01 is usual")
-    of_class = jax.nn.one_hot(cues, num_classes, dtype=bool)
-    cued = jnp.where(of_class, confidence, (1 - confidence) / max(1, num_classes - 1))
-    free = jnp.where(jnp.asarray(tags, bool), 1.0, absent_level)
+    of_class = jax.nn.one_hot(checked_indices("cues", cues), len(tags), dtype=bool)
+    confidence, absent_level = promote_together(confidence, absent_level)
+    cued = jnp.where(of_class, confidence, (1 - confidence) / max(1, len(tags) - 1))
+    free = jnp.where(tags, 1.0, absent_level)
     found = jnp.where(of_class.any(axis=1, keepdims=True), cued, free)
-    return promote_float(found / found.sum(axis=1, keepdims=True))
+    return found / found.sum(axis=1, keepdims=True)
 
 
 def log_evidence(pixel_evidence: ArrayLike) -> jax.Array:
-    """The logarithm of the evidence, kept above that of 1e-12: the terms that `evidence` of one-hot labels sums.
+    """The logarithm of the evidence, 1e-12 added to it: the terms that `evidence` of one-hot labels sums.
 
     Args:
-      pixel_evidence: array of positive numbers.
+      pixel_evidence: array of numbers >= 0.
     Returns:
       Array of the same shape, float32.
+    Raises:
+      ValueError: if one is negative or not finite.
     Example:
       >>> import numpy as np
       >>> from lcrf_jax import log_evidence
       >>> print(np.asarray(log_evidence(np.array([1.0, 0.5, 0.0]))).round(2))
       [  0.    -0.69 -27.63]
     """
-    return jnp.log(jnp.maximum(promote_float(pixel_evidence), _TINY**2))
+    check_evidence(pixel_evidence)
+    return jnp.log(promote_float(pixel_evidence) + LEAST_EVIDENCE)
+
+
+def check_evidence(pixel_evidence: ArrayLike) -> None:
+    """Refuse evidence that is negative or not finite, where it is known.
+
+    Args:
+      pixel_evidence: array of numbers >= 0.
+    Raises:
+      ValueError: if one is negative or not finite.
+    """
+    check_finite("pixel_evidence", pixel_evidence, "for log-probabilities take their exponential", minimum=0)

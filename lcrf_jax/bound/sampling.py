@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from lcrf_jax.numerics import check_number, check_shape, promote_float
+from lcrf_jax.bound.arguments import check_indices, class_axis
+from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, promote_float
 
 
 def block_groups(height: int, width: int, block: int) -> jax.Array:
@@ -21,39 +22,68 @@ def block_groups(height: int, width: int, block: int) -> jax.Array:
     Returns:
       [height * width] int32, the number of the block of each cell, rows first.
     Raises:
-      ValueError: if a size is smaller than 1.
+      ValueError: if a size is smaller than 1 or not whole.
+      TypeError: if a size is no static number.
     Example:
       >>> from lcrf_jax import block_groups
       >>> block_groups(2, 4, block=2).reshape(2, 4).tolist()
       [[0, 0, 1, 1], [0, 0, 1, 1]]
     """
-    for name, value in (("height", height), ("width", width), ("block", block)):
-        check_number(name, value, minimum=1, remedy="sizes are in cells; a block of 1 is a group for each cell")
+    remedy = "sizes are in cells; a block of 1 is a group for each cell"
+    height, width, block = (
+        check_count(name, value, minimum=1, remedy=remedy)
+        for name, value in (("height", height), ("width", width), ("block", block))
+    )
     rows, columns = jnp.arange(height) // block, jnp.arange(width) // block
     return (rows[:, None] * -(-width // block) + columns).reshape(-1).astype(jnp.int32)
+
+
+def check_samples(logits: ArrayLike, groups: ArrayLike | None = None) -> None:
+    """Refuse logits, or groups of their pixels, that cannot be sampled from.
+
+    Args:
+      logits: [..., K] unnormalised log-probabilities of q.
+      groups: [m] int in 0..m-1, for logits [m, K], or None.
+    Raises:
+      ValueError: if there is no class axis, `logits` are none where they are known, or the groups do not fit.
+      TypeError: if the groups are no integers.
+    """
+    class_axis("logits", logits)
+    check_logits("logits", logits)
+    if groups is None:
+        return
+    remedy = "groups are of the pixels of one image; for a batch use vmap"
+    num_pixels, _ = check_shape("logits", logits, ("m", "K"), remedy)
+    remedy = "give the number of a group, below m, for each pixel"
+    check_shape("groups", groups, (num_pixels,), remedy)
+    check_indices("groups", groups, num_pixels, remedy)
+
+
+def check_temperature(temperature: ArrayLike) -> None:
+    """Refuse a temperature that is not positive, where it is known.
+
+    Args:
+      temperature: tau.
+    Raises:
+      ValueError: if it is not positive and finite.
+      TypeError: if it is no number.
+    """
+    check_number("temperature", temperature, minimum=0, strict=True, remedy="for exact samples use categorical")
 
 
 def _perturbed(key: jax.Array, logits: ArrayLike, groups: ArrayLike | None = None) -> jax.Array:
     """Logits plus Gumbel noise, at least in float32; rows of one group have the same noise."""
     logits = promote_float(logits)
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        shape = list(logits.shape)
-        raise ValueError(f"logits: expected shape [..., K] with K >= 1, got {shape}; put the classes last")
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     if groups is None:
         return logits + noise
-    remedy = "groups are of the pixels of one image; for a batch use vmap"
-    num_pixels, _ = check_shape("logits", logits, ("m", "K"), remedy)
-    check_shape("groups", groups, (num_pixels,), "give the number of a group, below m, for each pixel")
-    return logits + noise[groups]
+    return logits + noise[jnp.asarray(groups)]
 
 
 def _relaxed(perturbed: jax.Array, temperature: ArrayLike) -> jax.Array:
     """softmax(perturbed / temperature); the largest is taken off first, so that no quotient overflows."""
-    remedy = "for exact samples use categorical"
-    check_number("temperature", temperature, minimum=0, strict=True, remedy=remedy)
     largest = jax.lax.stop_gradient(perturbed.max(axis=-1, keepdims=True))
-    return jax.nn.softmax((perturbed - largest) / temperature, axis=-1)
+    return jax.nn.softmax((perturbed - largest) / jnp.asarray(temperature, perturbed.dtype), axis=-1)
 
 
 def gumbel_softmax(
@@ -75,8 +105,8 @@ def gumbel_softmax(
     Returns:
       [..., K] float32, not negative, sums to one over the last axis.
     Raises:
-      ValueError: if `logits` has no class axis, `groups` do not fit it, or `temperature` is a number that is not
-        positive and finite.
+      ValueError: if `logits` has no class axis or holds NaN, infinity or -inf in every class, `groups` do not fit it, or
+        `temperature` is not positive and finite.
     References:
       Jang, Gu and Poole 2016; Maddison, Mnih and Teh 2016.
     Example:
@@ -86,6 +116,8 @@ def gumbel_softmax(
       >>> z.shape, bool((abs(z.sum(axis=-1) - 1) < 1e-3).all())
       ((4, 3), True)
     """
+    check_samples(logits, groups)
+    check_temperature(temperature)
     return _relaxed(_perturbed(key, logits, groups), temperature)
 
 
@@ -106,8 +138,8 @@ def straight_through(
     Returns:
       [..., K] float32, one-hot over the last axis.
     Raises:
-      ValueError: if `logits` has no class axis, `groups` do not fit it, or `temperature` is a number that is not
-        positive and finite.
+      ValueError: if `logits` has no class axis or holds NaN, infinity or -inf in every class, `groups` do not fit it, or
+        `temperature` is not positive and finite.
     References:
       Bengio, Leonard and Courville 2013; Jang, Gu and Poole 2016.
     Example:
@@ -118,6 +150,8 @@ def straight_through(
       [[1. 0.]
        [0. 1.]]
     """
+    check_samples(logits, groups)
+    check_temperature(temperature)
     perturbed = _perturbed(key, logits, groups)
     relaxed = _relaxed(perturbed, temperature)
     # Not the argmax of the relaxed sample: at a high temperature its entries are equal in float32.
@@ -136,7 +170,7 @@ def categorical(key: jax.Array, logits: ArrayLike) -> jax.Array:
     Returns:
       [..., K] float32, one-hot over the last axis.
     Raises:
-      ValueError: if `logits` has no class axis.
+      ValueError: if `logits` has no class axis or holds NaN, infinity or -inf in every class.
     References:
       Maddison, Mnih and Teh 2016, the Gumbel-max trick.
     Example:
@@ -147,5 +181,6 @@ def categorical(key: jax.Array, logits: ArrayLike) -> jax.Array:
       [[1. 0.]
        [0. 1.]]
     """
+    check_samples(logits)
     perturbed = _perturbed(key, logits)
     return jax.nn.one_hot(perturbed.argmax(axis=-1), perturbed.shape[-1], dtype=perturbed.dtype)

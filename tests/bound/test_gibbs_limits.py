@@ -205,7 +205,7 @@ def test_no_gradient_flows_through(name):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"unary_logits": np.zeros((2, 5, 3))}, r"unary_logits: expected shape \[m, K\], got \[2, 5, 3\]; .*flattened"),
+    ({"unary_logits": np.zeros((2, 5, 3))}, r"unary_logits: expected shape \[m, K\], got \[2, 5, 3\]; .*flatten"),
     ({"unary_logits": np.zeros((5, 0))}, r"unary_logits: expected shape \[m, K\], got \[5, 0\]"),
     ({"labels": np.zeros((5, 3))}, r"labels: expected shape \[5\], got \[5, 3\]; .*number of a class"),
     ({"labels": np.zeros(4, int)}, r"labels: expected shape \[5\], got \[4\]"),

@@ -65,7 +65,7 @@ def test_numbers_of_cue_evidence_out_of_range_are_refused(options, message):
 
 
 def test_shapes_of_cue_evidence_are_checked():
-    with pytest.raises(ValueError, match="cues.*flattened to one axis"):
+    with pytest.raises(ValueError, match="cues.*flatten the pixels"):
         cue_evidence(np.zeros((2, 2), int), np.array([True, True]), confidence=0.9)
     with pytest.raises(ValueError, match="tags"):
         cue_evidence(np.zeros(4, int), np.ones((1, 2), bool), confidence=0.9)
