@@ -407,7 +407,7 @@ def _lattice_capacity(image, params):
         # Noise fills the space of many channels: then hardly two pixels share a vertex.
         return height * width * (channels + 3)
     widths = params.bilateral_position_width, params.bilateral_colour_width
-    known = [known_number(w) for w in widths]
+    known = [known_number(width) for width in widths]
     share = 1.0 if None in known else min(1.0, 320 / math.prod(known))
     return default_capacity(height * width, 2 + channels, share=share)
 

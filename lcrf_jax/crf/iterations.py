@@ -134,9 +134,11 @@ def _all_labels(num_iterations, measured, for_derivative, compatibility, toleran
     start = (varying_like(jnp.int32(0), log_unary), unknown, log_unary)
     if for_derivative:
         # Of a loop of static length JAX can take every derivative.
-        number, change, logits = jax.lax.fori_loop(
-            0, num_iterations, lambda _, state: jax.lax.cond(unfinished(state), step, lambda state: state, state), start
-        )
+        def step_or_stay(_, state):
+            goes_on = unfinished(state)
+            return jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), step(state), state)
+
+        number, change, logits = jax.lax.fori_loop(0, num_iterations, step_or_stay, start)
     else:
         number, change, logits = jax.lax.while_loop(unfinished, step, start)
     return Iterated(logits, number, change)

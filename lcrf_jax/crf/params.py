@@ -297,13 +297,13 @@ def guide_features(
       ((6, 5), [0.5, 1.0, 2.0, 2.0, 2.0])
     """
     height, width, channels = check_image_shape(image)
-    if np.ndim(colour_width):
+    per_channel = isinstance(colour_width, (tuple, list)) or np.ndim(colour_width) > 0
+    if per_channel:
         remedy = "give one width for all channels, or one for each"
         check_shape("colour_width", jnp.asarray(colour_width), (channels,), remedy)
-    if np.ndim(colour_width) == 0:
-        check_number("colour_width", colour_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
-    for channel_width in colour_width if isinstance(colour_width, (tuple, list, np.ndarray)) and np.ndim(colour_width) else []:
-        check_number("colour_width", channel_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
+    for channel_width in colour_width if per_channel and not isinstance(colour_width, jax.Array) else [colour_width]:
+        if np.ndim(channel_width) == 0:
+            check_number("colour_width", channel_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
     image = promote_float(image)
     positions = position_features(height, width, position_width=position_width, dtype=image.dtype)
     colour_width = jnp.asarray(colour_width, image.dtype)

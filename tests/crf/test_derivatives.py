@@ -43,14 +43,20 @@ def draws(seed):
     return logits, rng.normal(size=logits.shape)
 
 
-def check_every_mode(function, at, along, second=True, atol=1e-7):
+def check_every_mode(function, at, along, *arguments, second=True, atol=1e-7):
     """Reverse mode, forward mode, under jit and vmap, and products with the second derivative both ways.
 
-    All of them are one program: compiling is what these tests cost.
+    All of them are one program: compiling is what these tests cost. A kernel is an argument of it, or the compiler would
+    compute with its constants.
     """
 
+    given = function
+
     @jax.jit
-    def program(x):
+    def program(x, arguments):
+        def function(x):
+            return given(x, *arguments)
+
         found = {"value": function(x), "gradient": jax.grad(function)(x)}
         found["forwards"] = jax.jvp(function, (x,), (along,))[1]
         both = jnp.stack([x, x + along])
@@ -61,7 +67,8 @@ def check_every_mode(function, at, along, second=True, atol=1e-7):
             found["transposed product"] = jax.grad(lambda x: jnp.vdot(jax.grad(function)(x), along))(x)
         return found
 
-    found, above, below, beside = map(program, (at, at + STEP * along, at - STEP * along, at + along))
+    points = at, at + STEP * along, at - STEP * along, at + along
+    found, above, below, beside = (program(point, arguments) for point in points)
     expected = jax.tree.map(lambda a, b: (a - b) / (2 * STEP), above, below)
     np.testing.assert_allclose(jnp.vdot(found["gradient"], along), expected["value"], rtol=1e-5, atol=atol)
     np.testing.assert_allclose(found["forwards"], expected["value"], rtol=1e-5, atol=atol)
@@ -77,26 +84,26 @@ def check_every_mode(function, at, along, second=True, atol=1e-7):
 @pytest.mark.parametrize("form", FORMS)
 def test_energy_in_the_probabilities(form):
     logits, along = draws(0)
-    kernel = kernel_of(form)
-    check_every_mode(lambda probs: pairwise_energy(probs, kernel), jax.nn.softmax(logits), along)
+    check_every_mode(pairwise_energy, jax.nn.softmax(logits), along, kernel_of(form))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_kl_in_the_logits(form):
     logits, along = draws(1)
-    kernel = kernel_of(form)
-    check_every_mode(lambda logits: kl_to_prior(logits, kernel), jnp.asarray(logits), along)
+    check_every_mode(kl_to_prior, jnp.asarray(logits), along, kernel_of(form))
 
 
 @pytest.mark.slow_except("lattice")
 @pytest.mark.parametrize("form", FORMS)
 def test_energy_in_the_weight_and_the_compatibility(form):
     probs, kernel = jax.nn.softmax(draws(2)[0]), kernel_of(form)
-    check_every_mode(lambda w: pairwise_energy(probs, weighted(kernel, w)), jnp.array(2.0), jnp.array(1.0))
+    check_every_mode(
+        lambda w, kernel: pairwise_energy(probs, weighted(kernel, w)), jnp.array(2.0), jnp.array(1.0), kernel
+    )
     along = np.random.default_rng(3).normal(size=(CLASSES, CLASSES))
     along, costs = along + along.T, jnp.asarray(1 - np.eye(CLASSES))
-    check_every_mode(lambda mu: pairwise_energy(probs, kernel, compatibility=mu), costs, along)
+    check_every_mode(lambda mu, kernel: pairwise_energy(probs, kernel, compatibility=mu), costs, along, kernel)
 
 
 @pytest.mark.slow
@@ -130,10 +137,10 @@ def test_mean_field_in_the_logits(form, options):
     logits, along = draws(5)
     kernel, cotangent = kernel_of(form), np.random.default_rng(6).normal(size=logits.shape)
 
-    def function(logits):
+    def function(logits, kernel):
         return jnp.vdot(jnp.exp(mean_field(logits, kernel, num_iterations=3, **OPTIONS[options])), cotangent)
 
-    check_every_mode(function, jnp.asarray(logits), along, second=options == "plain" and form != "anchors", atol=1e-6)
+    check_every_mode(function, jnp.asarray(logits), along, kernel, second=options == "plain" and form != "anchors", atol=1e-6)
 
 
 @pytest.mark.slow
@@ -143,11 +150,11 @@ def test_mean_field_in_the_weight(form, options):
     logits, cotangent = draws(7)
     kernel = kernel_of(form)
 
-    def function(weight):
+    def function(weight, kernel):
         result = mean_field(logits, weighted(kernel, weight), num_iterations=3, **OPTIONS[options])
         return jnp.vdot(jnp.exp(result), cotangent)
 
-    check_every_mode(function, jnp.array(2.0), jnp.array(1.0), second=False, atol=1e-6)
+    check_every_mode(function, jnp.array(2.0), jnp.array(1.0), kernel, second=False, atol=1e-6)
 
 
 @pytest.mark.slow
