@@ -2,9 +2,10 @@
 
 Read `params` first: the numbers of a CRF and what its Gaussians see of an image. `exact` and `spatial` are the two
 Gaussians by their definition. Two forms of the bilateral one are faster: `lattice`, which `lattice_building` builds with
-the help of `hashing`, and `anchors`, which `anchor_building` builds. `kernel` puts the forms behind one interface, `image_kernels`
-makes one for an image, `feature_kernels` one for a volume. On it stand `energy`, the pairwise energy and the KL to the
-prior, `inference`, mean field with its `iterations`, and `loss`. `linear` has what makes all of it differentiable.
+the help of `hashing`, and `anchors`, which `anchor_building` builds. `forms` says what all have in common, `kernel` and
+`assembly` put them together, `image_kernels` makes a kernel for an image, `feature_kernels` one for a volume. On it stand
+`energy`, the pairwise energy and the KL to the prior, `inference`, mean field with its `iterations`, and `loss`. `linear`
+has what makes all of it differentiable.
 
 The room imports jax, numpy, einops and `lcrf_jax.numerics`, nothing else.
 """

@@ -47,9 +47,6 @@ class Anchors(NamedTuple):
       column_kernel: [2 c, 2 c] the same for columns.
     """
 
-    # A low rank leaves entries of either sign.
-    nonnegative = False
-
     colours: jax.Array
     weights: jax.Array
     centres: jax.Array
@@ -167,6 +164,11 @@ class Anchors(NamedTuple):
         """
         sums = self.apply(counted[:, None])[:, 0]
         return jnp.maximum(sums - self.diagonal(), 0) + jnp.square(self.weights).reshape(-1)
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no entry can be below 0: a low rank leaves entries of either sign."""
+        return False
 
     def overflowed(self) -> jax.Array:
         """False: there is nothing that could be too small."""

@@ -220,8 +220,6 @@ class ExactGaussian(NamedTuple):
       scale: [m] factors s of diag(s) K diag(s).
     """
 
-    nonnegative = True
-
     features: jax.Array
     scale: jax.Array
 
@@ -253,6 +251,11 @@ class ExactGaussian(NamedTuple):
     def row_sums(self, counted: jax.Array) -> jax.Array:
         """[m] sums of the rows over the pixels that count [m], self-pairs included."""
         return self.apply(counted[:, None])[:, 0]
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no entry can be below 0: yes."""
+        return True
 
     def overflowed(self) -> jax.Array:
         """False: there is nothing that could be too small."""

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lcrf_jax.crf.assembly import assembled, with_room
 from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian
-from lcrf_jax.crf.image_kernels import assembled, with_room
+from lcrf_jax.crf.forms import BilateralForm
 from lcrf_jax.crf.kernel import ImageKernel
 from lcrf_jax.crf.lattice_building import default_capacity
 from lcrf_jax.crf.params import WIDTH_REMEDY
@@ -148,6 +149,7 @@ def feature_kernel(
         check_finite("features", each, "look at what they were computed from")
         each = promote_float(each)
         exact = num_pixels <= 64**2 or dimensions > 7 if form is None else form == "exact"
+        bilateral: BilateralForm
         if exact:
             bilateral = ExactGaussian(each, jnp.ones_like(each[:, 0]))
         else:

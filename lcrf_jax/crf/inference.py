@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lcrf_jax.crf.assembly import grown_capacity
 from lcrf_jax.crf.energy import KernelLike, checked_compatibility, kl_to_prior
-from lcrf_jax.crf.image_kernels import default_form, grown_capacity, image_kernel
+from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
 from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
 from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours

@@ -1,95 +1,21 @@
 r"""The pairwise kernel of one image as fast filters, in three forms behind one small interface.
 
-A dense CRF meets its kernel only in products with values of the pixels. What `lcrf_jax.crf.inference` needs of a kernel
-is
-
-* `splat(values [m, K])`: whatever the form sums up first, a pytree of arrays with K columns;
-* `blur(splatted)`: the kernel between those sums, symmetric, of the same structure;
-* `slice(blurred)`: the result at the pixels [m, K]. `slice(blur(splat(values)))` is the symmetric part of the
-  kernel times the values, self-pairs left out, and `slice` is the transpose of `splat`;
-* `apply(values, backwards=False)`: the kernel itself times the values, self-pairs left out; faster than the
-  symmetric part where the form is not symmetric of itself. Such a form has two orders to work in, and `backwards`,
-  which may be traced, takes the second. Without row normalisation each is the transpose of the other.
-
-A class with these is a `Kernel`: `DenseKernel` for a matrix, `ImageKernel` for the two Gaussians of an image. Its
-bilateral one takes one of three forms, `ExactGaussian`, `Anchors` and `Lattice` of `lcrf_jax.crf.exact`, `anchors` and
-`lattice`. Each is a `BilateralForm`: it has these four methods *with* self-pairs, and three more:
-
-* `diagonal()`: the self-pairs [m];
-* `scaled(scale [m])`: the form of diag(s) K diag(s);
-* `row_sums(counted [m])`: the sums of its rows over the pixels that count, which normalise it;
-* `overflowed()`: whether it had too little room for this image, so that its results mean nothing;
-
-and a class attribute, `nonnegative`: whether no entry of it can be below 0.
-
-A kernel may also have `overflowed`, `without_overflow`, `largest_row_sums` and `signed`, as `ImageKernel` has: with the
-first two mean field falls back to the unary, with the third it can drop labels. A kernel whose class is a pytree of JAX may be passed through
-jit and vmap; any other object works as well, where JAX need not look into it.
-
-`lcrf_jax.crf.image_kernels` builds them.
+`lcrf_jax.crf.forms` says what a kernel has to be able to do. `DenseKernel` is that for a matrix, `ImageKernel` for the
+two Gaussians of an image, of which the bilateral one has one of three forms. `lcrf_jax.crf.image_kernels` builds them.
 """
 
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lcrf_jax.crf.forms import BilateralForm, Kernel
 from lcrf_jax.crf.spatial import separable_filter
 from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, promote_float
 
 # Those of the bilateral and of the spatial Gaussian, one or two each, and the values themselves.
 _Sums = tuple[tuple[Any, ...], tuple[jax.Array, ...], jax.Array]
-
-
-@runtime_checkable
-class Kernel(Protocol):
-    """A pairwise kernel between m pixels, as energy and mean field ask for it; see the module."""
-
-    def splat(self, values: ArrayLike) -> Any:
-        """The sums of values [m, K] that `blur` needs, a pytree of arrays with K columns."""
-        ...
-
-    def blur(self, splatted: Any) -> Any:
-        """The symmetric part of the kernel between those sums; of the same structure."""
-        ...
-
-    def slice(self, blurred: Any) -> jax.Array:
-        """What `blur` returns, at the pixels [m, K]; the transpose of `splat`."""
-        ...
-
-    def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
-        """The kernel times values [m, K], in the second of its two orders if `backwards`."""
-        ...
-
-
-class BilateralForm(Kernel, Protocol):
-    """A form of the bilateral Gaussian: its four products have the self-pairs in them."""
-
-    def diagonal(self) -> jax.Array:
-        """The self-pairs [m]."""
-        ...
-
-    def scaled(self, scale: ArrayLike) -> Self:
-        """The form of diag(s) K diag(s), for factors s [m]."""
-        ...
-
-    def row_sums(self, counted: jax.Array) -> jax.Array:
-        """The sums [m] of its rows over the pixels that count: [m], 1 for these and 0 for others."""
-        ...
-
-    def overflowed(self) -> jax.Array:
-        """Whether it had too little room for this image."""
-        ...
-
-    def cleared(self, overflowed: jax.Array) -> Self:
-        """This form, such that it does not say so any more if `overflowed`."""
-        ...
-
-    @property
-    def nonnegative(self) -> bool:
-        """Whether no entry can be below 0."""
-        ...
 
 
 class SpatialGaussian(NamedTuple):
@@ -211,12 +137,12 @@ class ImageKernel(NamedTuple):
         negative = (self.bilateral_weight < 0) | (self.gaussian_weight < 0)
         return sums, jnp.where(negative, jnp.inf, 0).astype(sums.dtype)
 
-    def _checked(self, values):
+    def _checked(self, values: ArrayLike) -> jax.Array:
         values = promote_float(values)
         check_shape("values", values, (self.grid[0] * self.grid[1], "K"), ONE_SET)
         return values.astype(self.bilateral_diagonal.dtype)
 
-    def _self_pairs(self, values):
+    def _self_pairs(self, values: jax.Array) -> jax.Array:
         """What takes the self-pairs of the bilateral Gaussian away; NaN where it overflowed."""
         diagonal = jnp.where(self.overflowed(), jnp.nan, self.bilateral_diagonal).reshape(-1, 1)
         return -self.bilateral_weight * diagonal * values
@@ -388,8 +314,8 @@ def filter_with(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
     References:
       Krahenbuhl and Koltun 2011, section 3.
     """
-    kernel, values = in_one_precision(as_kernel(kernel), promote_float(values))
-    return kernel.apply(values)
+    given, values = in_one_precision(as_kernel(kernel), promote_float(values))
+    return given.apply(values)
 
 
 def filter_symmetric(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
@@ -405,5 +331,5 @@ def filter_symmetric(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array
     Raises:
       ValueError: if the kernel does not fit the values.
     """
-    kernel, values = in_one_precision(as_kernel(kernel), promote_float(values))
-    return kernel.slice(kernel.blur(kernel.splat(values)))
+    given, values = in_one_precision(as_kernel(kernel), promote_float(values))
+    return given.slice(given.blur(given.splat(values)))

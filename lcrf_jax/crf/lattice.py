@@ -63,8 +63,6 @@ class Lattice(NamedTuple):
       num_vertices: int32, vertices the features need; the lattice overflowed if it is larger than c.
     """
 
-    nonnegative = True
-
     cells: jax.Array
     vertices: jax.Array
     weights: jax.Array
@@ -204,6 +202,11 @@ class Lattice(NamedTuple):
         """
         weights = self.self_weights.at[self.cells].get(mode="fill", fill_value=0)
         return _mass_correction(len(self.weights) - 1) * weights
+
+    @property
+    def nonnegative(self) -> bool:
+        """Whether no entry can be below 0: yes."""
+        return True
 
     def overflowed(self) -> jax.Array:
         """Whether the features needed more vertices than the lattice has; bool, may be traced."""

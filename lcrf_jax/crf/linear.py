@@ -37,7 +37,7 @@ def sought_parts(arguments: Tree, tangents: Tree) -> tuple[list[Any], list[Any],
       Those leaves, their tangents, and a function that puts such leaves into the place of their own in the arguments.
     """
     leaves, structure = jax.tree.flatten(arguments)
-    all_tangents = structure.flatten_up_to(tangents)
+    all_tangents = jax.tree.leaves(tangents)
     places = [i for i, tangent in enumerate(all_tangents) if is_sought(tangent)]
 
     def replaced(new):

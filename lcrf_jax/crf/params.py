@@ -16,7 +16,7 @@ with p the pixel's position and I its colour. Conventions, the same everywhere i
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class KernelParams(NamedTuple):
 
     bilateral_weight: float = 10.0
     bilateral_position_width: float = 80.0
-    bilateral_colour_width: float = 13.0
+    bilateral_colour_width: float | tuple[float, ...] = 13.0
     gaussian_weight: float = 3.0
     gaussian_position_width: float = 3.0
 
@@ -117,7 +117,8 @@ class KernelParams(NamedTuple):
           >>> KernelParams.from_pydensecrf(sxy=40, srgb=10, compat=5).bilateral_weight
           5
         """
-        return checked_params(cls(compat, sxy, srgb if np.ndim(srgb) == 0 else tuple(srgb), gaussian_compat, gaussian_sxy))
+        colour_width = srgb if isinstance(srgb, (int, float)) else tuple(srgb) if np.ndim(srgb) else srgb
+        return checked_params(cls(compat, sxy, colour_width, gaussian_compat, gaussian_sxy))  # type: ignore[arg-type]  # one or many
 
 
 _STATIC = ("bilateral_position_width", "gaussian_position_width")
@@ -297,11 +298,12 @@ def guide_features(
       ((6, 5), [0.5, 1.0, 2.0, 2.0, 2.0])
     """
     height, width, channels = check_image_shape(image)
-    per_channel = isinstance(colour_width, (tuple, list)) or np.ndim(colour_width) > 0
+    per_channel = isinstance(colour_width, (tuple, list)) or np.ndim(colour_width) > 0  # numbers may be traced
     if per_channel:
         remedy = "give one width for all channels, or one for each"
         check_shape("colour_width", jnp.asarray(colour_width), (channels,), remedy)
-    for channel_width in colour_width if per_channel and not isinstance(colour_width, jax.Array) else [colour_width]:
+    every: Any = colour_width if per_channel and not isinstance(colour_width, jax.Array) else [colour_width]
+    for channel_width in every:
         if np.ndim(channel_width) == 0:
             check_number("colour_width", channel_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
     image = promote_float(image)
