@@ -15,6 +15,8 @@ from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
 from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours
 from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number, promote_float
 
+_EXACT_PIXELS = 64**2
+
 
 class MeanFieldPosterior(NamedTuple):
     r"""The factorised posterior q that mean field ends with, and how it came about.
@@ -197,7 +199,7 @@ def refine(
       image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
       logits: [H, W, K] unnormalised log-probabilities at the size of the image.
       params: `KernelParams` in pixels of this image; the default is the usual one.
-      form: of the kernel, see `image_kernel`; None chooses by the numbers of pixels and channels.
+      form: of the kernel, see `image_kernel`; None is 'exact' up to 64 x 64 pixels, and `default_form` beyond.
       num_iterations: static number of mean-field updates.
       valid: [H, W] bool, the pixels that belong to the image, see `image_kernel`; None is all.
       capacity: static number of lattice vertices, see `lattice_image_kernel`; None chooses, and chooses again where
@@ -272,7 +274,9 @@ def _refined(image, logits, params, form, num_iterations, valid, capacity, colou
     checked_params(params)
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     check_number("drop_below", drop_below, minimum=0, remedy=".001 is safe")
-    form = default_form(height * width, num_channels=channels) if form is None else form
+    if form is None:
+        # Exact costs more than a lattice beyond 48 x 48; for an image that is refined once that is worth it up to here.
+        form = "exact" if height * width <= _EXACT_PIXELS else default_form(height * width, num_channels=channels)
     options = {"form": form, "num_iterations": num_iterations, "colour_max": colour_max, "measured": measured}
     leaves = jax.tree.leaves((image, logits, params, valid, drop_below, colour_max))
     widths = params.bilateral_position_width, params.gaussian_position_width

@@ -55,7 +55,7 @@ class Lattice(NamedTuple):
       vertices: [d + 1, n] int32, the vertex of each corner of each cell's simplex; c for a dropped one.
       weights: [d + 1, n] barycentric weights of the corners, summing to 1 over them until they are `scaled`.
       self_weights: [n] the weight of each cell's value in its own result, before the constant of the blur; never
-        more than it is, and less by 4 % at most.
+        more than it is, and less by a few per cent.
       neighbours: [d + 1, 2, c] int32, the vertices before and after each vertex in every direction; c for
         none.
       order: [d + 1] int32, the directions in the order of the blur.
@@ -213,9 +213,8 @@ class Lattice(NamedTuple):
         return jnp.asarray(self.num_vertices > self.neighbours.shape[-1])
 
     def cleared(self, overflowed: jax.Array) -> Self:
-        """An empty lattice where this one overflowed: its products are 0, and it says nothing any more."""
+        """A lattice without cells where this one overflowed: its products are finite, and it says nothing any more."""
         return self._replace(
-            weights=jnp.where(overflowed, 0, self.weights),
             num_vertices=jnp.where(overflowed, 0, self.num_vertices),
             num_cells=jnp.where(overflowed, 0, self.num_cells),
         )

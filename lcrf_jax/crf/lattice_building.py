@@ -23,7 +23,7 @@ from lcrf_jax.numerics import (
 )
 
 _FLATTEN = "flatten the pixels to one axis, channels last"
-_LONGEST_PATH = 6
+_LONGEST_PATH = 3
 # Features are moved towards the origin by multiples of this, and refused or marked if they spread more than that.
 _MOVE = 1024
 _SPREAD = 1e5

@@ -13,8 +13,10 @@ from lcrf_jax.crf.inference import mean_field, refine
 from lcrf_jax.crf.kernel import DenseKernel
 from lcrf_jax.crf.params import KernelParams
 
+PROBS = ([0.6, 0.4, 1e-6], [0.4, 0.35, 0.25], [0.501, 0.498, 0.001])
 
-def flips(image, form, position_width, colour_width):
+
+def flips(image, form, position_width, colour_width, *, tried=PROBS):
     """How many pixels change their label where all have one distribution, for weak and strong kernels and near ties."""
     height, width, _ = image.shape
     params = KernelParams(1.0, position_width, colour_width, 1.0, 3.0)
@@ -25,7 +27,7 @@ def flips(image, form, position_width, colour_width):
         return mean_field(jax.numpy.log(jax.numpy.tile(probs, (height * width, 1))), kernel).argmax(-1)
 
     found = 0
-    for probs in ([0.6, 0.4, 1e-6], [0.4, 0.35, 0.25], [0.501, 0.498, 0.001]):
+    for probs in tried:
         for weights in ((1.0, 1.0), (10.0, 3.0), (40.0, 0.1)):
             found += int(np.sum(np.asarray(labels(image, np.float32(probs), *weights)) != 0))
     return found
@@ -50,7 +52,7 @@ def test_pixels_that_all_have_one_distribution_keep_their_label(size, widths, fo
 @pytest.mark.slow
 @pytest.mark.parametrize("widths", [(3.0, 3.0), (80.0, 13.0)])
 def test_so_do_those_of_a_large_picture(widths):
-    assert flips(picture_with_rare_colours(300, 400), "lattice", *widths) == 0
+    assert flips(picture_with_rare_colours(300, 400), "lattice", *widths, tried=PROBS[2:]) == 0
 
 
 def dropped_too_far(kernel, num_pixels, allowed=1e-3, seed=0):
@@ -120,6 +122,6 @@ def test_an_image_of_many_bands_gets_the_labels_of_the_exact_form(bands):
     spectra = rng.uniform(40, 200, (2, bands))
     image = (spectra[truth] + rng.normal(size=(52, 50, bands)) * 6).clip(0, 255).astype(np.float32)
     logits = (1.5 * np.eye(3)[truth] + rng.normal(size=(52, 50, 3))).astype(np.float32)
-    labels = refine(image, logits, COARSE).argmax(-1)
-    expected = mean_field(logits, dense_kernel(image, COARSE).reshape(2600, 2600)).argmax(-1)
+    labels = refine(image, logits, COARSE, num_iterations=3).argmax(-1)
+    expected = mean_field(logits, dense_kernel(image, COARSE), num_iterations=3).argmax(-1)
     assert np.mean(labels != expected) < (0.02 if bands < 6 else 1e-3)
