@@ -119,7 +119,7 @@ MUTATIONS = [
              "            pass\n        return primals[0], jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tangents[0])"),
     Mutation("lattice: self-pairs over vertices that are missing", "crf/lattice_building.py",
              "total = total + jnp.where(exists(vertices_of, ordered, side), ends, 0)", "total = total + ends"),
-    Mutation("lattice: long paths left out of the self-pairs", "crf/lattice_building.py", "_LONGEST_PATH = 3", "_LONGEST_PATH = 1"),
+    Mutation("lattice: long paths left out of the self-pairs", "crf/lattice_building.py", "_LONGEST_PATH_OF_SMALL, _SMALL = 3, 6, 64**2", "_LONGEST_PATH_OF_SMALL, _SMALL = 1, 1, 1"),
     Mutation("lattice: features that float32 cannot place", "crf/lattice_building.py", "within = jnp.max(jnp.abs(features)) *", "within = 0 *"),
     Mutation("dropping: row sums of one order", "crf/kernel.py",
              "sums = jnp.maximum(self.apply(ones).max(), self.apply(ones, backwards=True).max())", "sums = self.apply(ones).max()"),

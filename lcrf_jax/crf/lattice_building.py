@@ -23,7 +23,8 @@ from lcrf_jax.numerics import (
 )
 
 _FLATTEN = "flatten the pixels to one axis, channels last"
-_LONGEST_PATH = 3
+# Steps of the longest paths that count for a self-pair: all of them in small lattices of up to five features.
+_LONGEST_PATH, _LONGEST_PATH_OF_SMALL, _SMALL = 3, 6, 64**2
 # Features are moved towards the origin by multiples of this, and refused or marked if they spread more than that.
 _MOVE = 1024
 _SPREAD = 1e5
@@ -160,13 +161,13 @@ def _with_one_more(ordered, new):
     return [*result, new]
 
 
-def _self_weights(weights, vertices, ways, neighbours, num_cells, block):
+def _self_weights(weights, vertices, ways, neighbours, num_cells, block, longest):
     """[n] the weight of each cell's value in its own result, before the constant.
 
     The corners of a simplex lie on a circle: a step along `ways[k]` leads from corner k to the next. The blur goes
     through its directions in their order and takes each step, forwards or back, with 1/2. So it connects corners
     that are n steps apart on the circle by 2^-n, if the vertices on the way are there: one path forwards and one
-    back. Paths of more than `_LONGEST_PATH` steps are left out: all are positive, so the result is never too large.
+    back. Paths of more than `longest` steps are left out: all are positive, so the result is never too large.
     """
     corners, size = weights.shape
     capacity = neighbours.shape[-1]
@@ -191,7 +192,7 @@ def _self_weights(weights, vertices, ways, neighbours, num_cells, block):
         total = weights_of * weights_of
         for side in (0, 1):
             ordered = []
-            for length in range(1, min(corners, _LONGEST_PATH) + 1):
+            for length in range(1, min(corners, longest) + 1):
                 shift = -length if side else length
                 ordered = _with_one_more(ordered, jnp.roll(ways_of, shift + 1 if side else shift, axis=0))
                 ends = 2.0**-length * weights_of * jnp.roll(weights_of, shift, axis=0)
@@ -303,7 +304,8 @@ def _built(features, valid, cell_sizes, capacity):
     active = jnp.broadcast_to(active, weights.shape)
     vertices = jax.lax.optimization_barrier(distinct_keys(hashes, active, num_cells, block, capacity))
     neighbours = jax.lax.optimization_barrier(_neighbours_of(vertices, capacity))
-    self_weights = _self_weights(weights, vertices.ids, ways, neighbours, num_cells, block)
+    longest = _LONGEST_PATH_OF_SMALL if num_pixels <= _SMALL else _LONGEST_PATH
+    self_weights = _self_weights(weights, vertices.ids, ways, neighbours, num_cells, block, longest)
     order = varying_like(jnp.arange(len(weights), dtype=jnp.int32), features)
     # What float32 cannot place in a simplex is no lattice either. Written so that NaN is marked as well.
     within = jnp.max(jnp.abs(features)) * (features.shape[1] + 1) <= _SPREAD
