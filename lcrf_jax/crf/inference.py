@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.assembly import grown_capacity
@@ -269,6 +270,8 @@ def refined_posterior(
 
 
 def _refined(image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, measured):
+    # Lists of numbers are arrays as well.
+    image, logits, valid = (x if x is None or hasattr(x, "dtype") else np.asarray(x) for x in (image, logits, valid))
     height, width, channels = check_image_shape(image)
     check_shape("logits", logits, (height, width, "K"), "resize the logits to the image, height first, classes last")
     checked_params(params)

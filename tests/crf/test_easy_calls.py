@@ -26,6 +26,7 @@ def test_a_second_plain_call_compiles_nothing():
     np.testing.assert_allclose(jax.jit(refine)(IMAGE, LOGITS, KernelParams()), first, atol=1e-4)
     expected = mean_field(LOGITS, image_kernel(IMAGE, KernelParams()))
     np.testing.assert_allclose(first, expected, atol=1e-4)
+    np.testing.assert_allclose(refine(IMAGE.tolist(), LOGITS.tolist()), first, atol=1e-4)
 
 
 def test_parameters_are_a_tree_whose_position_widths_are_static():
