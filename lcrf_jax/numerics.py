@@ -324,7 +324,8 @@ def _fault_of_logits(values):
         return None
     if highest <= 1.001 and np.all(np.abs(values.sum(axis=-1) - 1) < 2e-3) and np.any(values % 1):
         return "expected logits, got probabilities: each row sums to 1; pass their logarithm"
-    if highest > 0 and np.all(np.abs(np.exp(-values.astype(np.float32)).sum(axis=-1) - 1) < 2e-3):
+    unsure = values.min(axis=-1).max() > 0.01  # logits such as 10 and 0 of two classes may be meant
+    if unsure and np.all(np.abs(np.exp(-values.astype(np.float32)).sum(axis=-1) - 1) < 2e-3):
         return "expected logits, got energies -log p, the input of pydensecrf; pass them with the sign turned"
     return None
 

@@ -134,7 +134,7 @@ MUTATIONS = [
     Mutation("posterior: the change of the update before", "crf/iterations.py", "change = jnp.max(jnp.abs(jax.nn.softmax(new, axis=-1) - probs))",
              "change = jnp.max(jnp.abs(jax.nn.softmax(logits, axis=-1) - probs))"),
     Mutation("posterior: free energy without the unary", "crf/inference.py", " - expected_unary,", ","),
-    Mutation("checks: energies are taken for logits", "numerics.py", "if highest > 0 and np.all(np.abs(np.exp(", "if False and np.all(np.abs(np.exp("),
+    Mutation("checks: energies are taken for logits", "numerics.py", "if unsure and np.all(np.abs(np.exp(", "if False and np.all(np.abs(np.exp("),
     Mutation("checks: asymmetric costs", "crf/energy.py", "if apart.max() <= 1e-5 * np.abs(costs).max():", "if True:"),
     Mutation("checks: negative weights", "crf/params.py", 'check_number(name, getattr(params, name), minimum=0, remedy=remedy)', "pass"),
     Mutation("checks: matrices with NaN", "crf/kernel.py", 'check_finite("kernel", kernel, "look at what it was computed from")', "pass"),

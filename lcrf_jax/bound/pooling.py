@@ -26,8 +26,8 @@ def smooth_maximum(values: ArrayLike, *, sharpness: ArrayLike = 5.0) -> jax.Arra
     Example:
       >>> import numpy as np
       >>> from lcrf_jax.bound.pooling import smooth_maximum
-      >>> print(smooth_maximum(np.array([[0.0, 1.0], [1.0, 1.0]])).round(3))
-      [0.863 1.   ]
+      >>> [round(float(x), 3) for x in smooth_maximum(np.array([[0.0, 1.0], [1.0, 1.0]]))]
+      [0.863, 1.0]
     """
     check_shape("values", values, ("m", "K"), ONE_SET)
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="5 is usual")

@@ -192,6 +192,11 @@ def test_types_that_cannot_be_right_are_told(call, message):
         call()
 
 
+def test_logits_of_which_one_class_is_certain_may_be_meant():
+    assert mean_field(np.array([[10.0, 0.0], [0.0, 10.0]]), np.zeros((2, 2))).argmax(-1).tolist() == [0, 1]
+    assert mean_field(np.eye(2), np.zeros((2, 2))).argmax(-1).tolist() == [0, 1]
+
+
 def test_values_are_checked_under_jit_where_that_is_asked_for():
     run = jax.jit(lambda logits: mean_field(logits, np.zeros((2, 2))))
     assert np.isnan(run(np.full((2, 3), np.nan))).all()

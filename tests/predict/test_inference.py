@@ -99,9 +99,12 @@ def test_refinement_of_a_padded_image_is_that_of_the_image(size):
     image = picture(3, *size)
     result = segment(segmenter(), image, crf=True)
     unary = 0.7 * jnp.asarray(result.log_probs)
-    expected = jax.jit(lambda i, u: refine(i, u, KernelParams(**KERNEL), num_iterations=3))(image, unary)
+    # The size that it is padded to decides the form of the kernel.
+    form = "exact" if resizing.padded_to(size[0]) * resizing.padded_to(size[1]) <= 64**2 else "lattice"
+    expected = jax.jit(lambda i, u: refine(i, u, KernelParams(**KERNEL), form=form, num_iterations=3))(image, unary)
     assert result.refined_log_probs.shape == (*size, NUM_CLASSES)
-    np.testing.assert_allclose(np.exp(result.refined_log_probs), np.exp(expected), atol=1e-4)
+    # A lattice of few pixels takes longer paths into account in its self-pairs.
+    np.testing.assert_allclose(np.exp(result.refined_log_probs), np.exp(expected), atol=1e-3)
     np.testing.assert_array_equal(result.labels, result.refined_log_probs.argmax(axis=-1))
     np.testing.assert_array_equal(result.network_labels, result.log_probs.argmax(axis=-1))
 
