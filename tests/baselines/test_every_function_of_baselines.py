@@ -5,6 +5,8 @@ from every_function import BASELINES, KINDS, SCALES, SIZES, check_property, chec
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = {
     "size": st.integers(0, len(SIZES) - 1),
     "scale": st.integers(0, len(SCALES) - 1),

@@ -5,6 +5,8 @@ from every_function import BOUND, EVERY, KINDS, SCALES, SIZES, check_property, c
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = {
     "size": st.integers(0, len(SIZES) - 1),
     "scale": st.integers(0, len(SCALES) - 1),

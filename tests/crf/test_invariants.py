@@ -41,7 +41,7 @@ def picture_with_rare_colours(height, width):
     return np.where(rare[..., None], rng.uniform(0, 255, (height, width, 3)), image).astype(np.float32)
 
 
-@pytest.mark.slow_except("24-widths0-anchors", "24-widths0-lattice")
+@pytest.mark.slow_except("24-widths0-lattice")
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize("widths", [(3.0, 3.0), (80.0, 13.0), (10.0, 5.0)])
 @pytest.mark.parametrize("size", [24, 40])
@@ -70,7 +70,7 @@ def dropped_too_far(kernel, num_pixels, allowed=1e-3, seed=0):
     return max(float(np.exp(run(unary, kernel, steps)[:, 7].max())) for steps in (1, 2, 10)), peak
 
 
-@pytest.mark.slow_except("40.0-lattice", "10.0-anchors")
+@pytest.mark.slow_except("40.0-lattice")
 @pytest.mark.parametrize("form", sorted(FORMS))
 @pytest.mark.parametrize("weight", [1.0, 10.0, 40.0])
 def test_a_label_that_may_be_dropped_stays_below_the_bound_in_every_form(weight, form):
