@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import reference
+from hypothesis import strategies as st
 
 from lcrf_jax import baselines, bound
 from lcrf_jax.baselines import saliency
@@ -236,6 +237,13 @@ def spoilt(array, kind, position):
 KINDS = (None, "nan", "inf", "-inf", "negative", "huge", "above one", "batch", "flat", "transposed", "empty", "words",
          "one more", "complex", "one axis more")
 IN_VALUE = KINDS[1:7]
+EXAMPLES = {
+    "size": st.integers(0, len(SIZES) - 1),
+    "scale": st.integers(0, len(SCALES) - 1),
+    "seed": st.integers(0, 99),
+    "kind": st.one_of(st.none(), st.sampled_from(KINDS)),
+    "position": st.integers(0, 9999),
+}
 
 
 def check_property(name, size, scale, seed, kind, position):

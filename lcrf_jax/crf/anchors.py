@@ -170,6 +170,11 @@ class Anchors(NamedTuple):
         """Whether no entry can be below 0: a low rank leaves entries of either sign."""
         return False
 
+    @property
+    def has_two_orders(self) -> bool:
+        """Whether `backwards` makes a difference: no."""
+        return False
+
     def overflowed(self) -> jax.Array:
         """False: there is nothing that could be too small."""
         return jnp.zeros((), bool)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.kernel import Kernel, as_kernel, filter_symmetric, in_one_precision, pixels_of
-from lcrf_jax.crf.linear import is_sought, sought_parts
+from lcrf_jax.crf.linear import is_sought, is_tree_of_arrays, sought_parts
 from lcrf_jax.numerics import check_finite, check_logits, check_shape, check_values, entropy, first_place, promote_float
 
 KernelLike = ArrayLike | Kernel
@@ -131,7 +131,7 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
     kernel, probs = in_one_precision(kernel, probs)
     if compatibility is not None:
         compatibility = compatibility.astype(probs.dtype)
-    if all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") or jnp.isscalar(leaf) for leaf in jax.tree.leaves(kernel)):
+    if is_tree_of_arrays(kernel):
         return _pairwise_energy(probs, kernel, compatibility)
     return _energy_of_sums(probs, kernel, compatibility)  # JAX cannot look into the kernel
 

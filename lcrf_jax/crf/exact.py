@@ -257,6 +257,11 @@ class ExactGaussian(NamedTuple):
         """Whether no entry can be below 0: yes."""
         return True
 
+    @property
+    def has_two_orders(self) -> bool:
+        """Whether `backwards` makes a difference: no."""
+        return False
+
     def overflowed(self) -> jax.Array:
         """False: there is nothing that could be too small."""
         return jnp.zeros((), bool)

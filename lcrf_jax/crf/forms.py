@@ -20,7 +20,8 @@ bilateral one takes one of three forms, `ExactGaussian`, `Anchors` and `Lattice`
 * `row_sums(counted [m])`: the sums of its rows over the pixels that count, which normalise it;
 * `overflowed()`: whether it had too little room for this image, so that its results mean nothing; `cleared` takes that
   sign away;
-* `nonnegative`, a property: whether no entry of it can be below 0.
+* `nonnegative` and `has_two_orders`, properties: whether no entry of it can be below 0, and whether `backwards` makes a
+  difference.
 
 A kernel may also have `overflowed`, `without_overflow`, `largest_row_sums` and `signed`, as `ImageKernel` has: with the
 first two mean field falls back to the unary, with the third it can drop labels. A kernel whose class is a pytree of JAX
@@ -77,6 +78,11 @@ class BilateralForm(Kernel, Protocol):
 
     def cleared(self, overflowed: jax.Array) -> Self:
         """This form, such that it does not say so any more if `overflowed`."""
+        ...
+
+    @property
+    def has_two_orders(self) -> bool:
+        """Whether `backwards` makes a difference."""
         ...
 
     @property

@@ -13,8 +13,8 @@ from lcrf_jax.crf.energy import KernelLike, checked_compatibility, kl_to_prior
 from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
 from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
-from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours
-from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number, promote_float
+from lcrf_jax.crf.params import STATIC_WIDTHS, KernelParams, check_image_shape, checked_params, colours
+from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number
 
 _EXACT_PIXELS = 64**2
 
@@ -282,13 +282,13 @@ def _refined(image, logits, params, form, num_iterations, valid, capacity, colou
         form = "exact" if height * width <= _EXACT_PIXELS else default_form(height * width, num_channels=channels)
     options = {"form": form, "num_iterations": num_iterations, "colour_max": colour_max, "measured": measured}
     leaves = jax.tree.leaves((image, logits, params, valid, drop_below, colour_max))
-    widths = params.bilateral_position_width, params.gaussian_position_width
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *widths)):
+    widths = {name: getattr(params, name) for name in STATIC_WIDTHS}
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *widths.values())):
         return _refine(image, logits, params, valid, drop_below, capacity=capacity, **options)[0]
     # Values are known here alone: the program below is compiled once, for any values.
     colours(image, colour_max=colour_max)
     check_logits("logits", logits)
-    static = params._replace(**{name: known_number(getattr(params, name)) for name in _SIZES})
+    static = params._replace(**{name: known_number(width) for name, width in widths.items()})
     options["colour_max"] = known_number(colour_max)
     tried = capacity
     while True:
@@ -298,19 +298,11 @@ def _refined(image, logits, params, form, num_iterations, valid, capacity, colou
         tried = grown_capacity(int(needed), capacity, height * width, channels + 2)
 
 
-_SIZES = ("bilateral_position_width", "gaussian_position_width")
-
-
 def _refine(image, logits, params, valid, drop_below, *, form, num_iterations, capacity, colour_max, measured):
     """The posterior or its log-probabilities, and the vertices that were needed if they were too many, 0 else."""
-    height, width, num_classes = jnp.shape(logits)
     kernel = image_kernel(image, params, form=form, valid=valid, capacity=capacity, colour_max=colour_max)
-    unary = promote_float(logits).reshape(height * width, num_classes)
-    result = _posterior(unary, kernel, num_iterations, None, None, drop_below, measured)
-    needed = jnp.where(kernel.overflowed(), getattr(kernel.bilateral, "num_vertices", 0), 0)
-    if measured:
-        return result._replace(log_probs=result.log_probs.reshape(height, width, num_classes)), needed
-    return result.reshape(height, width, num_classes), needed
+    result = _posterior(logits, kernel, num_iterations, None, None, drop_below, measured)
+    return result, jnp.where(kernel.overflowed(), getattr(kernel.bilateral, "num_vertices", 0), 0)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "num_iterations", "capacity", "colour_max", "measured"))

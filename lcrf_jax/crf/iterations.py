@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lcrf_jax.crf.energy import times_compatibility
 from lcrf_jax.crf.kernel import Kernel
-from lcrf_jax.crf.linear import sought_parts
+from lcrf_jax.crf.linear import is_tree_of_arrays, sought_parts
 from lcrf_jax.numerics import varying_like
 
 
@@ -60,8 +60,7 @@ def iterated(
         return Iterated(log_unary, jnp.int32(0), jnp.zeros((), log_unary.dtype))
     if tolerance is None and drop_below is None:
         return run(arguments)
-    leaves = jax.tree.leaves(arguments)
-    if not all(isinstance(leaf, jax.Array) or jnp.isscalar(leaf) or hasattr(leaf, "__array__") for leaf in leaves):
+    if not is_tree_of_arrays(arguments):
         return run(arguments, for_derivative=True)  # JAX cannot look into the kernel
     return _with_derivative(run, in_turn=drop_below is not None)(arguments)
 

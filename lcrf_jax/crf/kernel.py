@@ -132,8 +132,9 @@ class ImageKernel(NamedTuple):
         The second is infinite if a weight is below 0, and counts no entries that `signed` speaks of.
         """
         ones = jnp.ones((self.bilateral_diagonal.size, 1), self.bilateral_diagonal.dtype)
-        # A form with two orders of blurring has other rows in each.
-        sums = jnp.maximum(self.apply(ones).max(), self.apply(ones, backwards=True).max())
+        sums = self.apply(ones).max()
+        if self.bilateral is not None and self.bilateral.has_two_orders:  # with other rows in each
+            sums = jnp.maximum(sums, self.apply(ones, backwards=True).max())
         negative = (self.bilateral_weight < 0) | (self.gaussian_weight < 0)
         return sums, jnp.where(negative, jnp.inf, 0).astype(sums.dtype)
 

@@ -208,6 +208,11 @@ class Lattice(NamedTuple):
         """Whether no entry can be below 0: yes."""
         return True
 
+    @property
+    def has_two_orders(self) -> bool:
+        """Whether `backwards` makes a difference: yes, of the directions of its blur."""
+        return True
+
     def overflowed(self) -> jax.Array:
         """Whether the features needed more vertices than the lattice has; bool, may be traced."""
         return jnp.asarray(self.num_vertices > self.neighbours.shape[-1])

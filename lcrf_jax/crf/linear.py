@@ -27,6 +27,17 @@ def is_sought(tangent: Any) -> bool:
     return not zero and getattr(tangent, "dtype", None) != jax.dtypes.float0
 
 
+def is_tree_of_arrays(tree: Any) -> bool:
+    """Whether JAX can look into something: every leaf is an array or a number.
+
+    Args:
+      tree: anything; an object of a class that is no pytree is a leaf itself.
+    Returns:
+      bool.
+    """
+    return all(hasattr(leaf, "__array__") or jnp.isscalar(leaf) for leaf in jax.tree.leaves(tree))
+
+
 def sought_parts(arguments: Tree, tangents: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any]], Tree]]:
     """The leaves whose derivative is sought, for a rule with `symbolic_zeros`.
 
@@ -67,11 +78,15 @@ def without_derivative(arguments: Tree, message: str) -> Tree:
 
     @functools.partial(same.defjvp, symbolic_zeros=True)
     def refuse(primals, tangents):
-        if any(map(is_sought, jax.tree.leaves(tangents))):
-            raise TypeError(message)
+        _refuse_derivative(tangents, message)
         return primals[0], tangents[0]
 
     return same(arguments)
+
+
+def _refuse_derivative(tangents, message):
+    if any(map(is_sought, jax.tree.leaves(tangents))):
+        raise TypeError(message)
 
 
 def linear_map(function: _Map, transpose: _Map, *, message: str) -> _Map:
@@ -96,8 +111,7 @@ def linear_map(function: _Map, transpose: _Map, *, message: str) -> _Map:
     @functools.partial(mapped.defjvp, symbolic_zeros=True)
     def derivative(primals, tangents):
         structure, values = primals
-        if any(map(is_sought, jax.tree.leaves(tangents[0]))):
-            raise TypeError(message)
+        _refuse_derivative(tangents[0], message)
         tangent = jnp.zeros_like(values) if not is_sought(tangents[1]) else tangents[1]
         return mapped(structure, values), transposable(
             functools.partial(function, structure), functools.partial(transpose, structure), tangent

@@ -121,17 +121,18 @@ class KernelParams(NamedTuple):
         return checked_params(cls(compat, sxy, colour_width, gaussian_compat, gaussian_sxy))  # type: ignore[arg-type]  # one or many
 
 
-_STATIC = ("bilateral_position_width", "gaussian_position_width")
-_LEAVES = tuple(name for name in KernelParams._fields if name not in _STATIC)
+STATIC_WIDTHS = ("bilateral_position_width", "gaussian_position_width")
+"""The fields that set sizes of arrays, and are static parts of a `KernelParams` as a pytree."""
+_LEAVES = tuple(name for name in KernelParams._fields if name not in STATIC_WIDTHS)
 
 
 def _flattened(params):
     leaves = [(jax.tree_util.GetAttrKey(name), getattr(params, name)) for name in _LEAVES]
-    return leaves, tuple(getattr(params, name) for name in _STATIC)
+    return leaves, tuple(getattr(params, name) for name in STATIC_WIDTHS)
 
 
 def _unflattened(static, leaves):
-    return KernelParams(**dict(zip(_STATIC, static, strict=True)), **dict(zip(_LEAVES, leaves, strict=True)))
+    return KernelParams(**dict(zip(STATIC_WIDTHS, static, strict=True)), **dict(zip(_LEAVES, leaves, strict=True)))
 
 
 jax.tree_util.register_pytree_with_keys(KernelParams, _flattened, _unflattened)
@@ -153,7 +154,7 @@ def checked_params(params: KernelParams) -> KernelParams:
     for name in ("bilateral_weight", "gaussian_weight"):
         remedy = "weights are >= 0: a pair of pixels with different labels costs them"
         check_number(name, getattr(params, name), minimum=0, remedy=remedy)
-    for name in _STATIC:
+    for name in STATIC_WIDTHS:
         check_number(name, getattr(params, name), minimum=0, strict=True, remedy=WIDTH_REMEDY)
     widths = params.bilateral_colour_width
     for width in widths if isinstance(widths, (tuple, list)) else (widths,):

@@ -1,19 +1,11 @@
 """Every public function of this room, with every type, at extremes, and with what does not fit."""
 
 import pytest
-from every_function import BASELINES, KINDS, SCALES, SIZES, check_property, check_types
+from every_function import BASELINES, EXAMPLES, check_property, check_types
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
-
-EXAMPLES = {
-    "size": st.integers(0, len(SIZES) - 1),
-    "scale": st.integers(0, len(SCALES) - 1),
-    "seed": st.integers(0, 99),
-    "kind": st.one_of(st.none(), st.sampled_from(KINDS)),
-    "position": st.integers(0, 9999),
-}
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -28,7 +20,6 @@ def test_finite_or_an_error_that_says_why(name, size, scale, seed, kind, positio
     check_property(name, size, scale, seed, kind, position)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BASELINES)
 @settings(max_examples=200, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(**EXAMPLES)
