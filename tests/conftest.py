@@ -75,6 +75,8 @@ def pytest_collection_modifyitems(items):
         if item.path.relative_to(TESTS).parts[0] in PURE:
             item.add_marker(pytest.mark.pure)
             item.add_marker(pytest.mark.filterwarnings("error"))
+            # What the garbage collector meets here may be of another test.
+            item.add_marker(pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"))
 
 
 @pytest.fixture(autouse=True)

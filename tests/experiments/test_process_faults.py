@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from programs import ROOT, TINY, finish, run, start
+from programs import ROOT, TINY, finish, kill, run, start
 from small_runs import assert_same_trees, lines
 
 from lcrf_jax.data.opening import open_source
@@ -110,7 +110,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(cache, tmp_path):
     begun = time.monotonic()
     again = start(*arguments, f"--workdir={tmp_path / 'whole'}")
     next(line for line in again.stdout if "continuing after step" in line)
-    again.kill()
+    kill(again)
     length, rng, reached = time.monotonic() - begun, random.Random(0), [0]
 
     def newest():
@@ -127,8 +127,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(cache, tmp_path):
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.1))
         assert process.poll() is None, f"the run ended by itself after {number} kills: {finish(process)}"
-        process.kill()
-        process.wait()
+        kill(process)
         reached.append(newest())
     print("newest state after each kill:", reached)
     assert len(set(reached)) >= 5 and reached == sorted(reached)
@@ -180,8 +179,8 @@ def test_a_pair_that_lost_one_of_its_processes_goes_on_to_the_same_bits(cache, o
     while not (tmp_path / "last" / "4").exists():
         assert both[0].poll() is None, finish(both[0])
         time.sleep(0.05)
-    both[0].kill()
-    assert both[1].wait(timeout=120) != 0
+    kill(both[0])
+    assert finish(both[1], timeout=120).code != 0
     for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={tmp_path}")):
         assert ended.code == 0, ended.err
     assert digest_of(tmp_path) == digest_of(of_a_pair)
@@ -207,8 +206,7 @@ def test_two_processes_label_500_photographs_though_one_is_killed(tiny_run, cach
     while min(map(done, shares)) < 20:
         assert first.poll() is None and second.poll() is None
         time.sleep(0.02)
-    first.kill()
-    first.wait()
+    kill(first)
     before = {path: path.stat().st_mtime_ns for path in masks.glob("*/*.png")}
     again = finish(start(*arguments, "--process_id=0", num_devices=1))
     ended = finish(second)
