@@ -51,7 +51,7 @@ def test_vmap_equals_a_loop():
     np.testing.assert_allclose(jax.jit(jax.vmap(every_bound))(keys, *arrays), loop, rtol=1e-5)
 
 
-@pytest.mark.slow_except("gumbel_softmax", "reinforce")
+@pytest.mark.slow_except("reinforce")
 @every_estimator
 def test_gradients(estimator):
     """In the kernel and the evidence of every estimator; in the logits of those whose gradient is that of their value."""

@@ -77,7 +77,7 @@ def from_the_posterior(num_blocks, name):
     return jax.tree.map(np.asarray, chains(keys_of(32), start, KERNEL, UNARY, name, 1, num_blocks))
 
 
-@pytest.mark.slow_except("2-none", "3-area", "5-max_pool")
+@pytest.mark.slow_except("3-area")
 @every_likelihood
 @every_number_of_blocks
 def test_a_sweep_leaves_the_posterior_as_it_is(num_blocks, name):

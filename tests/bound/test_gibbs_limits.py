@@ -146,7 +146,7 @@ def test_the_field_of_a_kernel_with_many_pixels_is_finite(num_pixels):
         check_valid(samples, num_pixels, 2)
 
 
-@pytest.mark.slow_except("area")
+@pytest.mark.slow
 @with_and_without
 def test_vmap_equals_a_loop(name):
     cases = [random_case(seed, NUM_PIXELS, NUM_CLASSES) for seed in range(3)]

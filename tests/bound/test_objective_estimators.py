@@ -152,7 +152,7 @@ def chain_functions(name):
     return jax.jit(jax.value_and_grad(objective, argnums=1, has_aux=True)), jax.jit(sampled)
 
 
-@pytest.mark.slow_except("4-0.25-from the record's chain-evidence")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evidence", "frozen_classifier", "gwrp"])
 @pytest.mark.parametrize("begun", [False, True], ids=["from q", "from the record's chain"])
 @pytest.mark.parametrize(("step", "ramp"), [(4, 5 / 20), (100, 1.0)])

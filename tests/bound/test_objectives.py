@@ -52,6 +52,7 @@ def expected_terms(name, logits, given):
     return log_likelihood, -(probs * np.log(probs)).sum(), reference.pairwise_energy(probs, kernel)
 
 
+@pytest.mark.slow_except("some tags-*")
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 @pytest.mark.parametrize("index", [0, 1, 2], ids=["every tag", "no tag", "some tags"])
 def test_the_objective_equals_its_definition(name, index):

@@ -129,6 +129,7 @@ def test_the_gradient_is_the_transpose(textured):
     np.testing.assert_allclose(gradient, apply(anchors, cotangent), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_scaled_anchors_scale_rows_and_columns():
     image = reference.smooth_image(1, 12, 10)
     anchors = build(image, position_width=5.0, colour_width=13.0, num_anchors=32)
@@ -139,6 +140,7 @@ def test_scaled_anchors_scale_rows_and_columns():
     np.testing.assert_allclose(diagonal(scaled), np.diagonal(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pixels_that_do_not_count_take_no_part():
     image = reference.smooth_image(2, 16, 14)
     valid = np.zeros((16, 14), bool)
@@ -206,6 +208,7 @@ def test_other_dtypes_are_computed_in_float32(dtype):
     np.testing.assert_allclose(got, apply(single, values.astype(np.float32)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_float64_is_computed_in_float64():
     image = reference.smooth_image(4, 11, 12)
     values = np.random.default_rng(6).uniform(size=(132, 3))
@@ -227,6 +230,7 @@ def batch(size):
     return images, np.random.default_rng(7).normal(size=(size, 285, 2)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     images, values = batch(2)
     one = jax.jit(built_and_filtered)

@@ -80,7 +80,7 @@ def check_every_mode(function, at, along, *arguments, second=True, atol=1e-7):
         np.testing.assert_allclose(found["transposed product"], expected["gradient"], rtol=1e-4, atol=atol)
 
 
-@pytest.mark.slow_except("lattice")
+@pytest.mark.slow_except("dense")
 @pytest.mark.parametrize("form", FORMS)
 def test_energy_in_the_probabilities(form):
     logits, along = draws(0)
@@ -94,7 +94,7 @@ def test_kl_in_the_logits(form):
     check_every_mode(kl_to_prior, jnp.asarray(logits), along, kernel_of(form))
 
 
-@pytest.mark.slow_except("lattice")
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_energy_in_the_weight_and_the_compatibility(form):
     probs, kernel = jax.nn.softmax(draws(2)[0]), kernel_of(form)
@@ -128,7 +128,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.slow_except("lattice-dropping", "dense-both")
+@pytest.mark.slow_except("dense-both")
 @pytest.mark.parametrize(("form", "options"), [
     *((form, "plain") for form in FORMS), *((form, "dropping") for form in FORMS), ("dense", "tolerance"), ("dense", "both"),
     ("lattice", "both"),
@@ -192,6 +192,7 @@ def test_the_loss_of_a_network():
     assert not np.any(jax.grad(lambda image: dense_crf_loss(image, logits))(image))
 
 
+@pytest.mark.slow_except("grad")
 @pytest.mark.parametrize("differentiate", [jax.grad, jax.jacfwd])
 def test_what_a_lattice_cannot_is_said(differentiate):
     probs = jax.nn.softmax(draws(12)[0])

@@ -36,7 +36,7 @@ def test_parameters_are_a_tree_whose_position_widths_are_static():
     traced = []
     jax.jit(lambda params: traced.append(params))(params)
     assert traced[0].bilateral_position_width == 2.0 and isinstance(traced[0].bilateral_weight, jax.core.Tracer)
-    gradient = jax.grad(lambda p: pairwise_energy(jnp.full((168, 2), 0.5), image_kernel(IMAGE, p)))(params)
+    gradient = jax.jit(jax.grad(lambda p: pairwise_energy(jnp.full((168, 2), 0.5), image_kernel(IMAGE, p))))(params)
     assert gradient.bilateral_weight > 0 and gradient.gaussian_position_width == 5.0
 
 
@@ -114,6 +114,7 @@ def test_a_lattice_that_is_too_small_is_made_larger_or_said():
     assert np.isnan(energy)
 
 
+@pytest.mark.slow
 def test_features_that_float32_cannot_place_are_refused():
     image = np.full((52, 48, 1), 3e7, np.float32)
     image[0, 0] = -3e7
@@ -213,7 +214,7 @@ def test_numbers_of_numpy_and_jax_are_numbers():
     np.testing.assert_allclose(refine(IMAGE, LOGITS, widths, num_iterations=np.int64(10)), refine(IMAGE, LOGITS), atol=1e-4)
 
 
-@pytest.mark.slow_except("exact")
+@pytest.mark.slow_except("dense")
 @pytest.mark.parametrize("form", ["dense", "exact", "anchors", "lattice"])
 def test_precisions_mix(form):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):

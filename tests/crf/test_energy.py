@@ -167,6 +167,7 @@ def test_energy_of_an_image_kernel_is_that_of_the_matrix_it_stands_for(form, nor
     np.testing.assert_allclose(results[1][1][2], probs.T @ message / 2, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_exact_form_in_weights_widths_and_compatibility():
     image, probs = reference.smooth_image(4, 3, 4), soft_labels(12, 3)
     compatibility = np.random.default_rng(4).normal(size=(3, 3))

@@ -188,6 +188,7 @@ def test_dtypes_of_images_and_values(dtype):
         assert float_dtypes(form, image) == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_float64_stays_float64():
     image, labels = np.float64(picture()[:8, :9]), soft_labels(72)
     params = COARSE._replace(gaussian_weight=0)
@@ -295,6 +296,7 @@ def test_bad_widths_are_told(make, width, value, name):
         jax.eval_shape(lambda image: make(image, COARSE._replace(**{width: value})), IMAGE)
 
 
+@pytest.mark.slow
 def test_traced_widths_that_set_sizes_are_told():
     def build(make, name):
         return jax.eval_shape(lambda width: make(IMAGE, COARSE._replace(**{name: width})), 3.0)

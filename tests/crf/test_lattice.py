@@ -71,7 +71,7 @@ def test_equals_a_lattice_of_dictionaries(num_features):
     np.testing.assert_allclose(apply(lattice, values), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.slow_except("cell_sizes2-blocks2")
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell_sizes", "blocks"), [
     ((0.8, 1.5, 0.6), None),
     ((1e-4, 1e-4, 1e-4), None),
@@ -159,6 +159,7 @@ def test_does_not_depend_on_capacity_or_order_and_is_deterministic(small):
     np.testing.assert_array_equal(apply(again, np.eye(60)), expected)
 
 
+@pytest.mark.slow
 def test_a_lattice_too_small_says_so():
     # Thirty points far from each other in one dimension: two vertices each.
     features = 5 * np.arange(30.0)[:, None]
@@ -226,6 +227,7 @@ def test_diagonal_is_the_weight_of_the_pixel_itself():
     np.testing.assert_allclose(lattice.diagonal(), diagonal, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_float64_stays_float64():
     rng = np.random.default_rng(10)
     features, values = rng.normal(size=(40, 2)), rng.normal(size=(40, 2))
@@ -237,6 +239,7 @@ def test_float64_stays_float64():
     np.testing.assert_allclose(filtered, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_vmap_does_every_image_by_itself_in_value_and_gradient():
     rng = np.random.default_rng(4)
     # Few cells in the first, many in the last: their loops differ in length.

@@ -219,6 +219,7 @@ def loop_reference(photo, size, num_classes):
     return results
 
 
+@pytest.mark.slow_except("30")
 @pytest.mark.parametrize("sample", [None, 30])
 def test_the_exact_sums_are_exact(photo, tmp_path, monkeypatch, sample):
     if sample:
@@ -298,6 +299,7 @@ def test_timings_end_early_but_not_before_the_third(monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_call():
     _, small = measuring.with_peak(lambda: None)
     held, large = measuring.with_peak(lambda: np.ones(8_000_000).sum())

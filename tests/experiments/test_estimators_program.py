@@ -204,6 +204,7 @@ def test_measured_gives_bias_and_deviation_of_a_known_estimator():
     np.testing.assert_allclose([both.value_error, shift.value_error, noise.value_error], 0.1, rtol=1e-5)
 
 
+@pytest.mark.slow_except("evidence")
 @pytest.mark.parametrize("likelihood", ["evidence", "max_pool", "area", "gwrp"])
 def test_exact_gradients_are_those_of_the_sum_over_all_labellings(likelihood):
     case = measurements.make_case(likelihood, 4, 1)

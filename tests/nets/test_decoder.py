@@ -170,6 +170,7 @@ def test_the_same_parameters_serve_every_image_size(description):
     assert all(jax.tree.structure(other) == jax.tree.structure(first) for other in shapes.values())
 
 
+@pytest.mark.slow_except("small")
 @every_backbone
 def test_head_is_that_of_the_module(description):
     network, variables = build_network(description), variables_of(description["backbone"])
@@ -276,6 +277,7 @@ def test_every_parameter_is_trained_and_extremes_are_finite():
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params, extreme)))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_products_alone():
     """Parameters, features and logits are float32, and differ from those of float32 products by its rounding."""
     exact, rough = build_network(SMALL), build_network({**SMALL, "compute_dtype": "bfloat16"})
@@ -298,6 +300,7 @@ def test_the_description_is_kept_and_fits_into_json():
     assert network.description == LITE0 and network.description is not LITE0
 
 
+@pytest.mark.slow
 def test_weights_are_known_by_their_hash():
     (small, first), (again, second) = backbone_variables(SMALL), backbone_variables({**SMALL, "dropout": 0.5})
     assert first == second and re.fullmatch("[0-9a-f]{64}", first)

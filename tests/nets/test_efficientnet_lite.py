@@ -66,7 +66,7 @@ def test_depthwise_conv_by_hand():
     np.testing.assert_array_equal(result[0, :, :, 1], [[2, 4, 0], [8, 10, 0]])
 
 
-@pytest.mark.slow_except("3-1-1-shape0", "3-2-1-shape1", "5-1-2-shape2")
+@pytest.mark.slow_except("3-2-1-shape1")
 @pytest.mark.parametrize("shape", [(2, 9, 6, 3), (1, 1, 5, 2), (1, 8, 8, 1)])
 @pytest.mark.parametrize(("k", "stride", "dilation"), [(3, 1, 1), (3, 2, 1), (5, 2, 1), (5, 1, 2), (3, 1, 2), (3, 3, 1)])
 def test_depthwise_conv_gradients(shape, k, stride, dilation):

@@ -139,6 +139,7 @@ def test_a_blank_tap_is_finite():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_bfloat16_products_leave_logits_in_float32():
     features = taps(4, [(2, 2), (4, 4), (8, 8)])
     exact, rough = (OriginalDecoder(3, widths=(8, 8, 8, 8), dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))

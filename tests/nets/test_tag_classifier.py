@@ -28,6 +28,7 @@ def loss_and_gradient(weights, bias, pooled, tags, l2):
     return loss, inputs.T @ residuals + l2 * scaled_weights, residuals.sum(axis=0)
 
 
+@pytest.mark.slow_except("0.001")
 @pytest.mark.parametrize("l2", [1e-3, 1e-1])
 def test_the_gradient_vanishes_at_the_result(l2):
     pooled, tags = random_case(0)
@@ -101,6 +102,7 @@ def test_constant_channels_and_single_images_are_no_harm():
     assert np.isfinite(one.weights).all() and np.isfinite(one.bias).all()
 
 
+@pytest.mark.slow
 def test_it_tells_unseen_images_apart():
     pooled, tags = random_case(6, num_images=600)
     classifier, _, _ = fit_tag_classifier(pooled[:400], tags[:400])

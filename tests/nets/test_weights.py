@@ -130,6 +130,7 @@ def test_the_package_is_read(published):
     assert variables["params"]["stage2_block0"]["depthwise"]["kernel"].shape == (5, 5, 144)
 
 
+@pytest.mark.slow
 def test_the_names_of_timm_give_the_same_network(published, tmp_path):
     state, path = as_timm(published), tmp_path / "model.safetensors"
     assert {"conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.0.0.bn2.running_var", "blocks.6.0.conv_pwl.weight",

@@ -136,6 +136,7 @@ def test_numbers_of_the_page():
     assert report.curves({}) == report.gallery([], NAMES) == report.bars(NAMES, {"": {}}) == ""
 
 
+@pytest.mark.slow
 def test_a_browser_shows_it_without_a_network(tmp_path):
     path = tmp_path / "report ä.html"
     path.write_text(whole_page(), encoding="utf-8")

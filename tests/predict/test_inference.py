@@ -164,6 +164,7 @@ def test_other_images_are_refused(image):
         segment(segmenter(), image, crf=False)
 
 
+@pytest.mark.slow
 def test_read_only_and_non_contiguous_images_are_fine():
     image = picture(8, 40, 60)
     view = np.ascontiguousarray(image[:, ::-1])[:, ::-1]
@@ -199,6 +200,7 @@ def test_the_image_level_prior_at_test_time(mirror):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_class_maps_as_the_output():
     """The labels are those of the thresholded maps of the classes that the classifier finds; no decoder is needed."""
     rng = np.random.default_rng(4)

@@ -48,6 +48,7 @@ def quarters(height, width):
     return image
 
 
+@pytest.mark.slow_except("size2")
 @pytest.mark.parametrize("size", [(256, 256), (240, 400), (40, 300), (300, 40)])
 def test_tiles_see_what_is_in_them(size):
     image = quarters(*size)

@@ -85,6 +85,7 @@ def test_saliency_is_read_back_from_the_cache_and_depends_on_the_tags(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_image_saliency_is_that_of_the_squares(tmp_path):
     found = cues.image_saliency(Source(), image_size=SIZE, contrast=8.0, level=1.2, grid=SIZE, directory=tmp_path, batch_size=2)
     assert found.shape == (3, SIZE, SIZE, 1) and found.dtype == np.float16

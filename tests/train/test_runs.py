@@ -91,6 +91,7 @@ def test_a_run_that_was_killed_continues_to_the_same_bits(prepared, uninterrupte
     assert lines(tmp_path) == lines(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_second_run_a_resumed_one_and_a_second_segmenter_compile_nothing(prepared, uninterrupted, tmp_path, monkeypatch):
     """All that is compiled takes the weights as arguments, and is known by a description of the network."""
     train_and_kill(prepared, tmp_path / "first", monkeypatch, 6)
@@ -284,6 +285,7 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
         np.testing.assert_allclose(result[index].reshape(-1, 7), expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_posteriors_without_cached_features_are_the_same(prepared, cache):
     plain = preparation.prepare(small_config(cache, cache__features=False, views__num_views=1))
     rng = np.random.default_rng(0)

@@ -95,6 +95,7 @@ def step_batch():
     return feature_batch()._replace(index=index, view=np.arange(BATCH, dtype=np.int32) % NUM_VIEWS)
 
 
+@pytest.mark.slow
 def test_one_and_four_devices_give_the_same_parameters():
     """With dropout and Gumbel noise: every image draws from its own key, whichever device it is on."""
     assert len(jax.devices()) >= 4
@@ -287,9 +288,9 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_share():
     """Adam's update of a constant gradient is the rate itself."""
     options = {**OPTIMIZER, "num_steps": 20, "warmup_steps": 5, "weight_decay": 0.0}
     optimizer, params = make_optimizer(**options), {"w": jnp.ones(4)}
-    state, rates = optimizer.init(params), []
+    state, rates, update = optimizer.init(params), [], jax.jit(optimizer.update)
     for _ in range(22):
-        updates, state = optimizer.update({"w": jnp.full(4, 100.0)}, state, params)
+        updates, state = update({"w": jnp.full(4, 100.0)}, state, params)
         rates.append(-float(updates["w"][0]))
     assert rates[0] == 0
     np.testing.assert_allclose(rates[1:6], 3e-3 * np.arange(1, 6) / 5, rtol=1e-4)
