@@ -209,7 +209,6 @@ def _check_type(name, dtype, arrays):
 SIZES = ((1, 1, "float32"), (2, 40, "bfloat16"), (64, 5, "float32"), (7, 2, "float16"), (3, 3, "int32"))
 SCALES = (0.0, 1.0, 30.0, 1e4, 1e30)
 UNCHECKED = {
-    ("kernel", "elbo"), ("kernel", "constrain_loss"), ("kernel", "sec_loss"),  # left to the room of the CRF
     ("logits", "block_groups"), ("probs", "ElboTerms"),  # of which only the size is taken, or the sum
 }  # fmt: skip
 MAPS = ("class_evidence", "class_evidence, saliency", "cam_log_probs", "localisation_cues")  # of a foreground class

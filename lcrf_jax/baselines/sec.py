@@ -2,13 +2,13 @@ r"""Seed, expand and constrain (Kolesnikov and Lampert 2016): the three losses, 
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.arguments import by_class, checked_indices, checked_tags, class_axis
 from lcrf_jax.bound.pooling import ranks
 from lcrf_jax.crf.energy import KernelLike
 from lcrf_jax.crf.inference import mean_field
+from lcrf_jax.crf.kernel import as_kernel, in_one_precision
 from lcrf_jax.numerics import (
     ONE_SET,
     check_count,
@@ -218,8 +218,7 @@ def constrain_loss(probs: ArrayLike, kernel: KernelLike, *, num_iterations: int 
 
 
 def _constrain_loss(probs, kernel, num_iterations):
-    if isinstance(kernel, (jax.Array, np.ndarray)):
-        probs, kernel = promote_together(probs, kernel)
+    kernel, probs = in_one_precision(as_kernel(kernel), probs)
     log_probs = jnp.log(probs)
     log_refined = mean_field(jax.lax.stop_gradient(log_probs), kernel, num_iterations=num_iterations)
     # mean_field may give -inf, where Q is 0 and so is its part of the sum.
@@ -271,8 +270,7 @@ def sec_loss(
     check_share("background_decay", background_decay, "0.999 is usual")
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     probs = floored_probs(logits, min_prob=min_prob)
-    if isinstance(kernel, (jax.Array, np.ndarray)):
-        probs, kernel = promote_together(probs, kernel)
+    kernel, probs = in_one_precision(as_kernel(kernel), probs)
     seed = _seed_loss(probs, checked_indices("cues", cues))
     expand = _expand_loss(probs, tags, foreground_decay, background_decay)
     return seed + expand + _constrain_loss(probs, kernel, num_iterations)

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.arguments import check_possible
 from lcrf_jax.bound.sampling import categorical, check_samples, check_temperature, gumbel_softmax, straight_through
 from lcrf_jax.crf.energy import KernelLike, pairwise_energy
+from lcrf_jax.crf.kernel import as_kernel, in_one_precision
 from lcrf_jax.numerics import (
     ONE_SET,
     check_count,
@@ -373,8 +373,8 @@ def elbo(
         check_logits("logits", logits)
     check_finite("log_partition", log_partition, "leave it out where it is not known")
     logits = promote_float(logits)
-    if isinstance(kernel, (jax.Array, np.ndarray)):
-        logits, kernel = promote_together(logits, kernel)
+    if kernel is not None:
+        kernel, logits = in_one_precision(as_kernel(kernel), logits)
     expected_log_likelihood = estimator(key, given if checks_them else logits, log_likelihood)
     check_shape("log_likelihood", expected_log_likelihood, (), "return one number for all tags together")
     probs = jax.nn.softmax(logits, axis=-1)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from lcrf_jax.crf.linear import is_sought, transposable
 from lcrf_jax.crf.params import KernelParams, checked_params, colours, guide_features, position_features
-from lcrf_jax.numerics import check_count, check_shape, promote_float, squared_distances
+from lcrf_jax.numerics import check_count, check_finite, check_shape, promote_float, squared_distances
 
 # 2^x on 0..1 to 2e-7, highest power first: the polynomial of degree 6 through the Chebyshev nodes.
 _EXP2_COEFFICIENTS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, domain=[0, 1]).convert(
@@ -33,7 +33,8 @@ def gaussian_kernel(features_a: ArrayLike, features_b: ArrayLike | None = None) 
     Returns:
       [m, n] values in 0..1, with 1 on the diagonal if `features_b` is None.
     Raises:
-      ValueError: if the features are not two matrices with the same number of columns.
+      ValueError: if the features are not two matrices with the same number of columns, or one is known not to be
+        finite.
     References:
       Krahenbuhl and Koltun 2011, eq. 2.
     Example:
@@ -45,6 +46,8 @@ def gaussian_kernel(features_a: ArrayLike, features_b: ArrayLike | None = None) 
     _, dimensions = check_shape("features_a", features_a, ("m", "d"), "flatten the pixels to one axis")
     features_b = features_a if features_b is None else features_b
     check_shape("features_b", features_b, ("n", dimensions), "both sets need the same features")
+    for name, features in {"features_a": features_a, "features_b": features_b}.items():
+        check_finite(name, features, "look at what they were computed from")
     a, b = promote_float(features_a), promote_float(features_b)
     return jnp.exp(-squared_distances(a, b) / 2)
 
@@ -127,7 +130,7 @@ def filter_exact(features: ArrayLike, values: ArrayLike, *, block_size: int | No
     Returns:
       [m, K] filtered values.
     Raises:
-      ValueError: if the shapes do not fit or `block_size` is smaller than 1.
+      ValueError: if the shapes do not fit, a number is known not to be finite, or `block_size` is smaller than 1.
     References:
       Krahenbuhl and Koltun 2011, section 3.
     Example:
@@ -138,6 +141,8 @@ def filter_exact(features: ArrayLike, values: ArrayLike, *, block_size: int | No
     """
     num_pixels, _ = check_shape("features", features, ("m", "d"), "flatten the pixels to one axis")
     check_shape("values", values, (num_pixels, "K"), "flatten the pixels to one axis, channels last")
+    for name, array in {"features": features, "values": values}.items():
+        check_finite(name, array, "look at what they were computed from")
     features, values = promote_float(features), promote_float(values)
     if block_size is None:
         # Small kernels in parts that stay in the cache of a core, large ones in parts that are worth a parallel

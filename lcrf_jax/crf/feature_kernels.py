@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.assembly import assembled, with_room
@@ -102,7 +103,7 @@ def volume_features(
 
 def feature_kernel(
     *features: ArrayLike,
-    weights: Sequence[float],
+    weights: Sequence[ArrayLike] | ArrayLike,
     form: str | None = None,
     normalisation: str = "symmetric",
 ) -> KernelSum:
@@ -114,7 +115,7 @@ def feature_kernel(
 
     Args:
       *features: [m, d_n] each, in units of their widths: `volume_features`, or your own.
-      weights: w_n >= 0, one for each.
+      weights: w_n >= 0, one for each; a number is good for a single set.
       form: 'exact', whose time is quadratic in m, or 'lattice'; None is 'exact' up to 4,096 and for more than seven
         features, and 'lattice' otherwise. A lattice wants a normalisation.
       normalisation: 'none', 'row' or 'symmetric', see `lcrf_jax.crf.exact.dense_kernel`.
@@ -135,6 +136,7 @@ def feature_kernel(
       >>> mean_field(np.zeros((120, 2)), kernel).shape
       (120, 2)
     """
+    weights = (weights,) if isinstance(weights, (int, float)) or np.ndim(weights) == 0 else weights
     if len(features) != len(weights) or not features:
         raise ValueError(f"weights: expected one for each set of features, got {len(weights)} for {len(features)}")
     if normalisation not in NORMALISATIONS:

@@ -293,7 +293,8 @@ def _refined(image, logits, params, form, num_iterations, valid, capacity, colou
     tried = capacity
     while True:
         result, needed = _compiled_refine(image, logits, static, valid, drop_below, capacity=tried, **options)
-        if form != "lattice" or not bool(needed > 0):
+        # Inside a program of the caller's, which holds image and logits as constants, nothing is known either.
+        if form != "lattice" or isinstance(needed, jax.core.Tracer) or not bool(needed > 0):
             return result
         tried = grown_capacity(int(needed), capacity, height * width, channels + 2)
 

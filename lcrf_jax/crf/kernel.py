@@ -311,10 +311,11 @@ def filter_with(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array:
     Returns:
       [m, K] filtered values.
     Raises:
-      ValueError: if the kernel does not fit the values.
+      ValueError: if the kernel does not fit the values, or a number is known not to be finite.
     References:
       Krahenbuhl and Koltun 2011, section 3.
     """
+    check_finite("values", values, "look at what they were computed from")
     given, values = in_one_precision(as_kernel(kernel), promote_float(values))
     return given.apply(values)
 
@@ -330,7 +331,8 @@ def filter_symmetric(kernel: ArrayLike | Kernel, values: ArrayLike) -> jax.Array
     Returns:
       [m, K] filtered values.
     Raises:
-      ValueError: if the kernel does not fit the values.
+      ValueError: if the kernel does not fit the values, or a number is known not to be finite.
     """
+    check_finite("values", values, "look at what they were computed from")
     given, values = in_one_precision(as_kernel(kernel), promote_float(values))
     return given.slice(given.blur(given.splat(values)))

@@ -222,6 +222,7 @@ def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
         check_finite("image", image, "look at how it was read")
         return promote_float(image)
     check_number("colour_max", colour_max, minimum=0, strict=True, remedy="255 and 1 are usual")
+    promoted = promote_float(image)  # what holds no numbers is refused here
     integers = jnp.issubdtype(jnp.result_type(image), jnp.integer)
     if integers and colour_max <= 1:
         raise ValueError(f"image: expected floats in 0..{colour_max}, got integers; pass colour_max=255")
@@ -246,8 +247,7 @@ def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
         return None
 
     check_values("image", image, fault_of)
-    image = promote_float(image)
-    return image if colour_max == 255 else image * (255 / colour_max)
+    return promoted if colour_max == 255 else promoted * (255 / colour_max)
 
 
 def position_features(
@@ -288,7 +288,7 @@ def guide_features(
       [H * W, 2 + C] features (row, column, channels), row-major over pixels; float32, or float64 for a
       float64 image.
     Raises:
-      ValueError: if `image` is not [H, W, C] or a width is not positive.
+      ValueError: if `image` is not [H, W, C] or is known not to be finite, or a width is not positive.
     References:
       Krahenbuhl and Koltun 2011, eq. 3.
     Example:
@@ -307,6 +307,7 @@ def guide_features(
     for channel_width in every:
         if np.ndim(channel_width) == 0:
             check_number("colour_width", channel_width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
+    check_finite("image", image, "look at how it was read")
     image = promote_float(image)
     positions = position_features(height, width, position_width=position_width, dtype=image.dtype)
     colour_width = jnp.asarray(colour_width, image.dtype)

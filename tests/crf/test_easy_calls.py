@@ -114,6 +114,14 @@ def test_a_lattice_that_is_too_small_is_made_larger_or_said():
     assert np.isnan(energy)
 
 
+def test_a_program_may_hold_the_image_and_the_logits_as_constants():
+    logits = np.random.default_rng(2).normal(size=(52, 48, 3)).astype(np.float32)
+    scaled = jax.eval_shape(lambda scale: scale * refine(NOISE, logits, form="lattice"), 2.0)
+    assert scaled.shape == logits.shape
+    kernel = jax.eval_shape(lambda: image_kernel(NOISE, KernelParams(), form="lattice"))
+    assert kernel.bilateral_diagonal.shape == (52, 48)
+
+
 @pytest.mark.slow
 def test_features_that_float32_cannot_place_are_refused():
     image = np.full((52, 48, 1), 3e7, np.float32)
