@@ -15,12 +15,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lcrf_jax.machine.errors import UserError
+
 _Answer = TypeVar("_Answer")
 
 _log = logging.getLogger(__name__)
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """The processes of a run do not find each other, or one of them has met an error; the message says which."""
 
 

@@ -59,7 +59,7 @@ class RunCheckpoints:
     def __init__(self, run_dir: str | os.PathLike) -> None:
         self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
         self._last = self._manager("last", max_to_keep=2)
-        self._best = self._manager("best", max_to_keep=1, best_fn=lambda metrics: metrics["miou"], best_mode="max")
+        self._best = self._manager("best", max_to_keep=1, best_fn=_rank, best_mode="max")
 
     def _manager(self, name, **options):
         # The processes of a run meet at barriers of these names, the two managers each at their own.
@@ -84,29 +84,30 @@ class RunCheckpoints:
         record = {"data_state": _encode_data_state(data_state)}
         self._save(self._last, int(step), {"params": params, "rest": rest}, record)
 
-    def save_best(self, step: int, params: Mapping[str, Any], miou: float) -> bool:
+    def save_best(self, step: int, params: Mapping[str, Any], miou: float | None) -> bool:
         """Save parameters if they are the best so far.
 
         Args:
           step: number of steps done, >= 0.
           params: pytree of arrays: nested dicts with string keys.
-          miou: validation mIoU in 0..1; larger is better.
+          miou: validation mIoU in 0..1; larger is better. None where there is no validation: such parameters replace
+            others without a score, and make way for the first that has one.
         Returns:
           True if they were saved, False if an earlier mIoU is at least as good.
         Raises:
           ValueError: if miou is not finite.
           CheckpointError: if the disk is full, or the save before this one failed.
         """
-        step, miou = int(step), float(miou)
-        if not math.isfinite(miou):
+        step, miou = int(step), None if miou is None else float(miou)
+        if miou is not None and not math.isfinite(miou):
             raise ValueError(f"expected a finite mIoU at step {step}, got {miou}; check that the validation "
                              "split has masks with pixels that are not void")
         self._finish(self._best)
         before = first_decides(lambda: best_miou(self.run_dir))
-        if before is not None and miou <= before:
+        if before is not None and (miou is None or miou <= before):
             return False
         items = {"params": named_leaves({"params": params})}
-        self._save(self._best, step, items, {"miou": miou}, {"miou": miou})
+        self._save(self._best, step, items, {"miou": miou}, {"miou": miou, "step": step})
         return True
 
     def restore_last(self, like: Any) -> Restored | None:
@@ -241,10 +242,13 @@ def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str,
     run_dir = pathlib.Path(run_dir).expanduser().resolve()
     steps = _steps(run_dir / which)
     if not steps:
-        other = {"best": "last", "last": "best"}[which]
-        hint = f"; there is one in {other}/, ask for which={other!r}" if _steps(run_dir / other) else ""
-        raise CheckpointError(f"expected a checkpoint RUN/{which}/STEP/ in {run_dir}, got none{hint or '; '}"
-                              + ("" if hint else "give the --workdir of a run that has saved one"))
+        hint = "give the --workdir of a run that has saved one"
+        if which == "last" and _steps(run_dir / "best"):
+            hint = "there is one in best/, ask for which='best'"
+        elif _steps(run_dir / "last"):
+            hint = ("there is one in last/, where the frozen weights are not: train on with the same command; it writes best/ "
+                    "every config.eval_every_epochs and at the end")
+        raise CheckpointError(f"expected a checkpoint RUN/{which}/STEP/ in {run_dir}, got none; {hint}")
     step = max(steps) if which == "last" or len(steps) == 1 else _best_step(run_dir, steps)
     arrays, _ = _read(run_dir / which / str(step), ("params",))
     return nested(arrays["params"]).get("params", {})
@@ -256,16 +260,28 @@ def best_miou(run_dir: str | os.PathLike) -> float | None:
     Args:
       run_dir: folder of the run.
     Returns:
-      A number in 0..1, or None if there are none that can be read.
+      A number in 0..1, or None if there are none that can be read, or they have no score.
     """
     folder = pathlib.Path(run_dir).expanduser().resolve() / "best"
     scores = []
     for step in _steps(folder):
         try:
-            scores.append(float(_read_record(folder / str(step))["miou"]))
-        except (CheckpointError, KeyError, TypeError, ValueError):
+            scores.append(_score(_read_record(folder / str(step))))
+        except (CheckpointError, TypeError, ValueError):
             continue
-    return max(scores, default=None)
+    return max((score for score in scores if score is not None), default=None)
+
+
+def _score(metrics):
+    """The mIoU in a record, or None. Where there was no validation, earlier versions wrote the number of the step there."""
+    miou = metrics.get("miou")
+    return miou if miou is None or 0 <= float(miou) <= 1 else None
+
+
+def _rank(metrics):
+    """What is kept in best/: the highest mIoU, and where nothing has one, the newest."""
+    score = _score(metrics)
+    return -1 / (1 + metrics.get("step", metrics.get("miou"))) if score is None else score
 
 
 def _record_digest(record):
@@ -282,8 +298,7 @@ def _steps(folder):
 
 def _best_step(run_dir, steps):
     """Step of the highest mIoU: two are there if a run was killed before the worse one was deleted."""
-    records = [(_read_record(run_dir / "best" / str(step)).get("miou", -1.0), step) for step in steps]
-    return max(records)[1]
+    return max(steps, key=lambda step: _rank(_read_record(run_dir / "best" / str(step))))
 
 
 def _reader(handler):

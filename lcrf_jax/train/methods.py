@@ -32,6 +32,7 @@ class Method(NamedTuple):
       further_inputs: function from the config to what they hold on top of that.
       round_epochs: function from the config to the number of epochs of each round. A round after the first has in its
         records the "pixel_evidence" [h, w, K] that the network of the round before gives, restricted to the tags.
+      own_rounds: whether `config.epochs` has a number for each of `config.rounds`; otherwise their sum is what counts.
       posterior: function from the config to the settings of `lcrf_jax.train.posteriors.posterior_evidence` between
         rounds.
       simple_rounds: in how many rounds, from the first on, only images with a single tag take part.
@@ -45,6 +46,7 @@ class Method(NamedTuple):
     inputs: tuple[str, ...] = ()
     further_inputs: Callable[[Mapping[str, Any]], Sequence[str]] = lambda config: ()
     round_epochs: Callable[[Mapping[str, Any]], list[int]] = lambda config: [sum(config["epochs"])]
+    own_rounds: bool = False
     posterior: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config["posterior"]
     simple_rounds: int = 0
     output: str = "softmax"
@@ -204,6 +206,7 @@ METHODS = {
         lambda config, **grid: latent_crf_objective(config["objective"], **grid), ("class_maps",),
         further_inputs=_evidence_inputs,
         round_epochs=lambda config: list(config["epochs"]),
+        own_rounds=True,
     ),
     "full_supervision": Method("full supervision", "masks", _full_supervision, ("masks",)),
 }  # fmt: skip

@@ -117,7 +117,7 @@ def newest_state(prepared, workdir):
 def with_chains(prepared):
     """One round of three epochs, so that the views of the first come again; a kernel that remembers the start."""
     changes = {"estimator": "mcmc", "num_sweeps": 1, "pairwise_weight": 100.0, "pairwise_warmup_epochs": 0}
-    config = copy.deepcopy(prepared.config) | {"epochs": (3,)}
+    config = copy.deepcopy(prepared.config) | {"epochs": (3,), "rounds": 1}
     config["objective"] |= changes
     return prepared.with_config(config)._replace(val=None)
 
