@@ -109,7 +109,7 @@ def main(argv):
     config = _CONFIG.value
     if _DATA.value is not None:
         config.data.root = _DATA.value
-    config = config.to_dict()
+    config = reporting.plain_settings(config)
     sources, problems = opened_splits(config)
     splits = read_splits(sources)
     if splits:

@@ -2,8 +2,8 @@ r"""Score a run on a split with masks.
 
     python -m experiments.evaluate --checkpoint=RUN --data=FOLDER --split=val [--crf]
 
-The checkpoint alone says what the network is. Without --data the data that the run was trained on is used. The last
-line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
+The checkpoint alone says what the network is. Without --data the data that the run was trained on is used; what is written of
+other data has its name: results_SPLIT_NAME-xxxxxx.json. The last line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
 and the output says so. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
@@ -30,11 +30,13 @@ def main(argv):
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
     description = load_description(_CHECKPOINT.value)
-    source = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
+    source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
         reporting.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value)
     else:
-        reporting.evaluate_run(_CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started)
+        reporting.evaluate_run(
+            _CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started, data=data
+        )
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import reporting
-from experiments.configs import base
 from lcrf_jax.data.check import MODES
 from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.description import check_data, check_description
 from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_start
-from lcrf_jax.train.settings import check_names, check_settings
 from lcrf_jax.train.splits import data_identity, open_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
@@ -37,11 +35,9 @@ def main(argv):
     """Prepare, train, evaluate the best parameters."""
     reporting.no_more_arguments(argv)
     started = time.monotonic()
-    config = _CONFIG.value.to_dict()
     if _ON_BAD_IMAGE.value is not None:
-        config["data"]["on_bad_image"] = _ON_BAD_IMAGE.value
-    check_names(config, base.get_config().to_dict())
-    check_settings(config)
+        _CONFIG.value.data.on_bad_image = _ON_BAD_IMAGE.value
+    config = reporting.plain_settings(_CONFIG.value)
     workdir = _WORKDIR.value
     if (steps := check_start(workdir, config)) is not None:
         say(f"{workdir} is finished: all {steps} steps are done; nothing is trained")

@@ -93,7 +93,8 @@ def with_segment(before: Mapping[str, Any] | None, now: Mapping[str, Any], done:
     Returns:
       dict: `now` with "segments".
     """
-    kept, changed = [], {}
+    kept: list[dict[str, Any]] = []
+    changed: dict[str, Any] = {}
     if before is not None and done:
         old, new = settings_until(before, done), flat_settings(json.loads(json.dumps(now["training"])))
         for name in changed_settings(old, new):
