@@ -17,7 +17,7 @@ from experiments import reporting
 from lcrf_jax.data.check import equal_pictures, listed, notes, read_all
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train import plan
-from lcrf_jax.train.splits import open_split
+from lcrf_jax.train.splits import DEFAULT_VAL_SPLIT, open_split
 
 _DATA = flags.DEFINE_string("data", None, "Folder of the photographs; sets config.data.root.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,7 +37,7 @@ def opened_splits(config):
         try:
             sources.append(open_split(config, split, masks=masks))
         except FileNotFoundError as error:
-            if masks:
+            if masks and split == DEFAULT_VAL_SPLIT:
                 say(f"no masks to score on: {error}")
             else:
                 problems.append(str(error))

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lcrf_jax.data.example import Source
+from lcrf_jax.data.options import check_options
+from lcrf_jax.machine.errors import nearest
 
 
 def open_textures(
@@ -140,10 +142,6 @@ def open_source(
       FileNotFoundError: if a folder or one of its files is missing.
     """
     if kind not in SOURCES:
-        raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}")
-    try:
-        return SOURCES[kind](split, root=root, masks=masks, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise ValueError(f"data.options: the source {kind!r} does not know one of {sorted(options)} ({error})") from error
+        raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}{nearest(kind, SOURCES)}")
+    check_options(kind, options)
+    return SOURCES[kind](split, root=root, masks=masks, **options)

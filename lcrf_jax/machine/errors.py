@@ -5,8 +5,10 @@ a ValueError, for those who use the library; `for_users` tells these from the Va
 faults, which have a traceback.
 """
 
+import difflib
 import dis
 import pathlib
+from collections.abc import Collection
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 # Rooms whose functions take arrays: what they refuse is a mistake of the caller, not of the one who gave the files.
@@ -20,6 +22,20 @@ class UserError(Exception):
 
 class SettingError(UserError, ValueError):
     """A setting, option or flag that cannot be, or that nothing would use."""
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """A question for the end of a message, whether another name was meant; empty where none is near.
+
+    Args:
+      name: as it was given.
+      known: names that there are.
+
+    Returns:
+      "; did you mean 'NAME'?", or "".
+    """
+    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def for_users(error: BaseException) -> bool:

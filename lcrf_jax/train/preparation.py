@@ -93,6 +93,8 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
     prepared = Prepared(plan, train, val, variables, digest, of_images, None, None)
     if check is not None:
         check(prepared.description())
+    if "cues" in plan.inputs and config["baselines"]["cues"]["file"]:
+        _cues(prepared)  # a file that cannot be used is told before anything is computed
     whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
     if not config["cache"]["features"]:
         whole = ViewDataset(whole.source, 1, size)

@@ -1,13 +1,12 @@
 """Settings of a configuration that cannot be, told before data is read: their ranges, and names that nothing knows."""
 
 import contextlib
-import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.data.check import MODES
-from lcrf_jax.machine.errors import SettingError
+from lcrf_jax.machine.errors import SettingError, nearest
 from lcrf_jax.numerics import check_number
 from lcrf_jax.runfolder.segments import flat_settings
 
@@ -94,20 +93,6 @@ def check_names(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     for name in flat_settings(dict(config)):
         if name not in names and not any(name.startswith(f"{free}.") for free in _FREE):
             raise SettingError(f"config.{name}: there is no such setting{nearest(name, names)}; experiments/configs/base.py has all")
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """A question for the end of a message, whether another name was meant; empty where none is near.
-
-    Args:
-      name: as it was given.
-      known: names that there are.
-
-    Returns:
-      "; did you mean 'NAME'?", or "".
-    """
-    found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 @contextlib.contextmanager

@@ -10,8 +10,12 @@ import numpy as np
 from lcrf_jax.data.check import listed, usable
 from lcrf_jax.data.example import PartOfSource, Source
 from lcrf_jax.data.opening import open_source
+from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train.methods import method_of
+
+# That of experiments/configs/base.py: who leaves it there may have no masks.
+DEFAULT_VAL_SPLIT = "val"
 
 
 def open_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Source:
@@ -53,9 +57,14 @@ def checked_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Sour
       FileNotFoundError: if the data is missing.
       ValueError: if it is not as expected, or files cannot be read and are not to be skipped; the message names them.
     """
-    source = open_split(config, split, masks=masks)
+    source, mode = open_split(config, split, masks=masks), config["data"].get("on_bad_image", "error")
+    if mode == "skip" and not hasattr(source, "paths"):
+        raise SettingError(
+            f"data.on_bad_image: 'skip' leaves out files that cannot be read, and the source {config['data']['kind']!r} has no "
+            "files of single photographs; use 'error'"
+        )
     with image_progress(f"reading {split}", len(source)) as done:
-        source, problems = usable(source, config["data"].get("on_bad_image", "error"), decode=masks, progress=done)
+        source, problems = usable(source, mode, decode=masks, progress=done)
     if problems:
         say(f"{split}: {len(problems)} photographs cannot be used and are left out:\n{listed(problems)}")
     missing = getattr(source, "left_out", 0)
@@ -71,10 +80,11 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
       config: dict with "data" ("train_split", "val_split" and what `open_split` needs) and "method".
 
     Returns:
-      (train, val); val is None if the data has no such split or no masks for it.
+      (train, val); val is None if the split is "" or, with its name left at "val", the data has none or no masks for it.
 
     Raises:
       FileNotFoundError: if the training data is missing.
+      SettingError: if another split was named and is not there, or has no masks.
       ValueError: if it is not as expected; the message names the file.
     """
     data = config["data"]
@@ -82,6 +92,10 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
     try:
         val = checked_split(config, data["val_split"], masks=True) if data["val_split"] else None
     except FileNotFoundError as error:
+        if data["val_split"] != DEFAULT_VAL_SPLIT:
+            raise SettingError(
+                f"data.val_split={data['val_split']}: {error}. Without validation: --config.data.val_split="
+            ) from error
         say(f"no validation: {error}")
         val = None
     return train, val

@@ -22,7 +22,7 @@ SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4"
          "--config.network.widths=(16, 12)", "--config.class_maps.grid=6", "--config.class_maps.extra_sizes=()")
 
 SLOW_FIXTURES = ("of_a_pair",)
-SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)")  # 24
+SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)", "--config.rounds=2")  # 24
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +103,13 @@ def digest_of(workdir):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_bit(cache, tmp_path):
     """Some while the program starts, some in the first round, in the posteriors, in the second round, in a save."""
-    arguments = ("train", TINY, *SMALL, "--config.epochs=(12,12)", "--config.save_every_steps=1",
+    arguments = ("train", TINY, *SMALL, "--config.epochs=(12,12)", "--config.rounds=2", "--config.save_every_steps=1",
                  "--config.eval_every_epochs=2")  # 72 steps
     whole = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
     assert whole.code == 0, whole.err
     begun = time.monotonic()
     again = start(*arguments, f"--workdir={tmp_path / 'whole'}")
-    next(line for line in again.stdout if "continuing after step" in line)
+    next(line for line in again.stdout if "is finished" in line)
     kill(again)
     length, rng, reached = time.monotonic() - begun, random.Random(0), [0]
 
