@@ -294,8 +294,7 @@ def _reserve(path):
                 raise
             start = min(size, 4096)  # the head stands there
             file.seek(start)
-            for at in range(start, size, 1 << 20):
-                file.write(bytes(min(1 << 20, size - at)))
+            file.writelines(bytes(min(1 << 20, size - at)) for at in range(start, size, 1 << 20))
 
 
 def _no_room(folder, sizes, free):
