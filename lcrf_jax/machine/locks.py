@@ -152,7 +152,7 @@ def _locked_name(parent, prefix, stack):
 
 def _acquired(path, wait):
     """(open file, whether its lock is held); the file is the one that the path names, also after waiting."""
-    problem: OSError | None = None
+    problem = None
     for _ in range(MOST_TRIES):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
