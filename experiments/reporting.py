@@ -1,5 +1,6 @@
 """What the experiments share: opening a run for scoring, tables, pictures, and errors without a traceback."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,20 +12,18 @@ import time
 import traceback
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import app, flags, logging
 
 from experiments.configs import base
 from experiments.run_report import data_in_words, write_run_report
-from experiments.terminal import lasting_streams
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine import processes, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import UserError, for_users
 from lcrf_jax.machine.files import write_whole
-from lcrf_jax.machine.progress import say
+from lcrf_jax.machine.progress import say, show
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
@@ -74,17 +73,18 @@ def run(main, *, join=join_processes, keep_compiled=True):
             join()
             signals.raise_on_termination()  # JAX has its own handler once the processes are joined
             if keep_compiled:
-                keep_programs(default_directory())
+                with contextlib.suppress(OSError):  # no home; who needs the cache is told so
+                    keep_programs(default_directory())
             main(argv)
         except Exception as error:
             if not for_users(error):
-                if jax.process_count() > 1:
+                if not processes.is_alone():
                     _leave(traceback.format_exc())
                 raise
             logging.debug("traceback", exc_info=True)
             _leave(f"error: {error}")
         except KeyboardInterrupt as request:
-            print(str(request) or "interrupted; what was saved before is kept", file=sys.stderr, flush=True)
+            show(str(request) or "interrupted; what was saved before is kept", sys.stderr)
             sys.exit(128 + getattr(request, "signum", signal.SIGINT))
 
     def parsed(argv):
@@ -93,16 +93,15 @@ def run(main, *, join=join_processes, keep_compiled=True):
         except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             sys.exit(f"error: the flags or the configuration are wrong: {error}")
 
-    lasting_streams()
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parsed)
 
 
 def _leave(message):
     """End with a message; one of several processes does not wait for the others, which could wait for it for ever."""
-    if jax.process_count() == 1:
+    if processes.is_alone():
         sys.exit(message)
-    print(message, file=sys.stderr, flush=True)
+    show(message, sys.stderr)
     os._exit(1)
 
 

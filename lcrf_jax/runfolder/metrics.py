@@ -100,6 +100,30 @@ def metrics_history(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     return [record for _, record in _records(path)] if path.exists() else []
 
 
+def score(record: Mapping[str, Any]) -> float | None:
+    """The mIoU that parameters were saved with.
+
+    Args:
+      record: what was saved beside them; without validation "miou" is None, or, by earlier versions, the number of the step.
+    Returns:
+      A number in 0..1, or None.
+    """
+    miou = record.get("miou")
+    return miou if miou is None or 0 <= float(miou) <= 1 else None
+
+
+def rank(record: Mapping[str, Any]) -> float:
+    """Which parameters are kept as the best: those of the highest mIoU, and where nothing has one, the newest.
+
+    Args:
+      record: what was saved beside them, with "step" where there is no mIoU.
+    Returns:
+      A number, larger for better ones.
+    """
+    known = score(record)
+    return -1 / (1 + record.get("step", record.get("miou"))) if known is None else known
+
+
 def _board(folder: pathlib.Path, purge: int | None) -> Any:
     """The writer of the TensorBoard files; None, after saying so, where tensorboardX is not installed."""
     try:

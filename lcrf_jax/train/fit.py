@@ -267,11 +267,13 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
     title = f"round {this.number + 1}" if len(prepared.plan.rounds) > 1 else "train"
     # The names of the images of the last steps, for a message.
     recent = collections.deque(maxlen=config["log_every_steps"] + config["max_skipped_in_a_row"])
+    metrics = {}
     with Progress(this.last_step, first_step=first, title=title) as bar:
         for step in range(first + 1, this.last_step + 1):
             batch = next(batches)
             recent.append((step, batch.name))
-            state, metrics = step_function(state, variables, batch._replace(name=None), round_key)
+            before, (state, metrics) = metrics, step_function(state, variables, batch._replace(name=None), round_key)
+            jax.block_until_ready(before)  # one step ahead of the devices, not more: who asks to stop waits for all of them
             epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
             scoring = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
             saving = scoring or step % config["save_every_steps"] == 0

@@ -25,8 +25,8 @@ def test_nothing_is_held_and_that_is_told(without_locks, tmp_path):
 def test_folders_of_others_stay_where_nobody_can_tell_whether_they_are_in_use(without_locks, tmp_path):
     other = tmp_path / ".unfinished-of another"
     other.mkdir()
-    for name in (locks._HOLDER_FILE, "half"):
-        (other / name).write_text("x")
+    (other / "half").write_text("x")
+    (tmp_path / locks.lock_name(other.name)).touch()
     with own_folder(tmp_path, ".unfinished-") as folder:
         assert folder != other and folder.is_dir()
     assert (other / "half").read_text() == "x" and not folder.exists()
