@@ -158,14 +158,34 @@ def effective_changes(run_dir: str | os.PathLike, settings: Mapping[str, Any]) -
 
 
 def newest_step(run_dir: str | os.PathLike) -> int:
-    """Number of the newest training state in RUN/last, as its folder says; 0 if there is none."""
-    return max((int(path.name) for path in _path(run_dir).parent.glob("last/[0-9]*") if path.name.isdigit()), default=0)
+    """Number of the newest training state, as its folder says.
+
+    Args:
+      run_dir: folder of a run.
+    Returns:
+      int; 0 if there is none.
+    """
+    return max(_steps(run_dir, "last"), default=0)
 
 
-def has_parameters(run_dir: str | os.PathLike) -> bool:
-    """Whether a run has saved anything, in RUN/last or RUN/best: a method that trains nothing has no RUN/last/STEP."""
+def has_parameters(run_dir: str | os.PathLike, *which: str) -> bool:
+    """Whether a run has saved anything; a method that trains nothing has parameters in RUN/best alone.
+
+    Args:
+      run_dir: folder of a run.
+      *which: "last" or "best"; without one either will do.
+    Returns:
+      bool.
+    """
+    return any(_steps(run_dir, each) for each in which or ("last", "best"))
+
+
+def _steps(run_dir, which):
+    """Numbers of the finished saves, those among them that a save of the same step was to replace."""
     folder = _path(run_dir).parent
-    return any(path.name.isdigit() for which in ("last", "best") for path in folder.glob(f"{which}/[0-9]*"))
+    names = [path.name for path in folder.glob(f"{which}/*")]
+    names += [path.name.rpartition("-")[2] for path in folder.glob(f"replaced/{which}-*")]
+    return [int(name) for name in names if name.isdigit()]
 
 
 def load_description(run_dir: str | os.PathLike) -> dict[str, Any]:

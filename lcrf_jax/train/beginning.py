@@ -8,11 +8,13 @@ from typing import Any
 from lcrf_jax.machine.locks import locked
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.damage import Damaged
 from lcrf_jax.runfolder.description import (
     DESCRIPTION_FILE,
     CheckpointError,
     check_settings_of_run,
     effective_changes,
+    has_parameters,
     load_description,
     newest_step,
 )
@@ -68,9 +70,11 @@ def is_saved(workdir: str | os.PathLike, which: str = "best") -> bool:
 
 
 def _is_saved(workdir, which):
+    if not has_parameters(workdir, which):
+        return False
     try:
         restore_params(workdir, which)
-    except CheckpointError:  # none, or damaged: training goes on from an earlier state, or begins
+    except Damaged:  # training goes on from an earlier state, or begins anew
         return False
     return True
 

@@ -286,3 +286,38 @@ def make_objective(config: Mapping[str, Any], *, stride: int, steps_per_epoch: i
 @functools.lru_cache(maxsize=64)
 def _built(builder, settings, stride, steps_per_epoch):
     return builder(json.loads(settings), stride=stride, steps_per_epoch=steps_per_epoch)
+
+
+def check_objective(config: Mapping[str, Any], num_classes: int) -> None:
+    """Refuse options that the objective refuses when it sees its first image; nothing is computed.
+
+    Args:
+      config: see `make_objective`.
+      num_classes: K.
+
+    Raises:
+      ValueError, TypeError: as the function raises it that the options are of.
+    """
+    if method_of(config).objective is None:
+        return
+    # On a few cells: which form of the kernel and which blocks of noise there are does not matter here.
+    objective = {**config["objective"], "pairwise_form": "", "pairwise_stride": 0, "noise_block": 1}
+    settings = {name: config[name] for name in ("method", "baselines") if name in config} | {"objective": objective}
+    _tried(json.dumps(settings), num_classes)
+
+
+@functools.lru_cache(maxsize=256)
+def _tried(settings, num_classes):
+    objective = make_objective(json.loads(settings), stride=8, steps_per_epoch=1)
+    cells, maps = (4, 4), num_classes - 1
+    shapes = Record(
+        tags=(num_classes,), guide=(*cells, 3), mask=cells, class_maps=(*cells, maps), peaks=(maps,), bias=(maps,),
+        gradient_saliency=(*cells, 1), cues=cells, saliency=(*cells, 1), chain=cells,
+    )  # fmt: skip
+    kinds = {"tags": jnp.bool_, "mask": jnp.uint8, "cues": jnp.uint8, "chain": jnp.uint8}
+    record = Record(**{
+        name: None if shape is None else jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32))
+        for name, shape in shapes._asdict().items()
+    })  # fmt: skip
+    logits = jax.ShapeDtypeStruct((*cells, num_classes), jnp.float32)
+    jax.eval_shape(objective, jax.random.key(0), logits, record, jax.ShapeDtypeStruct((), jnp.int32))

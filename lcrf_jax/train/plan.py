@@ -14,7 +14,7 @@ from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.runfolder.description import library_versions
-from lcrf_jax.train.methods import Method, inputs_of, make_objective, method_of
+from lcrf_jax.train.methods import Method, check_objective, inputs_of, make_objective, method_of
 from lcrf_jax.train.settings import told_as_settings
 from lcrf_jax.train.step import check_batch_size, make_optimizer
 
@@ -140,6 +140,7 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     with told_as_settings():
         for this in rounds:
             plan.objective(this)  # it refuses settings that do not go together
+        check_objective(config, len(class_names))
     return plan
 
 
