@@ -18,6 +18,7 @@ from lcrf_jax.bound.objective import latent_crf_objective
 from lcrf_jax.bound.record import Record
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.machine.errors import SettingError, nearest
 
 
 class Method(NamedTuple):
@@ -225,7 +226,9 @@ def method_of(config: Mapping[str, Any]) -> Method:
       ValueError: if the name is unknown.
     """
     if config["method"] not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {config['method']!r}")
+        raise SettingError(
+            f"method: expected one of {sorted(METHODS)}, got {config['method']!r}{nearest(config['method'], METHODS)}"
+        )
     return METHODS[config["method"]]
 
 

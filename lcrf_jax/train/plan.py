@@ -190,7 +190,7 @@ def _checked_epochs(config, method):
     if method.own_rounds and rounds not in (None, len(given)):
         wanted = ",".join(map(str, [*given, *given[-1:] * rounds][:rounds]))
         raise SettingError(
-            f"epochs: expected {rounds} numbers, one for each of the {rounds} rounds of {config['method']}, got {given!r}; write "
+            f"epochs: expected {rounds} number(s), one for each round of {config['method']}, got {given!r}; write "
             f"--config.epochs={wanted}, or --config.rounds={len(given)} if that is meant: a later round is trained on the "
             "labels of the one before"
         )

@@ -60,8 +60,8 @@ def test_a_name_that_nothing_knows_is_refused_with_the_nearest():
 
 
 @pytest.mark.parametrize(("epochs", "message"), [
-    ((3,), r"epochs: expected 2 numbers, .*got \(3,\); write --config.epochs=3,3, or --config.rounds=1 if that is meant"),
-    ((2, 3, 4), r"expected 2 numbers, .*write --config.epochs=2,3, or --config.rounds=3"),
+    ((3,), r"epochs: expected 2 number\(s\), .*got \(3,\); write --config.epochs=3,3, or --config.rounds=1 if that is meant"),
+    ((2, 3, 4), r"expected 2 number\(s\), .*write --config.epochs=2,3, or --config.rounds=3"),
     (3, r"epochs: expected a tuple of whole numbers, one for each round, such as \(4, 4\), got 3"),
     ((2.5, 1), r"expected a tuple of whole numbers"),
     (("a", "b"), r"expected a tuple of whole numbers"),
@@ -96,5 +96,11 @@ def test_what_losses_and_networks_refuse_is_a_setting(changes, message):
 def test_the_settings_of_every_method_can_be(method):
     source = TexturesSource("train", num_train=16)
     assert resolved_plan(settings(method=method), source.class_names, source.tags).method is METHODS[method]
-    mcmc = settings(method=method, objective__estimator="mcmc")
-    assert resolved_plan(mcmc, source.class_names, source.tags).inputs is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["straight_through", "reinforce", "mean", "exact", "mcmc"])
+def test_the_settings_of_every_estimator_can_be(estimator):
+    source = TexturesSource("train", num_train=16)
+    given = settings(objective__estimator=estimator, objective__num_samples=2, objective__noise_block=1)
+    assert resolved_plan(given, source.class_names, source.tags).config is given
