@@ -12,7 +12,7 @@ import time
 from absl import flags
 
 from experiments import reporting
-from lcrf_jax.runfolder.description import load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _DATA = flags.DEFINE_string("data", None, "Folder of other data, of prepared data sets for tfds; by default that of the run.")
@@ -29,7 +29,7 @@ def main(argv):
     if _CAM.value and _CRF.value:
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
-    description = load_description(_CHECKPOINT.value)
+    description = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)
     source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
         reporting.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value)

@@ -33,7 +33,8 @@ from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import effective_changes, load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, load_description
+from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
 from lcrf_jax.train.settings import check_names, check_settings
@@ -136,7 +137,7 @@ def check_same_settings(folder, config):
 
 def load_segmenter(run_dir, which="best", *, change_inference=dict):
     """(Segmenter, description, parameters) of a run folder; its settings of inference may be changed."""
-    description, params = load_description(run_dir), restore_params(run_dir, which)
+    description, params = load_description(run_dir, needed=FOR_INFERENCE), restore_params(run_dir, which)
     changed = {**description, "inference": change_inference(description["inference"])}
     return make_segmenter(changed, params), description, params
 
@@ -187,7 +188,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     other `data` than that of the run have its name in theirs.
     """
     run_dir = pathlib.Path(run_dir)
-    segmenter, description, _ = load_segmenter(run_dir)
+    segmenter, description, params = load_segmenter(run_dir)
     own = description["training"]["data"]
     data = own if data is None else data
     used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
@@ -204,7 +205,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     table = format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined)
     say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}")
     files = _files_of_scores(run_dir, source.split, data, own, crf=crf, tags_given=tags_given)
-    _write_scores(files, scores, source, crf=crf, report=report)
+    _write_scores(files, scores, source, crf=crf, report=report, digest=params_digest(params))
     say(f"\npictures    {files.pictures}\nreport      {files.page} (for a browser)\nresults     {files.results}\n"
         f"checkpoint  {run_dir}")  # fmt: skip
     if started is not None:
@@ -233,13 +234,13 @@ def _files_of_scores(run_dir, split, data, own, *, crf, tags_given):
     )
 
 
-def _write_scores(files, scores, source, *, crf, report):
+def _write_scores(files, scores, source, *, crf, report, digest):
     """Write results, pictures and the report, as many of them as can be; an error tells of the others."""
     names = report["segmenter"].class_names
     refined = _refined_before(files.refined, scores.plain) if scores.refined is None else scores.refined
     matrices = {"network": scores.plain} | ({} if refined is None else {"refined": refined})
     known = dict(zip(evaluation.sample_positions(len(source), NUM_PICTURES), scores.samples, strict=True))
-    text = _results_text(scores, source, names, crf=crf, supervision=report["used"], data=report["data"])
+    text = _results_text(scores, source, names, crf=crf, report=report, digest=digest)
 
     def write_page():
         write_run_report(
@@ -265,10 +266,11 @@ def _written(path, write):
     return None
 
 
-def _results_text(scores, source, class_names, *, crf, supervision, data):
+def _results_text(scores, source, class_names, *, crf, report, digest):
     """The content of results.json."""
-    results = {"split": source.split, "images": len(source), "data": {name: data[name] for name in ("kind", "root", "options")},
-               "crf": crf, "supervision": supervision}  # fmt: skip
+    data = {name: report["data"][name] for name in ("kind", "root", "options")}
+    results = {"split": source.split, "images": len(source), "data": data, "crf": crf, "supervision": report["used"],
+               "params_sha256": digest}  # fmt: skip
     for name, matrix in (("plain", scores.plain), ("refined", scores.refined)):
         if matrix is not None:
             ious = [None if np.isnan(value) else round(float(value), 4) for value in iou_per_class(matrix)]

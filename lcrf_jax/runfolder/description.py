@@ -13,6 +13,7 @@ from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.segments import changed_settings, flat_settings, settings_until, versions_until
 
 DESCRIPTION_FILE = "config.json"
+FOR_INFERENCE = ("class_names", "network", "inference", "supervision", "training")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
 # Settings that decide which image comes when. If one changes, the steps done and the steps to come are not one run.
 FIXED_SETTINGS = (
@@ -188,15 +189,16 @@ def _steps(run_dir, which):
     return [int(name) for name in names if name.isdigit()]
 
 
-def load_description(run_dir: str | os.PathLike) -> dict[str, Any]:
+def load_description(run_dir: str | os.PathLike, *, needed: Collection[str] = ()) -> dict[str, Any]:
     """Read RUN/config.json.
 
     Args:
       run_dir: folder of the run.
+      needed: keys that it must have, such as `FOR_INFERENCE`.
     Returns:
       The dict given to `save_description`; tuples have become lists.
     Raises:
-      CheckpointError: if the file is missing or is not a JSON object.
+      CheckpointError: if the file is missing, is not a JSON object or lacks a key.
     """
     path = _path(run_dir)
     try:
@@ -208,6 +210,8 @@ def load_description(run_dir: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
     if not isinstance(description, dict):
         raise CheckpointError(f"expected a JSON object in {path}, got {type(description).__name__}")
+    if missing := [key for key in needed if key not in description]:
+        raise CheckpointError(f"{path} does not describe a run: it has no {', '.join(missing)}; restore it from a copy")
     return description
 
 

@@ -94,7 +94,7 @@ def metrics_history(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
       List of dicts, one for each line in order, with "step", "time" and the metrics; null comes back as NaN.
       A last line that was cut short is left out. Empty if nothing was written yet.
     Raises:
-      ValueError: if a line before the last one is not JSON.
+      ValueError: if a line before the last one is not JSON with a step.
     """
     path = pathlib.Path(run_dir) / METRICS_FILE
     return [record for _, record in _records(path)] if path.exists() else []
@@ -136,15 +136,18 @@ def _board(folder: pathlib.Path, purge: int | None) -> Any:
 
 def _records(path):
     """(text, record) of each complete line; NaN for null."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, text in enumerate(lines, 1):
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
+            text = line.decode("utf-8")
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+            if int(record["step"]) != record["step"]:
+                raise ValueError("no whole number")
+        except (ValueError, TypeError, LookupError) as error:  # of UTF-8 and JSON too
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number}: expected JSON, got {text[:60]!r}; remove the line"
-                             ) from error
+            shown = line[:60].decode("utf-8", "replace")
+            raise ValueError(f"{path}, line {number}: expected JSON with a step, got {shown!r}; remove the line") from error
         yield text, {name: math.nan if value is None else value for name, value in record.items()}
 
 
@@ -154,7 +157,7 @@ def _drop_lines(path, resume_step):
         return
     kept = [text for text, record in _records(path) if resume_step is None or record["step"] < resume_step]
     content = "".join(text + "\n" for text in kept)
-    if content != path.read_text(encoding="utf-8"):
+    if content.encode() != path.read_bytes():
         new = path.with_suffix(".tmp")
         new.write_text(content, encoding="utf-8")
         os.replace(new, path)

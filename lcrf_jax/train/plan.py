@@ -15,7 +15,7 @@ from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.train.methods import Method, check_objective, inputs_of, make_objective, method_of
-from lcrf_jax.train.settings import told_as_settings
+from lcrf_jax.train.settings import check_settings, told_as_settings
 from lcrf_jax.train.step import check_batch_size, make_optimizer
 
 
@@ -142,6 +142,19 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
             plan.objective(this)  # it refuses settings that do not go together
         check_objective(config, len(class_names))
     return plan
+
+
+def check_without_data(config: dict) -> None:
+    """Refuse what no data would make right, before any is read: the plan of a made-up split is resolved.
+
+    Args:
+      config: the configuration, see `experiments/configs`.
+
+    Raises:
+      ValueError: if it cannot be trained with; the message names the setting.
+    """
+    check_settings(config)
+    resolved_plan(config, ("background", "a class"), np.ones((config["batch_size"], 2), bool))
 
 
 def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:

@@ -16,7 +16,7 @@ from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.class_maps import ClassMaps, MappedViews, class_maps, fitted_classifier
 from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.train.features import CachedViews, test_time_features
-from lcrf_jax.train.plan import Plan, resolved_plan
+from lcrf_jax.train.plan import Plan, check_without_data, resolved_plan
 from lcrf_jax.train.settings import check_settings
 from lcrf_jax.train.splits import data_identity, open_data, without_masks
 
@@ -83,7 +83,7 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
     Raises:
       FileNotFoundError, ValueError: if data or weights are missing or unfit; the message says which and what to do.
     """
-    check_settings(config)
+    check_without_data(config)
     train, val = open_data(config)
     plan = resolved_plan(config, train.class_names, train.tags)
     network, size = plan.network, config["input_size"]

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lcrf_jax.runfolder.description import (
+    FOR_INFERENCE,
     CheckpointError,
     check_data,
     check_description,
@@ -128,3 +129,9 @@ def test_a_run_of_an_earlier_version_has_begun_with_what_it_says(tmp_path):
     assert [(each["first_step"], each["versions"]["jax"]) for each in now["segments"]] == [(1, "1"), (7, "2")]
     save_description(tmp_path, now)
     assert load_description(tmp_path) == now
+
+
+def test_a_description_that_lacks_what_is_needed_is_named(tmp_path):
+    save_description(tmp_path, {"class_names": ["background"], "network": {}})
+    with pytest.raises(CheckpointError, match="config.json does not describe a run: it has no inference, supervision, training; restore"):
+        load_description(tmp_path, needed=FOR_INFERENCE)
