@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from experiments import reporting
 from lcrf_jax.data.check import MODES
+from lcrf_jax.machine.entries import total_line
 from lcrf_jax.machine.progress import say
 from lcrf_jax.train import fit, preparation
 
@@ -43,6 +44,7 @@ def main(argv):
     for source in (prepared.train, prepared.val):
         if getattr(source, "left_out", 0):
             say(f"{source.left_out} photographs of {source.split} were left out, as told at the beginning")
+    say(total_line(prepared.plan.cache_directory))
     reporting.evaluate_run(_WORKDIR.value, prepared.val, crf=False, started=started, unscored=prepared.train)
 
 
