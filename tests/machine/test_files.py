@@ -100,6 +100,6 @@ def test_a_link_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
 def test_dev_full_is_named():
     if not pathlib.Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    with pytest.raises(OSError, match="No space left.*make room.*'masks/a.png'"), naming("masks/a.png"):
-        with open("/dev/full", "wb", buffering=0) as file:
-            file.write(b"x")
+    match = "No space left.*make room.*'masks/a.png'"
+    with pytest.raises(OSError, match=match), naming("masks/a.png"), open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
