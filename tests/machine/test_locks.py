@@ -22,11 +22,12 @@ def without_locks(monkeypatch):
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(locks, "_told_of", set())
 
 
 def test_nothing_is_held_and_that_is_told_once(without_locks, tmp_path, caplog):
-    for _ in range(2):
-        with locked(tmp_path / "lock") as held:
+    for name in ("one", "two"):
+        with locked(tmp_path / name / "lock") as held:
             assert held is False
     assert caplog.text.count("knows no locks: nothing keeps a second run out") == 1 and str(tmp_path) in caplog.text
 
