@@ -136,4 +136,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    reporting.run(main, keep_compiled=False)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -15,7 +16,7 @@ from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.images import MAX_PIXELS, image_size, is_photograph, read_image
 from lcrf_jax.data.files.tags import TAG_FILES, read_tag_file, read_text
 from lcrf_jax.data.sources.listing import PhotographFinder
-from lcrf_jax.machine.locks import own_folder
+from lcrf_jax.machine.files import naming, write_once, write_whole
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics
 
@@ -23,6 +24,8 @@ SETTINGS_FILE = "predictions.json"
 RECORDS = "predictions"
 BATCH_PIXELS = 32_000_000
 _JPEG_SIDE = 65_000  # the format has no larger pictures
+# A name that the disk does not take, too long or with letters that it does not have, or a folder in its place.
+OF_THE_NAME = (errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 class Outputs(NamedTuple):
@@ -164,14 +167,8 @@ def _stored(path):
 
 def _store(path, settings, overwrite):
     """Write the settings, unless another process was faster; with overwrite in any case."""
-    with own_folder(path.parent, ".unfinished-") as unfinished:
-        new = unfinished / path.name
-        new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        if overwrite:
-            os.replace(new, path)
-            return
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (write_whole if overwrite else write_once)(path, json.dumps(settings, indent=1) + "\n")
 
 
 class Records:
@@ -192,10 +189,9 @@ class Records:
         self._out, again = out, {str(outputs.mask.relative_to(out)) for _, outputs in todo}
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if _mask_of(line) not in again | {None}]
-            unfinished = self.path.with_name(f".{self.path.name}.tmp")
-            unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(unfinished, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        with naming(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, photo, outputs, labels, confidence, class_names, **facts):
         """Add the line of a photograph: size, and area and confidence of each class that is there."""
@@ -211,14 +207,16 @@ class Records:
         line = json.dumps(record, ensure_ascii=False)
         if any("\ud800" <= letter <= "\udfff" for letter in line):  # a file name that is no UTF-8
             line = json.dumps(record)
-        self._file.write(line + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line + "\n")
+            self._file.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk, which `write` has told of
+            self._file.close()
 
 
 def _mask_of(line):
@@ -230,13 +228,29 @@ def _mask_of(line):
 
 
 def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
-    """Write the files of one photograph elsewhere and rename them, the mask last: a killed run leaves none half-written."""
+    """Write the files of one photograph elsewhere and rename them, the mask last: a killed run leaves none half-written.
+
+    Returns why they could not be written, if that is only so for this photograph, such as a name that the disk does not
+    take; else None.
+    """
 
     def moved(path, write):
-        temporary = unfinished / path.name
-        write(temporary)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, path)
+        temporary = unfinished / f"half{path.suffix}"
+        with naming(path):
+            write(temporary)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+
+    try:
+        _write(outputs, moved, image, labels, log_probs, class_names)
+    except OSError as error:
+        if error.errno not in OF_THE_NAME:
+            raise
+        return f"its mask cannot be written ({os.strerror(error.errno)}: {error.filename}); rename it or give another --out"
+    return None
+
+
+def _write(outputs, moved, image, labels, log_probs, class_names):
 
     if outputs.overlay is not None:
         picture = Image.fromarray(overlay(image, labels))

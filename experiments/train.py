@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from experiments import reporting
 from lcrf_jax.data.check import MODES
+from lcrf_jax.machine.entries import total_line
 from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.description import check_data, check_description
 from lcrf_jax.train import fit, preparation
@@ -59,6 +60,7 @@ def trained(config, workdir):
         f"logits {prepared.plan.grid} x {prepared.plan.grid}; {fit.num_trainable(prepared):,} trainable weights"
     )
     fit.train(prepared, workdir)
+    say(total_line(prepared.plan.cache_directory))
     return prepared.train, prepared.val
 
 

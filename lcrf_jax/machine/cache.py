@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -11,7 +12,7 @@ import pathlib
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,11 @@ class CachedArrays:
     """
 
     def __init__(
-        self, folder: pathlib.Path, unfinished: pathlib.Path | None, num_records: int, arrays: dict[str, np.ndarray]
-    ) -> None:
+        self, folder: pathlib.Path, unfinished: pathlib.Path | None, num_records: int, arrays: dict[str, np.ndarray],
+        make_room: Callable[[int], Any],
+    ) -> None:  # fmt: skip
         self.num_records = num_records
-        self._folder, self._unfinished, self._arrays = folder, unfinished, arrays
+        self._folder, self._unfinished, self._arrays, self._make_room = folder, unfinished, arrays, make_room
         self._open, self.first = ({}, num_records) if unfinished is None else _begun(unfinished, num_records)
         self._noted = time.monotonic()
 
@@ -80,6 +82,7 @@ class CachedArrays:
           ValueError: if these are more rows than there are to be, or not the same arrays as before.
         """
         if not self._open:
+            self._make_room(_num_bytes(self.num_records, rows))
             with naming(self._folder.parent, REMEDY):
                 self._open = _new_arrays(self._unfinished, self._folder, self.num_records, rows)
         count = _num_rows(rows, self._open)
@@ -140,7 +143,7 @@ class CachedArrays:
 
 @contextlib.contextmanager
 def cached_arrays(
-    directory: str | os.PathLike, identity: Mapping, num_records: int, *, about: str = ""
+    directory: str | os.PathLike, identity: Mapping, num_records: int, *, about: str = "", bounded: bool = True
 ) -> Iterator[CachedArrays]:
     """The arrays of that identity, to be completed by the caller and read from then on::
 
@@ -159,6 +162,8 @@ def cached_arrays(
         ...).
       num_records: length of the first axis of every array.
       about: what the arrays are of, for the people who read the list of the cache; they do not depend on it.
+      bounded: whether what was not used for longest makes room for them, see `lcrf_jax.machine.entries`; not in the folder
+        of a run, which is no cache.
 
     Returns:
       Context manager of a CachedArrays.
@@ -172,7 +177,8 @@ def cached_arrays(
     with contextlib.ExitStack() as stack:
         with naming(directory, REMEDY):
             unfinished, arrays = _own_unfinished(folder, num_records, stack)
-        cache = CachedArrays(folder, unfinished, num_records, arrays)
+        make_room = functools.partial(keep_within_bound, folder.parent) if bounded else _no_bound
+        cache = CachedArrays(folder, unfinished, num_records, arrays, make_room)
         if unfinished is None:
             yield cache
             return
@@ -265,11 +271,9 @@ def _begun(unfinished, num_records):
 
 def _new_arrays(unfinished, folder, num_records, batch):
     """Memory-mapped arrays of the names and types of a batch, their space reserved."""
-    sizes = [num_records * math.prod(rows.shape[1:]) * rows.dtype.itemsize for rows in batch.values()]
-    keep_within_bound(folder.parent, sum(sizes))
-    free = shutil.disk_usage(unfinished).free
-    if sum(sizes) > 0.95 * free:
-        raise _no_room(folder, sizes, free)
+    needed, free = _num_bytes(num_records, batch), shutil.disk_usage(unfinished).free
+    if needed > 0.95 * free:
+        raise _no_room(folder, needed, free)
     arrays = {}
     try:
         for name, rows in batch.items():
@@ -278,7 +282,7 @@ def _new_arrays(unfinished, folder, num_records, batch):
             _reserve(path)
     except OSError as error:
         if error.errno in _FULL:
-            raise _no_room(folder, sizes, free) from error
+            raise _no_room(folder, needed, free) from error
         raise
     return arrays
 
@@ -297,9 +301,17 @@ def _reserve(path):
             file.writelines(bytes(min(1 << 20, size - at)) for at in range(start, size, 1 << 20))
 
 
-def _no_room(folder, sizes, free):
+def _num_bytes(num_records, batch):
+    return sum(num_records * math.prod(rows.shape[1:]) * rows.dtype.itemsize for rows in batch.values())
+
+
+def _no_bound(needed):
+    del needed
+
+
+def _no_room(folder, needed, free):
     return OSError(
-        f"the cache {folder.parent} needs {sum(sizes) / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left: {REMEDY}"
+        f"the cache {folder.parent} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left: {REMEDY}"
     )
 
 

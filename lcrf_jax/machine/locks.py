@@ -10,7 +10,6 @@ system without locks (ENOLCK), and clears no folders.
 import contextlib
 import errno
 import fcntl
-import functools
 import logging
 import math
 import os
@@ -29,6 +28,7 @@ _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_BETWEEN_WORDS = 60.0
 
 _log = logging.getLogger(__name__)
+_told_of: set[int] = set()
 
 
 class Locked(OSError):
@@ -182,7 +182,7 @@ def _acquire(file, path, wait):
             return True
         except OSError as error:
             if error.errno in _UNSUPPORTED:
-                _tell_without_locks(str(path.parent))
+                _tell_without_locks(file, path.parent)
                 return False
             if error.errno not in _TAKEN:
                 raise
@@ -205,9 +205,12 @@ def _holder(file):
         return "another process"
 
 
-@functools.cache
-def _tell_without_locks(folder):
-    _log.warning("the file system of %s knows no locks: nothing keeps a second run out of that folder", folder)
+def _tell_without_locks(file, folder):
+    """Say once of each file system that it has no locks."""
+    device = os.fstat(file.fileno()).st_dev
+    if device not in _told_of:
+        _told_of.add(device)
+        _log.warning("the file system of %s knows no locks: nothing keeps a second run out of a folder there", folder)
 
 
 def _is_at(file: IO, path: str | os.PathLike) -> bool:

@@ -60,6 +60,7 @@ class RunCheckpoints:
     def __init__(self, run_dir: str | os.PathLike) -> None:
         self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
         self._replaced: set[str] = set()
+        logging.getLogger("absl").addFilter(_told_here)
         first_decides(lambda: self._put_back("*"))
         self._last = self._manager("last", max_to_keep=2)
         self._best = self._manager("best", max_to_keep=1, best_fn=rank, best_mode="max")
@@ -217,7 +218,7 @@ class RunCheckpoints:
 
     def _set_aside(self, which, step):
         """Move a save out of the way of one of the same step; it is there until that one is whole."""
-        aside = _aside(self.run_dir, which, step)
+        aside = self.run_dir / "replaced" / f"{which}-{step}"
         aside.parent.mkdir(exist_ok=True)
         os.rename(self.run_dir / which / str(step), aside)
 
@@ -234,9 +235,11 @@ class RunCheckpoints:
             (self.run_dir / "replaced").rmdir()
 
     def _failed(self, directory, error):
-        text = str(error).strip().splitlines()
-        return CheckpointError(f"saving to {directory} failed ({type(error).__name__}: "
-                               f"{text[0][:200] if text else ''}): is the disk full? {self._kept()}")
+        text = (str(error).strip().splitlines() or [""])[0]
+        if "No space left on device" in text or "Disk quota exceeded" in text:
+            return CheckpointError(f"saving to {directory} failed: the disk is full; {self._kept()}")
+        reason = f"{type(error).__name__}: {text[:200]}"
+        return CheckpointError(f"saving to {directory} failed ({reason}): is the disk full? {self._kept()}")
 
     def _kept(self):
         steps = _saved(self.run_dir, "last")
@@ -249,6 +252,11 @@ class RunCheckpoints:
             _log.warning("%s; moved to %s, training goes on from the state before it", error, target)
             target.parent.mkdir(exist_ok=True)
             os.replace(folder, target)
+
+
+def _told_here(record):
+    """Whether a line of the log is none of the tracebacks that orbax writes of errors that are told in one line here."""
+    return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str, Any]:
@@ -308,18 +316,14 @@ def _saved(run_dir, which):
     Where a save was to be replaced and the new one never came, it is the one before.
     """
     found = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for aside in (run_dir / "replaced").glob(f"{which}-*"):
             found[int(aside.name.rpartition("-")[2])] = aside
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in (run_dir / which).iterdir():
             if path.name.isdigit() and path.is_dir():
                 found[int(path.name)] = path
     return found
-
-
-def _aside(run_dir, which, step):
-    return run_dir / "replaced" / f"{which}-{step}"
 
 
 def _best_folder(saved):

@@ -11,6 +11,7 @@ from typing import Any, Self, TextIO
 
 from jax.typing import ArrayLike
 
+from lcrf_jax.machine.files import write_whole
 from lcrf_jax.machine.processes import is_first
 from lcrf_jax.machine.progress import as_scalar, say
 
@@ -66,6 +67,9 @@ class MetricsWriter:
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; make room and run the same command again", str(self.path)
                           ) from error
+        if self._board is not None and not _is_alive(self._board):
+            say(f"no TensorBoard files are written any more, their disk took no more: {self.path.parent / 'tensorboard'}")
+            self._board = None
         if self._board is not None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
@@ -76,7 +80,9 @@ class MetricsWriter:
             with contextlib.suppress(OSError):  # a full disk, which `write` has told of
                 self._lines.close()
             if self._board is not None:
-                self._board.close()
+                with contextlib.suppress(OSError):
+                    self._board.close()
+                self._board = None
 
     def __enter__(self) -> Self:
         return self
@@ -134,6 +140,14 @@ def _board(folder: pathlib.Path, purge: int | None) -> Any:
     return tensorboardX.SummaryWriter(str(folder), purge_step=purge)
 
 
+def _is_alive(board):
+    """Whether the thread of a writer is there; it ends at a full disk, and then its queue would fill up and wait for ever."""
+    try:
+        return board.file_writer.event_writer._worker.is_alive()
+    except AttributeError:  # another version
+        return True
+
+
 def _records(path):
     """(text, record) of each complete line; NaN for null."""
     lines = path.read_bytes().splitlines()
@@ -158,6 +172,4 @@ def _drop_lines(path, resume_step):
     kept = [text for text, record in _records(path) if resume_step is None or record["step"] < resume_step]
     content = "".join(text + "\n" for text in kept)
     if content.encode() != path.read_bytes():
-        new = path.with_suffix(".tmp")
-        new.write_text(content, encoding="utf-8")
-        os.replace(new, path)
+        write_whole(path, content)

@@ -246,7 +246,7 @@ def _evidence_of(prepared, workdir, this, state, done):
         "before": list(method.round_epochs(config)[: this.number]),
         "seed": config["seed"],
     }
-    with cached_arrays(workdir / "posteriors", identity, len(prepared.train)) as cache:
+    with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
         if cache.first < cache.num_records:  # all at once
             if done != this.first_step:
                 raise ValueError(

@@ -29,6 +29,7 @@ from lcrf_jax.data.files.images import read_turned_image
 from lcrf_jax.data.files.masks import fit_mask, read_mask, refuse_black_and_white
 from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.sources.listing import SPLITS, Listing, scan_folder
+from lcrf_jax.machine.contents import content_digests
 
 
 class FolderSource:
@@ -96,10 +97,9 @@ class FolderSource:
 
     @property
     def fingerprint(self) -> tuple:
-        """Tells whether photographs or masks changed: their names, sizes and times, without reading them."""
-        files = [*self.paths, *(self._found.masks[name] for name in self.names if self.masks)]
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return ("photographs", str(self._found.root.resolve()), tuple(stats))
+        """Tells whether photographs or masks changed: what they hold, wherever they lie."""
+        masks = [self._found.masks[name] for name in self.names if self.masks]
+        return ("photographs", content_digests(self.paths), content_digests(masks), repr(self.masks and self._found.colours))
 
 
 def _refuse(found: Listing, missing_images: str) -> None:

@@ -24,6 +24,7 @@ from lcrf_jax.data.example import Example, tag_vector
 from lcrf_jax.data.files.images import read_turned_image
 from lcrf_jax.data.files.masks import fit_mask, read_mask, refuse_black_and_white
 from lcrf_jax.data.files.tags import read_classes, read_tag_file, read_text, some
+from lcrf_jax.machine.contents import content_digests
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
@@ -85,10 +86,9 @@ class VocSource:
 
     @property
     def fingerprint(self) -> tuple:
-        """Tells whether photographs or masks changed: their names, sizes and times, without reading them."""
-        files = [*self._images, *(self._mask_path(name) for name in self.names if self.masks)]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return ("folder", str(self._root.resolve()), tuple(stats))
+        """Tells whether photographs or masks changed: what they hold, wherever they lie."""
+        masks = [self._mask_path(name) for name in self.names if self.masks]
+        return ("photographs", content_digests(self._images), content_digests(masks))
 
     def _mask_path(self, name: str) -> Path:
         return self._root / "SegmentationClass" / f"{name}.png"
