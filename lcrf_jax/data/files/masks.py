@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lcrf_jax.data.example import VOID
+from lcrf_jax.data.files.depth import index_values, stated
 from lcrf_jax.data.files.images import opened
 from lcrf_jax.data.files.tags import read_text
 
@@ -37,6 +38,7 @@ def read_mask(
       ValueError: if the file is not an image, holds a colour that is not known, or an index is out of range.
     """
     with opened(path) as image:
+        said = stated(image)
         image.load()
         if colours and image.mode not in ("L", "1", "I;16", "I"):
             return _by_colour(np.asarray(image.convert("RGB")), colours, path)
@@ -45,7 +47,10 @@ def read_mask(
                 f"{path}: expected class indices (a grey or palette PNG), got mode {image.mode!r}; "
                 "colours cannot be told from classes: save the indices, or name the colours in a colours.csv"
             )
-        mask = np.array(image).astype(np.int64)
+        try:
+            mask = index_values(image, said)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     wrong = (mask >= num_classes) & (mask != VOID) | (mask < 0)
     if wrong.any():
         row, column = (int(i) for i in np.argwhere(wrong)[0])
