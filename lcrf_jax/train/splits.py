@@ -50,10 +50,17 @@ def checked_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Sour
       ValueError: if it is not as expected, or files cannot be read and are not to be skipped; the message names them.
     """
     source = open_split(config, split, masks=masks)
+    not_taken, untagged = getattr(source, "not_taken", ""), getattr(source, "untagged", ())
+    if not_taken and split == config["data"].get("train_split"):
+        say(f"data: {not_taken}")
+    if untagged and split == config["data"].get("train_split"):
+        say(f"data: {len(untagged)} photographs have no row in the tag file and are left out")
     with image_progress(f"reading {split}", len(source)) as done:
-        source, problems = usable(source, config["data"].get("on_bad_image", "error"), decode=masks, progress=done)
+        source, problems, doubts = usable(source, config["data"].get("on_bad_image", "error"), decode=masks, progress=done)
     if problems:
         say(f"{split}: {len(problems)} photographs cannot be used and are left out:\n{listed(problems)}")
+    for doubt in doubts:
+        say(f"warning: {doubt}")
     missing = getattr(source, "left_out", 0)
     if missing:
         say(f"{split}: {missing} rows of tag file or lists have no photograph and are left out")
