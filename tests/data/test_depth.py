@@ -177,6 +177,27 @@ def test_masks_of_few_bits_hold_the_numbers_that_are_stored(tmp_path, bits, most
         np.testing.assert_array_equal(read_mask(tmp_path / "a.png", most), labels)
 
 
+def test_palettes_that_were_numbered_anew(tmp_path):
+    labels = np.zeros((6, 8), np.uint8)
+    labels[2:, 2:], labels[4:, 4:] = 2, 255
+    Image.fromarray(labels).save(tmp_path / "a.gif")  # its palette is black, 2, 255: 0, 1, 2 in the file
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.gif", 3), labels)
+    packed = Image.fromarray(np.searchsorted([0, 2, 255], labels).astype(np.uint8)).convert("P")
+    packed.putpalette([value for value in (0, 2, 255) for _ in range(3)])
+    packed.save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a.png: its numbers \[0, 1, 2\] have the greys \[0, 2, 255\]"):
+        read_mask(tmp_path / "a.png", 3)
+    packed.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    packed.save(tmp_path / "a.gif")
+    with pytest.raises(ValueError, match="a.gif: GIF files may number their colours anew"):
+        read_mask(tmp_path / "a.gif", 3)
+    packed.save(tmp_path / "a.png")
+    assert read_mask(tmp_path / "a.png", 3).max() == 2
+    packed.putpalette([255] * 3 + [0] * 3 + [128] * 3)  # greys to look at, which are no labels
+    packed.save(tmp_path / "a.png")
+    assert read_mask(tmp_path / "a.png", 3).max() == 2
+
+
 def test_masks_where_white_is_zero_are_refused(tmp_path):
     tags = TiffImagePlugin.ImageFileDirectory_v2()
     tags[262] = 0

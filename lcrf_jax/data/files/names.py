@@ -9,16 +9,22 @@ import re
 import unicodedata
 from collections.abc import Mapping
 
-NO_TAG = frozenset(
-    "none|n/a|na|nan|-|--|---|null|nil|no tag|no tags|notag|notags|untagged|no label|no labels|nolabel|unlabeled|unlabelled|"
-    "not labeled|not labelled|unknown|unclassified|empty|nothing|no class|no object|no objects|undefined|not available|todo|tbd|"
-    "?|.|0|false|void|ignore|(none)|<none>|[]|{}|keine|aucun|ninguno|nessuno".split("|")
-)
+NO_TAG = frozenset((
+    "none", "n/a", "na", "nan", "-", "--", "---", "null", "nil", "no tag", "no tags", "notag", "notags", "untagged",
+    "no label", "no labels", "nolabel", "unlabeled", "unlabelled", "not labeled", "not labelled", "unknown",
+    "unclassified", "empty", "nothing", "no class", "no object", "no objects", "undefined", "not available", "todo",
+    "tbd", "?", ".", "0", "false", "void", "ignore", "(none)", "<none>", "[]", "{}", "keine", "aucun", "ninguno",
+    "nessuno",
+))  # fmt: skip
 BACKGROUNDS = frozenset(("bg", "back ground", "backgrounds", "_background_", "__background__", "hintergrund"))
-PLACES = frozenset(
-    "image images img imgs photo photos photographs picture pictures jpegimages data dataset train training val valid validation "
-    "test testing mask masks label labels annotation annotations segmentationclass segmentationobject gt groundtruth".split()
-)
+MASK_PLACES = frozenset((
+    "mask", "masks", "label", "labels", "annotation", "annotations", "segmentationclass", "segmentationobject",
+    "gt", "groundtruth",
+))  # fmt: skip
+PLACES = MASK_PLACES.union((
+    "image", "images", "img", "imgs", "photo", "photos", "photographs", "picture", "pictures", "jpegimages", "data",
+    "dataset", "train", "training", "val", "valid", "validation", "test", "testing",
+))  # fmt: skip
 _JOINTS = re.compile(r"[\s|/,;+&_.\-]+")
 _ODD = re.compile(r"[|/,;+&\[\]{}\"<>=:\x00-\x1f\x7f]")
 _IRREGULAR = {"men": "man", "women": "woman", "people": "person", "persons": "person", "children": "child", "mice": "mouse",

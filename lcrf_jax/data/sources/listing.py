@@ -15,7 +15,15 @@ import numpy as np
 
 from lcrf_jax.data.example import BACKGROUND, VOID, tag_vector
 from lcrf_jax.data.files.finding import (
-    ODD_LETTERS, Found, PhotographFinder, files_below, known_formats, meant, meant_path, not_taken, there,
+    ODD_LETTERS,
+    Found,
+    PhotographFinder,
+    files_below,
+    known_formats,
+    meant,
+    meant_path,
+    not_taken,
+    there,
 )  # fmt: skip
 from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.masks import read_colours

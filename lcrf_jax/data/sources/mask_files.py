@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lcrf_jax.data.files.finding import files_below, plain_name
 from lcrf_jax.data.files.images import is_photograph
-from lcrf_jax.data.files.names import PLACES
+from lcrf_jax.data.files.names import MASK_PLACES
 from lcrf_jax.data.files.tags import some
 
 EXACT = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".pnm")  # formats that keep labels as they are
@@ -114,9 +114,9 @@ def masks_elsewhere(root: Path, photographs: Sequence[str]) -> list[str]:
     """
     stems = collections.defaultdict(set)
     for path in photographs:
-        top, _, rest = path.rpartition("/")[0].partition("/") if "/" in path else ("", "", "")
-        stems[plain_name(top)].add(os.path.splitext(path.rsplit("/", 1)[-1])[0])
-    suspects = [top for top in stems if top in PLACES and ("mask" in top or "label" in top or "annot" in top or top.startswith(("seg", "gt", "ground")))]
+        *folders, name = path.split("/")
+        stems[plain_name(folders[0]) if folders else ""].add(os.path.splitext(name)[0])
+    suspects = [top for top in stems if top in MASK_PLACES]
     lines = []
     for top in suspects:
         outside = set().union(*(names for other, names in stems.items() if other not in suspects))
