@@ -7,6 +7,7 @@ Prints the photographs of each split, classes, tags, which classes come together
 name of the file and what to do. The exit code is 1 if training would fail. Nothing is changed or written.
 """
 
+import re
 import sys
 
 import numpy as np
@@ -42,7 +43,7 @@ def opened_splits(config):
             else:
                 problems.append(str(error))
         except ValueError as error:
-            problems += [line.strip() for line in str(error).splitlines()]
+            problems += [line.strip() for line in str(error).splitlines() if not re.search(r": \d+ problems:$", line)]
     return sources, list(dict.fromkeys(problems))
 
 
@@ -101,7 +102,9 @@ def left_out(source):
     """Notes on what a plain folder holds beside the photographs with tags."""
     untagged, not_taken = getattr(source, "untagged", ()), getattr(source, "not_taken", "")
     lines = [not_taken] if not_taken else []
-    return lines + [f"{len(untagged)} photographs have no row in {source.tag_source} and are left out:\n{listed(untagged)}"][:len(untagged)]
+    if untagged:
+        lines.append(f"{len(untagged)} photographs have no row in {source.tag_source} and are left out:\n{listed(untagged)}")
+    return lines
 
 
 def main(argv):

@@ -86,7 +86,7 @@ def grey_bytes(values: np.ndarray, said: Stated, name: object) -> np.ndarray:
     return 255 - result if said.white_is_zero else result
 
 
-def colour_bytes(image: Image.Image, source: Image.Image | str | io.BytesIO, said: Stated, name: object) -> Image.Image:
+def colour_bytes(image: Image.Image, source: str | io.BytesIO, said: Stated, name: object) -> Image.Image:
     """A colour image of 16 bits a channel, of which Pillow has read the higher 8, scaled by its true depth.
 
     Args:
@@ -162,9 +162,9 @@ def _shifted(values: np.ndarray, depth: int) -> np.ndarray:
     return np.minimum(integers >> (depth - 8), 255).astype(np.uint8)
 
 
-def _lower_bytes(source: Image.Image | str | io.BytesIO, like: Image.Image) -> np.ndarray:
+def _lower_bytes(source: str | io.BytesIO, like: Image.Image) -> np.ndarray:
     """The lower bytes of 16-bit values: read as if their bytes were in the other order."""
-    with Image.open(source, formats=[like.format]) as image:
+    with Image.open(source, formats=[like.format or ""]) as image:
         image.seek(like.tell())
         image.tile = [tile._replace(args=_other_order(tile.args)) for tile in image.tile]
         if not image.tile:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from lcrf_jax.data.files.depth import colour_bytes, grey_bytes, needs_lower_bytes, stated
 
@@ -193,7 +193,7 @@ def _check_file(path: Path) -> None:
 
 def _turn_to_full_page(image: Image.Image) -> None:
     """Of a TIFF file with several pages the first one of full size: the others may be thumbnails, before it or after."""
-    if image.format != "TIFF" or getattr(image, "n_frames", 1) == 1:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile) or image.n_frames == 1:
         return
     areas = []
     for page in range(min(image.n_frames, _MOST_PAGES)):

@@ -43,7 +43,8 @@ def name_doubts(used: Mapping[str, str], counts: Mapping[str, int], *, of_folder
     Returns:
       One line for each doubt: where, the tag, what it may be, and the remedy.
     """
-    lines, spelt = [], {}
+    lines: list[str] = []
+    spelt: dict[str, str] = {}
     for name in sorted(used):
         same = spelt.setdefault(spelling(name), name)
         if same != name:
