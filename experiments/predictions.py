@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import errno
+import fnmatch
+import functools
 import glob
 import json
 import os
@@ -13,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from lcrf_jax.data.example import tag_vector
-from lcrf_jax.data.files.images import MAX_PIXELS, image_size, is_photograph, read_image
+from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken, there
+from lcrf_jax.data.files.images import MAX_PIXELS, image_size, read_image
 from lcrf_jax.data.files.tags import TAG_FILES, read_tag_file, read_text
-from lcrf_jax.data.sources.listing import PhotographFinder
 from lcrf_jax.machine.files import naming, write_once, write_whole
+from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics
 
@@ -54,13 +57,17 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
       List in the order of the photographs' paths. The path of a mask within `out` is that of its photograph within the
       folder that was given, the fixed part of the pattern, or what these have in common.
     """
-    roots, found, out = [], set(), pathlib.Path(out)
+    roots, found, out, real = [], {}, pathlib.Path(out), functools.cache(os.path.realpath)
     for pattern in patterns:
-        root, paths = _photographs(os.path.expanduser(pattern), out)
+        root, paths, untaken = _photographs(os.path.expanduser(pattern), out)
         if not paths:
-            raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}")
+            raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}{_instead(pattern, untaken)}")
+        if untaken:
+            say(f"{pattern}: {untaken}")
         roots.append(root)
-        found.update(paths)
+        for path in paths:  # a pattern may go through a link and come to the same file twice
+            found.setdefault((real(path.parent), path.name), path)
+    found = set(found.values())
     root, photographs = pathlib.Path(os.path.commonpath(roots)), {path.resolve() for path in found}
     outputs, taken = [], {}
     for path in sorted(found):
@@ -99,7 +106,7 @@ def chosen(planned, path):
             continue
         candidates = finder.candidates(name)
         if len(candidates) != 1:
-            found = f"may be {', '.join(candidates[:3])}" if candidates else "is not among --images"
+            found = f"may be {', '.join(candidates[:3])}" if candidates else f"is not among --images{finder.meant(name)}"
             raise ValueError(f"{path}, line {number}: {name!r} {found}; correct the list")
         wanted.add(names[candidates[0]])
     if not wanted:
@@ -108,29 +115,64 @@ def chosen(planned, path):
 
 
 def _photographs(pattern, out):
-    """(the folder that paths are told from, photographs) of a file, a folder or a pattern."""
+    """(the folder that paths are told from, photographs, a line on what is not taken) of a file, a folder or a pattern."""
     if os.path.isfile(pattern):  # a file may be named photo[1].jpg
         path = pathlib.Path(pattern)
-        return path.absolute().parent, [path]
+        return path.absolute().parent, [path], ""
     if os.path.isdir(pattern):
-        folder = pathlib.Path(pattern).absolute()
-        return folder, [pathlib.Path(pattern) / path.relative_to(folder) for path in _below(folder, out)]
+        return _below(pattern, out)
     parts = pathlib.Path(pattern).absolute().parts
     fixed = next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    found = glob.glob(pattern, recursive=True)
-    return pathlib.Path(*parts[:fixed]), [pathlib.Path(name) for name in found if os.path.isfile(name)]
+    folder = pathlib.Path(*parts[:fixed])
+    if "**" in parts:  # glob goes round in circles of links
+        names = [path for path in files_below(folder).files if _fits(path.split("/"), parts[fixed:])]
+        return folder, [_as_given(folder / name, pattern) for name in names], ""
+    found = [name for name in glob.glob(pattern) if not _of_system(pathlib.Path(name), folder)]
+    paths = [pathlib.Path(name) for name in found if os.path.isfile(name)]
+    others = sum(not os.path.isfile(name) and not os.path.isdir(name) for name in found)
+    return folder, paths, f"{others} matches are no files and not taken" if others else ""
 
 
-def _below(folder, out):
-    """Photographs at any depth; none that are hidden, masks of a training folder, or what was written by this program."""
-    masks = folder / "masks" if any((folder / name).exists() for name in TAG_FILES) else None
-    for place, below, files in os.walk(folder, followlinks=False):
-        place = pathlib.Path(place)
-        if place == masks or place.resolve() == out.resolve() or SETTINGS_FILE in files and place != folder:
-            below.clear()
-            continue
-        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-        yield from (place / name for name in files if is_photograph(name) and not name.startswith("."))
+def _fits(names, parts):
+    """Whether a path, name by name, fits a pattern; ** stands for any number of folders."""
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return any(_fits(names[skipped:], parts[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _as_given(path, pattern):
+    """A path in the form of its pattern: absolute or not."""
+    return path if os.path.isabs(pattern) else pathlib.Path(os.path.relpath(path))
+
+
+def _below(pattern, out):
+    """The same of a folder: none that are masks of a training folder, or what was written by this program."""
+    folder, own = pathlib.Path(pattern).absolute(), (*TAG_FILES, "classes.txt", "colours.csv", "train.txt", "val.txt")
+    masks = there(folder, "masks") if any(there(folder, name) for name in own) else None
+    left = {os.path.realpath(path) for path in (masks, out) if path is not None}
+
+    def written_here(place):
+        return os.path.exists(os.path.join(place, SETTINGS_FILE)) and place != os.path.realpath(folder)
+
+    found = files_below(folder, leave=lambda place: place in left or written_here(place))
+    names = {path.name for name in own if (path := there(folder, name))} | {SETTINGS_FILE}
+    line = not_taken(found, own=names)
+    if masks is not None and masks.name in found.left:
+        line = "; ".join(part for part in (line, f"{masks.name}/ holds the masks of the training folder and is left out") if part)
+    return folder, [pathlib.Path(pattern) / path for path in found.photographs], line
+
+
+def _of_system(path, folder):
+    """Whether a file that fits a pattern is one of the system, by a folder that the pattern does not name."""
+    parts = path.absolute().relative_to(folder).parts
+    return any(is_system_folder(part) for part in parts[:-1]) or parts[-1].startswith("._")
+
+
+def _instead(pattern, untaken):
+    """What is there where nothing fits."""
+    return f" ({untaken})" if untaken else "" if glob.has_magic(pattern) else meant_path(os.path.expanduser(pattern))
 
 
 def remaining(share, out, settings, overwrite):

@@ -129,8 +129,10 @@ def tag_vector(names: Iterable[str], class_names: tuple[str, ...]) -> np.ndarray
     Returns:
       [K] bool.
     Raises:
-      ValueError: if a name is not a class.
+      ValueError: if a name is not a class, or the names are one text.
     """
+    if isinstance(names, str):
+        raise ValueError(f"expected a list of class names, got the text {names!r}; give a list: [{names!r}]")  # noqa: TRY004
     tags = np.zeros(len(class_names), bool)
     tags[0] = True
     for name in names:

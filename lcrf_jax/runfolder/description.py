@@ -19,6 +19,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 FIXED_SETTINGS = (
     "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
 )  # fmt: skip
+# What an earlier version did not know is told and not refused: which images there are, `check_data` guards.
 # Settings that make the network or what is done with it: another model if one changes.
 MODEL_SETTINGS = ("network", "inference")
 # Settings that say where things lie or how the work is done. Nothing that is trained depends on them: what the data and the
@@ -134,8 +135,9 @@ def check_settings_of_run(run_dir: str | os.PathLike, settings: Mapping[str, Any
     if not path.exists() or not has_parameters(run_dir):
         return []
     old, new = load_description(run_dir), json.loads(_as_json(settings))
-    changed = changed_settings(flat_settings(old.get("training", {})), flat_settings(new))
-    other = [text for name, text in changed.items() if _among(name, MODEL_SETTINGS)]
+    before = flat_settings(old.get("training", {}))
+    changed = changed_settings(before, flat_settings(new))
+    other = [text for name, text in changed.items() if name in before and _among(name, MODEL_SETTINGS)]
     if other:
         raise CheckpointError(f"{path} belongs to another model: network or inference differ ({'; '.join(other)}); "
                               "use a new folder, or the settings this run was started with")
@@ -154,8 +156,9 @@ def effective_changes(run_dir: str | os.PathLike, settings: Mapping[str, Any]) -
       CheckpointError: if the folder has no description, or a damaged one.
     """
     old, new = load_description(run_dir), json.loads(_as_json(settings))
-    changed = changed_settings(settings_until(old, newest_step(run_dir)), flat_settings(new))
-    return [text for name, text in changed.items() if not _among(name, PLACES)]
+    before = settings_until(old, newest_step(run_dir))
+    changed = changed_settings(before, flat_settings(new))
+    return [text for name, text in changed.items() if name in before and not _among(name, PLACES)]
 
 
 def newest_step(run_dir: str | os.PathLike) -> int:
@@ -250,8 +253,9 @@ def _among(name, settings):
 
 def _setting_changes(run_dir, old, settings):
     """Lines that tell in which settings a run differs from before; refuses those of FIXED_SETTINGS."""
-    changed = changed_settings(settings_until(old, newest_step(run_dir)), flat_settings(settings))
-    fixed = [text for name, text in changed.items() if _among(name, FIXED_SETTINGS)]
+    before = settings_until(old, newest_step(run_dir))
+    changed = changed_settings(before, flat_settings(settings))
+    fixed = [text for name, text in changed.items() if name in before and _among(name, FIXED_SETTINGS)]
     if fixed:
         raise CheckpointError(
             f"{run_dir} holds a run of other settings ({'; '.join(fixed)}); use them again, or a new folder")

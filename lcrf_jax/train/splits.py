@@ -63,10 +63,17 @@ def checked_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Sour
             f"data.on_bad_image: 'skip' leaves out files that cannot be read, and the source {config['data']['kind']!r} has no "
             "files of single photographs; use 'error'"
         )
+    not_taken, untagged = getattr(source, "not_taken", ""), getattr(source, "untagged", ())
+    if not_taken and split == config["data"].get("train_split"):
+        say(f"data: {not_taken}")
+    if untagged and split == config["data"].get("train_split"):
+        say(f"data: {len(untagged)} photographs have no row in the tag file and are left out")
     with image_progress(f"reading {split}", len(source)) as done:
-        source, problems = usable(source, mode, decode=masks, progress=done)
+        source, problems, doubts = usable(source, mode, decode=masks, progress=done)
     if problems:
         say(f"{split}: {len(problems)} photographs cannot be used and are left out:\n{listed(problems)}")
+    for doubt in doubts:
+        say(f"warning: {doubt}")
     missing = getattr(source, "left_out", 0)
     if missing:
         say(f"{split}: {missing} rows of tag file or lists have no photograph and are left out")

@@ -19,7 +19,7 @@ from lcrf_jax.runfolder.description import (
 )
 from lcrf_jax.runfolder.segments import settings_until, versions_until, with_segment
 
-SETTINGS = {"method": "cam", "seed": 0, "num_threads": 2, "data": {"kind": "voc", "root": "here", "options": {}},
+SETTINGS = {"method": "cam", "seed": 0, "num_threads": 2, "data": {"kind": "voc", "root": "here", "options": {"val_share": 0.2}},
             "network": {"widths": [8]}, "inference": {"mirror": True}, "classifier": {"l2": 0.01}}  # fmt: skip
 DATA = {"train": {"images": 24, "sha256": "0f"}}
 
@@ -66,7 +66,7 @@ def test_settings_alone_tell_what_would_be_refused_later(tmp_path):
         ({"network": {"widths": [9]}}, r"another model: network or inference differ \(config.network.widths was \[8\], is \[9\]\)"),
         ({"inference": {"mirror": False}}, "another model: network or inference"),
         ({"seed": 1}, r"a run of other settings \(config.seed was 0, is 1\)"),
-        ({"data": {"kind": "voc", "root": "here", "options": {"val_share": 0.5}}}, "options.val_share was None, is 0.5"),
+        ({"data": {"kind": "voc", "root": "here", "options": {"val_share": 0.5}}}, "options.val_share was 0.2, is 0.5"),
     ):
         with pytest.raises(CheckpointError, match=message):
             check_settings_of_run(tmp_path, SETTINGS | changes)
@@ -77,9 +77,16 @@ def test_settings_alone_tell_what_would_be_refused_later(tmp_path):
 
 def test_where_things_lie_makes_no_other_run(tmp_path):
     begun(tmp_path, saved=["last/3"])
-    moved = SETTINGS | {"data": {"kind": "voc", "root": "/there", "options": {}}, "num_threads": 8, "rounds": 2, "weights": "w"}
+    moved = SETTINGS | {"data": {**SETTINGS["data"], "root": "/there"}, "num_threads": 8, "rounds": 2, "weights": "w"}
     assert effective_changes(tmp_path, moved) == []
     assert effective_changes(tmp_path, moved | {"classifier": {"l2": 1.0}}) == ["config.classifier.l2 was 0.01, is 1.0"]
+
+
+def test_settings_that_an_earlier_version_did_not_know_are_told(tmp_path):
+    begun(tmp_path, saved=["last/3"])
+    newer = SETTINGS | {"data": {**SETTINGS["data"], "options": {"val_share": 0.2, "new": "tell"}}}
+    assert effective_changes(tmp_path, newer) == []
+    assert check_settings_of_run(tmp_path, newer) == ["other setting than before: config.data.options.new was None, is 'tell'"]
 
 
 def test_other_data_is_refused_wherever_it_lies(tmp_path):
