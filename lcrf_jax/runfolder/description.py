@@ -15,11 +15,11 @@ from lcrf_jax.runfolder.segments import changed_settings, flat_settings, setting
 DESCRIPTION_FILE = "config.json"
 FOR_INFERENCE = ("class_names", "network", "inference", "supervision", "training")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
-# Settings that decide which image comes when. If one changes, the steps done and the steps to come are not one run.
+# Settings that decide which image comes when. If one changes, the steps done and the steps to come are not one run. Of all
+# settings, those that the run did not have are told and not refused: a later version may have more of them.
 FIXED_SETTINGS = (
     "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
 )  # fmt: skip
-# What an earlier version did not know is told and not refused: which images there are, `check_data` guards.
 # Settings that make the network or what is done with it: another model if one changes.
 MODEL_SETTINGS = ("network", "inference")
 # Settings that say where things lie or how the work is done. Nothing that is trained depends on them: what the data and the
