@@ -20,6 +20,7 @@ from lcrf_jax.bound.objective import latent_crf_objective
 from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.metrics import metrics_history
 from lcrf_jax.train import fit, preparation
+from lcrf_jax.train.beginning import check_folder
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; made if it is not there.")
@@ -99,6 +100,7 @@ def main(argv):
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     chosen = chosen_variations(_VARIATIONS.value)
     reporting.plain_settings(config)
+    check_folder(workdir)
     for name, settings in chosen.items():
         for seed in range(_SEEDS.value):
             reporting.check_same_settings(run_folder(workdir, name, seed), varied(config, settings, seed))

@@ -32,6 +32,7 @@ from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.description import CheckpointError, check_data, load_description
 from lcrf_jax.train import fit, preparation
+from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import METHODS, localisation
 from lcrf_jax.train.splits import checked_split, data_identity, open_data
 
@@ -208,6 +209,7 @@ def main(argv):
     reporting.no_more_arguments(argv)
     config, workdir, names = _CONFIG.value, pathlib.Path(_WORKDIR.value), chosen_methods(_METHODS.value)
     reporting.plain_settings(config)
+    check_folder(workdir)
     if not config.data.val_split:
         raise ValueError("config.data.val_split: expected a split with masks to compare on, got none")
     if any(METHODS[name].smoothed_title for name in names):

@@ -91,7 +91,7 @@ def run(main, *, join=join_processes, keep_compiled=True):
     def parsed(argv):
         try:
             return app.parse_flags_with_usage(argv)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        except (AttributeError, KeyError, TypeError, OSError) as error:
             sys.exit(f"error: the flags or the configuration are wrong: {error}")
 
     logging.set_verbosity(logging.WARNING)

@@ -33,12 +33,36 @@ def check_start(workdir: str | os.PathLike, config: Mapping[str, Any]) -> int | 
 
     Raises:
       lcrf_jax.machine.locks.Locked: if another run is at work in the folder.
-      CheckpointError: if the folder holds a run of another model or other settings, or a damaged config.json.
+      CheckpointError: if the folder holds a run of another model or other settings, or a damaged config.json, or cannot
+        be written to.
     """
     return first_decides(lambda: _check_start(pathlib.Path(workdir).expanduser(), config))
 
 
+def check_folder(workdir: str | os.PathLike) -> None:
+    """Refuse a folder for runs that could not be written, before hours of work; it is not made.
+
+    Args:
+      workdir: the folder, which need not be there.
+
+    Raises:
+      CheckpointError: if it, or what stands where it would be made, is no folder that can be written to.
+    """
+    first_decides(lambda: _check_folder(pathlib.Path(workdir).expanduser().resolve()))
+
+
+def _check_folder(workdir):
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not there.is_dir():
+        raise CheckpointError(f"--workdir={workdir}: {there} is a file; give a folder, which is made if it is not there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"--workdir={workdir}: {there} cannot be written to; give another folder. experiments.evaluate scores a run that is there"
+        )
+
+
 def _check_start(workdir, config):
+    _check_folder(workdir.resolve())
     if (workdir / "lock").exists():
         with locked(workdir / "lock"):  # whether it is free: the run takes it when it begins
             pass

@@ -92,6 +92,17 @@ def test_what_would_be_refused_later_is_refused_at_once(tmp_path):
     assert check_start(run, CONFIG) is None
 
 
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/run"):
+        with pytest.raises(CheckpointError, match=r"--workdir=\S+: \S+/file is a file; give a folder"):
+            check_start(tmp_path / folder, CONFIG)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match=f"--workdir={tmp_path}/new/run: {tmp_path} cannot be written to; give another"):
+        check_start(tmp_path / "new" / "run", CONFIG)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_of_an_earlier_version_does_not_say_how_long_it_is(tmp_path):
     run = run_of(tmp_path, last=16)
     old = {key: value for key, value in load_description(run).items() if key not in ("data", "segments")}
