@@ -22,7 +22,7 @@ SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4"
          "--config.network.widths=(16, 12)", "--config.class_maps.grid=6", "--config.class_maps.extra_sizes=()")
 
 SLOW_FIXTURES = ("of_a_pair",)
-SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)", "--config.rounds=3")  # 24
+SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)")  # 24
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def digest_of(workdir):
 @pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_no_bit(cache, tmp_path):
     """Some while the program starts, some in the first round, in the posteriors, in the second round, in a save."""
-    arguments = ("train", TINY, *SMALL, "--config.epochs=(12,12)", "--config.rounds=3", "--config.save_every_steps=1",
+    arguments = ("train", TINY, *SMALL, "--config.epochs=(12,12)", "--config.save_every_steps=1",
                  "--config.eval_every_epochs=2")  # 72 steps
     whole = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
     assert whole.code == 0, whole.err
@@ -141,7 +141,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(cache, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_program_leaves_cleanly_on_a_signal(cache, tmp_path, signum):
-    arguments = ("train", TINY, *SMALL, "--config.rounds=2", "--config.epochs=(40,)", f"--workdir={tmp_path}")
+    arguments = ("train", TINY, *SMALL, "--config.rounds=1", "--config.epochs=(40,)", f"--workdir={tmp_path}")
     process = start(*arguments)
     while not (tmp_path / "last" / "2").exists():
         assert process.poll() is None, finish(process)
