@@ -83,6 +83,23 @@ def test_files_that_are_not_taken_are_counted_by_their_kinds(tmp_path, capsys):
         FolderSource(tmp_path, "train", missing_images="error")
 
 
+def test_hidden_photographs_are_told(tmp_path):
+    save(tmp_path, "a.png", ".b.png", "._a.png")
+    (tmp_path / ".c.jpg.icloud").touch()
+    line = not_taken(files_below(tmp_path))
+    assert line == "2 files not taken: 1 .icloud (not on this machine; download them), 1 hidden photographs"
+
+
+def test_a_photograph_that_may_not_be_read(tmp_path, monkeypatch):
+    def shut(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    save(tmp_path, "a.png")
+    monkeypatch.setattr(Image, "open", shut)
+    with pytest.raises(ValueError, match=r"a.png may not be read \(Permission denied\); change its permissions"):
+        read_image(tmp_path / "a.png")
+
+
 def test_a_folder_with_nothing_that_can_be_read_says_what_is_there(tmp_path):
     (tmp_path / "a.heic").touch()
     with pytest.raises(FileNotFoundError, match=r"holds no photographs .*\(1 file not taken: 1 .heic \(pip install"):

@@ -32,6 +32,7 @@ class Found(NamedTuple):
       files: paths of files within the root, with ``/`` between folders, in order; links that lead nowhere are among them.
       system_folders: folders of the system, which were not entered.
       left: folders that the caller asked to leave out.
+      hidden: hidden files that look like photographs.
       special: pipes, sockets and devices.
       closed: folders that may not be read.
     """
@@ -39,6 +40,7 @@ class Found(NamedTuple):
     files: tuple[str, ...]
     system_folders: tuple[str, ...]
     left: tuple[str, ...]
+    hidden: tuple[str, ...]
     special: tuple[str, ...]
     closed: tuple[str, ...]
 
@@ -97,7 +99,9 @@ def _kind(entry: os.DirEntry) -> str | None:
     except OSError:  # a link to itself
         regular = False
     if name.startswith((".", "~$")) or name in _SYSTEM_FILES:
-        return None
+        if name.endswith(".icloud"):  # a photograph that lies elsewhere
+            return "files"
+        return "hidden" if is_photograph(name) and not name.startswith("._") else None
     return "files" if regular or _leads_nowhere(entry) else "special"
 
 
@@ -130,9 +134,11 @@ def not_taken(found: Found, *, own: Collection[str] = ()) -> str:
     parts = [f"{count} {end}" + (f" ({ADVICE[end]})" if end in ADVICE else "") for end, count in ends.most_common(_SHOWN)]
     if len(ends) > _SHOWN:
         parts.append(f"{sum(ends.values()) - sum(count for _, count in ends.most_common(_SHOWN))} others")
+    if found.hidden:
+        parts.append(f"{len(found.hidden)} hidden photographs")
     if found.special:
         parts.append(f"{len(found.special)} pipes, sockets or devices")
-    count = len(others) + len(found.special)
+    count = len(others) + len(found.hidden) + len(found.special)
     lines = [f"{count} file{'s' if count > 1 else ''} not taken: {', '.join(parts)}"] if count else []
     for paths, what in ((found.system_folders, "folders of the system not entered"), (found.closed, "folders that may not be read")):
         names = sorted({path.rsplit("/", 1)[-1] for path in paths})

@@ -28,7 +28,7 @@ _RAW = "raw files of a camera; save them as JPEG or TIFF"
 ADVICE = {
     ".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".jxl": "save them as JPEG or PNG", ".svg": "drawings; save them as PNG",
     ".pdf": "documents; save their pages as PNG", ".eps": "drawings; save them as PNG", ".npy": "save them as PNG or TIFF",
-    ".dcm": "save them as PNG or TIFF", ".zip": "unpack it", ".mp4": "a video; save its frames as PNG",
+    ".dcm": "save them as PNG or TIFF", ".zip": "unpack it", ".icloud": "not on this machine; download them", ".mp4": "a video; save its frames as PNG",
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), _RAW),
 }  # fmt: skip
 _WIDTH, _HEIGHT, _ORIENTATION, _SUBFILE_TYPE = 256, 257, 0x0112, 254  # tags
@@ -169,6 +169,8 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         raise ValueError(f"{path} is not an image that Pillow can read" + (f" ({advice})" if advice else "")) from error
     except _Refused:
         raise
+    except PermissionError as error:
+        raise ValueError(f"{path} may not be read ({error.strerror}); change its permissions") from error
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(_damaged(path, error)) from error
     except MemoryError:
