@@ -100,6 +100,14 @@ def test_a_photograph_that_may_not_be_read(tmp_path, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
+def test_a_photograph_that_was_saved_in_a_format_that_is_not_read(tmp_path):
+    save(tmp_path, "a02.jpg", "a11.jpg")
+    (tmp_path / "a01.heic").touch()
+    tagged(tmp_path, "a01.jpg", "a11.jpg")
+    with pytest.raises(ValueError, match="no photograph 'a01.jpg'; a01.heic is there, but .heic is not read"):
+        FolderSource(tmp_path, "train")
+
+
 def test_a_folder_with_nothing_that_can_be_read_says_what_is_there(tmp_path):
     (tmp_path / "a.heic").touch()
     with pytest.raises(FileNotFoundError, match=r"holds no photographs .*\(1 file not taken: 1 .heic \(pip install"):
@@ -230,7 +238,7 @@ def test_files_in_any_letter_case(tmp_path):
 def test_the_nearest_thing_is_named(tmp_path):
     there = ["masks/A01.PNG", "barn/b.jpg", "tags.csv"]
     for name, expected in (("masks/a01.png", there[0]), ("barn/b.tif", there[1]), ("x/b.jpg", there[1]), ("x/b.bmp", there[1]),
-                           ("tag.csv", there[2]), ("elephant", None)):  # fmt: skip
+                           ("tag.csv", there[2]), ("elephant", None), ("masks/a02.png", None)):  # fmt: skip
         assert nearest(name, there) == expected
     (tmp_path / "photos").mkdir()
     (tmp_path / "tags.csv").touch()

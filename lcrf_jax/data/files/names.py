@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 NO_TAG = frozenset((
     "none", "n/a", "na", "nan", "-", "--", "---", "null", "nil", "no tag", "no tags", "notag", "notags", "untagged",
@@ -50,8 +50,8 @@ def name_doubts(used: Mapping[str, str], counts: Mapping[str, int], *, of_folder
         if same != name:
             lines.append(f"{used[name]}: the tags {same!r} and {name!r} differ in spelling alone; choose one")
     distinct = sorted(spelt.values())
-    lines += [f"{used[name]}: {doubt}; {CONFIRM}" for name in distinct if (doubt := _odd_name(name, of_folders))]
-    lines += [f"{used[name]}: {doubt}; {CONFIRM}" for name in distinct if (doubt := _joined(name, spelt))]
+    lines += [f"{used[name]}: {doubt}; {CONFIRM}" for name in distinct
+              if (doubt := name_doubt(name, distinct, of_folders=of_folders))]  # fmt: skip
     lines += _orders(used, distinct)
     for at, name in enumerate(distinct):
         for other in distinct[at + 1 :]:
@@ -63,6 +63,19 @@ def name_doubts(used: Mapping[str, str], counts: Mapping[str, int], *, of_folder
     if distinct and all(re.fullmatch(r"[\d.]+", name) for name in distinct):
         lines.append(f"{used[distinct[0]]}: all tags are numbers ({', '.join(distinct[:6])}); write the names of classes, or {CONFIRM}")
     return lines
+
+
+def name_doubt(name: str, others: Collection[str], *, of_folders: bool = False) -> str | None:
+    """What is odd about one name of a tag.
+
+    Args:
+      name: the name.
+      others: the names of tags or classes that there are.
+      of_folders: whether the names are those of folders.
+    Returns:
+      What it may be and the remedy, or None.
+    """
+    return _odd_name(name, of_folders) or _joined(name, {spelling(other): other for other in others})
 
 
 def spelling(name: str) -> str:
@@ -121,8 +134,6 @@ def _odd_name(name: str, of_folders: bool) -> str | None:
 
 def _joined(name: str, spelt: Mapping[str, str]) -> str | None:
     """A tag with other tags in it: 'ring star' beside 'ring'."""
-    if _is_odd(name):
-        return None  # told already
     parts = [part for part in _JOINTS.split(unicodedata.normalize("NFKC", name).casefold()) if part and part != "and"]
     known = [spelt[part] for part in parts if part in spelt and spelt[part] != name]
     if len(parts) < 2 or not known:
