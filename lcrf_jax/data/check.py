@@ -198,6 +198,10 @@ def mask_doubts(source: Source, readings: list[Reading]) -> list[str]:
             + (f", and every one shows index {min(everywhere)} ({_labels(source, everywhere)})" if everywhere else "")
             + "; save the background as 0"
         )
+    tagged = [labels for _, labels, present in good if present]
+    if len(tagged) > 1 and not any(labels - {0} for labels in tagged):
+        lines.append(f"{source.split}: no mask shows a class, though {len(tagged)} of their photographs have tags; write objects "
+                     "as the indices of their classes")  # fmt: skip
     others = [f"{name} ({_labels(source, labels - {0} - present)})" for name, labels, present in good if labels - {0} - present]
     if others and getattr(source, "untagged_in_masks", "tell") == "tell":
         lines.append(

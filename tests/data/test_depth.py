@@ -177,6 +177,13 @@ def test_masks_of_few_bits_hold_the_numbers_that_are_stored(tmp_path, bits, most
         np.testing.assert_array_equal(read_mask(tmp_path / "a.png", most), labels)
 
 
+def test_masks_of_16_bits_in_either_order(tmp_path):
+    labels = np.arange(48).reshape(6, 8) % 3
+    for mode, kind in (("I;16", "<u2"), ("I;16B", ">u2")):
+        Image.frombytes(mode, (8, 6), labels.astype(kind).tobytes()).save(tmp_path / "a.tif")
+        np.testing.assert_array_equal(read_mask(tmp_path / "a.tif", 3), labels)
+
+
 def test_palettes_that_were_numbered_anew(tmp_path):
     labels = np.zeros((6, 8), np.uint8)
     labels[2:, 2:], labels[4:, 4:] = 2, 255

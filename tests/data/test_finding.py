@@ -83,6 +83,31 @@ def test_files_that_are_not_taken_are_counted_by_their_kinds(tmp_path, capsys):
         FolderSource(tmp_path, "train", missing_images="error")
 
 
+def test_hidden_photographs_are_told(tmp_path):
+    save(tmp_path, "a.png", ".b.png", "._a.png")
+    (tmp_path / ".c.jpg.icloud").touch()
+    line = not_taken(files_below(tmp_path))
+    assert line == "2 files not taken: 1 .icloud (not on this machine; download them), 1 hidden photographs"
+
+
+def test_a_photograph_that_may_not_be_read(tmp_path, monkeypatch):
+    def shut(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    save(tmp_path, "a.png")
+    monkeypatch.setattr(Image, "open", shut)
+    with pytest.raises(ValueError, match=r"a.png may not be read \(Permission denied\); change its permissions"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_photograph_that_was_saved_in_a_format_that_is_not_read(tmp_path):
+    save(tmp_path, "a02.jpg", "a11.jpg")
+    (tmp_path / "a01.heic").touch()
+    tagged(tmp_path, "a01.jpg", "a11.jpg")
+    with pytest.raises(ValueError, match="no photograph 'a01.jpg'; a01.heic is there, but .heic is not read"):
+        FolderSource(tmp_path, "train")
+
+
 def test_a_folder_with_nothing_that_can_be_read_says_what_is_there(tmp_path):
     (tmp_path / "a.heic").touch()
     with pytest.raises(FileNotFoundError, match=r"holds no photographs .*\(1 file not taken: 1 .heic \(pip install"):
@@ -141,14 +166,15 @@ def test_pipes_sockets_and_links_to_nowhere_do_not_hang(tmp_path):
         read_image(tmp_path / "pipe.png")
 
 
-@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="everything may be read by root")
-def test_folders_that_may_not_be_read_are_told(tmp_path):
+def test_folders_that_may_not_be_read_are_told(tmp_path, monkeypatch):
+    def scandir(path, scandir=os.scandir):
+        if path.endswith("shut"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
     save(tmp_path, "a.png", "shut/b.png")
-    (tmp_path / "shut").chmod(0)
-    try:
-        assert "folders that may not be read: shut" in not_taken(files_below(tmp_path))
-    finally:
-        (tmp_path / "shut").chmod(0o700)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert not_taken(files_below(tmp_path)) == "folders that may not be read: shut"
 
 
 @pytest.mark.parametrize("end", ["PNG", "tif", "TIFF", "bmp", "gif"])
@@ -213,7 +239,7 @@ def test_files_in_any_letter_case(tmp_path):
 def test_the_nearest_thing_is_named(tmp_path):
     there = ["masks/A01.PNG", "barn/b.jpg", "tags.csv"]
     for name, expected in (("masks/a01.png", there[0]), ("barn/b.tif", there[1]), ("x/b.jpg", there[1]), ("x/b.bmp", there[1]),
-                           ("tag.csv", there[2]), ("elephant", None)):  # fmt: skip
+                           ("tag.csv", there[2]), ("elephant", None), ("masks/a02.png", None)):  # fmt: skip
         assert nearest(name, there) == expected
     (tmp_path / "photos").mkdir()
     (tmp_path / "tags.csv").touch()

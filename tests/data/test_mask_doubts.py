@@ -57,6 +57,11 @@ def test_indices_that_are_numbered_in_each_picture(folder):
         FolderSource(folder, "val", untagged_in_masks="maybe")
 
 
+def test_masks_that_show_nothing(folder):
+    write_masks(folder, [0, 0, 0, 0])
+    assert doubts(folder) == ["val: no mask shows a class, though 4 of their photographs have tags; write objects as the indices of their classes"]
+
+
 def test_background_at_another_index(folder):
     (folder / "classes.txt").write_text("background\nring\nstar\nsky\n")
     write_masks(folder, [1, 2, 1, 2], background=3)

@@ -32,6 +32,7 @@ class Found(NamedTuple):
       files: paths of files within the root, with ``/`` between folders, in order; links that lead nowhere are among them.
       system_folders: folders of the system, which were not entered.
       left: folders that the caller asked to leave out.
+      hidden: hidden files that look like photographs.
       special: pipes, sockets and devices.
       closed: folders that may not be read.
     """
@@ -39,6 +40,7 @@ class Found(NamedTuple):
     files: tuple[str, ...]
     system_folders: tuple[str, ...]
     left: tuple[str, ...]
+    hidden: tuple[str, ...]
     special: tuple[str, ...]
     closed: tuple[str, ...]
 
@@ -97,7 +99,9 @@ def _kind(entry: os.DirEntry) -> str | None:
     except OSError:  # a link to itself
         regular = False
     if name.startswith((".", "~$")) or name in _SYSTEM_FILES:
-        return None
+        if name.endswith(".icloud"):  # a photograph that lies elsewhere
+            return "files"
+        return "hidden" if is_photograph(name) and not name.startswith("._") else None
     return "files" if regular or _leads_nowhere(entry) else "special"
 
 
@@ -130,9 +134,11 @@ def not_taken(found: Found, *, own: Collection[str] = ()) -> str:
     parts = [f"{count} {end}" + (f" ({ADVICE[end]})" if end in ADVICE else "") for end, count in ends.most_common(_SHOWN)]
     if len(ends) > _SHOWN:
         parts.append(f"{sum(ends.values()) - sum(count for _, count in ends.most_common(_SHOWN))} others")
+    if found.hidden:
+        parts.append(f"{len(found.hidden)} hidden photographs")
     if found.special:
         parts.append(f"{len(found.special)} pipes, sockets or devices")
-    count = len(others) + len(found.special)
+    count = len(others) + len(found.hidden) + len(found.special)
     lines = [f"{count} file{'s' if count > 1 else ''} not taken: {', '.join(parts)}"] if count else []
     for paths, what in ((found.system_folders, "folders of the system not entered"), (found.closed, "folders that may not be read")):
         names = sorted({path.rsplit("/", 1)[-1] for path in paths})
@@ -170,32 +176,57 @@ def there(folder: Path, name: str) -> Path | None:
     return folder / alike[0] if len(alike) == 1 else None
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """What was probably meant by a name: the same in another letter case, with another extension, or in another folder.
+class Nearest:
+    """Tells what was probably meant by a name: the same in another letter case, with another extension, or in another folder.
 
     Args:
-      name: what was asked for, with ``/`` between folders.
+      names: what is there, with ``/`` between folders.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = {plain_name(name): name for name in names}
+        self._forms: dict[str, str] = {}
+        for plain, name in self._names.items():
+            for form in _forms(plain):
+                self._forms.setdefault(form, name)
+
+    def to(self, name: str) -> str | None:
+        """The nearest name.
+
+        Args:
+          name: what was asked for.
+        Returns:
+          One of the names, or None if none is near. Numbers are never exchanged: a12 is not near to a11.
+        """
+        wanted = plain_name(name.strip().replace("\\", "/"))
+        if wanted in self._names:
+            return self._names[wanted]
+        for form in _forms(wanted):
+            if form in self._forms:
+                return self._forms[form]
+        if len(self._names) <= _MOST_COMPARED:
+            for close in difflib.get_close_matches(wanted, self._names, n=3, cutoff=0.8):
+                if re.sub(r"\D", "", close) == re.sub(r"\D", "", wanted):
+                    return self._names[close]
+        return None
+
+
+def _forms(name: str) -> tuple[str, ...]:
+    """What a name is known by: without its extension, without its folder, without both."""
+    base = name.rsplit("/", 1)[-1]
+    return f"stem:{os.path.splitext(name)[0]}", f"base:{base}", f"base stem:{os.path.splitext(base)[0]}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """What was probably meant by a name.
+
+    Args:
+      name: what was asked for.
       names: what is there.
     Returns:
-      The nearest of the names, or None if none is near.
+      See `Nearest`.
     """
-    names = list(names)
-    wanted = plain_name(name.strip().replace("\\", "/"))
-    stem, base = os.path.splitext(wanted)[0], wanted.rsplit("/", 1)[-1]
-    plain = [plain_name(other) for other in names]
-    for form, same in (
-        (wanted, lambda other: other),
-        (stem, lambda other: os.path.splitext(other)[0]),
-        (base, lambda other: other.rsplit("/", 1)[-1]),
-        (os.path.splitext(base)[0], lambda other: os.path.splitext(other.rsplit("/", 1)[-1])[0]),
-    ):
-        for other, path in zip(plain, names, strict=True):
-            if same(other) == form:
-                return path
-    if len(names) <= _MOST_COMPARED:
-        for close in difflib.get_close_matches(wanted, plain, n=1, cutoff=0.8):
-            return names[plain.index(close)]
-    return None
+    return Nearest(names).to(name)
 
 
 def meant(name: str, names: Iterable[str]) -> str:
@@ -250,6 +281,7 @@ class PhotographFinder:
             for name in {"/".join(part[start:]) for part in parts for start in range(len(part))} - {path}:
                 self._shorter.setdefault(unicodedata.normalize("NFC", name), []).append(path)
         self._plain: dict[str, set[str]] | None = None
+        self._nearest: Nearest | None = None
 
     def candidates(self, name: str) -> list[str]:
         """The photographs that a name may mean.
@@ -280,14 +312,17 @@ class PhotographFinder:
         Returns:
           See `meant`; of a file that was not taken it says so.
         """
-        end, stem = os.path.splitext(name)[1].lower(), plain_name(os.path.splitext(name)[0])
-        for path in others:
-            if plain_name(os.path.splitext(path)[0]).endswith(stem) and not is_photograph(path):
-                other = os.path.splitext(path)[1].lower()
-                if end in (other, ""):
-                    return f"; {path} is there, but {other or 'a file without an extension'} is not read" + (
-                        f": {ADVICE[other]}" if other in ADVICE else "")  # fmt: skip
-        return meant(name, self._photographs)
+        stem = plain_name(os.path.splitext(name)[0])
+        if self._nearest is None:
+            self._nearest = Nearest(self._photographs)
+        near = self._nearest.to(name)
+        if near is None or plain_name(os.path.splitext(near)[0].rsplit("/", 1)[-1]) != stem.rsplit("/", 1)[-1]:
+            for path in others:
+                if plain_name(os.path.splitext(path)[0]).endswith(stem):
+                    end = os.path.splitext(path)[1].lower()
+                    return f"; {path} is there, but {end or 'a file without an extension'} is not read" + (
+                        f": {ADVICE[end]}" if end in ADVICE else "")  # fmt: skip
+        return f"; did you mean {near!r}?" if near is not None else ""
 
 
 def known_formats() -> str:

@@ -28,10 +28,11 @@ _RAW = "raw files of a camera; save them as JPEG or TIFF"
 ADVICE = {
     ".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".jxl": "save them as JPEG or PNG", ".svg": "drawings; save them as PNG",
     ".pdf": "documents; save their pages as PNG", ".eps": "drawings; save them as PNG", ".npy": "save them as PNG or TIFF",
-    ".dcm": "save them as PNG or TIFF", ".zip": "unpack it", ".mp4": "a video; save its frames as PNG",
+    ".dcm": "save them as PNG or TIFF", ".zip": "unpack it", ".icloud": "not on this machine; download them", ".mp4": "a video; save its frames as PNG",
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), _RAW),
 }  # fmt: skip
-_ORIENTATION, _SUBFILE_TYPE, _MOST_PAGES = 0x0112, 254, 64
+_WIDTH, _HEIGHT, _ORIENTATION, _SUBFILE_TYPE = 256, 257, 0x0112, 254  # tags
+_MOST_PAGES = 64
 _TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
     Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
@@ -132,8 +133,9 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """
     with opened(path) as image:
         width, height = image.size
-        sideways = _orientation(image) >= 5 and image.format != "TIFF"  # Pillow tells the turned size of these
-        return (width, height) if sideways else (height, width)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow may tell the turned size of these
+            width, height = (int(image.tag_v2.get(tag, side)) for tag, side in ((_WIDTH, width), (_HEIGHT, height)))
+        return (width, height) if _orientation(image) >= 5 else (height, width)
 
 
 @contextlib.contextmanager
@@ -167,6 +169,8 @@ def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
         raise ValueError(f"{path} is not an image that Pillow can read" + (f" ({advice})" if advice else "")) from error
     except _Refused:
         raise
+    except PermissionError as error:
+        raise ValueError(f"{path} may not be read ({error.strerror}); change its permissions") from error
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(_damaged(path, error)) from error
     except MemoryError:

@@ -41,9 +41,9 @@ def read_mask(
     with opened(path) as image:
         said = stated(image)
         image.load()
-        if colours and image.mode not in ("L", "1", "I;16", "I"):
+        if colours and image.mode not in ("L", "1", "I;16", "I;16B", "I"):
             return _by_colour(np.asarray(image.convert("RGB")), colours, path)
-        if image.mode not in ("L", "P", "1", "I;16", "I"):
+        if image.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
             raise ValueError(
                 f"{path}: expected class indices (a grey or palette PNG), got mode {image.mode!r}; "
                 "colours cannot be told from classes: save the indices, or name the colours in a colours.csv"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 NO_TAG = frozenset((
     "none", "n/a", "na", "nan", "-", "--", "---", "null", "nil", "no tag", "no tags", "notag", "notags", "untagged",
@@ -26,7 +26,7 @@ PLACES = MASK_PLACES.union((
     "dataset", "train", "training", "val", "valid", "validation", "test", "testing",
 ))  # fmt: skip
 _JOINTS = re.compile(r"[\s|/,;+&_.\-]+")
-_ODD = re.compile(r"[|/,;+&\[\]{}\"<>=:\x00-\x1f\x7f]")
+_ODD = re.compile(r"[|/\\,;+&*#~^@\[\]{}\"<>=:\u3001\x00-\x1f\x7f]|^['`]|['`]$")
 _IRREGULAR = {"men": "man", "women": "woman", "people": "person", "persons": "person", "children": "child", "mice": "mouse",
               "feet": "foot", "geese": "goose", "teeth": "tooth", "leaves": "leaf", "wolves": "wolf", "knives": "knife"}  # fmt: skip
 _ENDINGS = ("s", "es", "n", "en", "x")
@@ -50,8 +50,8 @@ def name_doubts(used: Mapping[str, str], counts: Mapping[str, int], *, of_folder
         if same != name:
             lines.append(f"{used[name]}: the tags {same!r} and {name!r} differ in spelling alone; choose one")
     distinct = sorted(spelt.values())
-    lines += [f"{used[name]}: {doubt}; {CONFIRM}" for name in distinct if (doubt := _odd_name(name, of_folders))]
-    lines += [f"{used[name]}: {doubt}; {CONFIRM}" for name in distinct if (doubt := _joined(name, spelt))]
+    lines += [f"{used[name]}: {doubt}; {CONFIRM}" for name in distinct
+              if (doubt := name_doubt(name, distinct, of_folders=of_folders))]  # fmt: skip
     lines += _orders(used, distinct)
     for at, name in enumerate(distinct):
         for other in distinct[at + 1 :]:
@@ -63,6 +63,19 @@ def name_doubts(used: Mapping[str, str], counts: Mapping[str, int], *, of_folder
     if distinct and all(re.fullmatch(r"[\d.]+", name) for name in distinct):
         lines.append(f"{used[distinct[0]]}: all tags are numbers ({', '.join(distinct[:6])}); write the names of classes, or {CONFIRM}")
     return lines
+
+
+def name_doubt(name: str, others: Collection[str], *, of_folders: bool = False) -> str | None:
+    """What is odd about one name of a tag.
+
+    Args:
+      name: the name.
+      others: the names of tags or classes that there are.
+      of_folders: whether the names are those of folders.
+    Returns:
+      What it may be and the remedy, or None.
+    """
+    return _odd_name(name, of_folders) or _joined(name, {spelling(other): other for other in others})
 
 
 def spelling(name: str) -> str:
@@ -100,24 +113,27 @@ def are_twins(name: str, other: str, count: int, other_count: int) -> bool:
     return len(one) >= 5 and rare <= max(1, often // 10) and often > rare and _one_letter(one, two)
 
 
+def _is_odd(name: str) -> bool:
+    """Whether a name has letters that separate tags or belong to other text, also in their wide forms."""
+    return _ODD.search(unicodedata.normalize("NFKC", name)) is not None
+
+
 def _odd_name(name: str, of_folders: bool) -> str | None:
     plain = spelling(name)
-    if plain in NO_TAG:
+    if plain in NO_TAG or _letters(name) in _NO_TAG_LETTERS:
         return f"the tag {name!r} looks like a word for no tag; leave the tags of these photographs empty" + (
             " (put them into a folder 'background')" if of_folders else "")  # fmt: skip
     if plain in BACKGROUNDS or name.casefold() in BACKGROUNDS:
         return f"the tag {name!r} looks like the background; leave it out, or write 'background'"
     if of_folders and plain in PLACES:
         return f"the folder {name!r} does not look like a class; write a tags.csv, or put a folder for each class into FOLDER"
-    if _ODD.search(name):
+    if _is_odd(name):
         return f"the tag {name!r} looks like several tags or other text; separate tags by semicolons"
     return None
 
 
 def _joined(name: str, spelt: Mapping[str, str]) -> str | None:
     """A tag with other tags in it: 'ring star' beside 'ring'."""
-    if _ODD.search(name):
-        return None  # told already
     parts = [part for part in _JOINTS.split(unicodedata.normalize("NFKC", name).casefold()) if part and part != "and"]
     known = [spelt[part] for part in parts if part in spelt and spelt[part] != name]
     if len(parts) < 2 or not known:
@@ -128,7 +144,7 @@ def _joined(name: str, spelt: Mapping[str, str]) -> str | None:
 
 def _orders(used: Mapping[str, str], names: list[str]) -> list[str]:
     """Words that begin one tag and end another, 'ring star' and 'star dots', are tags that were joined."""
-    words = {name: spelling(name).split() for name in names if not _ODD.search(name)}
+    words = {name: spelling(name).split() for name in names if not _is_odd(name)}
     first = {parts[0]: name for name, parts in words.items() if len(parts) > 1}
     return [
         f"{used[name]}: the tags {first[parts[-1]]!r} and {name!r} look like tags joined by spaces; separate tags by "
@@ -142,6 +158,9 @@ def _letters(name: str) -> str:
     """Letters and digits alone, without accents."""
     apart = unicodedata.normalize("NFKD", name).casefold()
     return "".join(letter for letter in apart if letter.isalnum())
+
+
+_NO_TAG_LETTERS = frozenset(letters for word in NO_TAG if (letters := _letters(word)))
 
 
 def _singular(word: str) -> str:

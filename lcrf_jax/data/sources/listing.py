@@ -27,7 +27,7 @@ from lcrf_jax.data.files.finding import (
 )  # fmt: skip
 from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.masks import read_colours
-from lcrf_jax.data.files.names import name_doubts
+from lcrf_jax.data.files.names import name_doubt, name_doubts
 from lcrf_jax.data.files.tags import TAG_FILES, TagRow, read_classes, read_tag_file, some
 from lcrf_jax.data.sources.lists import MOST_HINTS, SPLITS, Line, chosen_splits, listed_splits, read_lists
 from lcrf_jax.data.sources.mask_files import find_masks, masks_elsewhere
@@ -129,7 +129,7 @@ def scan_folder(
     if mask_of and class_file is None and colour_file is None and len(class_names) > 2:
         problems.append(
             f"{root}: masks hold indices, and no classes.txt says which class is which; write FOLDER/classes.txt, a class a "
-            f"line in the order of the indices (by their names it would be: {', '.join(class_names[:6])}{', ...' if len(class_names) > 6 else ''})"
+            f"line in the order of the indices (by their names it would be: {_several(class_names)})"
         )
     own = {path.name for path in (*tag_files, tag_file, class_file, colour_file) if path} | {f"{name}.txt" for name in lists}
     return Listing(
@@ -198,7 +198,7 @@ def _of_masks(root: Path, mask_root: Path, lists: dict[str, list[Line]]) -> set[
 def _photographs(root: Path, found: Found, lists: dict[str, list[Line]]) -> tuple[list[str], list[str]]:
     """Paths of all photographs within the root, in order, and problems with names; masks of lists are left out."""
     masks = {str(line.mask) for part in lists.values() for line in part if line.mask is not None}
-    paths = [path for path in found.photographs if str(root / path) not in masks]
+    paths = [path for path in found.photographs if not masks or str(root / path) not in masks]
     problems = [
         f"{root}: the file name {path!a} is not plain UTF-8 text; rename the file" for path in paths if ODD_LETTERS.search(path)
     ]
@@ -215,10 +215,11 @@ def _tagged(
 ) -> dict[str, TagRow]:
     """The rows of a tag file by photograph."""
     tagged: dict[str, TagRow] = {}
+    others = [path for path in found.files if not is_photograph(path)]
     for name, row in rows.items():
         candidates = finder.candidates(name)
         if not candidates:
-            hint = finder.meant(name, found.files) if len(missing) < MOST_HINTS else ""
+            hint = finder.meant(name, others) if len(missing) < MOST_HINTS else ""
             missing.append(f"{row.where}: there is no photograph {name!r}{hint}; add it or remove the row")
         elif len(candidates) > 1:
             problems.append(f"{row.where}: {name!r} may be {some(candidates)}; write the whole path")
@@ -247,7 +248,8 @@ def _tags_by_folder(root: Path, photographs: list[str], there_is: Found, problem
             f"{root} holds no tag file but the spreadsheet {some(sheets)}; export its sheet as CSV (UTF-8) to {root / 'tags.csv'}, "
             "with the columns image and tags, tags separated by semicolons"
         )
-    elif loose:
+        return {}
+    if loose:
         near = meant("tags.csv", [path for path in there_is.files if not is_photograph(path)])
         problems.append(
             f"{some(loose)}: there is no tag file{near}, and {'these' if len(loose) > 1 else 'this'} "
@@ -268,13 +270,17 @@ def _classes(
         class_names = read_classes(class_file)
         for name, where in used.items():
             if name not in class_names:
+                why = name_doubt(name, class_names[1:])
                 problems.append(
-                    f"{where}: unknown class {name!r}: expected one of {_several(class_names[1:])}{meant(name, class_names)}; "
+                    f"{where}: unknown class {name!r}: expected one of {_several(class_names[1:])}"
+                    f"{f' ({why})' if why else meant(name, class_names)}; "
                     f"correct the tag, or add the class to {class_file.name}; tags are separated by ;"
                 )
         return class_names, rows
     counts = collections.Counter(name for row in rows.values() for name in row.tags)
     problems += name_doubts(used, counts, of_folders=of_folders) if len(used) < VOID else []
+    if not used and problems:
+        return (), rows  # told already
     if not used:
         problems.append("no photograph has a tag: nothing can be learnt; write tags, or check the names in the tag file")
     elif len(used) >= VOID:
@@ -285,4 +291,4 @@ def _classes(
 
 
 def _several(names: Collection[str]) -> str:
-    return ", ".join(list(names)[:12]) + (", ..." if len(names) > 12 else "")
+    return ", ".join(" ".join(name.split()) for name in list(names)[:12]) + (", ..." if len(names) > 12 else "")

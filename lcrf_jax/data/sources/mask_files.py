@@ -115,14 +115,12 @@ def masks_elsewhere(root: Path, photographs: Sequence[str]) -> list[str]:
     stems = collections.defaultdict(set)
     for path in photographs:
         *folders, name = path.split("/")
-        stems[plain_name(folders[0]) if folders else ""].add(os.path.splitext(name)[0])
-    suspects = [top for top in stems if top in MASK_PLACES]
-    lines = []
-    for top in suspects:
-        outside = set().union(*(names for other, names in stems.items() if other not in suspects))
-        if outside & stems[top]:
-            lines.append(
-                f"{root}: the folder {top!r} holds pictures with the names of photographs; if these are masks, name it 'masks' "
-                f"or give mask_folder={top}, else rename it"
-            )
-    return lines
+        stems[folders[0] if folders else ""].add(os.path.splitext(name)[0])
+    suspects = [top for top in stems if plain_name(top) in MASK_PLACES]
+    outside = {name for top, names in stems.items() if top not in suspects for name in names}
+    return [
+        f"{root}: the folder {top!r} holds pictures with the names of photographs; if these are masks, name it 'masks' "
+        f"or give mask_folder={top}, else rename it"
+        for top in suspects
+        if outside & stems[top]
+    ]
