@@ -244,7 +244,9 @@ def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
     try:
         _write(outputs, moved, image, labels, log_probs, class_names)
     except OSError as error:
-        if error.errno not in OF_THE_NAME:
+        # Some disks say of such a name that there is no such file.
+        there = outputs.mask.parent.is_dir() and unfinished.is_dir()
+        if error.errno not in OF_THE_NAME and not (error.errno == errno.ENOENT and there):
             raise
         return f"its mask cannot be written ({os.strerror(error.errno)}: {error.filename}); rename it or give another --out"
     return None

@@ -1,5 +1,6 @@
 """The program that lists and cleans the cache, and programs that need no device and start none."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -71,6 +72,21 @@ def test_what_is_not_understood_is_refused(cache, monkeypatch):
 
 def outputs(folder, name):
     return predictions.Outputs(folder / name, None, None)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT, errno.EILSEQ])
+def test_letters_that_the_disk_does_not_have_are_a_problem_of_one_photograph(tmp_path, monkeypatch, number):
+    replace = os.replace
+
+    def exfat(source, target):
+        if ":" in str(target):
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", exfat)
+    write = (tmp_path, np.zeros((4, 5, 3), np.uint8), np.ones((4, 5), np.uint8), None, np.array(["a", "b"]))
+    assert "a:b.png); rename it" in predictions.write_outputs(outputs(tmp_path, "a:b.png"), *write)
+    assert predictions.write_outputs(outputs(tmp_path, "b.png"), *write) is None
 
 
 def test_a_name_that_the_disk_does_not_take_is_a_problem_of_one_photograph(tmp_path):
