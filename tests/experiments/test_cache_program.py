@@ -1,5 +1,6 @@
 """The program that lists and cleans the cache, and programs that need no device and start none."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -68,6 +69,20 @@ def test_what_is_not_understood_is_refused(cache, monkeypatch):
     assert_refused(run("cache", "list"), "LCRF_JAX_CACHE_GB: expected the most gigabytes")
     monkeypatch.setenv("LCRF_JAX_CACHE", str(cache / "nowhere"))
     assert "there is no cache" in run("cache", "clean", "--all").out
+
+
+@pytest.mark.parametrize("tells", [True, False], ids=["this disk", "a disk without case"])
+def test_masks_that_differ_by_case_alone_are_refused_where_one_would_replace_the_other(tmp_path, monkeypatch, tells):
+    for name in ("a.jpg", "A.jpg"):
+        Image.new("RGB", (4, 5)).save(tmp_path / name)
+    if not tells:
+        monkeypatch.setattr(predictions, "own_folder", lambda *_: contextlib.nullcontext(tmp_path))
+        (tmp_path / "CASE").touch()
+        with pytest.raises(ValueError, match="does not tell upper from lower case: rename one"):
+            predictions.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
+        return
+    planned = predictions.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
+    assert len(planned) == 2
 
 
 def outputs(folder, name):
