@@ -19,6 +19,7 @@ from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system
 from lcrf_jax.data.files.images import MAX_PIXELS, image_size, read_image
 from lcrf_jax.data.files.tags import TAG_FILES, read_tag_file, read_text
 from lcrf_jax.machine.files import naming, write_once, write_whole
+from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics
@@ -85,7 +86,23 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
             out / "overlays" / name.with_suffix(".jpg") if overlays else None,
             out / "probabilities" / name.with_suffix(".npz") if probabilities else None,
         )))  # fmt: skip
+    _refuse_doubles(taken, out)
     return outputs
+
+
+def _refuse_doubles(taken, out):
+    """Refuse masks that differ by the case of letters alone on a disk that does not tell it: one would replace the other."""
+    folded = {}
+    for mask, path in taken.items():
+        other, at = folded.setdefault(str(mask).casefold(), (path, mask))
+        if at == mask:
+            continue
+        with own_folder(out, ".unfinished-") as folder:
+            (folder / "case").touch()
+            if not (folder / "CASE").exists():
+                return
+        raise ValueError(f"{other} and {path} would both be written to {mask}, whose disk does not tell upper from lower case: "
+                         "rename one, or give an --out on another disk")
 
 
 def chosen(planned, path):
@@ -286,7 +303,9 @@ def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
     try:
         _write(outputs, moved, image, labels, log_probs, class_names)
     except OSError as error:
-        if error.errno not in OF_THE_NAME:
+        # Some disks say of such a name that there is no such file.
+        there = outputs.mask.parent.is_dir() and unfinished.is_dir()
+        if error.errno not in OF_THE_NAME and not (error.errno == errno.ENOENT and there):
             raise
         return f"its mask cannot be written ({os.strerror(error.errno)}: {error.filename}); rename it or give another --out"
     return None

@@ -86,7 +86,8 @@ def run(main, *, join=join_processes, keep_compiled=True):
             _leave(f"error: {error}")
         except KeyboardInterrupt as request:
             show(str(request) or "interrupted; what was saved before is kept", sys.stderr)
-            sys.exit(128 + getattr(request, "signum", signal.SIGINT))
+            code = 128 + getattr(request, "signum", signal.SIGINT)
+            signals.leave(code) if processes.is_alone() else sys.exit(code)
 
     def parsed(argv):
         try:

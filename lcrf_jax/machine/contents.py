@@ -18,6 +18,7 @@ from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.files import write_whole
 
 MEMO = "contents.json"
+UNREADABLE = "unreadable"
 WORTH_A_MEMO = 64_000_000  # bytes; less is read in a moment
 MOST_FILES = 1_000_000
 _SECONDS_OF_A_CLOCK = 3.0  # a file that was just written may change again without another time
@@ -33,10 +34,11 @@ def content_digests(paths: Sequence[str | os.PathLike]) -> tuple[str, ...]:
       paths: the files.
 
     Returns:
-      Tuple of 64 hexadecimal digits for each of them, in order.
+      Tuple of 64 hexadecimal digits for each of them, in order; "unreadable" for a file that is there and cannot be read,
+      which training may have been told to leave out.
 
     Raises:
-      OSError: if a file cannot be read.
+      FileNotFoundError: if a file is not there.
     """
     facts = [_facts(path) for path in paths]
     known, large = _known(), sum(fact[1] for fact in facts) >= WORTH_A_MEMO
@@ -46,7 +48,10 @@ def content_digests(paths: Sequence[str | os.PathLike]) -> tuple[str, ...]:
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         digests = dict(zip(missing, pool.map(_digest, missing)))
     settled = (time.time() - _SECONDS_OF_A_CLOCK) * 1e9
-    known |= {fact: digest for fact, digest in digests.items() if max(fact[2:4]) < settled and _facts(fact[0]) == fact}
+    known |= {
+        fact: digest for fact, digest in digests.items()
+        if digest != UNREADABLE and max(fact[2:4]) < settled and _facts(fact[0]) == fact
+    }  # fmt: skip
     if large and digests:
         _keep_memo(known)
     return tuple(known.get(fact) or digests[fact] for fact in facts)
@@ -65,9 +70,12 @@ def _facts(path):
 
 def _digest(fact):
     digest = hashlib.sha256()
-    with open(fact[0], "rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+    try:
+        with open(fact[0], "rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except OSError:
+        return UNREADABLE
     return digest.hexdigest()
 
 

@@ -87,10 +87,11 @@ def remove(entry: Entry) -> bool:
         discard(entry.path)
         return True
     with unused(lock) as free:
-        if free or free is None and time.time() - entry.used > _ABANDONED_AFTER:
-            discard(entry.path)
-            return True
-    return not entry.path.exists()
+        if not (free or free is None and time.time() - entry.used > _ABANDONED_AFTER):
+            return not entry.path.exists()
+        other = _renamed(entry.path)
+    shutil.rmtree(other, ignore_errors=True)  # after the lock was closed: some file systems keep what is open
+    return True
 
 
 def discard(path: pathlib.Path) -> None:
@@ -102,10 +103,7 @@ def discard(path: pathlib.Path) -> None:
     Raises:
       OSError: if it cannot be renamed.
     """
-    other = path if path.name.startswith(_REMOVED) else path.with_name(f"{_REMOVED}{secrets.token_hex(6)}")
-    with contextlib.suppress(FileNotFoundError):  # another process was faster
-        os.rename(path, other)
-    shutil.rmtree(other, ignore_errors=True)
+    shutil.rmtree(_renamed(path), ignore_errors=True)
 
 
 def bound_in_bytes() -> float:
@@ -257,3 +255,13 @@ def _lock_of(entry):
         return entry.path / IDENTITY_FILE
     within, beside = entry.path / LOCK_FILE, entry.path.with_name(lock_name(entry.path.name))
     return next((lock for lock in (within, beside) if lock.exists()), None)
+
+
+def _renamed(path):
+    """The path of a folder under a name that nobody looks for."""
+    if path.name.startswith(_REMOVED):
+        return path
+    other = path.with_name(f"{_REMOVED}{secrets.token_hex(6)}")
+    with contextlib.suppress(FileNotFoundError):  # another process was faster
+        os.rename(path, other)
+    return other

@@ -1,5 +1,7 @@
 """The program that lists and cleans the cache, and programs that need no device and start none."""
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -69,8 +71,37 @@ def test_what_is_not_understood_is_refused(cache, monkeypatch):
     assert "there is no cache" in run("cache", "clean", "--all").out
 
 
+@pytest.mark.parametrize("tells", [True, False], ids=["this disk", "a disk without case"])
+def test_masks_that_differ_by_case_alone_are_refused_where_one_would_replace_the_other(tmp_path, monkeypatch, tells):
+    for name in ("a.jpg", "A.jpg"):
+        Image.new("RGB", (4, 5)).save(tmp_path / name)
+    if not tells:
+        monkeypatch.setattr(predictions, "own_folder", lambda *_: contextlib.nullcontext(tmp_path))
+        (tmp_path / "CASE").touch()
+        with pytest.raises(ValueError, match="does not tell upper from lower case: rename one"):
+            predictions.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
+        return
+    planned = predictions.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
+    assert len(planned) == 2
+
+
 def outputs(folder, name):
     return predictions.Outputs(folder / name, None, None)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT, errno.EILSEQ])
+def test_letters_that_the_disk_does_not_have_are_a_problem_of_one_photograph(tmp_path, monkeypatch, number):
+    replace = os.replace
+
+    def exfat(source, target):
+        if ":" in str(target):
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", exfat)
+    write = (tmp_path, np.zeros((4, 5, 3), np.uint8), np.ones((4, 5), np.uint8), None, np.array(["a", "b"]))
+    assert "a:b.png); rename it" in predictions.write_outputs(outputs(tmp_path, "a:b.png"), *write)
+    assert predictions.write_outputs(outputs(tmp_path, "b.png"), *write) is None
 
 
 def test_a_name_that_the_disk_does_not_take_is_a_problem_of_one_photograph(tmp_path):

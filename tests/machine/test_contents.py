@@ -99,3 +99,17 @@ def test_a_file_that_is_not_there_is_named(files):
     with pytest.raises(FileNotFoundError, match=r"b\.jpg"):
         content_digests(files)
     assert content_digests([]) == ()
+
+
+def test_a_file_that_cannot_be_read_is_told_from_all_others_and_looked_at_again(files, old_clock, monkeypatch):
+    def refused(path, *_):
+        if str(path).endswith("a.jpg"):
+            raise PermissionError(13, "Permission denied")
+        return open(path, "rb")
+
+    monkeypatch.setattr(contents, "open", refused, raising=False)
+    unreadable, whole = content_digests(files)
+    assert unreadable == "unreadable" and len(whole) == 64
+    monkeypatch.undo()
+    monkeypatch.setenv("LCRF_JAX_CACHE", str(files[0].parent))
+    assert len(content_digests(files)[0]) == 64

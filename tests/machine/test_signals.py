@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import pytest
 from programs import ROOT
@@ -69,6 +70,18 @@ def test_ctrl_c_that_is_ignored_stays_ignored():
     with pytest.raises(Interrupted, match="terminated"):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
+
+
+def test_an_interrupted_program_does_not_wait_for_what_xla_still_compiles(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(SystemExit) as raised:
+        signals.leave(130)
+    assert raised.value.code == 130 and ended == []  # within another program
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=types.SimpleNamespace(name="experiments.train")))
+    with pytest.raises(SystemExit):
+        signals.leave(143)
+    assert ended == [143]
 
 
 BUSY = """
