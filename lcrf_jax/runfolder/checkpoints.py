@@ -94,8 +94,7 @@ class RunCheckpoints:
         Args:
           step: number of steps done, >= 0.
           params: pytree of arrays: nested dicts with string keys.
-          miou: validation mIoU in 0..1; larger is better. None where there is no validation: such parameters replace
-            others without a score, and make way for the first that has one.
+          miou: validation mIoU in 0..1, larger is better; None without validation: the newest such are kept until a score.
         Returns:
           True if they were saved, False if an earlier mIoU is at least as good.
         Raises:
@@ -280,8 +279,7 @@ def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str,
         if which == "last" and _saved(run_dir, "best"):
             hint = "there is one in best/, ask for which='best'"
         elif _saved(run_dir, "last"):
-            hint = ("there is one in last/, where the frozen weights are not: train on with the same command; it writes best/ "
-                    "every config.eval_every_epochs and at the end")
+            hint = "there is one in last/, where the frozen weights are not: train on with the same command until it is scored"
         raise CheckpointError(f"expected a checkpoint RUN/{which}/STEP/ in {run_dir}, got none; {hint}")
     folder = saved[max(saved)] if which == "last" or len(saved) == 1 else _best_folder(saved)
     arrays, _ = _read(folder, ("params",))
