@@ -90,7 +90,7 @@ def check_description(
 
 def _check_description(run_dir, description, may_differ):
     path, new = _path(run_dir), json.loads(_as_json(description))
-    if not path.exists():
+    if not _is_there(path):
         return []
     old = load_description(run_dir)
     ignored = {*may_differ, "data", "segments"}
@@ -132,7 +132,7 @@ def check_settings_of_run(run_dir: str | os.PathLike, settings: Mapping[str, Any
       CheckpointError: if they make another model or another run, or config.json is damaged.
     """
     path = _path(run_dir)
-    if not path.exists() or not has_parameters(run_dir):
+    if not _is_there(path) or not has_parameters(run_dir):
         return []
     old, new = load_description(run_dir), json.loads(_as_json(settings))
     before = flat_settings(old.get("training", {}))
@@ -235,6 +235,16 @@ def library_versions() -> dict[str, str]:
 
 def _path(run_dir):
     return pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+
+
+def _is_there(path):
+    """Whether there is a description; without it nobody knows what saved parameters are of."""
+    if path.exists():
+        return True
+    if has_parameters(path.parent):
+        raise CheckpointError(f"{path.parent} holds saved parameters and no {DESCRIPTION_FILE} that says what they are; restore it "
+                              "from a copy, or use a new folder")
+    return False
 
 
 def _as_json(description):

@@ -66,9 +66,9 @@ def _check_start(workdir, config):
     if (workdir / "lock").exists():
         with locked(workdir / "lock"):  # whether it is free: the run takes it when it begins
             pass
+    check_settings_of_run(workdir, config)
     if not (workdir / DESCRIPTION_FILE).exists():
         return None
-    check_settings_of_run(workdir, config)
     images = load_description(workdir).get("data", {}).get("train", {}).get("images")
     if images is None:  # a run of an earlier version: what it has is known when the data is open
         return None

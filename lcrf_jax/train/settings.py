@@ -22,6 +22,7 @@ _RANGES = {
     "eval_every_epochs": (1, True, True),
     "save_every_steps": (1, True, True),
     "least_steps": (0, True, True),
+    "rounds": (1, True, True),
     "views.num_views": (1, True, True),
     "views.seed": (0, True, True),
     "classifier.l2": (0, True, False),
@@ -74,6 +75,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
                 _check_kernel(name, kernel)
         for name in _SIZES:
             _check_sizes(name, _at(config, name), least=1 if name == "inference.input_sizes" else 0)
+    if flat.get("data.val_split") and flat["data.val_split"] == flat.get("data.train_split"):
+        raise SettingError(
+            f"data.val_split: expected another split than {flat['data.train_split']!r}, which is trained on: best/ would be chosen by "
+            "its masks; experiments.evaluate --split scores it when the run is finished"
+        )
     mode = flat.get("data.on_bad_image", "error")
     if mode not in MODES:
         raise SettingError(f"data.on_bad_image: expected one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")

@@ -53,6 +53,15 @@ def test_the_guard_covers_every_run_that_has_saved_anything(tmp_path, saved):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_parameters_without_a_description_are_nobodys(tmp_path):
+    begun(tmp_path, saved=["last/3"])
+    (tmp_path / "config.json").unlink()
+    for check in (lambda: check_description(tmp_path, description()), lambda: check_settings_of_run(tmp_path, SETTINGS),
+                  lambda: save_description(tmp_path, description())):  # fmt: skip
+        with pytest.raises(CheckpointError, match="holds saved parameters and no config.json that says what they are"):
+            check()
+
+
 def test_a_folder_in_which_nothing_was_saved_is_anybodys(tmp_path):
     begun(tmp_path, saved=["last", "best"])
     assert not has_parameters(tmp_path) and newest_step(tmp_path) == 0
