@@ -153,9 +153,26 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     if not processes.is_first():
         return
     suffix = ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
+    problem = None
+    say(f"\nsupervision: {used}")
+    try:
+        say(_written(run_dir, source, scores, suffix, crf, report))
+    except OSError as error:  # a folder that cannot be written is no reason to lose what took so long
+        problem = f"the scores above are not in {run_dir}, which cannot be written: {error}"
+    if started is not None:
+        say(f"time        {time.monotonic() - started:.0f} s")
+    say(f"\n{len(source)} images of {source.split}")
+    say(format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined))
+    if problem:
+        raise OSError(problem)
+
+
+def _written(run_dir, source, scores, suffix, crf, report):
+    """Write pictures, results and report of a run; the lines that say where they are."""
+    segmenter, tags_given = report["segmenter"], report["tags_given"]
     picture = run_dir / f"pictures_{source.split}{suffix}.png"
     picture_grid(scores.samples, picture, class_names=segmenter.class_names)
-    results = {"split": source.split, "images": len(source), "crf": crf, "supervision": used}
+    results = {"split": source.split, "images": len(source), "crf": crf, "supervision": report["used"]}
     for name, matrix in (("plain", scores.plain), ("refined", scores.refined)):
         if matrix is not None:
             ious = [None if np.isnan(value) else round(float(value), 4) for value in iou_per_class(matrix)]
@@ -163,7 +180,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
             results[name]["confusion"] = np.asarray(matrix).tolist()
     path = run_dir / f"results_{source.split}{suffix}.json"
     write_whole(path, json.dumps(results, indent=1) + "\n")
-    same = source.split == description["training"]["data"]["val_split"] and not tags_given
+    same = source.split == report["description"]["training"]["data"]["val_split"] and not tags_given
     page = run_dir / ("report.html" if same else f"report_{source.split}{suffix}.html")
     refined = scores.refined if crf else _refined_before(run_dir, source.split, tags_given, scores.plain)
     matrices = {"network": scores.plain} | ({} if refined is None else {"refined": refined})
@@ -171,12 +188,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     write_run_report(
         page, source=source, matrices=matrices, image_scores=scores.image_scores, known_samples=known, **report
     )
-    say(f"\nsupervision: {used}")
-    say(f"pictures    {picture}\nreport      {page} (for a browser)\nresults     {path}\ncheckpoint  {run_dir}")
-    if started is not None:
-        say(f"time        {time.monotonic() - started:.0f} s")
-    say(f"\n{len(source)} images of {source.split}")
-    say(format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined))
+    return f"pictures    {picture}\nreport      {page} (for a browser)\nresults     {path}\ncheckpoint  {run_dir}"
 
 
 def _refined_before(run_dir, split, tags_given, plain):
