@@ -1,5 +1,6 @@
 """A trained run as one object: a checkpoint in, labels of photographs out."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -98,7 +99,8 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
       lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, or its files are damaged.
       ValueError: if `which` is another word.
     """
-    keep_programs(default_directory())
+    with contextlib.suppress(OSError):  # an account without a home
+        keep_programs(default_directory())
     description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)
     if which != "best":  # the newest state has what is trained alone
         params = {**params, "decoder": restore_params(checkpoint, which)}

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import sys
+import threading
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,22 @@ def test_without_tensorboardx_a_run_says_so_once_and_writes_its_lines(tmp_path, 
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("no TensorBoard files are written (")
     assert line.endswith("): pip install '.[tensorboard]' in your clone")
+
+
+def test_a_board_whose_thread_has_met_a_full_disk_is_told_once_and_not_waited_for(tmp_path, capsys):
+    class Dead:
+        file_writer = types.SimpleNamespace(event_writer=types.SimpleNamespace(_worker=threading.Thread()))
+
+        def add_scalar(self, *_):
+            raise AssertionError("its queue would fill up")
+
+    with MetricsWriter(tmp_path) as writer:
+        writer._board.close()
+        writer._board = Dead()
+        for step in (1, 2):
+            writer.write(step, {"loss": 0.5})
+    assert capsys.readouterr().out.count("no TensorBoard files are written any more") == 1
+    assert len(metrics_history(tmp_path)) == 2
 
 
 def test_values_that_are_not_finite_stay_json(tmp_path):
