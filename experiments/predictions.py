@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -118,10 +119,11 @@ def chosen(planned, path):
     names = {photo.as_posix(): photo for photo, _ in planned}
     finder, wanted = PhotographFinder(names), set()
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        name = line.strip().split(" /")[0].lstrip("/")  # "/JPEGImages/ID.jpg /MASKS/ID.png", as some projects have it
+        name = line.strip().replace("\\", "/").lstrip("/")
         if not name:
             continue
-        candidates = finder.candidates(name)
+        columns = (name[: gap.start()] for gap in re.finditer(r"[\s,;]+", name))  # "/JPEGImages/ID.jpg /MASKS/ID.png"
+        candidates = finder.candidates(name) or next(filter(None, map(finder.candidates, columns)), [])
         if len(candidates) != 1:
             found = f"may be {', '.join(candidates[:3])}" if candidates else f"is not among --images{finder.meant(name)}"
             raise ValueError(f"{path}, line {number}: {name!r} {found}; correct the list")

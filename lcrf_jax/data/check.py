@@ -220,12 +220,18 @@ def equal_pictures(splits: list[tuple[Source, list[Reading]]]) -> list[str]:
     Returns:
       One line for each group of them.
     """
-    groups: dict[bytes, list[str]] = {}
+    groups: dict[bytes, list[tuple[str, bytes]]] = {}
     for source, readings in splits:
-        for name, reading in zip(source.names, readings, strict=True):
+        for name, tags, reading in zip(source.names, source.tags, readings, strict=True):
             if reading.digest:
-                groups.setdefault(reading.digest, []).append(f"{name} ({source.split})")
-    return [f"the same picture: {', '.join(group)}" for group in groups.values() if len(group) > 1]
+                groups.setdefault(reading.digest, []).append((f"{name} ({source.split})", tags.tobytes()))
+    lines = []
+    for group in groups.values():
+        if len(group) > 1:
+            differ = len({tags for _, tags in group}) > 1
+            remedy = "; they have different tags: keep one, with all its tags" if differ else ""
+            lines.append(f"the same picture: {', '.join(name for name, _ in group)}{remedy}")
+    return lines
 
 
 def _present(source):

@@ -98,6 +98,10 @@ def test_equal_pictures(folder):
     (folder / "12.jpg").write_bytes((folder / "00.jpg").read_bytes())
     found = [(source, read_all(source)) for source in (FolderSource(folder, "train"), FolderSource(folder, "val"))]
     assert equal_pictures(found) == ["the same picture: 12.jpg (train), 00.jpg (val)"]
+    (folder / "13.jpg").write_bytes((folder / "12.jpg").read_bytes())  # a cat, and a dog there
+    source = FolderSource(folder, "train")
+    assert equal_pictures([(source, read_all(source))]) == [
+        "the same picture: 12.jpg (train), 13.jpg (train); they have different tags: keep one, with all its tags"]
 
 
 def test_check_data_describes_good_data(folder):

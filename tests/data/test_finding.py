@@ -226,6 +226,16 @@ def test_lists_with_a_column_of_masks(tmp_path):
         FolderSource(tmp_path, "val", masks=True, val_share=0.99)
 
 
+def test_a_list_for_prediction_may_have_a_column_of_masks(tmp_path):
+    save(tmp_path, "x 1.jpg", "y.jpg", "z.jpg")
+    planned = predictions.planned_outputs([str(tmp_path)], tmp_path / "out", overlays=False, probabilities=False)
+    (tmp_path / "list.txt").write_text("/x 1.jpg /masks/x 1.png\ny.jpg\tmasks/y.png\n")
+    assert [path.name for path, _ in predictions.chosen(planned, tmp_path / "list.txt")] == ["x 1.jpg", "y.jpg"]
+    (tmp_path / "list.txt").write_text("y.jpeg\n")
+    with pytest.raises(ValueError, match=r"line 1: 'y.jpeg' is not among --images; did you mean .*y.jpg'\?"):
+        predictions.chosen(planned, tmp_path / "list.txt")
+
+
 def test_files_in_any_letter_case(tmp_path):
     save(tmp_path, "Barn/IMG_1.JPG", "b.png")
     (tmp_path / "Tags.CSV").write_text("image,tags\nbarn/img_1.jpg,ring\nB.png,star\n")

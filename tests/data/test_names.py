@@ -1,6 +1,7 @@
 """Names of classes that may be slips are asked, not guessed; a list of classes is the answer."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.names import are_twins, name_doubts
+from lcrf_jax.data.files.tags import read_tag_file
 from lcrf_jax.data.sources.devkit import CLASSES
 from lcrf_jax.data.sources.folder import FolderSource
 from lcrf_jax.data.sources.listing import scan_folder
@@ -139,6 +141,17 @@ def test_a_spreadsheet_is_told_once(folder):
     (folder / "Tags.xlsx").write_bytes(b"PK")
     [problem] = scan_folder(folder).problems
     assert "no tag file but the spreadsheet Tags.xlsx; export its sheet as CSV" in problem
+
+
+def test_text_files_that_are_none(tmp_path):
+    (tmp_path / "tags.csv").write_bytes(b"PK\x03\x04xl/worksheets")
+    with pytest.raises(ValueError, match="tags.csv is a spreadsheet or an archive, whatever its name; export it as text"):
+        read_tag_file(tmp_path / "tags.csv")
+    with pytest.raises(FileNotFoundError, match=r"tag.csv does not exist; did you mean .*tags.csv\?"):
+        read_tag_file(tmp_path / "tag.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(FileNotFoundError, match="pipe.csv is no file"):
+        read_tag_file(tmp_path / "pipe.csv")
 
 
 def test_photographs_without_folders_and_tags_are_told_once_with_what_is_near(folder):

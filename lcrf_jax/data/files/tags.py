@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lcrf_jax.data.example import BACKGROUND, VOID
+from lcrf_jax.data.files.finding import meant_path
 
 TAG_FILES = ("tags.csv", "tags.json", "tags.jsonl", "tags.tsv")
 # How tags are separated within a cell, by what separates the cells.
@@ -118,9 +119,14 @@ def read_text(path: str | os.PathLike) -> str:
     Returns:
       The text, lines ended by a newline character.
     Raises:
+      FileNotFoundError: if there is no such file; the message names what is near.
       ValueError: if it is not UTF-8; the message names the line.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} {'is no file' if Path(path).exists() else 'does not exist'}{meant_path(path)}")
     data = Path(path).read_bytes()
+    if data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise ValueError(f"{path} is a spreadsheet or an archive, whatever its name; export it as text, as CSV in UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
