@@ -4,17 +4,21 @@ import csv
 import json
 import pathlib
 import re
+import runpy
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
-from programs import run
+from programs import ROOT, run
 
 from experiments import comparison_tables
+from lcrf_jax.data.opening import open_source
 from lcrf_jax.metrics import iou_per_class, mean_iou
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import load_description
+from lcrf_jax.runfolder.description import CheckpointError, load_description, save_description
 from lcrf_jax.train.methods import METHODS
+from lcrf_jax.train.splits import data_identity
 
 ARGUMENTS = ("--config=experiments/configs/tiny.py", "--config.data.options.num_train=24", "--config.data.options.num_val=4",
              "--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
@@ -155,6 +159,32 @@ def test_what_cannot_be_compared_is_refused(tmp_path, arguments, message):
     ended = compare(tmp_path, *arguments)
     assert ended.code == 1 and re.search(message, ended.err), ended
     assert "Traceback" not in ended.err
+
+
+@pytest.fixture(scope="module")
+def program():
+    """What experiments/compare.py defines, without its flags."""
+    before = set(flags.FLAGS)
+    defined = runpy.run_path(str(ROOT / "experiments" / "compare.py"), run_name="compare")
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    return defined
+
+
+def test_a_score_on_other_data_is_no_score_of_this(program, tmp_path):
+    train, val, others = (data_identity(open_source("textures", "val", num_val=number)) for number in (5, 4, 3))
+    source = open_source("textures", "val", num_val=4)
+    save_description(tmp_path, {"training": {}, "data": {"train": train}})
+    assert not program["is_done"](tmp_path, train, source)
+    (tmp_path / "comparison.json").write_text(json.dumps({"data": val}))
+    assert program["is_done"](tmp_path, train, source)
+    with pytest.raises(CheckpointError, match="other training data"):
+        program["is_done"](tmp_path, others, source)
+    (tmp_path / "comparison.json").write_text(json.dumps({"data": others}))
+    with pytest.raises(CheckpointError, match=r"was scored on other images of val \(3 then, 4 now; .*or remove \S+/comparison.json"):
+        program["is_done"](tmp_path, train, source)
+    (tmp_path / "comparison.json").write_text("{}")  # of an earlier version
+    assert program["is_done"](tmp_path, train, source)
 
 
 def random_result(seed, method):

@@ -62,9 +62,10 @@ def test_it_can_be_switched_off(unchosen, tmp_path, monkeypatch):
         keep_programs(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(unchosen, tmp_path):
+def test_a_folder_that_cannot_be_written_is_no_reason_to_fail(unchosen, tmp_path, caplog):
     (tmp_path / "programs").write_text("a file")
     assert keep_programs(tmp_path) is None and jax.config.jax_compilation_cache_dir is None
+    assert "compiled programs are not kept" in caplog.text and "LCRF_JAX_CACHE" in caplog.text
 
 
 def test_entries_that_are_cut_off_or_have_changed_are_dropped(folder, tmp_path):

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import sys
+import threading
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +70,22 @@ def test_without_tensorboardx_a_run_says_so_once_and_writes_its_lines(tmp_path, 
     assert line.endswith("): pip install '.[tensorboard]' in your clone")
 
 
+def test_a_board_whose_thread_has_met_a_full_disk_is_told_once_and_not_waited_for(tmp_path, capsys):
+    class Dead:
+        file_writer = types.SimpleNamespace(event_writer=types.SimpleNamespace(_worker=threading.Thread()))
+
+        def add_scalar(self, *_):
+            raise AssertionError("its queue would fill up")
+
+    with MetricsWriter(tmp_path) as writer:
+        writer._board.close()
+        writer._board = Dead()
+        for step in (1, 2):
+            writer.write(step, {"loss": 0.5})
+    assert capsys.readouterr().out.count("no TensorBoard files are written any more") == 1
+    assert len(metrics_history(tmp_path)) == 2
+
+
 def test_values_that_are_not_finite_stay_json(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.write(0, {"loss": math.nan, "other": -math.inf})
@@ -106,8 +124,20 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
 def test_a_line_that_is_not_json_is_named_and_nothing_written_is_no_history(tmp_path):
     assert metrics_history(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected JSON, got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected JSON with a step, got 'nonsense'"):
         metrics_history(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"3", b"[]", b'{"loss": 1}', b'{"step": "2"}', b"\xff\xfe", b""])
+def test_a_damaged_line_is_named_and_one_at_the_end_dropped(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 1}\n')
+    for read in (metrics_history, MetricsWriter):
+        with pytest.raises(ValueError, match="metrics.jsonl, line 2: expected JSON with a step"):
+            read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + (line or b"{"))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 2.0})
+    assert [record["step"] for record in metrics_history(tmp_path)] == [0, 1]
 
 
 def test_refuses_what_is_no_scalar_and_taken_names(tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from small_runs import small_config
 
 from lcrf_jax.data.sources.textures import TexturesSource
+from lcrf_jax.runfolder.description import CheckpointError
 from lcrf_jax.train import fit, plan, preparation
 
 
@@ -45,6 +46,24 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_computed(tmp_pat
     with pytest.raises(ValueError, match=message):
         preparation.prepare(small_config(tmp_path, **changes))
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_can_be_refused_before_anything_is_computed(tmp_path):
+    def refuse(description):
+        assert description["data"]["train"]["images"] == 24 and len(description["class_names"]) == 7
+        raise CheckpointError("of another model")
+
+    with pytest.raises(CheckpointError, match="of another model"):
+        preparation.prepare(small_config(tmp_path), check=refuse)
+    assert not any(tmp_path.iterdir())
+
+
+def test_settings_that_no_data_makes_right_are_refused_before_it_is_read(tmp_path):
+    config = small_config(tmp_path, data__kind="folder", data__root=str(tmp_path / "nowhere"), data__options={})
+    with pytest.raises(ValueError, match="network.decoder: expected one of"):
+        preparation.prepare({**config, "network": {**config["network"], "decoder": "unet"}})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        preparation.prepare(config)
 
 
 @pytest.mark.slow
