@@ -16,7 +16,7 @@ from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.images import MAX_PIXELS, image_size, is_photograph, read_image
 from lcrf_jax.data.files.tags import TAG_FILES, read_tag_file, read_text
 from lcrf_jax.data.sources.listing import PhotographFinder
-from lcrf_jax.machine.files import naming, write_once, write_whole
+from lcrf_jax.machine.files import move_whole, naming, write_once, write_whole
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics
@@ -256,7 +256,7 @@ def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
         with naming(path):
             write(temporary)
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
+            move_whole(temporary, path)
 
     try:
         _write(outputs, moved, image, labels, log_probs, class_names)
