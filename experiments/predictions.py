@@ -19,7 +19,7 @@ from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken, there
 from lcrf_jax.data.files.images import MAX_PIXELS, image_size, read_image
 from lcrf_jax.data.files.tags import TAG_FILES, read_tag_file, read_text
-from lcrf_jax.machine.files import naming, write_once, write_whole
+from lcrf_jax.machine.files import move_whole, naming, write_once, write_whole
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import overlay, save_index_png
@@ -300,7 +300,7 @@ def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
         with naming(path):
             write(temporary)
             path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, path)
+            move_whole(temporary, path)
 
     try:
         _write(outputs, moved, image, labels, log_probs, class_names)

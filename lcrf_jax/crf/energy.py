@@ -125,8 +125,9 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
       1.0
     """
     kernel = as_kernel(kernel)
-    probs, shape = pixels_of("probs", probs, kernel)
-    check_finite("probs", probs, "take the softmax of logits")
+    given = probs
+    probs, shape = pixels_of("probs", given, kernel)
+    check_finite("probs", given, "take the softmax of logits")
     compatibility = checked_compatibility(compatibility, shape[-1])
     kernel, probs = in_one_precision(kernel, probs)
     if compatibility is not None:

@@ -23,8 +23,8 @@ from lcrf_jax.machine.locks import locked, own_folder, shared
 
 VARIABLE = "LCRF_JAX_CACHE"
 REMEDY = (
-    f"name another folder for the cache with the environment variable {VARIABLE}, make room with python -m "
-    "experiments.cache clean, or train without a cache (config.cache.features=False)"
+    f"name another folder for the cache with the environment variable {VARIABLE} or config.cache.directory, make room with "
+    "python -m experiments.cache clean, or train without a cache (config.cache.features=False)"
 )
 _PROGRESS_FILE = "progress.json"
 _SECONDS_BETWEEN_NOTES = 10.0

@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import secrets
+import shutil
 from collections.abc import Iterator
 
 from lcrf_jax.machine.locks import locked
@@ -63,6 +64,30 @@ def write_whole(path: pathlib.Path, text: str) -> None:
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def move_whole(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Rename a file in one move, also to another disk.
+
+    Args:
+      source: the file, which is not there afterwards.
+      target: its new path; a file that is there is replaced.
+
+    Raises:
+      OSError: if that fails.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        beside = target.with_name(f".{secrets.token_hex(4)}.tmp")
+        try:
+            shutil.copyfile(source, beside)
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+        source.unlink()
 
 
 def write_once(path: pathlib.Path, text: str) -> bool:

@@ -76,7 +76,7 @@ class _Forgiving:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, BlockingIOError):  # the latter is a reader who is slow, and comes back
             pass
         except (OSError, ValueError):
             _send_to_nowhere(self._stream)

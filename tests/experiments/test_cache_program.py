@@ -44,6 +44,10 @@ def test_list_says_what_there_is_and_how_large(cache, tmp_path):
     assert len(entries(cache)) == 2
 
 
+def test_the_size_of_the_cache_is_told_after_training(tiny_run):
+    assert "; python -m experiments.cache list tells what it holds" in tiny_run[1].out, tiny_run[1]
+
+
 def test_clean_removes_what_is_old_or_all_and_only_tells_in_a_dry_run(cache):
     dry = run("cache", "clean", "--older_than_days=30", "--dry_run")
     assert "would remove" in dry.out and "views" in dry.out and "classifier" not in dry.out and len(entries(cache)) == 2

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from lcrf_jax.machine.files import NO_LINKS, naming, write_once, write_whole
+from lcrf_jax.machine.files import NO_LINKS, move_whole, naming, write_once, write_whole
 
 
 def refusing(number):
@@ -103,3 +103,23 @@ def test_dev_full_is_named():
     match = "No space left.*make room.*'masks/a.png'"
     with pytest.raises(OSError, match=match), naming("masks/a.png"), open("/dev/full", "wb", buffering=0) as file:
         file.write(b"x")
+
+
+def test_a_file_moves_to_another_disk_whole(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    replace = os.replace
+
+    def replace_here(source, target):
+        if pathlib.Path(source).parent != pathlib.Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_here)
+    (tmp_path / "half.png").write_text("mask")
+    (tmp_path / "disk" / "a.png").write_text("old")
+    move_whole(tmp_path / "half.png", tmp_path / "disk" / "a.png")
+    assert (tmp_path / "disk" / "a.png").read_text() == "mask"
+    assert os.listdir(tmp_path / "disk") == ["a.png"] and not (tmp_path / "half.png").exists()
+    monkeypatch.setattr(os, "replace", refusing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        move_whole(tmp_path / "disk" / "a.png", tmp_path / "a.png")

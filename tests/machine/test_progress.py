@@ -70,6 +70,24 @@ def test_what_nobody_can_read_is_not_shown(monkeypatch, stream):
         bar.message(TEXT)
 
 
+def test_a_reader_who_is_slow_is_not_lost(tmp_path):
+    class Slow(io.StringIO):
+        calls = 0
+
+        def flush(self):
+            Slow.calls += 1
+            if Slow.calls < 3:
+                raise BlockingIOError(errno.EAGAIN, "not now")
+
+        def fileno(self):
+            raise AssertionError("it would be sent to nowhere")
+
+    stream = Slow()
+    show("one", stream)
+    show("two", stream)
+    assert stream.getvalue() == "one\ntwo\n"
+
+
 PROGRAM = """
     import sys
     sys.path.insert(0, sys.argv[1])
