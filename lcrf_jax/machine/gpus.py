@@ -32,12 +32,12 @@ class Place(NamedTuple):
 
     Attributes:
       number: from 0 on.
-      count: processes on the host.
+      total: processes on the host.
       bound: whether the GPUs that it sees are those that the launcher has given to it.
     """
 
     number: int
-    count: int
+    total: int
     bound: bool = False
 
 
@@ -92,12 +92,12 @@ def _number(text):
 
 def _fitting(place):
     """The place, if it is one."""
-    return place if place.number < place.count else None
+    return place if place.number < place.total else None
 
 
 def _expanded(text):
     """[2, 2, 2, 1] from "2(x3),1", as SLURM writes the number of tasks of each node."""
-    counts: list[int] = []
+    counts = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
@@ -143,10 +143,10 @@ def chosen_gpus(place: Place | None, num_gpus: int) -> Choice | None:
         return None
     if place.bound:
         return Choice(tuple(range(num_gpus)))
-    if place.count > num_gpus:
+    if place.total > num_gpus:
         mine = place.number % num_gpus
-        return Choice((mine,), len(range(mine, place.count, num_gpus)))
-    first, end = (number * num_gpus // place.count for number in (place.number, place.number + 1))
+        return Choice((mine,), len(range(mine, place.total, num_gpus)))
+    first, end = (number * num_gpus // place.total for number in (place.number, place.number + 1))
     return Choice(tuple(range(first, end)))
 
 
