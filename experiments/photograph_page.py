@@ -112,9 +112,9 @@ def decoded(content, max_pixels):
     except Image.DecompressionBombError as error:
         raise Refused(_too_large("many more", max_pixels), 413) from error
     except Image.UnidentifiedImageError as error:
-        *names, last = FORMATS
         raise Refused(
-            f"this is no photograph that can be read here, or is damaged: save it as a {', '.join(names)} or {last} file", 415
+            "this is no photograph that can be read here, or is damaged: save it as a JPEG, PNG, WebP, BMP, TIFF or GIF file",
+            415,
         ) from error
     except Exception as error:  # decoders raise errors of every kind
         if str(error).startswith("the photograph"):  # of a range of values that is not known

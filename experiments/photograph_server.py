@@ -6,6 +6,7 @@ may be made to point here) and takes photographs only from its own page.
 
 import ipaddress
 import logging
+import os
 import re
 import socket
 import urllib.parse
@@ -217,7 +218,7 @@ def listening(host, port):
         raise ValueError(f"--host: expected an address of this machine, got {host!r} ({error.strerror})") from error
     except OSError as error:
         raise ValueError(
-            f"cannot listen on port {port} of {host} ({error.strerror}): end the program that does, or give another --port "
+            f"cannot listen on port {port} of {host} ({os.strerror(error.errno or 0)}): end the program that does, or give another --port "
             "(0 takes a free one) or --host"
         ) from error
 

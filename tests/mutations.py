@@ -339,7 +339,6 @@ MUTATIONS = [
     Mutation("programs: functions of rows are closed over their weights", "train/spread.py",
              "return functools.partial(function, *jax.device_put(fixed), **static), batch_size",
              "return jax.jit(functools.partial(function, *jax.device_put(fixed), **static)), batch_size"),
-    Mutation("spread: every device has all rows", "train/spread.py", 'NamedSharding(mesh, P("rows"))', "NamedSharding(mesh, P())"),
     Mutation("spread: batches are made smaller for many devices", "train/spread.py", "count * batch_size", "batch_size"),
     Mutation("classifier: kept whatever the tags", "train/class_maps.py", '"tags": digest, **identity', "**identity"),
     Mutation("classifier: kept whatever the penalty", "train/class_maps.py", '"l2": l2, "tags"', '"tags"'),

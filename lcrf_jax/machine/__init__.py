@@ -1,6 +1,6 @@
 """What runs have to do with the machine: other processes, signals, locks, the disk, the terminal.
 
-`processes` says who is first of several and what all agree on; `signals` notes that a run is to end between two steps; `locks` keeps two
+`processes` says who is first of several and what all agree on; `gpus` which GPUs of a host are whose; `signals` notes that a run is to end between two steps; `locks` keeps two
 runs out of one folder; `files` writes a file whole or not at all; `cache` keeps arrays on disk between runs and
 `compilation` keeps compiled programs; `progress` is what a run shows while it works.
 

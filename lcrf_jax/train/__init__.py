@@ -2,7 +2,7 @@
 
 Read `methods` first: what each of the compared methods minimises and what it needs. `plan` is what a configuration
 means before anything is computed. `splits` opens the data, `features`, `class_maps` and `cues` compute what does not
-change in training, and `preparation` calls them. `step` is one step of the optimiser over a mesh of devices,
+change in training, by all devices (`spread`), and `preparation` calls them. `step` is one step of the optimiser over a mesh of devices,
 `posteriors` makes the labels of the next round, and `fit` is the loop with checkpoints, validation,
 resuming and ending on a signal.
 

@@ -69,7 +69,7 @@ def bomb(width, height):
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 REFUSED = {
-    "text": ("", b"no photograph", 415, "save it as a JPEG, PNG, WEBP, BMP, TIFF or GIF file"),
+    "text": ("", b"no photograph", 415, "save it as a JPEG, PNG, WebP, BMP, TIFF or GIF file"),
     "EPS, which would start Ghostscript": ("", EPS, 415, "save it as a JPEG, PNG"),
     "PPM": ("", file_of(grey(9, 9), "PPM"), 415, "save it as a JPEG, PNG"),
     "ICO": ("", file_of(grey(16, 16), "ICO"), 415, "save it as a JPEG, PNG"),
@@ -135,6 +135,11 @@ def test_photographs_of_every_kind_are_taken(client, labeller, name):
     assert image.shape == (30, 40, 3) and got["overlay"].startswith("data:image/jpeg;base64,")
     assert abs(np.median(image).astype(int) - 90) < 4
     assert got["note"] == ("the first picture of several in the file" if name.startswith("animated") else "")
+
+
+def test_the_message_names_all_that_is_taken(client):
+    named = sent(client, b"x").get_json()["error"].upper()
+    assert all(kind in named for kind in photograph_page.FORMATS)
 
 
 def test_one_pixel(client, labeller):
