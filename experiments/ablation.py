@@ -1,7 +1,7 @@
 r"""Train the variations of an objective, each with the same features, budget and seeds, and compare them on val.
 
     python -m experiments.ablation --config=experiments/configs/voc_animals.py --config.data.root=FOLDER \
-        --config.epochs="(2,)" --config.inference.mirror=False --workdir=DIR --variations=terms,likelihoods --seeds=1
+        --config.epochs="(2,)" --config.rounds=1 --config.inference.mirror=False --workdir=DIR --variations=terms,likelihoods --seeds=1
 
 Every variation differs from the configuration in the settings of `VARIATIONS` only, and is the run of
 `experiments.train` with these settings. What is done is not done again: the same command goes on where it was
@@ -20,6 +20,7 @@ from lcrf_jax.bound.objective import latent_crf_objective
 from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.metrics import metrics_history
 from lcrf_jax.train import fit, preparation
+from lcrf_jax.train.beginning import check_folder
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; made if it is not there.")
@@ -76,9 +77,13 @@ def varied(config, settings, seed):
     return changed.to_dict()
 
 
+def run_folder(workdir, name, seed):
+    """The folder of the run of a variation."""
+    return workdir / name.replace(" ", "_").replace(":", "") / f"seed_{seed}"
+
+
 def trained_score(prepared, folder):
     """mIoU on val after the last step of the run in a folder, which is trained if it is not there."""
-    reporting.check_same_settings(folder, prepared.config)
     fit.train(prepared, folder)
     return [record["val/miou"] for record in metrics_history(folder) if "val/miou" in record][-1]
 
@@ -94,6 +99,11 @@ def main(argv):
     reporting.no_more_arguments(argv)
     config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
     chosen = chosen_variations(_VARIATIONS.value)
+    reporting.plain_settings(config)
+    check_folder(workdir)
+    for name, settings in chosen.items():
+        for seed in range(_SEEDS.value):
+            reporting.check_same_settings(run_folder(workdir, name, seed), varied(config, settings, seed))
     if preparation.open_data(config.to_dict())[1] is None:
         raise ValueError("there are no masks of a validation split to compare on; see config.data.val_split")
     for settings in chosen.values():
@@ -104,8 +114,7 @@ def main(argv):
         scores = []
         for seed in range(_SEEDS.value):
             say(f"\n{name}, seed {seed}")
-            folder = workdir / name.replace(" ", "_").replace(":", "") / f"seed_{seed}"
-            scores.append(trained_score(prepared.with_config(varied(config, settings, seed)), folder))
+            scores.append(trained_score(prepared.with_config(varied(config, settings, seed)), run_folder(workdir, name, seed)))
         flag = " ".join(f"--config.objective.{key}={value}" for key, value in settings.items())
         rows.append((name, flag, *scores))
         write_table(workdir, rows, prepared.val)

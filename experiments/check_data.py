@@ -7,6 +7,7 @@ Prints the photographs of each split, classes, tags, which classes come together
 name of the file and what to do. The exit code is 1 if training would fail. Nothing is changed or written.
 """
 
+import re
 import sys
 
 import numpy as np
@@ -14,10 +15,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import reporting
-from lcrf_jax.data.check import equal_pictures, listed, notes, read_all
+from lcrf_jax.data.check import equal_pictures, listed, mask_doubts, notes, read_all
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train import plan
-from lcrf_jax.train.splits import open_split
+from lcrf_jax.train.splits import DEFAULT_VAL_SPLIT, open_split
 
 _DATA = flags.DEFINE_string("data", None, "Folder of the photographs; sets config.data.root.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -37,12 +38,12 @@ def opened_splits(config):
         try:
             sources.append(open_split(config, split, masks=masks))
         except FileNotFoundError as error:
-            if masks:
+            if masks and split == DEFAULT_VAL_SPLIT:
                 say(f"no masks to score on: {error}")
             else:
                 problems.append(str(error))
         except ValueError as error:
-            problems += [line.strip() for line in str(error).splitlines()]
+            problems += [line.strip() for line in str(error).splitlines() if not re.search(r": \d+ problems:$", line)]
     return sources, list(dict.fromkeys(problems))
 
 
@@ -99,8 +100,11 @@ def _sizes(found):
 
 def left_out(source):
     """Notes on what a plain folder holds beside the photographs with tags."""
-    untagged = getattr(source, "untagged", ())
-    return [f"{len(untagged)} photographs have no row in {source.tag_source} and are left out:\n{listed(untagged)}"] if untagged else []
+    untagged, not_taken = getattr(source, "untagged", ()), getattr(source, "not_taken", "")
+    lines = [not_taken] if not_taken else []
+    if untagged:
+        lines.append(f"{len(untagged)} photographs have no row in {source.tag_source} and are left out:\n{listed(untagged)}")
+    return lines
 
 
 def main(argv):
@@ -109,7 +113,7 @@ def main(argv):
     config = _CONFIG.value
     if _DATA.value is not None:
         config.data.root = _DATA.value
-    config = config.to_dict()
+    config = reporting.plain_settings(config)
     sources, problems = opened_splits(config)
     splits = read_splits(sources)
     if splits:
@@ -121,19 +125,25 @@ def main(argv):
             plan.planned_rounds(config, sum(reading.problem is None for reading in splits[0][1]))
         except ValueError as error:
             problems.append(str(error))
-    remarks = left_out(sources[0]) if sources else []
+    remarks, doubts = left_out(sources[0]) if sources else [], []
     for source, found in splits:
+        told = mask_doubts(source, found)
+        if hasattr(source, "untagged_in_masks"):
+            doubts += told
+        else:  # no setting of the source can confirm them
+            remarks += told
         trained_on = source.split == config["data"]["train_split"]
         remarks += notes(source, found, few=FEW if trained_on else 0)
     remarks += equal_pictures(splits)
     if remarks:
         say("\nnotes\n" + "\n".join(f"  {line}" for remark in remarks for line in remark.splitlines()))
-    if problems:
-        say("\nproblems\n" + "\n".join(f"  {line}" for line in problems))
-        sys.exit(f"error: {len(problems)} problems; training would stop at them, but for files that cannot be read with "
-                 "--on_bad_image=skip")
+    if problems or doubts:
+        say("\nproblems\n" + "\n".join(f"  {line}" for told in problems + doubts for line in told.splitlines()))
+        count = f"error: {len(problems) + len(doubts)} problem{'s' if len(problems) + len(doubts) > 1 else ''}; training would "
+        sys.exit(count + ("stop at them, but for files that cannot be read with --on_bad_image=skip" if problems else
+                          "go on, with a warning, to scores that may be worth nothing"))  # fmt: skip
     say("\nno problems: training can begin")
 
 
 if __name__ == "__main__":
-    reporting.run(main)
+    reporting.run(main, keep_compiled=False)

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import comparison_tables, measuring, reporting
-from experiments.run_report import write_comparison_report
+from experiments.run_report import common_settings, data_in_words, write_comparison_report
 from lcrf_jax.baselines import majority_labels
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import picture_table
@@ -30,9 +30,11 @@ from lcrf_jax.predict import evaluation
 from lcrf_jax.predict.outputs import superpixels
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.description import CheckpointError, check_data, load_description
 from lcrf_jax.train import fit, preparation
+from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import METHODS, localisation
-from lcrf_jax.train.splits import checked_split
+from lcrf_jax.train.splits import checked_split, data_identity, open_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and tables; made if it is not there.")
@@ -63,13 +65,20 @@ class Preparations:
     """What each method starts from, made when it is first asked for."""
 
     def __init__(self, config):
-        self._config, self._made = config, {}
+        self._config, self._made, self._trained_on = config, {}, {}
 
     def __getitem__(self, key):
         method, seed = key
         if method not in self._made:
             self._made[method] = preparation.prepare(run_config(self._config, method, seed))
         return self._made[method].with_config(run_config(self._config, method, seed))
+
+    def training_data(self, method):
+        """What the training split of a method has, without computing anything from it."""
+        masks = "masks" in METHODS[method].inputs
+        if masks not in self._trained_on:
+            self._trained_on[masks] = data_identity(open_data(run_config(self._config, method, 0))[0])
+        return self._trained_on[masks]
 
 
 def train(prepared, folder):
@@ -110,6 +119,7 @@ def score(prepared, folder, val):
         "class_names": list(val.class_names),
         "split": val.split,
         "images": len(val),
+        "data": data_identity(val),
         "steps": rounds[-1].last_step if rounds else 0,
         **{name: None if matrix is None else np.asarray(matrix).tolist() for name, matrix in matrices.items()},
         "seconds": json.loads((folder / TIME_FILE).read_text(encoding="utf-8")),
@@ -119,6 +129,19 @@ def score(prepared, folder, val):
               for number, sample in enumerate(scores.samples)}  # fmt: skip
     np.savez_compressed(folder / "pictures.npz", **labels)
     reporting.write_whole(folder / RESULT_FILE, json.dumps(result) + "\n")  # last: what has it is done
+
+
+def is_done(folder, training_data, val):
+    """Whether a run is trained and scored; refuses one of other data, wherever that lay."""
+    path = folder / RESULT_FILE
+    if not path.exists():
+        return False
+    check_data(folder, {"train": training_data})
+    scored_on = json.loads(path.read_text(encoding="utf-8")).get("data")
+    if scored_on is not None and scored_on != data_identity(val):
+        raise CheckpointError(f"{folder} was scored on other images of {val.split} ({scored_on['images']} then, {len(val)} now; their "
+                              f"names, tags or classes differ); use them again, or remove {path} to score it anew")  # fmt: skip
+    return True
 
 
 def stored_results(workdir, names, num_seeds):
@@ -151,9 +174,12 @@ def draw(workdir, results, val, note):
         for number, example in enumerate(examples)
     ]  # fmt: skip
     note = f"{note}. The photographs show the refined labels of seed 0."
-    header, rows, columns = comparison_tables.overview(results)
-    path = workdir / "report.html"
-    write_comparison_report(path, "Comparison of methods", header, rows, columns, samples, val.class_names, note)
+    runs = {(name, found["seed"]): load_description(workdir / name / f"seed_{found['seed']}")["training"]
+            for name in results for found in results[name]}  # fmt: skip
+    write_comparison_report(
+        workdir / "report.html", "Comparison of methods", comparison_tables.overview(results), samples, val.class_names,
+        note=note, settings=common_settings(runs),
+    )
 
 
 def write(workdir, names, val):
@@ -173,7 +199,7 @@ def _notes(results, val):
     seeds = max(len(found) for found in results.values())
     steps = max(found[0]["steps"] for found in results.values())
     return (
-        f"{len(val)} images of {val.split}, {steps} steps of {config.batch_size} images, "
+        f"{data_in_words(config.data)}: {len(val)} images of {val.split}, {steps} steps of {config.batch_size} images, "
         f"{'seed 0' if seeds == 1 else f'seeds 0 to {seeds - 1}: mean ± standard deviation'}; {measuring.machine()}"
     )
 
@@ -182,25 +208,29 @@ def main(argv):
     """Train and score what is not done yet, seed by seed, and write the tables after each run."""
     reporting.no_more_arguments(argv)
     config, workdir, names = _CONFIG.value, pathlib.Path(_WORKDIR.value), chosen_methods(_METHODS.value)
+    reporting.plain_settings(config)
+    check_folder(workdir)
     if not config.data.val_split:
         raise ValueError("config.data.val_split: expected a split with masks to compare on, got none")
     if any(METHODS[name].smoothed_title for name in names):
         superpixels(np.zeros((8, 8, 3), np.uint8))  # whether scikit-image is there, before hours of training
+    for seed in range(_SEEDS.value):
+        for name in names:
+            reporting.check_same_settings(workdir / name / f"seed_{seed}", run_config(config, name, seed))
     val = checked_split(config.to_dict(), config.data.val_split, masks=True)
     preparations = Preparations(config)
     for seed in range(_SEEDS.value):
         for name in list(names):
             folder = workdir / name / f"seed_{seed}"
             try:
+                if is_done(folder, preparations.training_data(name), val):
+                    continue
                 prepared = preparations[name, seed]
             except FileNotFoundError as error:
                 if "masks" not in METHODS[name].inputs or "all" not in _METHODS.value:
                     raise
                 say(f"{name} is left out: {error}")
                 names.remove(name)
-                continue
-            reporting.check_same_settings(folder, prepared.config)
-            if (folder / RESULT_FILE).exists():
                 continue
             say(f"\n{METHODS[name].title}, seed {seed}")
             train(prepared, folder)

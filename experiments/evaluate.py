@@ -2,8 +2,8 @@ r"""Score a run on a split with masks.
 
     python -m experiments.evaluate --checkpoint=RUN --data=FOLDER --split=val [--crf]
 
-The checkpoint alone says what the network is. Without --data the data that the run was trained on is used. The last
-line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
+The checkpoint alone says what the network is. Without --data the data that the run was trained on is used; what is written of
+other data has its name: results_SPLIT_NAME-xxxxxx.json. The last line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
 and the output says so. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
@@ -12,7 +12,7 @@ import time
 from absl import flags
 
 from experiments import reporting
-from lcrf_jax.runfolder.description import load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _DATA = flags.DEFINE_string("data", None, "Folder of other data, of prepared data sets for tfds; by default that of the run.")
@@ -29,12 +29,14 @@ def main(argv):
     if _CAM.value and _CRF.value:
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
-    description = load_description(_CHECKPOINT.value)
-    source = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
+    description = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)
+    source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
         reporting.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value)
     else:
-        reporting.evaluate_run(_CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started)
+        reporting.evaluate_run(
+            _CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started, data=data
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import jax
 
+from lcrf_jax.machine.progress import say
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MEGABYTE = 1e6
 _LEAST_REPETITIONS = 3
@@ -125,13 +127,13 @@ class Table:
     def __init__(self, columns):
         self._columns, self._rows = columns, []
         self._widths = [max(len(name), width) for name, width in columns.items()]
-        print(self._line(columns), flush=True)
+        say(self._line(columns))
 
     def row(self, *cells):
         """Print and keep a row; None is shown as a dash."""
         cells = ["-" if cell is None else str(cell) for cell in cells]
         self._rows.append(cells)
-        print(self._line(cells), flush=True)
+        say(self._line(cells))
 
     def _line(self, cells):
         return "  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)).rstrip()
@@ -150,13 +152,13 @@ class Report:
     def say(self, text):
         """Print and keep a paragraph; lines that are not indented are wrapped on the screen."""
         lines = [line if line.startswith("    ") else textwrap.fill(line, 118) for line in text.split("\n")]
-        print("\n".join(lines if not self._parts else ["", *lines]), flush=True)
+        say("\n".join(lines if not self._parts else ["", *lines]))
         self._parts.append(text)
 
     def table(self, title, columns):
         """A new `Table` under a title; columns is a dict from a column's name to its least width."""
         self.say(title)
-        print(flush=True)
+        say("")
         self._parts.append(Table(columns))
         return self._parts[-1]
 

@@ -182,7 +182,8 @@ def _predict(todo, out, segmenter, names, tags):
             results = labelled(segmenter, list(images.values()), given, batch_size)
             for (photo, image), (labels, confidence, log_probs) in zip(images.items(), results):
                 records.write(photo, part[photo], labels, confidence, names, **facts)
-                predictions.write_outputs(part[photo], unfinished, image, labels, log_probs, np.array(names))
+                problem = predictions.write_outputs(part[photo], unfinished, image, labels, log_probs, np.array(names))
+                failures |= {photo: problem} if problem else {}
             bar.update(num_images=len(part), num_steps=len(part))
     return failures
 

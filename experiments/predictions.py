@@ -2,6 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import errno
+import fnmatch
+import functools
 import glob
 import json
 import os
@@ -12,10 +15,12 @@ import numpy as np
 from PIL import Image
 
 from lcrf_jax.data.example import tag_vector
-from lcrf_jax.data.files.images import MAX_PIXELS, image_size, is_photograph, read_image
+from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken, there
+from lcrf_jax.data.files.images import MAX_PIXELS, image_size, read_image
 from lcrf_jax.data.files.tags import TAG_FILES, read_tag_file, read_text
-from lcrf_jax.data.sources.listing import PhotographFinder
+from lcrf_jax.machine.files import naming, write_once, write_whole
 from lcrf_jax.machine.locks import own_folder
+from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics
 
@@ -23,6 +28,8 @@ SETTINGS_FILE = "predictions.json"
 RECORDS = "predictions"
 BATCH_PIXELS = 32_000_000
 _JPEG_SIDE = 65_000  # the format has no larger pictures
+# A name that the disk does not take, too long or with letters that it does not have, or a folder in its place.
+OF_THE_NAME = (errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 class Outputs(NamedTuple):
@@ -51,13 +58,17 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
       List in the order of the photographs' paths. The path of a mask within `out` is that of its photograph within the
       folder that was given, the fixed part of the pattern, or what these have in common.
     """
-    roots, found, out = [], set(), pathlib.Path(out)
+    roots, found, out, real = [], {}, pathlib.Path(out), functools.cache(os.path.realpath)
     for pattern in patterns:
-        root, paths = _photographs(os.path.expanduser(pattern), out)
+        root, paths, untaken = _photographs(os.path.expanduser(pattern), out)
         if not paths:
-            raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}")
+            raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}{_instead(pattern, untaken)}")
+        if untaken:
+            say(f"{pattern}: {untaken}")
         roots.append(root)
-        found.update(paths)
+        for path in paths:  # a pattern may go through a link and come to the same file twice
+            found.setdefault((real(path.parent), path.name), path)
+    found = set(found.values())
     root, photographs = pathlib.Path(os.path.commonpath(roots)), {path.resolve() for path in found}
     outputs, taken = [], {}
     for path in sorted(found):
@@ -75,7 +86,23 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
             out / "overlays" / name.with_suffix(".jpg") if overlays else None,
             out / "probabilities" / name.with_suffix(".npz") if probabilities else None,
         )))  # fmt: skip
+    _refuse_doubles(taken, out)
     return outputs
+
+
+def _refuse_doubles(taken, out):
+    """Refuse masks that differ by the case of letters alone on a disk that does not tell it: one would replace the other."""
+    folded = {}
+    for mask, path in taken.items():
+        other, at = folded.setdefault(str(mask).casefold(), (path, mask))
+        if at == mask:
+            continue
+        with own_folder(out, ".unfinished-") as folder:
+            (folder / "case").touch()
+            if not (folder / "CASE").exists():
+                return
+        raise ValueError(f"{other} and {path} would both be written to {mask}, whose disk does not tell upper from lower case: "
+                         "rename one, or give an --out on another disk")
 
 
 def chosen(planned, path):
@@ -96,7 +123,7 @@ def chosen(planned, path):
             continue
         candidates = finder.candidates(name)
         if len(candidates) != 1:
-            found = f"may be {', '.join(candidates[:3])}" if candidates else "is not among --images"
+            found = f"may be {', '.join(candidates[:3])}" if candidates else f"is not among --images{finder.meant(name)}"
             raise ValueError(f"{path}, line {number}: {name!r} {found}; correct the list")
         wanted.add(names[candidates[0]])
     if not wanted:
@@ -105,29 +132,64 @@ def chosen(planned, path):
 
 
 def _photographs(pattern, out):
-    """(the folder that paths are told from, photographs) of a file, a folder or a pattern."""
+    """(the folder that paths are told from, photographs, a line on what is not taken) of a file, a folder or a pattern."""
     if os.path.isfile(pattern):  # a file may be named photo[1].jpg
         path = pathlib.Path(pattern)
-        return path.absolute().parent, [path]
+        return path.absolute().parent, [path], ""
     if os.path.isdir(pattern):
-        folder = pathlib.Path(pattern).absolute()
-        return folder, [pathlib.Path(pattern) / path.relative_to(folder) for path in _below(folder, out)]
+        return _below(pattern, out)
     parts = pathlib.Path(pattern).absolute().parts
     fixed = next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
-    found = glob.glob(pattern, recursive=True)
-    return pathlib.Path(*parts[:fixed]), [pathlib.Path(name) for name in found if os.path.isfile(name)]
+    folder = pathlib.Path(*parts[:fixed])
+    if "**" in parts:  # glob goes round in circles of links
+        names = [path for path in files_below(folder).files if _fits(path.split("/"), parts[fixed:])]
+        return folder, [_as_given(folder / name, pattern) for name in names], ""
+    found = [name for name in glob.glob(pattern) if not _of_system(pathlib.Path(name), folder)]
+    paths = [pathlib.Path(name) for name in found if os.path.isfile(name)]
+    others = sum(not os.path.isfile(name) and not os.path.isdir(name) for name in found)
+    return folder, paths, f"{others} matches are no files and not taken" if others else ""
 
 
-def _below(folder, out):
-    """Photographs at any depth; none that are hidden, masks of a training folder, or what was written by this program."""
-    masks = folder / "masks" if any((folder / name).exists() for name in TAG_FILES) else None
-    for place, below, files in os.walk(folder, followlinks=False):
-        place = pathlib.Path(place)
-        if place == masks or place.resolve() == out.resolve() or SETTINGS_FILE in files and place != folder:
-            below.clear()
-            continue
-        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-        yield from (place / name for name in files if is_photograph(name) and not name.startswith("."))
+def _fits(names, parts):
+    """Whether a path, name by name, fits a pattern; ** stands for any number of folders."""
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return any(_fits(names[skipped:], parts[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _as_given(path, pattern):
+    """A path in the form of its pattern: absolute or not."""
+    return path if os.path.isabs(pattern) else pathlib.Path(os.path.relpath(path))
+
+
+def _below(pattern, out):
+    """The same of a folder: none that are masks of a training folder, or what was written by this program."""
+    folder, own = pathlib.Path(pattern).absolute(), (*TAG_FILES, "classes.txt", "colours.csv", "train.txt", "val.txt")
+    masks = there(folder, "masks") if any(there(folder, name) for name in own) else None
+    left = {os.path.realpath(path) for path in (masks, out) if path is not None}
+
+    def written_here(place):
+        return os.path.exists(os.path.join(place, SETTINGS_FILE)) and place != os.path.realpath(folder)
+
+    found = files_below(folder, leave=lambda place: place in left or written_here(place))
+    names = {path.name for name in own if (path := there(folder, name))} | {SETTINGS_FILE}
+    line = not_taken(found, own=names)
+    if masks is not None and masks.name in found.left:
+        line = "; ".join(part for part in (line, f"{masks.name}/ holds the masks of the training folder and is left out") if part)
+    return folder, [pathlib.Path(pattern) / path for path in found.photographs], line
+
+
+def _of_system(path, folder):
+    """Whether a file that fits a pattern is one of the system, by a folder that the pattern does not name."""
+    parts = path.absolute().relative_to(folder).parts
+    return any(is_system_folder(part) for part in parts[:-1]) or parts[-1].startswith("._")
+
+
+def _instead(pattern, untaken):
+    """What is there where nothing fits."""
+    return f" ({untaken})" if untaken else "" if glob.has_magic(pattern) else meant_path(os.path.expanduser(pattern))
 
 
 def remaining(share, out, settings, overwrite):
@@ -164,14 +226,8 @@ def _stored(path):
 
 def _store(path, settings, overwrite):
     """Write the settings, unless another process was faster; with overwrite in any case."""
-    with own_folder(path.parent, ".unfinished-") as unfinished:
-        new = unfinished / path.name
-        new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-        if overwrite:
-            os.replace(new, path)
-            return
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (write_whole if overwrite else write_once)(path, json.dumps(settings, indent=1) + "\n")
 
 
 class Records:
@@ -192,10 +248,9 @@ class Records:
         self._out, again = out, {str(outputs.mask.relative_to(out)) for _, outputs in todo}
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if _mask_of(line) not in again | {None}]
-            unfinished = self.path.with_name(f".{self.path.name}.tmp")
-            unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(unfinished, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+            write_whole(self.path, "".join(f"{line}\n" for line in kept))
+        with naming(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, photo, outputs, labels, confidence, class_names, **facts):
         """Add the line of a photograph: size, and area and confidence of each class that is there."""
@@ -211,14 +266,16 @@ class Records:
         line = json.dumps(record, ensure_ascii=False)
         if any("\ud800" <= letter <= "\udfff" for letter in line):  # a file name that is no UTF-8
             line = json.dumps(record)
-        self._file.write(line + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line + "\n")
+            self._file.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk, which `write` has told of
+            self._file.close()
 
 
 def _mask_of(line):
@@ -230,13 +287,31 @@ def _mask_of(line):
 
 
 def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
-    """Write the files of one photograph elsewhere and rename them, the mask last: a killed run leaves none half-written."""
+    """Write the files of one photograph elsewhere and rename them, the mask last: a killed run leaves none half-written.
+
+    Returns why they could not be written, if that is only so for this photograph, such as a name that the disk does not
+    take; else None.
+    """
 
     def moved(path, write):
-        temporary = unfinished / path.name
-        write(temporary)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, path)
+        temporary = unfinished / f"half{path.suffix}"
+        with naming(path):
+            write(temporary)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, path)
+
+    try:
+        _write(outputs, moved, image, labels, log_probs, class_names)
+    except OSError as error:
+        # Some disks say of such a name that there is no such file.
+        there = outputs.mask.parent.is_dir() and unfinished.is_dir()
+        if error.errno not in OF_THE_NAME and not (error.errno == errno.ENOENT and there):
+            raise
+        return f"its mask cannot be written ({os.strerror(error.errno)}: {error.filename}); rename it or give another --out"
+    return None
+
+
+def _write(outputs, moved, image, labels, log_probs, class_names):
 
     if outputs.overlay is not None:
         picture = Image.fromarray(overlay(image, labels))

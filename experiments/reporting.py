@@ -1,23 +1,29 @@
 """What the experiments share: opening a run for scoring, tables, pictures, and errors without a traceback."""
 
+import contextlib
+import hashlib
 import json
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
+import traceback
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.run_report import write_run_report
+from experiments.configs import base
+from experiments.run_report import data_in_words, write_run_report
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine import processes, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
+from lcrf_jax.machine.errors import UserError, for_users
 from lcrf_jax.machine.files import write_whole
-from lcrf_jax.machine.progress import say
+from lcrf_jax.machine.progress import say, show
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
@@ -27,9 +33,11 @@ from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import CheckpointError, load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, load_description
+from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
+from lcrf_jax.train.settings import check_names, check_settings
 from lcrf_jax.train.splits import checked_split
 
 CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
@@ -55,7 +63,7 @@ def join_processes():
 
 
 def run(main, *, join=join_processes, keep_compiled=True):
-    """Run an experiment; what the user can mend ends with one line and exit code 1, not with a traceback.
+    """Run an experiment; what the user can mend ends with one line and exit code 1, anything else with its traceback.
 
     What is compiled is kept for the next start, but not where compiling is measured.
     """
@@ -66,14 +74,20 @@ def run(main, *, join=join_processes, keep_compiled=True):
             join()
             signals.raise_on_termination()  # JAX has its own handler once the processes are joined
             if keep_compiled:
-                keep_programs(default_directory())
+                with contextlib.suppress(OSError):  # no home; who needs the cache is told so
+                    keep_programs(default_directory())
             main(argv)
-        except (ValueError, FileNotFoundError, CheckpointError, OSError, processes.ProcessError) as error:
+        except Exception as error:
+            if not for_users(error):
+                if not processes.is_alone():
+                    _leave(traceback.format_exc())
+                raise
             logging.debug("traceback", exc_info=True)
             _leave(f"error: {error}")
         except KeyboardInterrupt as request:
-            print(str(request) or "interrupted; what was saved before is kept", file=sys.stderr, flush=True)
-            sys.exit(128 + getattr(request, "signum", signal.SIGINT))
+            show(str(request) or "interrupted; what was saved before is kept", sys.stderr)
+            code = 128 + getattr(request, "signum", signal.SIGINT)
+            signals.leave(code) if processes.is_alone() else sys.exit(code)
 
     def parsed(argv):
         try:
@@ -87,9 +101,9 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
 def _leave(message):
     """End with a message; one of several processes does not wait for the others, which could wait for it for ever."""
-    if jax.process_count() == 1:
+    if processes.is_alone():
         sys.exit(message)
-    print(message, file=sys.stderr, flush=True)
+    show(message, sys.stderr)
     os._exit(1)
 
 
@@ -99,26 +113,40 @@ def no_more_arguments(argv):
         raise ValueError(f"unknown arguments {argv[1:]}; see --help")
 
 
+def plain_settings(config):
+    """A configuration as a plain dict; refuses names that nothing knows and numbers that cannot be."""
+    settings = config.to_dict()
+    check_names(settings, base.get_config().to_dict())
+    check_settings(settings)
+    return settings
+
+
 def check_same_settings(folder, config):
-    """Refuse to go on with a run of other settings: it would stand in a table under the wrong name."""
+    """Refuse to go on with a run of other settings: it would stand in a table under the wrong name.
+
+    Where the data lies, and how the work is done, may change: see `lcrf_jax.runfolder.description.PLACES`.
+    """
     if not (folder / "config.json").exists():
         return
-    before, now = load_description(folder)["training"], json.loads(json.dumps(config))
-    different = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if different:
-        raise ValueError(f"{folder} holds a run with another setting of {different}; choose another --workdir")
+    changes = effective_changes(folder, config)
+    if changes:
+        groups = sorted({text.split()[0].split(".")[1] for text in changes})
+        raise ValueError(
+            f"{folder} holds a run with another setting of {groups} ({'; '.join(changes)}); choose another --workdir"
+        )
 
 
 def load_segmenter(run_dir, which="best", *, change_inference=dict):
     """(Segmenter, description, parameters) of a run folder; its settings of inference may be changed."""
-    description, params = load_description(run_dir), restore_params(run_dir, which)
+    description, params = load_description(run_dir, needed=FOR_INFERENCE), restore_params(run_dir, which)
     changed = {**description, "inference": change_inference(description["inference"])}
     return make_segmenter(changed, params), description, params
 
 
 def open_for_scoring(description, root, split):
-    """The named split with its masks: of the folder `root`, or of the data that the run was trained on."""
-    data = dict(description["training"]["data"])
+    """(the named split with its masks, what data that is): of the folder `root`, or of the data of the run."""
+    own = description["training"]["data"]
+    data = dict(own)
     if root and data["kind"] == "tfds":
         data["root"] = root
     elif root:
@@ -130,18 +158,43 @@ def open_for_scoring(description, root, split):
             f"the run knows the classes {description['class_names']}, the data has {list(source.class_names)}; "
             "evaluate on data with the same class list in the same order"
         )
-    return source
+    return source, own if same_place(data, own) else data
 
 
-def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscored=None):
-    """Score a run, print the table and the paths, and write results.json, the picture grid and the report.
+def same_place(one, other):
+    """Whether two settings of data mean the same folder."""
+    return one["kind"] == other["kind"] and one["root"] == other["root"] or bool(
+        one["root"] and other["root"] and _resolved(one["root"]) == _resolved(other["root"])
+    )
 
-    Without a source that has masks there is no score, and the report shows images of `unscored`.
+
+def _resolved(folder):
+    return pathlib.Path(folder).expanduser().resolve()
+
+
+def place_in_names(data, own):
+    """What the names of files end with that tell of other data than the run's own; "" for its own."""
+    if same_place(data, own):
+        return ""
+    folder = _resolved(data["root"])
+    name = re.sub(r"[^\w.-]+", "-", folder.name).strip("-.") or "data"
+    # Two folders of one name are two.
+    return f"_{name[:60]}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}"
+
+
+def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscored=None, data=None):
+    """Score a run, print the table, write results.json, the picture grid and the report, and print their paths.
+
+    Without a source that has masks there is no score, and the report shows images of `unscored`. Files that tell of
+    other `data` than that of the run have its name in theirs.
     """
     run_dir = pathlib.Path(run_dir)
-    segmenter, description, _ = load_segmenter(run_dir)
+    segmenter, description, params = load_segmenter(run_dir)
+    own = description["training"]["data"]
+    data = own if data is None else data
     used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
-    report = {"run_dir": run_dir, "description": description, "segmenter": segmenter, "used": used, "tags_given": tags_given}
+    report = {"run_dir": run_dir, "description": description, "segmenter": segmenter, "used": used,
+              "tags_given": tags_given, "data": data}  # fmt: skip
     if source is None:
         if processes.is_first():
             write_run_report(run_dir / "report.html", source=unscored, matrices={}, image_scores=None, **report)
@@ -150,36 +203,85 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     scores = evaluation.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     if not processes.is_first():
         return
-    suffix = ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
-    picture = run_dir / f"pictures_{source.split}{suffix}.png"
-    picture_grid(scores.samples, picture, class_names=segmenter.class_names)
-    results = {"split": source.split, "images": len(source), "crf": crf, "supervision": used}
+    table = format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined)
+    say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}")
+    files = _files_of_scores(run_dir, source.split, data, own, crf=crf, tags_given=tags_given)
+    _write_scores(files, scores, source, crf=crf, report=report, digest=params_digest(params))
+    say(f"\npictures    {files.pictures}\nreport      {files.page} (for a browser)\nresults     {files.results}\n"
+        f"checkpoint  {run_dir}")  # fmt: skip
+    if started is not None:
+        say(f"time        {time.monotonic() - started:.0f} s")
+    say(f"\n{table.splitlines()[-1]}")
+
+
+class _Files(NamedTuple):
+    """What tells of a score; `refined` are the results of the same with refinement, whether they are there or not."""
+
+    results: pathlib.Path
+    pictures: pathlib.Path
+    page: pathlib.Path
+    refined: pathlib.Path
+
+
+def _files_of_scores(run_dir, split, data, own, *, crf, tags_given):
+    place = place_in_names(data, own)
+    suffix = place + ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
+    same = split == own["val_split"] and not tags_given and not place
+    return _Files(
+        run_dir / f"results_{split}{suffix}.json",
+        run_dir / f"pictures_{split}{suffix}.png",
+        run_dir / ("report.html" if same else f"report_{split}{suffix}.html"),
+        run_dir / f"results_{split}{place}_crf{'_tags_given' if tags_given else ''}.json",
+    )
+
+
+def _write_scores(files, scores, source, *, crf, report, digest):
+    """Write results, pictures and the report, as many of them as can be; an error tells of the others."""
+    names = report["segmenter"].class_names
+    refined = _refined_before(files.refined, scores.plain) if scores.refined is None else scores.refined
+    matrices = {"network": scores.plain} | ({} if refined is None else {"refined": refined})
+    known = dict(zip(evaluation.sample_positions(len(source), NUM_PICTURES), scores.samples, strict=True))
+    text = _results_text(scores, source, names, crf=crf, report=report, digest=digest)
+
+    def write_page():
+        write_run_report(
+            files.page, source=source, matrices=matrices, image_scores=scores.image_scores, known_samples=known, **report
+        )
+
+    wrong = [
+        _written(files.results, lambda: write_whole(files.results, text)),
+        _written(files.pictures, lambda: picture_grid(scores.samples, files.pictures, class_names=names)),
+        _written(files.page, write_page),
+    ]
+    if any(wrong):
+        raise UserError("; ".join(filter(None, wrong)) + ". The scores stand above; make room, make the folder writable or copy "
+                        "the run to one that is, and run the same command again")  # fmt: skip
+
+
+def _written(path, write):
+    """Write a file; None, or why it could not be."""
+    try:
+        write()
+    except OSError as error:
+        return f"{path} could not be written ({error.strerror or error})"
+    return None
+
+
+def _results_text(scores, source, class_names, *, crf, report, digest):
+    """The content of results.json."""
+    data = {name: report["data"][name] for name in ("kind", "root", "options")}
+    results = {"split": source.split, "images": len(source), "data": data, "crf": crf, "supervision": report["used"],
+               "params_sha256": digest}  # fmt: skip
     for name, matrix in (("plain", scores.plain), ("refined", scores.refined)):
         if matrix is not None:
             ious = [None if np.isnan(value) else round(float(value), 4) for value in iou_per_class(matrix)]
-            results[name] = {"miou": round(float(mean_iou(matrix)), 4), "iou": dict(zip(segmenter.class_names, ious))}
+            results[name] = {"miou": round(float(mean_iou(matrix)), 4), "iou": dict(zip(class_names, ious))}
             results[name]["confusion"] = np.asarray(matrix).tolist()
-    path = run_dir / f"results_{source.split}{suffix}.json"
-    write_whole(path, json.dumps(results, indent=1) + "\n")
-    same = source.split == description["training"]["data"]["val_split"] and not tags_given
-    page = run_dir / ("report.html" if same else f"report_{source.split}{suffix}.html")
-    refined = scores.refined if crf else _refined_before(run_dir, source.split, tags_given, scores.plain)
-    matrices = {"network": scores.plain} | ({} if refined is None else {"refined": refined})
-    known = dict(zip(evaluation.sample_positions(len(source), NUM_PICTURES), scores.samples, strict=True))
-    write_run_report(
-        page, source=source, matrices=matrices, image_scores=scores.image_scores, known_samples=known, **report
-    )
-    say(f"\nsupervision: {used}")
-    say(f"pictures    {picture}\nreport      {page} (for a browser)\nresults     {path}\ncheckpoint  {run_dir}")
-    if started is not None:
-        say(f"time        {time.monotonic() - started:.0f} s")
-    say(f"\n{len(source)} images of {source.split}")
-    say(format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined))
+    return json.dumps(results, indent=1) + "\n"
 
 
-def _refined_before(run_dir, split, tags_given, plain):
+def _refined_before(path, plain):
     """The refined counts of an earlier evaluation of the same parameters on the same images, or None."""
-    path = run_dir / f"results_{split}_crf{'_tags_given' if tags_given else ''}.json"
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         same = np.array_equal(before["plain"]["confusion"], plain)

@@ -23,7 +23,7 @@ CURVES = {
 
 
 def write_run_report(
-    path, run_dir, description, segmenter, source, *, matrices, image_scores, used, tags_given, known_samples=None
+    path, run_dir, description, segmenter, source, *, data, matrices, image_scores, used, tags_given, known_samples=None
 ):
     """Write the report of a run.
 
@@ -33,6 +33,7 @@ def write_run_report(
       description: of the run.
       segmenter: of the run.
       source: images for the gallery; with masks where there are scores.
+      data: settings of the data that `source` is of, as those of a configuration.
       matrices: dict from a title to a confusion matrix, empty without masks.
       image_scores: [N] score of each image, or None.
       used: what supervision was used.
@@ -41,9 +42,11 @@ def write_run_report(
     """
     names = segmenter.class_names
     scores = [(f"mIoU, {title}", f"{100 * mean_iou(matrix):.1f} %") for title, matrix in matrices.items()]
-    data = description["training"]["data"]
+    own = description["training"]["data"]
     figures = [*scores, ("images", f"{len(source)} of {source.split}"), ("method", description["training"]["method"])]
-    note = f"Supervision: {used}. Data: {data['kind']} {data['root']}".rstrip() + "."
+    note = f"Supervision: {used}. Data: {data_in_words(data)}."
+    if data != own:
+        note += f" Trained on other data: {data_in_words(own)}."
     samples = _samples(segmenter, source, image_scores, tags_given, known_samples or {})
     ious = {title: np.asarray(iou_per_class(matrix), np.float64) for title, matrix in matrices.items()}
     sections = [
@@ -51,10 +54,29 @@ def write_run_report(
         ("Intersection over union", report.bars(names, {"": ious})),
         ("Confusion", report.confusion(names, list(matrices.values())[-1]) if matrices else ""),
         ("Training", report.curves(_series(metrics_history(run_dir)))),
+        ("Parts of the training", _segments(description.get("segments", ()))),
         ("Settings", report.settings({**flat_settings(description["training"]), **{
             f"version of {name}": version for name, version in description["versions"].items()}})),
     ]  # fmt: skip
     write_whole(path, report.page(f"Run {run_dir.resolve().name}", sections, note=note, figures=figures))
+
+
+def data_in_words(data):
+    """Kind, folder and options of data in a line."""
+    options = ", ".join(f"{name}={value}" for name, value in data["options"].items() if value not in ("", None))
+    return " ".join(filter(None, (data["kind"], str(data["root"]), options and f"({options})")))
+
+
+def _segments(segments):
+    """What was trained with from which step on; empty for a run that was not interrupted."""
+    rows = []
+    for before, segment in zip([None, *segments], segments):
+        changed = [f"{name} {values.get('was')} → {values.get('is')}" for name, values in segment["changed"].items()]
+        versions = {} if before is None else before["versions"]
+        changed += [f"{name} {versions[name]} → {version}" for name, version in segment["versions"].items()
+                    if name in versions and versions[name] != version]  # fmt: skip
+        rows.append([segment["first_step"], segment.get("date", ""), segment.get("machine", ""), ", ".join(changed) or "nothing"])
+    return report.table(["from step", "begun", "machine", "what changed"], rows) if len(rows) > 1 else ""
 
 
 def _samples(segmenter, source, image_scores, tags_given, known_samples):
@@ -87,21 +109,41 @@ def _series(history):
     return {title: points for title, points in series.items() if len(points) > 1 or points and title.startswith("mIoU")}
 
 
-def write_comparison_report(path, title, header, rows, columns, samples, class_names, note):
+def common_settings(runs):
+    """Settings that runs were trained with: those of all under their names, others with the runs that they are of.
+
+    Args:
+      runs: dict from (method, seed) to the settings of the run, see config.json.
+    """
+    flat = {run: flat_settings(settings) for run, settings in runs.items()}
+    found = {}
+    for name in sorted({name for settings in flat.values() for name in settings} - {"method", "seed"}):
+        values = {}
+        for (method, seed), settings in flat.items():
+            values.setdefault(repr(settings.get(name)), (settings.get(name), []))[1].append(f"{method}, seed {seed}")
+        for value, which in values.values():
+            found[name if len(values) == 1 else f"{name} ({'; '.join(which)})"] = value
+    return found
+
+
+def write_comparison_report(path, title, overview, samples, class_names, *, note, settings):
     """Write the report of a comparison.
 
     Args:
       path: HTML file.
       title: heading.
-      header, rows: the table.
-      columns: dict from a method to a dict from a title to [K] intersection over union.
+      overview: (header, rows, columns): the table, and a dict from a method to a dict from a title to [K] intersection
+        over union.
       samples: list of lcrf_jax.pictures.report.Sample.
       class_names: names of the K classes.
       note: what was compared on what.
+      settings: dict, see `common_settings`.
     """
+    header, rows, columns = overview
     sections = [
         ("Methods", report.table(header, rows)),
         ("Photographs", report.gallery(samples, class_names)),
         ("Intersection over union", report.bars(class_names, columns)),
+        ("Settings", report.settings(settings)),
     ]
     write_whole(path, report.page(title, sections, note=note))

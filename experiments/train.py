@@ -4,11 +4,12 @@ r"""Train the inference network from image tags.
     python -m experiments.train --config=experiments/configs/voc_animals.py --config.data.root=FOLDER --workdir=RUN
 
 A workdir that holds an unfinished run continues it, to the same parameters as without the interruption; Ctrl-C and SIGTERM
-save first. docs/scaling.md tells how to use many devices and hosts. The folder gets checkpoints (last/, best/), config.json,
+save first. One that holds a finished run is scored again. docs/scaling.md tells how to use many devices and hosts. The folder gets checkpoints (last/, best/), config.json,
 metrics.jsonl, tensorboard/ (where tensorboardX is installed), report.html, results_SPLIT.json and pictures_SPLIT.png.
 The last line printed is the mIoU of the best parameters without refinement.
 """
 
+import functools
 import time
 
 from absl import flags
@@ -16,8 +17,12 @@ from ml_collections import config_flags
 
 from experiments import reporting
 from lcrf_jax.data.check import MODES
+from lcrf_jax.machine.entries import total_line
 from lcrf_jax.machine.progress import say
+from lcrf_jax.runfolder.description import check_data, check_description
 from lcrf_jax.train import fit, preparation
+from lcrf_jax.train.beginning import check_start
+from lcrf_jax.train.splits import data_identity, open_data
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
@@ -31,19 +36,32 @@ def main(argv):
     """Prepare, train, evaluate the best parameters."""
     reporting.no_more_arguments(argv)
     started = time.monotonic()
-    config = _CONFIG.value.to_dict()
     if _ON_BAD_IMAGE.value is not None:
-        config["data"]["on_bad_image"] = _ON_BAD_IMAGE.value
-    prepared = preparation.prepare(config)
+        _CONFIG.value.data.on_bad_image = _ON_BAD_IMAGE.value
+    config = reporting.plain_settings(_CONFIG.value)
+    workdir = _WORKDIR.value
+    if (steps := check_start(workdir, config)) is not None:
+        say(f"{workdir} is finished: all {steps} steps are done; nothing is trained")
+        train, val = open_data(config)
+        check_data(workdir, {"train": data_identity(train)})
+    else:
+        train, val = trained(config, workdir)
+    for source in (train, val):
+        if getattr(source, "left_out", 0):
+            say(f"{source.left_out} photographs of {source.split} were left out, as told at the beginning")
+    reporting.evaluate_run(workdir, val, crf=False, started=started, unscored=train)
+
+
+def trained(config, workdir):
+    """Train a run to its end; its sources."""
+    prepared = preparation.prepare(config, check=functools.partial(check_description, workdir))
     say(
         f"{len(prepared.train)} training images with tags of {len(prepared.train.class_names) - 1} classes; "
         f"logits {prepared.plan.grid} x {prepared.plan.grid}; {fit.num_trainable(prepared):,} trainable weights"
     )
-    fit.train(prepared, _WORKDIR.value)
-    for source in (prepared.train, prepared.val):
-        if getattr(source, "left_out", 0):
-            say(f"{source.left_out} photographs of {source.split} were left out, as told at the beginning")
-    reporting.evaluate_run(_WORKDIR.value, prepared.val, crf=False, started=started, unscored=prepared.train)
+    fit.train(prepared, workdir)
+    say(total_line(prepared.plan.cache_directory))
+    return prepared.train, prepared.val
 
 
 if __name__ == "__main__":

@@ -61,13 +61,13 @@ def assert_refused(ended, message):
 CLASSES = ("background", "ring", "cross", "star", "stripes", "chequer", "dots")
 TINY = "--config=experiments/configs/tiny.py"
 SHORT = ("--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
-         "--config.epochs=(2,)")  # as in small_runs.py, so that the same compiled functions serve both
+         "--config.epochs=(2,)", "--config.rounds=1")  # as in small_runs.py, so that the same compiled functions serve both
 SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4", *SHORT)
 
 # A folder of photographs, with a small network.
 SMALL_FOLDER = ("--config=experiments/configs/folder.py", "--config.network.backbone=small", "--config.input_size=96",
             "--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",
-            "--config.class_maps.extra_sizes=(128,)", "--config.epochs=(2,)", "--config.batch_size=8", "--config.least_steps=0",
+            "--config.class_maps.extra_sizes=(128,)", "--config.epochs=(2,)", "--config.rounds=1", "--config.batch_size=8", "--config.least_steps=0",
             "--config.inference.input_sizes=(96,)", "--config.log_every_steps=2")  # fmt: skip
 
 

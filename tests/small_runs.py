@@ -21,6 +21,7 @@ def small_config(directory, **changes):
     for path, value in changes.items():
         group, _, name = path.rpartition("__")
         (config[group] if group else config)[name] = value
+    config["rounds"] = len(config["epochs"])
     return config
 
 

@@ -135,6 +135,7 @@ def get_config():
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the
     # mean-field posteriors of the training images under the round before, given their tags.
     config.epochs = (4, 4)
+    config.rounds = 2  # of latent_crf: epochs has a number for each. Of other methods the sum of the epochs counts
     config.least_steps = 0  # of each round: with few images an epoch is several passes over them
     config.posterior = ConfigDict()
     config.posterior.unary_weight = 1.0

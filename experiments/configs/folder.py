@@ -14,6 +14,9 @@ def get_config():
     """Configuration for a plain folder of photographs."""
     config = voc_animals.get_config()
     config.data.kind = "folder"
-    config.data.options = base.options(tags="", classes="", mask_folder="masks", colours="", val_share=0.2, split_seed=0)
+    config.data.options = base.options(
+        tags="", classes="", mask_folder="masks", colours="", val_share=0.2, split_seed=0,
+        untagged_in_masks="tell",  # or "accept": masks show classes that their photographs are not tagged with, and it is right
+    )  # fmt: skip
     config.least_steps = 150
     return config

@@ -32,7 +32,7 @@ def get_config():
     config.objective.likelihood_options.evidence.background_level = 0.12  # ours
     config.objective.likelihood_weight = 1.5  # ours
     config.objective.kernel = base.kernel(0.3, 56.0, 13.0, 0.1, 17.0)  # ours, in pixels of the input
-    config.epochs = (20,)  # ours
+    config.epochs, config.rounds = (20,), 1  # ours
     config.optimizer.warmup_steps = 500  # ours
     return config
 

@@ -32,6 +32,20 @@ class Reading(NamedTuple):
     problem: str | None
 
 
+class Usable(NamedTuple):
+    """The part of a source that can be read.
+
+    Attributes:
+      source: the source, or a part of it.
+      left_out: one line for each example that was left out.
+      doubts: of `mask_doubts`, where masks were read.
+    """
+
+    source: Source
+    left_out: list[str]
+    doubts: list[str]
+
+
 def read_all(
     source: Source, *, num_threads: int = 4, progress: Callable[[int], None] | None = None
 ) -> list[Reading]:
@@ -82,7 +96,7 @@ def head_problems(source: Source, *, num_threads: int = 4) -> list[str]:
 
 def usable(
     source: Source, on_bad_image: str, *, decode: bool, progress: Callable[[int], None] | None = None
-) -> tuple[Source, list[str]]:
+) -> Usable:
     """The source, or the part of it that can be read, so that training does not fail on a bad file hours later.
 
     Args:
@@ -91,20 +105,22 @@ def usable(
       decode: whether ``error`` decodes every file as well; otherwise only the heads of files are looked at.
       progress: called with 1 after each example that is decoded.
     Returns:
-      (source, one line for each example that was left out).
+      Usable.
     Raises:
       ValueError: if on_bad_image is not one of these, or files are bad and it is ``error``, or none is good.
     """
     if on_bad_image not in MODES:
         raise ValueError(f"on_bad_image: expected one of {', '.join(MODES)}, got {on_bad_image!r}")
     if not hasattr(source, "paths"):
-        return source, []
+        return Usable(source, [], [])
+    doubts: list[str] = []
     if on_bad_image == "error" and not decode:
         problems = head_problems(source)
         rows = np.arange(len(source))
     else:
         readings = read_all(source, progress=progress)
         problems = [reading.problem for reading in readings if reading.problem]
+        doubts = mask_doubts(source, readings)
         rows = np.flatnonzero([reading.problem is None for reading in readings])
     if problems and on_bad_image == "error":
         raise ValueError(
@@ -113,7 +129,7 @@ def usable(
         )
     if not len(rows):
         raise ValueError(f"none of the {len(source)} examples of {source.split} can be used:\n{listed(problems)}")
-    return (PartOfSource(source, rows) if problems else source), problems
+    return Usable(PartOfSource(source, rows) if problems else source, problems, doubts)
 
 
 def listed(lines: list[str]) -> str:
@@ -147,14 +163,52 @@ def notes(source: Source, readings: list[Reading], *, few: int) -> list[str]:
                 lines.append(
                     f"{source.split}: the tags {name!r} and {names[other]!r} always come together: nothing tells them apart"
                 )
-    disagreeing = [
-        f"{name} ({_labels(source, set(reading.labels) - {0} - present)} in the mask alone, "
-        f"{_labels(source, present - set(reading.labels))} in the tags alone)"
+    missing = [
+        f"{name} ({_labels(source, present - set(reading.labels))})"
         for name, reading, present in zip(source.names, readings, _present(source), strict=True)
-        if source.masks and reading.problem is None and set(reading.labels) - {0} != present
+        if source.masks and reading.problem is None and present - set(reading.labels)
     ]
-    if disagreeing:
-        lines.append(f"{source.split}: masks and tags differ in {len(disagreeing)} photographs:\n{listed(disagreeing)}")
+    if missing:
+        lines.append(f"{source.split}: {len(missing)} photographs have tags that their masks do not show:\n{listed(missing)}")
+    return lines
+
+
+def mask_doubts(source: Source, readings: list[Reading]) -> list[str]:
+    """What looks wrong about the indices of masks: scores are worth nothing if an index means another class.
+
+    A source may say with ``untagged_in_masks`` of ``accept`` that its tags are not complete.
+
+    Args:
+      source: the source.
+      readings: of all its examples, see `read_all`.
+    Returns:
+      One line for each doubt, with the remedy; that of masks with untagged classes goes on with the photographs.
+    """
+    if not source.masks:
+        return []
+    good = [(name, set(reading.labels), present)
+            for name, reading, present in zip(source.names, readings, _present(source), strict=True)
+            if reading.problem is None]  # fmt: skip
+    shown = [labels for _, labels, _ in good if labels]
+    lines = []
+    if len(shown) > 1 and not any(0 in labels for labels in shown):
+        everywhere = set.intersection(*shown)
+        lines.append(
+            f"{source.split}: no mask shows the background, which is index 0"
+            + (f", and every one shows index {min(everywhere)} ({_labels(source, everywhere)})" if everywhere else "")
+            + "; save the background as 0"
+        )
+    tagged = [labels for _, labels, present in good if present]
+    if len(tagged) > 1 and not any(labels - {0} for labels in tagged):
+        lines.append(f"{source.split}: no mask shows a class, though {len(tagged)} of their photographs have tags; write objects "
+                     "as the indices of their classes")  # fmt: skip
+    others = [f"{name} ({_labels(source, labels - {0} - present)})" for name, labels, present in good if labels - {0} - present]
+    if others and getattr(source, "untagged_in_masks", "tell") == "tell":
+        lines.append(
+            f"{source.split}: the masks of {len(others)} of {len(good)} photographs show classes that these are not tagged with; "
+            "mend the tags, or the indices (index 1 is the first class after background); if tags are known to be missing, say "
+            f"so with --config.data.options.untagged_in_masks=accept\n{listed(others)}"
+        )
     return lines
 
 

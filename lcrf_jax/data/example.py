@@ -6,6 +6,7 @@ Everything after this point (views, batches, networks, evaluation) knows sources
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -71,6 +72,19 @@ class Source(Protocol):
         ...
 
 
+def about(source: Source) -> str:
+    """A source in a few words, for people: where its images lie, its split and their number.
+
+    Args:
+      source: the source.
+    Returns:
+      str.
+    """
+    paths = getattr(source, "paths", ())
+    place = os.path.commonpath([str(path.parent) for path in paths]) if paths else type(source).__name__
+    return f"{place}, {getattr(source, 'split', 'all')}, {len(source)} images"
+
+
 class PartOfSource:
     """Some of the examples of a source.
 
@@ -83,6 +97,8 @@ class PartOfSource:
         self._source, self._rows = source, np.asarray(rows, np.int64)
         self.class_names, self.split, self.masks = source.class_names, source.split, source.masks
         self.names = tuple(source.names[row] for row in self._rows)
+        if (paths := getattr(source, "paths", None)) is not None:
+            self.paths = tuple(paths[row] for row in self._rows)
         self.left_out = getattr(source, "left_out", 0) + len(source) - len(self._rows)
 
     def __len__(self) -> int:
@@ -113,8 +129,10 @@ def tag_vector(names: Iterable[str], class_names: tuple[str, ...]) -> np.ndarray
     Returns:
       [K] bool.
     Raises:
-      ValueError: if a name is not a class.
+      ValueError: if a name is not a class, or the names are one text.
     """
+    if isinstance(names, str):
+        raise ValueError(f"expected a list of class names, got the text {names!r}; give a list: [{names!r}]")  # noqa: TRY004
     tags = np.zeros(len(class_names), bool)
     tags[0] = True
     for name in names:

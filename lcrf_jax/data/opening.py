@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lcrf_jax.data.example import Source
+from lcrf_jax.data.options import check_options
+from lcrf_jax.machine.errors import nearest
 
 
 def open_textures(
@@ -61,6 +63,9 @@ def open_voc(
     return VocSource(root, split, masks=masks, **options)
 
 
+VOC_KNOWS_NO = {"mask_folder": "masks", "val_share": 0.2, "split_seed": 0}  # options of a plain folder, and their defaults
+
+
 def open_folder(
     split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
 ) -> Source:
@@ -89,7 +94,13 @@ def open_folder(
     if (Path(root).expanduser() / "ImageSets" / "Segmentation").is_dir() and not any(
         options.get(name) for name in ("tags", "classes", "colours")
     ):
-        return open_voc(split, root=root, masks=masks)
+        unused = sorted(name for name in VOC_KNOWS_NO if options.get(name, VOC_KNOWS_NO[name]) != VOC_KNOWS_NO[name])
+        if unused:
+            raise ValueError(
+                f"data.options: {', '.join(unused)} cannot be used: {root} has the layout of PASCAL VOC (ImageSets/Segmentation), "
+                "which has lists and folders of its own; leave the options out, or name the tag file with tags=FILE"
+            )
+        return open_voc(split, root=root, masks=masks, untagged_in_masks=options.get("untagged_in_masks", "tell"))
     return FolderSource(root, split, masks=masks, **options)
 
 
@@ -140,10 +151,6 @@ def open_source(
       FileNotFoundError: if a folder or one of its files is missing.
     """
     if kind not in SOURCES:
-        raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}")
-    try:
-        return SOURCES[kind](split, root=root, masks=masks, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise ValueError(f"data.options: the source {kind!r} does not know one of {sorted(options)} ({error})") from error
+        raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}{nearest(kind, SOURCES)}")
+    check_options(kind, options)
+    return SOURCES[kind](split, root=root, masks=masks, **options)

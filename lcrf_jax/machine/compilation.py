@@ -8,6 +8,7 @@ the folder.
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -23,6 +24,8 @@ MOST_BYTES = 1 << 30
 LEAST_SECONDS = 0.05
 _CHECKED_FILE = "checked.json"
 _ENTRIES = "*-cache"
+
+_log = logging.getLogger(__name__)
 
 
 def keep_programs(directory: str | os.PathLike) -> pathlib.Path | None:
@@ -51,8 +54,10 @@ def keep_programs(directory: str | os.PathLike) -> pathlib.Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # an entry is code that will be run
         _drop_unfit(folder)
-    except OSError:
-        return None  # a cache is no reason to fail
+    except OSError as error:  # a cache is no reason to fail
+        _log.warning("compiled programs are not kept (%s): name another folder with the environment variable LCRF_JAX_CACHE, "
+                     "or set %s=0", error, SWITCH)
+        return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     # Of an entry that another run is just writing, or that the disk has no room for: it is compiled, and all is well.

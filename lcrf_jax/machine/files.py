@@ -1,16 +1,119 @@
 """Files that are written whole or not at all."""
 
+import contextlib
+import errno
 import os
 import pathlib
+import secrets
+from collections.abc import Iterator
+
+from lcrf_jax.machine.locks import locked
+
+NO_LINKS = {
+    errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK, errno.EXDEV,
+}  # fmt: skip
+ROOM = "make room and run the same command again"
+_REMEDIES = {
+    errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written", errno.EPERM: "choose a folder that can be written",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike, remedy: str = "") -> Iterator[None]:
+    """Errors of the disk within the block name the file and say what to do.
+
+    Args:
+      path: the file that is written or read.
+      remedy: what to do; by default what helps against a full disk or a folder that cannot be written.
+
+    Returns:
+      Context manager.
+
+    Raises:
+      OSError: of the same number as the one in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # it has a text of its own
+            raise
+        told = remedy or _REMEDIES.get(error.errno, "look at that disk, and run the same command again")
+        raise OSError(error.errno, f"{os.strerror(error.errno)}; {told}", str(path)) from error
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-    """Write a text file in one move: a file that is there is whole.
+    """Write a text file in one move: a file that is there is whole, also after the machine has lost its power.
 
     Args:
       path: pathlib.Path of the file.
       text: its content.
+
+    Raises:
+      OSError: if that fails; what was there before stays as it was, and the message names the file.
     """
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    # Not the same name twice: two programs may write the file at once.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with naming(path):
+        try:
+            with open(unfinished, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                _to_disk(file)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def write_once(path: pathlib.Path, text: str) -> bool:
+    """Write a text file in one move unless it is there; of several processes one does.
+
+    A hard link does it where there are such links, and a lock elsewhere (exFAT, shares of Windows).
+
+    Args:
+      path: pathlib.Path of the file.
+      text: its content.
+
+    Returns:
+      Whether this call has written it.
+
+    Raises:
+      OSError: if that fails; the message names the file.
+    """
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    with naming(path):
+        try:
+            write_whole(new, text)
+            try:
+                os.link(new, path)
+                return True
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+            return _moved_once(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def _moved_once(new, path):
+    """Rename a file under a lock unless there is one of the other name."""
+    lock = path.with_name(f".{path.name}.lock")
+    with locked(lock, wait=True):
+        try:
+            if path.exists():
+                return False
+            os.replace(new, path)
+            return True
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _to_disk(file):
+    """Bring a file to the disk, where the file system can do that for a single file."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise

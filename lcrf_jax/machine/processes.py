@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lcrf_jax.machine.errors import UserError
 from lcrf_jax.machine.gpus import take_own_gpus
 
 _Answer = TypeVar("_Answer")
@@ -22,7 +23,7 @@ _Answer = TypeVar("_Answer")
 _log = logging.getLogger(__name__)
 
 
-class ProcessError(RuntimeError):
+class ProcessError(UserError, RuntimeError):
     """The processes of a run do not find each other, or one of them has met an error; the message says which."""
 
 
@@ -69,8 +70,21 @@ def join(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes logs and pictures."""
-    return jax.process_index() == 0
+    """Whether this process is the one that writes logs and pictures.
+
+    Returns:
+      bool; a process that has joined no others is the first, and to know that starts no device.
+    """
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def is_alone() -> bool:
+    """Whether there is no other process.
+
+    Returns:
+      bool; as with `is_first`, a process that has joined no others starts no device.
+    """
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def share(length: int) -> range:

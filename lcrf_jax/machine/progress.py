@@ -1,10 +1,14 @@
 """What a program shows while it works: lines and a progress bar. Of several processes only the first shows them.
 
 tqdm draws the bar. The rest is own code, for tqdm has no plain lines for a log and knows of no other process.
+
+What is shown never ends a run: letters that the terminal does not know are written as their codes, and where nobody reads
+any more (a closed pipe, a terminal that is gone, a log on a full disk) nothing is shown.
 """
 
 import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +28,71 @@ def say(text: str) -> None:
       text: the line, without a newline at its end.
     """
     if is_first():
-        print(text, flush=True)
+        show(text, sys.stdout)
+
+
+def show(text: str, stream: TextIO | None) -> None:
+    """Print a line to a stream that may not take it.
+
+    Args:
+      text: the line, without a newline at its end.
+      stream: where to; None, as of a program without a terminal, takes nothing.
+    """
+    if stream is not None:
+        _Forgiving(stream).write(f"{text}\n")
+
+
+class _Forgiving:
+    """A stream that may be closed, broken or of few letters, and never raises."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except UnicodeEncodeError as error:
+            encoding = error.encoding or "ascii"
+            self._quietly(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError):
+            self._quietly("")
+        return len(text)
+
+    def flush(self) -> None:
+        self._quietly("")
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError, AttributeError):
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def _quietly(self, text):
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except UnicodeEncodeError:
+            pass
+        except (OSError, ValueError):
+            _send_to_nowhere(self._stream)
+
+
+def _send_to_nowhere(stream):
+    """What waits in the buffer of a broken stream would end the interpreter with an error: let it be written to nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        number = stream.fileno()
+        if number > 2:  # of somebody else, who may want to know
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, number)
+        finally:
+            os.close(nowhere)
 
 
 class Progress:
@@ -56,7 +124,8 @@ class Progress:
     ) -> None:
         if not is_first():
             stream = io.StringIO()
-        self._stream = sys.stderr if stream is None else stream
+        chosen = sys.stderr if stream is None else stream
+        self._stream: Any = _Forgiving(io.StringIO() if chosen is None else chosen)
         self._num_steps, self._step, self._title = num_steps, first_step, title
         self._clock, self._every = clock, seconds_between_lines
         self._last_line = clock()
@@ -102,7 +171,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
-            print(text, file=self._stream, flush=True)
+            self._stream.write(f"{text}\n")
 
     def close(self) -> None:
         """End the bar, or print the last line; a second call does nothing."""
@@ -123,7 +192,7 @@ class Progress:
 
     def _print_line(self):
         self._last_line, self._printed_step = self._clock(), self._step
-        print(f"{self._title} {self._step}/{self._num_steps}  {self._tail()}", file=self._stream, flush=True)
+        self._stream.write(f"{self._title} {self._step}/{self._num_steps}  {self._tail()}\n")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from lcrf_jax.pictures.palette import palette
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 
 class Labelling(NamedTuple):
@@ -99,7 +99,7 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
       ValueError: if `which` is another word.
     """
     keep_programs(default_directory())
-    description, params = load_description(checkpoint), restore_params(checkpoint)
+    description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)
     if which != "best":  # the newest state has what is trained alone
         params = {**params, "decoder": restore_params(checkpoint, which)}
     return Model(description, params)

@@ -1,7 +1,9 @@
 """What a run leaves on disk: RUN/last and RUN/best, config.json, metrics.jsonl.
 
 `checkpoints` saves and restores parameters and states, and is the only file that knows orbax; `digests` tells whether what
-comes back is what was saved. `description` is config.json: what a run is, beside its parameters. `metrics` has its numbers.
+comes back is what was saved, `damage` what is lost and what could only not be read just now, and `placing` brings a saved state
+to the devices. `description` is config.json: what a run is, beside its parameters. `segments` are its parts: what it was
+trained with from which step on. `metrics` has its numbers.
 
 The room imports of the house `machine` alone.
 """

@@ -3,15 +3,14 @@
     RUN/config.json     the description: network, class names, input, preprocessing, training configuration
     RUN/last/STEP/      newest training states, two of them: params, rest (optimiser, keys, counters), record
     RUN/best/STEP/      parameters with the best validation mIoU, one of them: params, record
-    RUN/damaged/        states that could not be read back when the run was taken up again
+    RUN/damaged/        states that were found damaged when the run was taken up again
+    RUN/replaced/       the save before one of the same step, until that one is whole
 
 Arrays are saved as copies on the host under dotted names (`params.decoder.kernel`) with the sha256 of each in
 the record, and every restore checks them: a byte that changed on the disk is an error, not a slightly different
 mask. They come back as NumPy arrays and are then put where the new state lies: the number of devices may change.
 """
 
-import base64
-import binascii
 import contextlib
 import hashlib
 import json
@@ -25,13 +24,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from lcrf_jax.machine.processes import first_decides
+from lcrf_jax.runfolder.damage import Damaged, read_or_judged
 from lcrf_jax.runfolder.description import CheckpointError
-from lcrf_jax.runfolder.digests import digests_of, is_key, named_leaves, nested, split_leaves
+from lcrf_jax.runfolder.digests import digests_of, named_leaves, nested, split_leaves
+from lcrf_jax.runfolder.metrics import rank, score
+from lcrf_jax.runfolder.placing import check_like, decoded_data_state, encoded_data_state, placed_like
 
 _log = logging.getLogger(__name__)
 
@@ -58,8 +59,11 @@ class RunCheckpoints:
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
         self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
+        self._replaced: set[str] = set()
+        logging.getLogger("absl").addFilter(_told_here)
+        first_decides(lambda: self._put_back("*"))
         self._last = self._manager("last", max_to_keep=2)
-        self._best = self._manager("best", max_to_keep=1, best_fn=lambda metrics: metrics["miou"], best_mode="max")
+        self._best = self._manager("best", max_to_keep=1, best_fn=rank, best_mode="max")
 
     def _manager(self, name, **options):
         # The processes of a run meet at barriers of these names, the two managers each at their own.
@@ -81,32 +85,32 @@ class RunCheckpoints:
           CheckpointError: if the disk is full, or the save before this one failed.
         """
         params, rest = split_leaves(named_leaves(state))
-        record = {"data_state": _encode_data_state(data_state)}
+        record = {"data_state": encoded_data_state(data_state)}
         self._save(self._last, int(step), {"params": params, "rest": rest}, record)
 
-    def save_best(self, step: int, params: Mapping[str, Any], miou: float) -> bool:
+    def save_best(self, step: int, params: Mapping[str, Any], miou: float | None) -> bool:
         """Save parameters if they are the best so far.
 
         Args:
           step: number of steps done, >= 0.
           params: pytree of arrays: nested dicts with string keys.
-          miou: validation mIoU in 0..1; larger is better.
+          miou: validation mIoU in 0..1, larger is better; None without validation: the newest such are kept until a score.
         Returns:
           True if they were saved, False if an earlier mIoU is at least as good.
         Raises:
           ValueError: if miou is not finite.
           CheckpointError: if the disk is full, or the save before this one failed.
         """
-        step, miou = int(step), float(miou)
-        if not math.isfinite(miou):
+        step, miou = int(step), None if miou is None else float(miou)
+        if miou is not None and not math.isfinite(miou):
             raise ValueError(f"expected a finite mIoU at step {step}, got {miou}; check that the validation "
                              "split has masks with pixels that are not void")
         self._finish(self._best)
         before = first_decides(lambda: best_miou(self.run_dir))
-        if before is not None and miou <= before:
+        if before is not None and (miou is None or miou <= before):
             return False
         items = {"params": named_leaves({"params": params})}
-        self._save(self._best, step, items, {"miou": miou}, {"miou": miou})
+        self._save(self._best, step, items, {"miou": miou}, {"miou": miou, "step": step})
         return True
 
     def restore_last(self, like: Any) -> Restored | None:
@@ -129,21 +133,20 @@ class RunCheckpoints:
         self._last.reload()
         if step is None:
             return None
-        folder = self.run_dir / "last" / str(step)
+        folder = _saved(self.run_dir, "last")[step]
         arrays, data_state = _read_state(folder)
-        return Restored(step, _placed_like(like, arrays, folder), data_state)
+        return Restored(step, placed_like(like, arrays, folder), data_state)
 
     def _newest_good_step(self, like):
         """Number of the newest state that can be read, None if there are none; damaged newer ones are moved away."""
         damaged = {}
-        for step in sorted(_steps(self.run_dir / "last"), reverse=True):
-            folder = self.run_dir / "last" / str(step)
+        for step, folder in sorted(_saved(self.run_dir, "last").items(), reverse=True):
             try:
                 arrays, _ = _read_state(folder)
-            except CheckpointError as error:
+            except Damaged as error:
                 damaged[folder] = error
                 continue
-            _check_like(like, arrays, folder)
+            check_like(like, arrays, folder)
             self._move_aside(damaged)
             return step
         if damaged:
@@ -182,6 +185,10 @@ class RunCheckpoints:
             manager.wait_until_finished()
         except Exception as error:  # whatever orbax meets on a bad disk, of any type
             raise self._failed(manager.directory, error) from error
+        which = manager.directory.name
+        if which in self._replaced:
+            first_decides(lambda: self._put_back(which))
+            self._replaced.remove(which)
 
     def _save(self, manager, step, items, record, metrics=None):
         """Hand arrays and record to orbax; a step of the same number makes way."""
@@ -193,7 +200,9 @@ class RunCheckpoints:
         arguments["record"] = ocp.args.JsonSave(record)
         try:
             if step in manager.all_steps():
-                manager.delete(step)
+                self._replaced.add(manager.directory.name)
+                first_decides(lambda: self._set_aside(manager.directory.name, step))
+                manager.reload()
             manager.save(step, args=ocp.args.Composite(**arguments), metrics=metrics, force=True)
         except Exception as error:  # as above
             raise self._failed(manager.directory, error) from error
@@ -206,22 +215,47 @@ class RunCheckpoints:
             raise CheckpointError(f"the disk of {self.run_dir} is full: saving needs {needed / 1e6:.1f} MB, "
                                   f"{free / 1e6:.1f} MB are left; {self._kept()}")
 
+    def _set_aside(self, which, step):
+        """Move a save out of the way of one of the same step; it is there until that one is whole."""
+        aside = self.run_dir / "replaced" / f"{which}-{step}"
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(self.run_dir / which / str(step), aside)
+
+    def _put_back(self, which):
+        """Drop what was replaced, but for a save that never came: then what was there before is put back."""
+        for aside in sorted((self.run_dir / "replaced").glob(f"{which}-*")):
+            name, _, step = aside.name.rpartition("-")
+            place = self.run_dir / name / step
+            if place.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.rename(aside, place)
+        with contextlib.suppress(OSError):
+            (self.run_dir / "replaced").rmdir()
+
     def _failed(self, directory, error):
-        text = str(error).strip().splitlines()
-        return CheckpointError(f"saving to {directory} failed ({type(error).__name__}: "
-                               f"{text[0][:200] if text else ''}): is the disk full? {self._kept()}")
+        text = (str(error).strip().splitlines() or [""])[0]
+        if "No space left on device" in text or "Disk quota exceeded" in text:
+            return CheckpointError(f"saving to {directory} failed: the disk is full; {self._kept()}")
+        reason = f"{type(error).__name__}: {text[:200]}"
+        return CheckpointError(f"saving to {directory} failed ({reason}): is the disk full? {self._kept()}")
 
     def _kept(self):
-        steps = _steps(self.run_dir / "last")
-        kept = f"the state of step {steps[-1]} is kept" if steps else "no state was saved before"
+        steps = _saved(self.run_dir, "last")
+        kept = f"the state of step {max(steps)} is kept" if steps else "no state was saved before"
         return f"{kept}; make room and run the same command again"
 
     def _move_aside(self, damaged):
         for folder, error in damaged.items():
-            target = self.run_dir / "damaged" / f"last-{folder.name}-{int(time.time())}"
+            target = self.run_dir / "damaged" / f"last-{folder.name}-{time.time_ns()}"
             _log.warning("%s; moved to %s, training goes on from the state before it", error, target)
             target.parent.mkdir(exist_ok=True)
             os.replace(folder, target)
+
+
+def _told_here(record):
+    """Whether a line of the log is none of the tracebacks that orbax writes of errors that are told in one line here."""
+    return not (record.levelno >= logging.ERROR and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
 def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str, Any]:
@@ -239,14 +273,16 @@ def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str,
     if which not in ("best", "last"):
         raise ValueError(f"expected which to be 'best' or 'last', got {which!r}")
     run_dir = pathlib.Path(run_dir).expanduser().resolve()
-    steps = _steps(run_dir / which)
-    if not steps:
-        other = {"best": "last", "last": "best"}[which]
-        hint = f"; there is one in {other}/, ask for which={other!r}" if _steps(run_dir / other) else ""
-        raise CheckpointError(f"expected a checkpoint RUN/{which}/STEP/ in {run_dir}, got none{hint or '; '}"
-                              + ("" if hint else "give the --workdir of a run that has saved one"))
-    step = max(steps) if which == "last" or len(steps) == 1 else _best_step(run_dir, steps)
-    arrays, _ = _read(run_dir / which / str(step), ("params",))
+    saved = _saved(run_dir, which)
+    if not saved:
+        hint = "give the --workdir of a run that has saved one"
+        if which == "last" and _saved(run_dir, "best"):
+            hint = "there is one in best/, ask for which='best'"
+        elif _saved(run_dir, "last"):
+            hint = "there is one in last/, where the frozen weights are not: train on with the same command until it is scored"
+        raise CheckpointError(f"expected a checkpoint RUN/{which}/STEP/ in {run_dir}, got none; {hint}")
+    folder = saved[max(saved)] if which == "last" or len(saved) == 1 else _best_folder(saved)
+    arrays, _ = _read(folder, ("params",))
     return nested(arrays["params"]).get("params", {})
 
 
@@ -256,16 +292,15 @@ def best_miou(run_dir: str | os.PathLike) -> float | None:
     Args:
       run_dir: folder of the run.
     Returns:
-      A number in 0..1, or None if there are none that can be read.
+      A number in 0..1, or None if there are none, or only damaged ones, or they have no score.
+    Raises:
+      CheckpointError: if they could not be read just now.
     """
-    folder = pathlib.Path(run_dir).expanduser().resolve() / "best"
     scores = []
-    for step in _steps(folder):
-        try:
-            scores.append(float(_read_record(folder / str(step))["miou"]))
-        except (CheckpointError, KeyError, TypeError, ValueError):
-            continue
-    return max(scores, default=None)
+    for folder in _saved(pathlib.Path(run_dir).expanduser().resolve(), "best").values():
+        with contextlib.suppress(Damaged, TypeError, ValueError):
+            scores.append(score(_read_record(folder)))
+    return max((each for each in scores if each is not None), default=None)
 
 
 def _record_digest(record):
@@ -273,17 +308,35 @@ def _record_digest(record):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _steps(folder):
-    """Numbers of the finished saves in a folder; half-written ones have other names."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+def _saved(run_dir, which):
+    """Step -> folder of the finished saves; half-written ones have other names.
+
+    Where a save was to be replaced and the new one never came, it is the one before.
+    """
+    found = {}
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for aside in (run_dir / "replaced").glob(f"{which}-*"):
+            found[int(aside.name.rpartition("-")[2])] = aside
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in (run_dir / which).iterdir():
+            if path.name.isdigit() and path.is_dir():
+                found[int(path.name)] = path
+    return found
 
 
-def _best_step(run_dir, steps):
-    """Step of the highest mIoU: two are there if a run was killed before the worse one was deleted."""
-    records = [(_read_record(run_dir / "best" / str(step)).get("miou", -1.0), step) for step in steps]
-    return max(records)[1]
+def _best_folder(saved):
+    """That of the highest mIoU. If a run was killed before the worse one was deleted, a whole one is among them."""
+    scores, damage = [], []
+    for step, folder in saved.items():
+        try:
+            record = _read_record(folder)
+            missing = [item for item in record["sha256"] if not (folder / item).is_dir()]
+            scores.append((bool(not missing), rank(record), step))
+        except Damaged as error:
+            damage.append(error)
+    if not scores:
+        raise damage[0]
+    return saved[max(scores)[2]]
 
 
 def _reader(handler):
@@ -296,19 +349,19 @@ def _reader(handler):
 
 def _read_record(folder):
     """The record of one step, checked."""
+    advice = f"restore it from a copy or remove {folder}"
     if not (folder / "record").is_dir():
-        raise CheckpointError(f"{folder} is incomplete: it has no record; "
-                              "restore it from a copy or remove it")
-    try:
+        raise Damaged(f"{folder} is incomplete: it has no record; {advice}")
+
+    def checked():
         record = _reader(ocp.JsonCheckpointHandler).restore(folder / "record")
-        intact = record["sha256_of_record"] == _record_digest(record) and str(record["step"]) == folder.name
-    except Exception as error:  # whatever orbax meets in damaged files, of any type
-        raise CheckpointError(f"{folder / 'record'} is damaged and cannot be read "
-                              f"({type(error).__name__}); restore it from a copy or remove {folder}"
-                              ) from error
+        step = folder.name.rpartition("-")[2]
+        return record, record["sha256_of_record"] == _record_digest(record) and str(record["step"]) == step
+
+    record, intact = read_or_judged(checked, folder / "record", advice)
     if not intact:
-        raise CheckpointError(f"{folder / 'record'} is damaged: its content does not match its checksum or "
-                              f"the number of its step; restore it from a copy or remove {folder}")
+        raise Damaged(f"{folder / 'record'} is damaged: its content does not match its checksum or "
+                      f"the number of its step; {advice}")
     return record
 
 
@@ -325,76 +378,23 @@ def _read_arrays(folder, digests):
         return {}
     advice = f"restore it from a copy or remove {folder.parent}"
     if not folder.is_dir():
-        raise CheckpointError(f"{folder.parent} is incomplete: it has no {folder.name}; {advice}")
+        raise Damaged(f"{folder.parent} is incomplete: it has no {folder.name}; {advice}")
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in digests}
-    try:
+
+    def checked():
         leaves = _reader(ocp.PyTreeCheckpointHandler).restore(
             folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        found = digests_of({name: np.asarray(leaf) for name, leaf in leaves.items()})
-    except Exception as error:  # whatever orbax meets in damaged files, of any type
-        raise CheckpointError(f"{folder} is damaged and cannot be read ({type(error).__name__}: "
-                              f"{str(error)[:200]}); {advice}") from error
+        return leaves, digests_of({name: np.asarray(leaf) for name, leaf in leaves.items()})
+
+    leaves, found = read_or_judged(checked, folder, advice)
     wrong = sorted(name for name in digests.keys() | found.keys() if digests.get(name) != found.get(name))
     if wrong:
-        raise CheckpointError(f"{folder} is damaged: {len(wrong)} of {len(digests)} arrays do not match "
-                              f"their sha256, the first is {wrong[0]!r}; {advice}")
+        raise Damaged(f"{folder} is damaged: {len(wrong)} of {len(digests)} arrays do not match "
+                      f"their sha256, the first is {wrong[0]!r}; {advice}")
     return leaves
 
 
 def _read_state(folder):
     """(name -> array, state of the data iterator) of one training state, checked."""
     arrays, record = _read(folder, ("params", "rest"))
-    return arrays["params"] | arrays["rest"], _decode_data_state(record.get("data_state"), folder)
-
-
-def _check_like(like, arrays, folder):
-    """Refuse arrays of another structure, shape or dtype than those of `like`; gives the latter by name."""
-    wanted = {jax.tree_util.keystr(path, simple=True, separator="."): leaf
-              for path, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
-    advice = "resume with the configuration this run was started with, or use a new folder"
-    if wanted.keys() != arrays.keys():
-        missing, extra = sorted(wanted.keys() - arrays.keys()), sorted(arrays.keys() - wanted.keys())
-        raise CheckpointError(f"{folder} belongs to another model or optimiser: it lacks {missing[:3]} and "
-                              f"has {extra[:3]} besides; {advice}")
-    for name, leaf in wanted.items():
-        target = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
-        array = arrays[name]
-        if (array.shape, array.dtype) != (target.shape, target.dtype):
-            raise CheckpointError(f"{folder} belongs to another model: expected {name!r} of shape "
-                                  f"{target.shape} and dtype {target.dtype}, got {array.shape} "
-                                  f"and {array.dtype}; {advice}")
-    return wanted
-
-
-def _placed_like(like, arrays, folder):
-    """The saved arrays in the structure and on the devices of `like`."""
-    wanted = _check_like(like, arrays, folder)
-    placed = [_on_devices(leaf, arrays[name], is_key(leaf)) for name, leaf in wanted.items()]
-    return jax.tree.unflatten(jax.tree.structure(like), placed)
-
-
-def _on_devices(leaf, array, is_key):
-    if is_key:
-        key = jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
-        return jax.device_put(key, leaf.sharding)
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return jax.make_array_from_callback(array.shape, leaf.sharding, lambda index: array[index])
-    return array
-
-
-def _encode_data_state(data_state):
-    """Bytes as base64, anything else as it is; both say which they are."""
-    if isinstance(data_state, bytes):
-        return {"base64": base64.b64encode(data_state).decode()}
-    try:
-        return {"json": json.loads(json.dumps(data_state, allow_nan=False))}
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"expected bytes or JSON as data_state, got "
-                        f"{type(data_state).__name__} ({error})") from error
-
-
-def _decode_data_state(stored, folder):
-    try:
-        return base64.b64decode(stored["base64"], validate=True) if "base64" in stored else stored["json"]
-    except (KeyError, TypeError, binascii.Error) as error:
-        raise CheckpointError(f"{folder / 'record'} holds no readable state of the data iterator") from error
+    return arrays["params"] | arrays["rest"], decoded_data_state(record.get("data_state"), folder)

@@ -7,17 +7,30 @@ from collections.abc import Collection, Mapping
 from importlib import metadata
 from typing import Any
 
+from lcrf_jax.machine.errors import UserError
+from lcrf_jax.machine.files import write_whole
 from lcrf_jax.machine.processes import first_decides
+from lcrf_jax.runfolder.segments import changed_settings, flat_settings, settings_until, versions_until
 
 DESCRIPTION_FILE = "config.json"
+FOR_INFERENCE = ("class_names", "network", "inference", "supervision", "training")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "lcrf_jax")
-# Settings that decide which image comes when. If one changes, the steps done and the steps to come are not one run.
+# Settings that decide which image comes when. If one changes, the steps done and the steps to come are not one run. Of all
+# settings, those that the run did not have are told and not refused: a later version may have more of them.
 FIXED_SETTINGS = (
     "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
 )  # fmt: skip
+# Settings that make the network or what is done with it: another model if one changes.
+MODEL_SETTINGS = ("network", "inference")
+# Settings that say where things lie or how the work is done. Nothing that is trained depends on them: what the data and the
+# weights are is told by checksums, and the rounds by their epochs.
+PLACES = (
+    "data.root", "data.on_bad_image", "weights", "cache", "num_threads", "accumulation_steps", "log_every_steps",
+    "save_every_steps", "rounds",
+)  # fmt: skip
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint or description that is missing, damaged or of another model; the message says where."""
 
 
@@ -36,51 +49,161 @@ def save_description(
       may_differ: keys of the dict in which a run that is taken up again may differ from what was written
         before.
     Returns:
-      List of lines that tell in which settings and versions the run differs from before; empty for a new one.
+      List of lines, see `check_description`.
     Raises:
-      CheckpointError: if the folder holds another model's description, or states of a run whose seed, data, batch
-        size or method were others.
+      CheckpointError: as `check_description`.
       TypeError: if JSON cannot hold the description.
     """
     return first_decides(lambda: _save_description(run_dir, description, may_differ))
 
 
 def _save_description(run_dir, description, may_differ):
-    path = pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
-    try:
-        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"expected a description of strings, finite numbers, lists and dicts, got one that "
-                        f"JSON cannot hold ({error}); convert configurations with .to_dict() and arrays "
-                        "with .tolist()") from error
-    changes = []
-    if path.exists():
-        old, new = load_description(run_dir), json.loads(text)
-        changed = sorted(key for key in old.keys() | new.keys()
-                         if key not in may_differ and old.get(key) != new.get(key))
-        if changed:
-            raise CheckpointError(f"{path} belongs to another model: {', '.join(changed)} differ from this "
-                                  "one; use a new folder, or the settings this run was started with")
-        if any((path.parent / "last").glob("[0-9]*")):
-            changes = _changes(path.parent, old, new)
+    changes = _check_description(run_dir, description, may_differ)
+    path = _path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, _as_json(description))
     return changes
 
 
-def load_description(run_dir: str | os.PathLike) -> dict[str, Any]:
+def check_description(
+    run_dir: str | os.PathLike,
+    description: Mapping[str, Any],
+    *,
+    may_differ: Collection[str] = ("training", "versions"),
+) -> list[str]:
+    """Refuse to go on with a run of another model, other data or settings that make another run; nothing is written.
+
+    Args:
+      run_dir: folder of the run, which need not be there.
+      description: dict that JSON can hold, see `save_description`.
+      may_differ: keys of the dict in which a run that is taken up again may differ from what was written
+        before.
+    Returns:
+      List of lines that tell in which settings and versions the run differs from before; empty for a new one.
+    Raises:
+      CheckpointError: if the folder holds another model's description, or parameters of a run whose seed, data, batch
+        size or method were others.
+      TypeError: if JSON cannot hold the description.
+    """
+    return first_decides(lambda: _check_description(run_dir, description, may_differ))
+
+
+def _check_description(run_dir, description, may_differ):
+    path, new = _path(run_dir), json.loads(_as_json(description))
+    if not _is_there(path):
+        return []
+    old = load_description(run_dir)
+    ignored = {*may_differ, "data", "segments"}
+    changed = sorted(key for key in old.keys() | new.keys() if key not in ignored and old.get(key) != new.get(key))
+    if changed:
+        raise CheckpointError(f"{path} belongs to another model: {', '.join(changed)} differ from this "
+                              "one; use a new folder, or the settings this run was started with")
+    if not has_parameters(run_dir):
+        return []
+    check_data(run_dir, new.get("data", {}))
+    return _setting_changes(path.parent, old, new["training"]) + _version_changes(path.parent, old, new)
+
+
+def check_data(run_dir: str | os.PathLike, data: Mapping[str, Any]) -> None:
+    """Refuse other training images or tags than those of a run, wherever they lie.
+
+    Args:
+      run_dir: folder of a run. One of an earlier version does not say what it had.
+      data: dict with "train", see `lcrf_jax.train.splits.data_identity`.
+    Raises:
+      CheckpointError: if they differ.
+    """
+    before, now = load_description(run_dir).get("data", {}).get("train"), data.get("train")
+    if before and now and before["sha256"] != now["sha256"]:
+        raise CheckpointError(
+            f"{run_dir} holds a run on other training data ({before['images']} images then, {now['images']} now; their "
+            "names, tags or classes differ); use the same data again, or a new folder")
+
+
+def check_settings_of_run(run_dir: str | os.PathLike, settings: Mapping[str, Any]) -> list[str]:
+    """Refuse, as far as settings alone can tell, to go on with a run of others: before data is read.
+
+    Args:
+      run_dir: folder of the run, which need not be there.
+      settings: the configuration, see `experiments/configs`.
+    Returns:
+      List of lines that tell which settings differ from before; empty for a new run.
+    Raises:
+      CheckpointError: if they make another model or another run, or config.json is damaged.
+    """
+    path = _path(run_dir)
+    if not _is_there(path) or not has_parameters(run_dir):
+        return []
+    old, new = load_description(run_dir), json.loads(_as_json(settings))
+    before = flat_settings(old.get("training", {}))
+    changed = changed_settings(before, flat_settings(new))
+    other = [text for name, text in changed.items() if name in before and _among(name, MODEL_SETTINGS)]
+    if other:
+        raise CheckpointError(f"{path} belongs to another model: network or inference differ ({'; '.join(other)}); "
+                              "use a new folder, or the settings this run was started with")
+    return _setting_changes(path.parent, old, new)
+
+
+def effective_changes(run_dir: str | os.PathLike, settings: Mapping[str, Any]) -> list[str]:
+    """How settings differ from those that a run was trained with, those left out that change nothing in it.
+
+    Args:
+      run_dir: folder of a run.
+      settings: the configuration.
+    Returns:
+      List of texts such as "config.seed was 0, is 1".
+    Raises:
+      CheckpointError: if the folder has no description, or a damaged one.
+    """
+    old, new = load_description(run_dir), json.loads(_as_json(settings))
+    before = settings_until(old, newest_step(run_dir))
+    changed = changed_settings(before, flat_settings(new))
+    return [text for name, text in changed.items() if name in before and not _among(name, PLACES)]
+
+
+def newest_step(run_dir: str | os.PathLike) -> int:
+    """Number of the newest training state, as its folder says.
+
+    Args:
+      run_dir: folder of a run.
+    Returns:
+      int; 0 if there is none.
+    """
+    return max(_steps(run_dir, "last"), default=0)
+
+
+def has_parameters(run_dir: str | os.PathLike, *which: str) -> bool:
+    """Whether a run has saved anything; a method that trains nothing has parameters in RUN/best alone.
+
+    Args:
+      run_dir: folder of a run.
+      *which: "last" or "best"; without one either will do.
+    Returns:
+      bool.
+    """
+    return any(_steps(run_dir, each) for each in which or ("last", "best"))
+
+
+def _steps(run_dir, which):
+    """Numbers of the finished saves, those among them that a save of the same step was to replace."""
+    folder = _path(run_dir).parent
+    names = [path.name for path in folder.glob(f"{which}/*")]
+    names += [path.name.rpartition("-")[2] for path in folder.glob(f"replaced/{which}-*")]
+    return [int(name) for name in names if name.isdigit()]
+
+
+def load_description(run_dir: str | os.PathLike, *, needed: Collection[str] = ()) -> dict[str, Any]:
     """Read RUN/config.json.
 
     Args:
       run_dir: folder of the run.
+      needed: keys that it must have, such as `FOR_INFERENCE`.
     Returns:
       The dict given to `save_description`; tuples have become lists.
     Raises:
-      CheckpointError: if the file is missing or is not a JSON object.
+      CheckpointError: if the file is missing, is not a JSON object or lacks a key.
     """
-    path = pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+    path = _path(run_dir)
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -90,6 +213,8 @@ def load_description(run_dir: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
     if not isinstance(description, dict):
         raise CheckpointError(f"expected a JSON object in {path}, got {type(description).__name__}")
+    if missing := [key for key in needed if key not in description]:
+        raise CheckpointError(f"{path} does not describe a run: it has no {', '.join(missing)}; restore it from a copy")
     return description
 
 
@@ -108,35 +233,49 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _changes(run_dir, old, new):
-    """Lines that tell in which settings and versions two descriptions differ; refuses those of FIXED_SETTINGS."""
-    before, now = flat_settings(old.get("training", {})), flat_settings(new.get("training", {}))
-    changed = {name: f"config.{name} was {before.get(name)!r}, is {now.get(name)!r}"
-               for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)}  # fmt: skip
-    fixed = [text for name, text in changed.items() if any(f"{name}.".startswith(f"{part}.") for part in FIXED_SETTINGS)]
+def _path(run_dir):
+    return pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+
+
+def _is_there(path):
+    """Whether there is a description; without it nobody knows what saved parameters are of."""
+    if path.exists():
+        return True
+    if has_parameters(path.parent):
+        raise CheckpointError(f"{path.parent} holds saved parameters and no {DESCRIPTION_FILE} that says what they are; restore it "
+                              "from a copy, or use a new folder")
+    return False
+
+
+def _as_json(description):
+    try:
+        return json.dumps(description, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"expected a description of strings, finite numbers, lists and dicts, got one that "
+                        f"JSON cannot hold ({error}); convert configurations with .to_dict() and arrays "
+                        "with .tolist()") from error
+
+
+def _among(name, settings):
+    """Whether a setting is one of these, or below one of them."""
+    return any(f"{name}.".startswith(f"{part}.") for part in settings)
+
+
+def _setting_changes(run_dir, old, settings):
+    """Lines that tell in which settings a run differs from before; refuses those of FIXED_SETTINGS."""
+    before = settings_until(old, newest_step(run_dir))
+    changed = changed_settings(before, flat_settings(settings))
+    fixed = [text for name, text in changed.items() if name in before and _among(name, FIXED_SETTINGS)]
     if fixed:
         raise CheckpointError(
             f"{run_dir} holds a run of other settings ({'; '.join(fixed)}); use them again, or a new folder")
-    lines = [f"other setting than before: {text}" for text in changed.values()]
-    versions, current = old.get("versions", {}), new.get("versions", {})
-    for name in sorted(versions.keys() & current.keys()):
-        if versions[name] != current[name]:
-            lines.append(f"other version than before: {name} was {versions[name]}, is {current[name]}; the run goes on, "
-                         "but not to the same bits")
-    return lines
+    return [f"other setting than before: {text}" for text in changed.values()]
 
 
-def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by their dotted names, as they are written on the command line.
-
-    Args:
-      settings: nested dicts.
-      prefix: of the names, ending with a dot.
-
-    Returns:
-      dict.
-    """
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+def _version_changes(run_dir, old, new):
+    versions, current = versions_until(old, newest_step(run_dir)), new.get("versions", {})
+    return [
+        f"other version than before: {name} was {versions[name]}, is {current[name]}; the run goes on, "
+        "but not to the same bits"
+        for name in sorted(versions.keys() & current.keys()) if versions[name] != current[name]
+    ]  # fmt: skip

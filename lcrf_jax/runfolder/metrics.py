@@ -11,6 +11,7 @@ from typing import Any, Self, TextIO
 
 from jax.typing import ArrayLike
 
+from lcrf_jax.machine.files import write_whole
 from lcrf_jax.machine.processes import is_first
 from lcrf_jax.machine.progress import as_scalar, say
 
@@ -66,6 +67,9 @@ class MetricsWriter:
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; make room and run the same command again", str(self.path)
                           ) from error
+        if self._board is not None and not _is_alive(self._board):
+            say(f"no TensorBoard files are written any more, their disk took no more: {self.path.parent / 'tensorboard'}")
+            self._board = None
         if self._board is not None:
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
@@ -76,7 +80,9 @@ class MetricsWriter:
             with contextlib.suppress(OSError):  # a full disk, which `write` has told of
                 self._lines.close()
             if self._board is not None:
-                self._board.close()
+                with contextlib.suppress(OSError):
+                    self._board.close()
+                self._board = None
 
     def __enter__(self) -> Self:
         return self
@@ -94,10 +100,34 @@ def metrics_history(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
       List of dicts, one for each line in order, with "step", "time" and the metrics; null comes back as NaN.
       A last line that was cut short is left out. Empty if nothing was written yet.
     Raises:
-      ValueError: if a line before the last one is not JSON.
+      ValueError: if a line before the last one is not JSON with a step.
     """
     path = pathlib.Path(run_dir) / METRICS_FILE
     return [record for _, record in _records(path)] if path.exists() else []
+
+
+def score(record: Mapping[str, Any]) -> float | None:
+    """The mIoU that parameters were saved with.
+
+    Args:
+      record: what was saved beside them; without validation "miou" is None, or, by earlier versions, the number of the step.
+    Returns:
+      A number in 0..1, or None.
+    """
+    miou = record.get("miou")
+    return miou if miou is None or 0 <= float(miou) <= 1 else None
+
+
+def rank(record: Mapping[str, Any]) -> float:
+    """Which parameters are kept as the best: those of the highest mIoU, and where nothing has one, the newest.
+
+    Args:
+      record: what was saved beside them, with "step" where there is no mIoU.
+    Returns:
+      A number, larger for better ones.
+    """
+    known = score(record)
+    return -1 / (1 + record.get("step", record.get("miou"))) if known is None else known
 
 
 def _board(folder: pathlib.Path, purge: int | None) -> Any:
@@ -110,17 +140,28 @@ def _board(folder: pathlib.Path, purge: int | None) -> Any:
     return tensorboardX.SummaryWriter(str(folder), purge_step=purge)
 
 
+def _is_alive(board):
+    """Whether the thread of a writer is there; it ends at a full disk, and then its queue would fill up and wait for ever."""
+    try:
+        return board.file_writer.event_writer._worker.is_alive()
+    except AttributeError:  # another version
+        return True
+
+
 def _records(path):
     """(text, record) of each complete line; NaN for null."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, text in enumerate(lines, 1):
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
+            text = line.decode("utf-8")
             record = json.loads(text)
-        except json.JSONDecodeError as error:
+            if int(record["step"]) != record["step"]:
+                raise ValueError("no whole number")
+        except (ValueError, TypeError, LookupError) as error:  # of UTF-8 and JSON too
             if number == len(lines):
                 return
-            raise ValueError(f"{path}, line {number}: expected JSON, got {text[:60]!r}; remove the line"
-                             ) from error
+            shown = line[:60].decode("utf-8", "replace")
+            raise ValueError(f"{path}, line {number}: expected JSON with a step, got {shown!r}; remove the line") from error
         yield text, {name: math.nan if value is None else value for name, value in record.items()}
 
 
@@ -130,7 +171,5 @@ def _drop_lines(path, resume_step):
         return
     kept = [text for text, record in _records(path) if resume_step is None or record["step"] < resume_step]
     content = "".join(text + "\n" for text in kept)
-    if content != path.read_text(encoding="utf-8"):
-        new = path.with_suffix(".tmp")
-        new.write_text(content, encoding="utf-8")
-        os.replace(new, path)
+    if content.encode() != path.read_bytes():
+        write_whole(path, content)

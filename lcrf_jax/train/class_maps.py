@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
-from lcrf_jax.data.example import Source
+from lcrf_jax.data.example import Source, about
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.machine.cache import cached_arrays
@@ -143,7 +143,7 @@ def class_maps(
         return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
 
     key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
-    with cached_arrays(directory, key, len(source)) as cache:
+    with cached_arrays(directory, key, len(source), about=about(source)) as cache:
         if cache.first < len(source):  # all at once
             plain = in_batches(from_tap, views.tap("s32", 0))
             mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
@@ -220,7 +220,8 @@ def fitted_classifier(
       (TagClassifier, [N, K - 1] float32 logits on the training images), of NumPy arrays.
     """
     digest = hashlib.sha256(repr(np.asarray(tags, bool).tolist()).encode()).hexdigest()
-    with cached_arrays(directory, {"kind": "tag classifier", "l2": l2, "tags": digest, **identity}, 1) as cache:
+    key, tagged = {"kind": "tag classifier", "l2": l2, "tags": digest, **identity}, np.asarray(tags, bool)
+    with cached_arrays(directory, key, 1, about=f"{len(tagged)} images with {tagged.shape[1] - 1} tags") as cache:
         if not cache.first:
             pooled = pooled_head(network, variables, s32)
             classifier, _, _ = fit_tag_classifier(pooled, tags, l2=l2)

@@ -14,7 +14,7 @@ import numpy as np
 
 from lcrf_jax.baselines import NO_CUE, localisation_cues
 from lcrf_jax.baselines.saliency import barrier_saliency
-from lcrf_jax.data.example import Source
+from lcrf_jax.data.example import Source, about
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import cell_means
 from lcrf_jax.nets.network import Network
@@ -54,7 +54,7 @@ def image_saliency(
 
     settings = {"image_size": image_size, "contrast": contrast, "level": level, "grid": grid}
     identity = {"kind": "barrier saliency, centred", **settings, "source": _fingerprint(source)}
-    with cached_arrays(directory, identity, len(source)) as cache:
+    with cached_arrays(directory, identity, len(source), about=about(source)) as cache:
         for count, batch in square_batches(source, image_size, rows, progress, cache.first):
             cache.write(saliency=np.asarray(maps(batch.image), np.float16)[:count])
     return cache.arrays["saliency"]
@@ -107,7 +107,7 @@ def gradient_saliency(
     )
 
     key = {"kind": "gradient saliency", "size": size, "grid": grid, "source": _fingerprint(source), **identity}
-    with cached_arrays(directory, key, len(source)) as cache:
+    with cached_arrays(directory, key, len(source), about=about(source)) as cache:
         for count, batch in square_batches(source, size, rows, progress, cache.first):
             cache.write(saliency=np.asarray(maps(batch.image, batch.tags))[:count])
     return cache.arrays["saliency"]

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
-from lcrf_jax.data.example import Source
+from lcrf_jax.data.example import Source, about
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import chosen_inputs, square_image
@@ -76,7 +76,7 @@ class CachedViews:
             chosen_inputs, (variables,), len(views), batch_size, network=network, guide_stride=guide_stride, taps=kept
         )
 
-        with cached_arrays(directory, identity, len(views)) as cache:
+        with cached_arrays(directory, identity, len(views), about=about(views.source)) as cache:
             for count, batch in batched(views, rows, progress, cache.first):
                 features, guide = run(batch.image)
                 halved = {tap: np.asarray(features[tap])[:count].astype(np.float16) for tap in kept}
@@ -116,7 +116,8 @@ class CachedViews:
 
 def _cached_masks(views, directory, batch_size):
     """The masks of views, kept on disk."""
-    with cached_arrays(directory, {"kind": "masks", "views": views.identity}, len(views)) as cache:
+    identity = {"kind": "masks", "views": views.identity}
+    with cached_arrays(directory, identity, len(views), about=about(views.source)) as cache:
         for start in range(cache.first, len(views), batch_size):
             stop = min(start + batch_size, len(views))
             cache.write(mask=np.stack([views[i].mask for i in range(start, stop)]))
@@ -211,7 +212,7 @@ def test_time_features(
         "kind": "test time", "weights": weights_digest, "network": description,
         "size": size, "mirror": mirror, "source": hashlib.sha256(repr(source.fingerprint).encode()).hexdigest(),
     }
-    with cached_arrays(directory, identity, len(source)) as cache:
+    with cached_arrays(directory, identity, len(source), about=about(source)) as cache:
         for count, batch in square_batches(source, size, rows, progress, cache.first):
             cache.write(**{tap: np.asarray(array)[:count] for tap, array in features(batch.image).items()})
     return cache.arrays

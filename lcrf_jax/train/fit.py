@@ -25,8 +25,10 @@ from lcrf_jax.metrics import mean_iou
 from lcrf_jax.predict.evaluation import evaluate
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import RunCheckpoints
-from lcrf_jax.runfolder.description import save_description
+from lcrf_jax.runfolder.description import check_description, save_description
 from lcrf_jax.runfolder.metrics import MetricsWriter
+from lcrf_jax.runfolder.segments import with_segment
+from lcrf_jax.train.beginning import description_before, is_saved, refuse_changes
 from lcrf_jax.train.posteriors import posterior_evidence
 from lcrf_jax.train.preparation import Prepared, inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
@@ -45,12 +47,13 @@ def train(
 ) -> pathlib.Path:
     """Train the decoder, round after round; a folder that holds a run continues it.
 
-    A method that trains nothing, such as CAM, is saved as it is. SIGTERM and Ctrl-C save the state after the step that
+    A method that trains nothing, such as CAM, is saved as it is. A run that is finished is left as it is. SIGTERM and Ctrl-C save the state after the step that
     is under way (with several processes after the next one that is logged or saved) and end the run. Of several
     processes (see `lcrf_jax.machine.processes`) all call this with the same
     arguments.
 
-    Writes checkpoints (last/ and best/), config.json and the metrics to the folder.
+    Writes checkpoints (last/ and best/), config.json and the metrics to the folder. config.json says what is trained: it is
+    written when nothing has been refused and the newest state is there, with a segment for each start that trains.
 
     Args:
       prepared: Prepared.
@@ -63,23 +66,31 @@ def train(
     Raises:
       Interrupted: after the state was saved, if SIGTERM or Ctrl-C asked for it.
       lcrf_jax.machine.locks.Locked: if another run is at work in the folder.
-      CheckpointError: if the disk is full, or the folder holds another run or none that can be read.
+      CheckpointError: if the disk is full, or the folder holds another run, a finished one of other settings, or none
+        that can be read.
       ValueError: if too many losses in a row were not finite; the message names the images.
     """
     workdir, config = pathlib.Path(workdir), prepared.config
     rounds = prepared.plan.rounds
     key, mesh = jax.random.key(config["seed"]), data_mesh(devices)
     check_batch_size(config["batch_size"], mesh.size, config["accumulation_steps"])
-    description = prepared.plan.description(prepared.digest)
+    description = prepared.description()
     with contextlib.ExitStack() as stack:
         first_decides(lambda: stack.enter_context(locked(workdir / "lock")))
-        for line in save_description(workdir, description):
+        for line in check_description(workdir, description):
             say(line)
         checkpoints = stack.enter_context(RunCheckpoints(workdir))
         if not rounds:
-            checkpoints.save_best(0, inference_params(prepared, {}), 0.0)
+            _save_untrained(prepared, workdir, checkpoints, description)
             return workdir
         state, data_state, done = _newest_state(prepared, checkpoints, rounds, key, mesh)
+        if done >= rounds[-1].last_step:
+            refuse_changes(workdir, config)
+            say(f"{workdir} is finished: all {rounds[-1].last_step} steps are done")
+            return workdir
+        if done:
+            say(f"continuing after step {done}")
+        save_description(workdir, with_segment(description_before(workdir), description, done))
         if not done:
             first_decides(lambda: shutil.rmtree(workdir / "posteriors", ignore_errors=True))
         writer = stack.enter_context(MetricsWriter(workdir, resume_step=done + 1))
@@ -96,6 +107,16 @@ def train(
             )
             done = this.last_step
     return workdir
+
+
+def _save_untrained(prepared, workdir, checkpoints, description):
+    """Save a run of a method that trains nothing, or leave the one that is there as it is."""
+    if is_saved(workdir):
+        refuse_changes(workdir, prepared.config)
+        say(f"{workdir} is finished: this method trains nothing")
+        return
+    save_description(workdir, with_segment(None, description, 0))
+    checkpoints.save_best(0, inference_params(prepared, {}), None)
 
 
 class _Outputs(NamedTuple):
@@ -209,7 +230,6 @@ def _newest_state(prepared, checkpoints, rounds, key, mesh):
     restored = checkpoints.restore_last(_state_shapes(prepared, rounds[0], key, mesh))
     if restored is None:
         return _fresh_state(prepared, rounds[0], key, mesh), None, 0
-    say(f"continuing after step {restored.step}")
     return restored.state, restored.data_state, restored.step
 
 
@@ -226,7 +246,7 @@ def _evidence_of(prepared, workdir, this, state, done):
         "before": list(method.round_epochs(config)[: this.number]),
         "seed": config["seed"],
     }
-    with cached_arrays(workdir / "posteriors", identity, len(prepared.train)) as cache:
+    with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
         if cache.first < cache.num_records:  # all at once
             if done != this.first_step:
                 raise ValueError(
@@ -247,11 +267,13 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
     title = f"round {this.number + 1}" if len(prepared.plan.rounds) > 1 else "train"
     # The names of the images of the last steps, for a message.
     recent = collections.deque(maxlen=config["log_every_steps"] + config["max_skipped_in_a_row"])
+    metrics = {}
     with Progress(this.last_step, first_step=first, title=title) as bar:
         for step in range(first + 1, this.last_step + 1):
             batch = next(batches)
             recent.append((step, batch.name))
-            state, metrics = step_function(state, variables, batch._replace(name=None), round_key)
+            before, (state, metrics) = metrics, step_function(state, variables, batch._replace(name=None), round_key)
+            jax.block_until_ready(before)  # one step ahead of the devices, not more: who asks to stop waits for all of them
             epoch, rest = divmod(step - this.first_step, this.steps_per_epoch)
             scoring = step == this.last_step or rest == 0 and epoch % config["eval_every_epochs"] == 0
             saving = scoring or step % config["save_every_steps"] == 0
@@ -312,7 +334,7 @@ def _check_skipped(state, step, recent, most):
 
 
 def _validate(prepared, params, step, outputs, bar):
-    """Score the parameters on the validation masks, where there are some, and keep the best so far."""
+    """Score the parameters on the validation masks and keep the best so far; without masks the newest, with no score."""
     stored, miou = inference_params(prepared, params), None
     if prepared.val is not None:
         segmenter = make_segmenter(prepared.plan.description(prepared.digest), stored)
@@ -320,4 +342,4 @@ def _validate(prepared, params, step, outputs, bar):
         miou = mean_iou(evaluate(segmenter, prepared.val, crf=False, features=features).plain)
         outputs.writer.write(step, {"val/miou": miou})
         bar.message(f"step {step}: mIoU {miou:.3f} on {prepared.val.split}, without refinement")
-    outputs.checkpoints.save_best(step, stored, float(step) if miou is None else miou)
+    outputs.checkpoints.save_best(step, stored, miou)

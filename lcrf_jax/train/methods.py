@@ -18,6 +18,7 @@ from lcrf_jax.bound.objective import latent_crf_objective
 from lcrf_jax.bound.record import Record
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.machine.errors import SettingError, nearest
 
 
 class Method(NamedTuple):
@@ -32,6 +33,7 @@ class Method(NamedTuple):
       further_inputs: function from the config to what they hold on top of that.
       round_epochs: function from the config to the number of epochs of each round. A round after the first has in its
         records the "pixel_evidence" [h, w, K] that the network of the round before gives, restricted to the tags.
+      own_rounds: whether `config.epochs` has a number for each of `config.rounds`; otherwise their sum is what counts.
       posterior: function from the config to the settings of `lcrf_jax.train.posteriors.posterior_evidence` between
         rounds.
       simple_rounds: in how many rounds, from the first on, only images with a single tag take part.
@@ -45,6 +47,7 @@ class Method(NamedTuple):
     inputs: tuple[str, ...] = ()
     further_inputs: Callable[[Mapping[str, Any]], Sequence[str]] = lambda config: ()
     round_epochs: Callable[[Mapping[str, Any]], list[int]] = lambda config: [sum(config["epochs"])]
+    own_rounds: bool = False
     posterior: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda config: config["posterior"]
     simple_rounds: int = 0
     output: str = "softmax"
@@ -204,6 +207,7 @@ METHODS = {
         lambda config, **grid: latent_crf_objective(config["objective"], **grid), ("class_maps",),
         further_inputs=_evidence_inputs,
         round_epochs=lambda config: list(config["epochs"]),
+        own_rounds=True,
     ),
     "full_supervision": Method("full supervision", "masks", _full_supervision, ("masks",)),
 }  # fmt: skip
@@ -222,7 +226,9 @@ def method_of(config: Mapping[str, Any]) -> Method:
       ValueError: if the name is unknown.
     """
     if config["method"] not in METHODS:
-        raise ValueError(f"method: expected one of {sorted(METHODS)}, got {config['method']!r}")
+        raise SettingError(
+            f"method: expected one of {sorted(METHODS)}, got {config['method']!r}{nearest(config['method'], METHODS)}"
+        )
     return METHODS[config["method"]]
 
 
@@ -283,3 +289,38 @@ def make_objective(config: Mapping[str, Any], *, stride: int, steps_per_epoch: i
 @functools.lru_cache(maxsize=64)
 def _built(builder, settings, stride, steps_per_epoch):
     return builder(json.loads(settings), stride=stride, steps_per_epoch=steps_per_epoch)
+
+
+def check_objective(config: Mapping[str, Any], num_classes: int) -> None:
+    """Refuse options that the objective refuses when it sees its first image; nothing is computed.
+
+    Args:
+      config: see `make_objective`.
+      num_classes: K.
+
+    Raises:
+      ValueError, TypeError: as the function raises it that the options are of.
+    """
+    if method_of(config).objective is None:
+        return
+    # On a few cells: which form of the kernel and which blocks of noise there are does not matter here.
+    objective = {**config["objective"], "pairwise_form": "", "pairwise_stride": 0, "noise_block": 1}
+    settings = {name: config[name] for name in ("method", "baselines") if name in config} | {"objective": objective}
+    _tried(json.dumps(settings), num_classes)
+
+
+@functools.lru_cache(maxsize=256)
+def _tried(settings, num_classes):
+    objective = make_objective(json.loads(settings), stride=8, steps_per_epoch=1)
+    cells, maps = (4, 4), num_classes - 1
+    shapes = Record(
+        tags=(num_classes,), guide=(*cells, 3), mask=cells, class_maps=(*cells, maps), peaks=(maps,), bias=(maps,),
+        gradient_saliency=(*cells, 1), cues=cells, saliency=(*cells, 1), chain=cells,
+    )  # fmt: skip
+    kinds = {"tags": jnp.bool_, "mask": jnp.uint8, "cues": jnp.uint8, "chain": jnp.uint8}
+    record = Record(**{
+        name: None if shape is None else jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32))
+        for name, shape in shapes._asdict().items()
+    })  # fmt: skip
+    logits = jax.ShapeDtypeStruct((*cells, num_classes), jnp.float32)
+    jax.eval_shape(objective, jax.random.key(0), logits, record, jax.ShapeDtypeStruct((), jnp.int32))

@@ -11,10 +11,12 @@ import optax
 
 from lcrf_jax.bound.objective import uses_chains
 from lcrf_jax.machine.cache import default_directory
+from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.nets.weights import hub_commit
 from lcrf_jax.runfolder.description import library_versions
-from lcrf_jax.train.methods import Method, inputs_of, make_objective, method_of
+from lcrf_jax.train.methods import Method, check_objective, inputs_of, make_objective, method_of
+from lcrf_jax.train.settings import check_settings, told_as_settings
 from lcrf_jax.train.step import check_batch_size, make_optimizer
 
 
@@ -115,9 +117,7 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     """
     method, size = method_of(config), config["input_size"]
     network = build_network({**config["network"], "num_classes": len(class_names)})
-    if size < 32 or size % network.size_step:
-        multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
-        raise ValueError(f"input_size: expected {multiple}, got {size}")
+    _check_input_sizes(config, network)
     rounds = planned_rounds(config, len(tags))
     check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
     num_views = config["views"]["num_views"]
@@ -138,16 +138,31 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
         images=tuple(images_of_round(method, this, tags) for this in rounds),
         inference={**config["inference"], **_output_settings(config, method)},
     )
-    for this in rounds:
-        plan.objective(this)  # it refuses settings that do not go together
+    with told_as_settings():
+        for this in rounds:
+            plan.objective(this)  # it refuses settings that do not go together
+        check_objective(config, len(class_names))
     return plan
+
+
+def check_without_data(config: dict) -> None:
+    """Refuse what no data would make right, before any is read: the plan of a made-up split is resolved.
+
+    Args:
+      config: the configuration, see `experiments/configs`.
+
+    Raises:
+      ValueError: if it cannot be trained with; the message names the setting.
+    """
+    check_settings(config)
+    resolved_plan(config, ("background", "a class"), np.ones((config["batch_size"], 2), bool))
 
 
 def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:
     """The rounds of a configuration, with their steps.
 
     Args:
-      config: dict with "epochs", "method", which makes rounds of them (see `lcrf_jax.train.methods`), "batch_size" and,
+      config: dict with "epochs", "rounds" if their number is to be checked, "method", which makes rounds of them (see `lcrf_jax.train.methods`), "batch_size" and,
         if it is not 0, "least_steps" of a round: where the images do not make so many, an epoch is several passes over
         them.
       num_images: images in the training split.
@@ -158,19 +173,14 @@ def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:
     Raises:
       ValueError: if the images do not fill one batch, or a round has no epochs.
     """
-    steps_per_pass = num_images // config["batch_size"]
+    steps_per_pass = num_images // max(config["batch_size"], 1)
     if not steps_per_pass:
         size = config["batch_size"]
         raise ValueError(f"batch_size: {num_images} training images do not fill one batch of {size}; lower it")
     method = method_of(config)
     if method.objective is None:
         return []
-    epochs = method.round_epochs(config)
-    if not epochs or min(epochs) < 1:
-        raise ValueError(
-            f"epochs: expected one or more rounds of at least one epoch, got {config['epochs']}, which makes rounds of "
-            f"{epochs} for {config['method']}"
-        )
+    epochs = _checked_epochs(config, method)
     rounds, step = [], 0
     for number, length in enumerate(epochs):
         passes = max(1, math.ceil(config.get("least_steps", 0) / (length * steps_per_pass)))
@@ -178,6 +188,27 @@ def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:
         rounds.append(Round(number, step, end, passes * steps_per_pass, length, passes))
         step = end
     return rounds
+
+
+def _checked_epochs(config, method):
+    """The epochs of each round."""
+    given, rounds = config["epochs"], config.get("rounds")
+    if not isinstance(given, tuple | list) or not all(isinstance(length, int) for length in given):
+        raise SettingError(f"epochs: expected a tuple of whole numbers, one for each round, such as (4, 4), got {given!r}")
+    epochs = method.round_epochs(config)
+    if not epochs or min(epochs) < 1:
+        raise SettingError(
+            f"epochs: expected one or more rounds of at least one epoch, got {config['epochs']}, which makes rounds of "
+            f"{epochs} for {config['method']}"
+        )
+    if method.own_rounds and rounds not in (None, len(given)):
+        wanted = ",".join(map(str, [*given, *given[-1:] * rounds][:rounds]))
+        raise SettingError(
+            f"epochs: expected {rounds} number(s), one for each round of {config['method']}, got {given!r}; write "
+            f"--config.epochs={wanted}, or --config.rounds={len(given)} if that is meant: a later round is trained on the "
+            "labels of the one before"
+        )
+    return epochs
 
 
 def images_of_round(method: Method, this: Round, tags: np.ndarray) -> np.ndarray | None:
@@ -225,6 +256,19 @@ def guide_stride(config: Mapping[str, Any], network: Network) -> int:
             f"{stride}; 1 is full resolution"
         )
     return stride
+
+
+def _check_input_sizes(config, network):
+    """Refuse sides of the input that the backbone cannot take."""
+    for name, sizes in (
+        ("input_size", [config["input_size"]]),
+        ("inference.input_sizes", config["inference"]["input_sizes"]),
+        ("class_maps.extra_sizes", config["class_maps"]["extra_sizes"]),
+    ):
+        for size in sizes:
+            if size < 32 or size % network.size_step:
+                multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
+                raise SettingError(f"{name}: expected {multiple}, got {size}")
 
 
 def _output_settings(config, method):

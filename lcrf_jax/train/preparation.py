@@ -1,6 +1,6 @@
 """From a configuration to what training starts from: data, frozen features, classifier, evidence."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -17,8 +17,9 @@ from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.class_maps import ClassMaps, MappedViews, class_maps, fitted_classifier
 from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.train.features import CachedViews, test_time_features
-from lcrf_jax.train.plan import Plan, resolved_plan
-from lcrf_jax.train.splits import open_data, without_masks
+from lcrf_jax.train.plan import Plan, check_without_data, resolved_plan
+from lcrf_jax.train.settings import check_settings
+from lcrf_jax.train.splits import data_identity, open_data, without_masks
 
 
 class Prepared(NamedTuple):
@@ -59,16 +60,23 @@ class Prepared(NamedTuple):
         """The inference network."""
         return self.plan.network
 
+    def description(self) -> dict[str, Any]:
+        """What config.json says of the run: see `lcrf_jax.train.plan.Plan.description`, and what the data is."""
+        return self.plan.description(self.digest) | {"data": {"train": data_identity(self.train)}}
+
     def with_config(self, config: dict[str, Any]) -> Self:
         """The same data and features with other settings, of those that do not change them."""
+        check_settings(config)
         return self._replace(plan=resolved_plan(config, self.train.class_names, self.train.tags))
 
 
-def prepare(config: dict[str, Any]) -> Prepared:
+def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object] | None = None) -> Prepared:
     """Open the data, load the backbone, cache its features, fit the tag classifier and compute the class maps.
 
     Args:
       config: dict, see `experiments/configs`.
+      check: called with the description of the run before anything is computed, to refuse it, see
+        `lcrf_jax.runfolder.description.check_description`.
 
     Returns:
       Prepared.
@@ -76,6 +84,7 @@ def prepare(config: dict[str, Any]) -> Prepared:
     Raises:
       FileNotFoundError, ValueError: if data or weights are missing or unfit; the message says which and what to do.
     """
+    check_without_data(config)
     train, val = open_data(config)
     plan = resolved_plan(config, train.class_names, train.tags)
     network, size = plan.network, config["input_size"]
@@ -84,6 +93,11 @@ def prepare(config: dict[str, Any]) -> Prepared:
     for name, commit in hub_commit(config.get("weights", "")).items():
         say(f"weights of {name} at {commit}; --config.weights={name}@{commit} keeps to them")
     of_images = ViewDataset(train, size=size, **config["views"])
+    prepared = Prepared(plan, train, val, variables, digest, of_images, None, None)
+    if check is not None:
+        check(prepared.description())
+    if "cues" in plan.inputs and config["baselines"]["cues"]["file"]:
+        _cues(prepared)  # a file that cannot be used is told before anything is computed
     whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
     if not config["cache"]["features"]:
         whole = ViewDataset(whole.source, 1, size)
@@ -93,8 +107,7 @@ def prepare(config: dict[str, Any]) -> Prepared:
             progress=done, masks=of_images if train.masks and config["cache"]["features"] else None,
             taps=None if config["cache"]["features"] else ("s32",),
         )
-    views = cached if config["cache"]["features"] else of_images
-    prepared = Prepared(plan, train, val, variables, digest, views, None, None)
+    prepared = prepared._replace(views=cached if config["cache"]["features"] else of_images)
     inputs = plan.inputs
     if {"class_maps", "gradient_saliency", "cues"} & set(inputs):
         prepared = _with_class_maps(prepared, cached, whole.identity)

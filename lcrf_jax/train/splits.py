@@ -1,13 +1,21 @@
 """The splits of the data that a configuration names, looked at before anything is computed from them."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from lcrf_jax.data.check import listed, usable
 from lcrf_jax.data.example import PartOfSource, Source
 from lcrf_jax.data.opening import open_source
+from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train.methods import method_of
+
+# That of experiments/configs/base.py: who leaves it there may have no masks.
+DEFAULT_VAL_SPLIT = "val"
 
 
 def open_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Source:
@@ -49,11 +57,23 @@ def checked_split(config: Mapping[str, Any], split: str, *, masks: bool) -> Sour
       FileNotFoundError: if the data is missing.
       ValueError: if it is not as expected, or files cannot be read and are not to be skipped; the message names them.
     """
-    source = open_split(config, split, masks=masks)
+    source, mode = open_split(config, split, masks=masks), config["data"].get("on_bad_image", "error")
+    if mode == "skip" and not hasattr(source, "paths"):
+        raise SettingError(
+            f"data.on_bad_image: 'skip' leaves out files that cannot be read, and the source {config['data']['kind']!r} has no "
+            "files of single photographs; use 'error'"
+        )
+    not_taken, untagged = getattr(source, "not_taken", ""), getattr(source, "untagged", ())
+    if not_taken and split == config["data"].get("train_split"):
+        say(f"data: {not_taken}")
+    if untagged and split == config["data"].get("train_split"):
+        say(f"data: {len(untagged)} photographs have no row in the tag file and are left out")
     with image_progress(f"reading {split}", len(source)) as done:
-        source, problems = usable(source, config["data"].get("on_bad_image", "error"), decode=masks, progress=done)
+        source, problems, doubts = usable(source, mode, decode=masks, progress=done)
     if problems:
         say(f"{split}: {len(problems)} photographs cannot be used and are left out:\n{listed(problems)}")
+    for doubt in doubts:
+        say(f"warning: {doubt}")
     missing = getattr(source, "left_out", 0)
     if missing:
         say(f"{split}: {missing} rows of tag file or lists have no photograph and are left out")
@@ -67,10 +87,11 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
       config: dict with "data" ("train_split", "val_split" and what `open_split` needs) and "method".
 
     Returns:
-      (train, val); val is None if the data has no such split or no masks for it.
+      (train, val); val is None if the split is "" or, with its name left at "val", the data has none or no masks for it.
 
     Raises:
       FileNotFoundError: if the training data is missing.
+      SettingError: if another split was named and is not there, or has no masks.
       ValueError: if it is not as expected; the message names the file.
     """
     data = config["data"]
@@ -78,6 +99,10 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
     try:
         val = checked_split(config, data["val_split"], masks=True) if data["val_split"] else None
     except FileNotFoundError as error:
+        if data["val_split"] != DEFAULT_VAL_SPLIT:
+            raise SettingError(
+                f"data.val_split={data['val_split']}: {error}. Without validation: --config.data.val_split="
+            ) from error
         say(f"no validation: {error}")
         val = None
     return train, val
@@ -100,3 +125,17 @@ def without_masks(config: Mapping[str, Any], train: Source) -> Source:
         return plain
     position = {name: row for row, name in enumerate(plain.names)}
     return PartOfSource(plain, [position[name] for name in train.names])
+
+
+def data_identity(source: Source) -> dict[str, Any]:
+    """What a source has, wherever it lies: two of one identity have the same names, tags and classes.
+
+    Args:
+      source: images; none is opened.
+
+    Returns:
+      dict that JSON can hold: number of "images", and "sha256" of classes, names and tags in order.
+    """
+    digest = hashlib.sha256(json.dumps([list(source.class_names), list(source.names)]).encode())
+    digest.update(np.packbits(np.asarray(source.tags, bool)).tobytes())
+    return {"images": len(source), "sha256": digest.hexdigest()}

@@ -68,6 +68,11 @@ ROWS = {"a": ("cat",), "b/c.jpg": ("cat", "dog"), "d": ()}
     [
         ("tags.csv", "\ufeffimage,tags\r\na,cat\r\nb\\c.jpg,cat; dog\r\nd,\r\n"),
         ("tags.csv", 'Image,Tags\n\n./a," cat "\nb/c.jpg,"background;cat;dog;cat"\nd,Background\na,cat\n'),
+        ("tags.csv", "image;tags\r\na;cat\r\nb/c.jpg;cat,dog\r\nd;\r\n"),
+        ("tags.csv", 'sep=;\nimage;tags;;\na;cat\nb/c.jpg;"cat;dog";;\nd;;\n'),
+        ("tags.csv", "sep=,\nimage,tags\na,cat\nb/c.jpg,cat;dog\nd,\n"),
+        ("tags.tsv", "image\ttags\na\tcat\nb/c.jpg\tcat| dog\nd\t\n"),
+        ("tags.csv", "image\ttags\na\tcat\nb/c.jpg\tcat;dog\nd\t\n"),
         ("tags.json", json.dumps({name: list(tags) for name, tags in ROWS.items()})),
         ("tags.json", json.dumps([{"image": name, "tags": list(tags)} for name, tags in ROWS.items()])),
         ("tags.json", '{"a": "cat", "b/c.jpg": "cat;dog", "d": ""}'),
@@ -82,8 +87,8 @@ def test_tag_files_of_every_form(tmp_path, name, text):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("tags.csv", "image;tags\na;cat\n", r"tags.csv, line 1: expected the header 'image,tags', got 'image;tags'.*comma"),
-        ("tags.csv", "image\ttags\na\tcat\n", "line 1: expected the header"),
+        ("tags.csv", "image tags\na cat\n", r"tags.csv, line 1: expected the header 'image,tags', got 'image tags'.*comma"),
+        ("tags.csv", "image;tags\na;cat;dog\n", r"line 2: expected 'two columns, image and tags', got 3 column\(s\): 'a;cat;dog'.*tags by commas"),
         ("tags.csv", 'image,tags\na,"cat, dog"\n', "line 2: 'cat, dog' has a comma; separate tags by semicolons"),
         ("tags.csv", "image,tags\na,cat\n./a,dog\n", "line 3: 'a' has other tags than on line 2; keep one row"),
         ("tags.csv", "image,tags\n,cat\n", "line 2: no image name"),
@@ -95,7 +100,7 @@ def test_tag_files_of_every_form(tmp_path, name, text):
         ("tags.json", "[" * 100_000, "not JSON"),
         ("tags.jsonl", '{"image": "a", "tags": []}\n{"image": "b"}', 'tags.jsonl, line 2: expected {"image"'),
         ("tags.jsonl", '{"image": "a", "tags": []}\nhello', "tags.jsonl, line 2: not JSON"),
-        ("tags.txt", "a cat", "tags.txt: expected a tag file .csv, .json or .jsonl"),
+        ("tags.txt", "a cat", "tags.txt: expected a tag file .csv, .tsv, .json or .jsonl"),
     ],
 )
 def test_tag_files_that_are_refused(tmp_path, name, text, message):
@@ -228,6 +233,7 @@ def test_a_share_of_the_photographs_with_masks_is_val(tmp_path):
     with pytest.raises(FileNotFoundError, match="no masks and no list val.txt, so there is no split 'val'"):
         FolderSource(tmp_path, "val")
     assert len(FolderSource(tmp_path, "train")) == 20
+    (tmp_path / "classes.txt").write_text("background\ncat\ndog\n")
     save_masks(tmp_path, **{"00": 2, "01": 1, "07": 1})
     assert FolderSource(tmp_path, "val", masks=True).names == ("00.png", "01.png", "07.png")
     assert len(FolderSource(tmp_path, "train")) == 17
@@ -242,6 +248,7 @@ def test_a_share_of_the_photographs_with_masks_is_val(tmp_path):
 
 def test_masks_lie_like_the_photographs_or_below_their_first_folder(folder):
     (folder / "masks" / "deep").mkdir(parents=True)
+    (folder / "classes.txt").write_text("background\ncat\ndog\n")
     save_masks(folder, a=1)
     for name in ("b 2.png", "deep/é.png"):
         Image.fromarray(np.full((6, 8), 2, np.uint8)).save(folder / "masks" / name)
@@ -325,6 +332,7 @@ def test_links_into_a_circle_end(folder):
 
 
 def test_the_fingerprint_tells_of_changed_photographs_and_masks(folder):
+    (folder / "classes.txt").write_text("background\ncat\ndog\n")
     save_masks(folder, a=1)
     before = repr(FolderSource(folder, "val", masks=True).fingerprint)
     assert repr(FolderSource(folder, "val", masks=True).fingerprint) == before

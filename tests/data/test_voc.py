@@ -129,7 +129,7 @@ def test_tag_files_that_are_understood(tmp_path, text):
     [
         ("image,tags\na,cat\nb,bird\n", r"tags.csv, line 3: unknown class 'bird'.*background, cat, dog"),
         ("image,tags\na,cat\na,dog\n", r"line 3: 'a' has other tags than on line 2"),
-        ("image;tags\na;cat\n", r"line 1: expected the header 'image,tags'"),
+        ("image tags\na cat\n", r"line 1: expected the header 'image,tags'"),
         ("a,cat\n", r"line 1: expected the header"),
         ("image,tags\na,cat,dog\n", r"line 2: .*3 column.*semicolons"),
         ("image,tags\na\n", r"line 2: .*1 column"),

@@ -81,7 +81,8 @@ def test_train_prints_the_table_and_ends_with_the_score(tiny_run):
 @pytest.mark.slow
 def test_training_again_in_the_same_folder_only_prints_the_score(tiny_run, checkpoint):
     again = run("train", TINY, *SMALL, f"--workdir={checkpoint}")
-    assert again.code == 0 and "continuing after step 6" in again.out
+    assert again.code == 0 and "is finished: all 6 steps are done; nothing is trained" in again.out
+    assert "weights sha256" not in again.out and "features" not in again.err
     assert again.last_line == tiny_run[1].last_line
     other = run("train", TINY, *SMALL, f"--workdir={checkpoint}", "--config.network.dropout=0.5")
     assert_refused(other, "error: .*belongs to another model: network")
@@ -178,7 +179,7 @@ def test_ablation_trains_every_variation_once_and_compares_them(tmp_path):
     logs = [(folder / "metrics.jsonl").read_bytes() for folder in folders.values()]
     again = run(*command)
     assert again.code == 0, again.err
-    assert again.out.count("continuing after step 6") == 2
+    assert again.out.count("is finished: all 6 steps are done") == 2
     assert [(folder / "metrics.jsonl").read_bytes() for folder in folders.values()] == logs
     assert (tmp_path / "ablation.md").read_text(encoding="utf-8") == table
     assert_refused(run(*command, "--config.optimizer.learning_rate=0.1"), r"holds a run with another setting of \['optimizer'\]")

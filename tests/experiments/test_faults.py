@@ -5,6 +5,7 @@ import copy
 import io
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 from programs import ROOT, TINY, run
-from small_runs import assert_same_trees, lines, small_config
+from small_runs import Killed, assert_same_trees, lines, small_config
 
 from lcrf_jax.machine import signals
 from lcrf_jax.machine.locks import Locked, locked, own_folder
@@ -90,7 +91,7 @@ def test_the_second_signal_ends_at_once():
     (signal.SIGTERM, "terminated; what was"), (signal.SIGINT, "interrupted; what was"),
 ])  # fmt: skip
 def test_a_signal_before_training_ends_the_program_with_a_word(tmp_path, monkeypatch, signum, message):
-    def interrupted(config):
+    def interrupted(config, **_):
         os.kill(os.getpid(), signum)
         time.sleep(5)
 
@@ -268,14 +269,22 @@ def test_settings_that_make_another_run_are_refused(prepared, uninterrupted, nam
         fit.train(prepared.with_config(config), uninterrupted)
 
 
-def test_other_settings_are_told(prepared, uninterrupted, capsys):
+def test_other_settings_are_told(prepared, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Against those of the newest state: what a start left that was killed before it saved is forgotten."""
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(max(run.glob("last/[0-9]*"), key=lambda path: int(path.name)))
     config = copy.deepcopy(prepared.config)
     config["optimizer"]["learning_rate"] = 0.5
-    fit.train(prepared.with_config(config), uninterrupted)
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(fit, "_train_round", killed)
+    with pytest.raises(Killed):
+        fit.train(prepared.with_config(config), run)
     assert "other setting than before: config.optimizer.learning_rate was 0.001, is 0.5" in capsys.readouterr().out
-    fit.train(prepared, uninterrupted)
-    capsys.readouterr()
-    fit.train(prepared, uninterrupted)
+    with pytest.raises(Killed):
+        fit.train(prepared, run)
     assert "other setting" not in capsys.readouterr().out
 
 

@@ -251,3 +251,105 @@ def test_the_default_directory(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_directory() == pathlib.Path.home() / ".cache" / "lcrf_jax"
     assert not (tmp_path / "xdg").exists()
+
+
+def test_an_account_without_a_home_is_told_the_variable(monkeypatch):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LCRF_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", nobody)
+    with pytest.raises(OSError, match="name one with the environment variable LCRF_JAX_CACHE"):
+        default_directory()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_folder_that_cannot_be_written_names_the_variable(tmp_path, monkeypatch, number):
+    def refused(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(OSError, match="LCRF_JAX_CACHE.*cache"):
+        made(tmp_path / "cache", IDENTITY, 10, batches)
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "a file/below", "dangling"])
+def test_a_folder_that_can_never_be_made_is_told_and_not_tried_for_ever(tmp_path, monkeypatch, place):
+    (tmp_path / "a file").touch()
+    (tmp_path / "dangling").symlink_to("/proc/nowhere")
+    with pytest.raises(OSError, match="LCRF_JAX_CACHE"):
+        made(tmp_path / place, IDENTITY, 10, batches)
+
+
+def test_a_photograph_that_vanishes_ends_the_run_once(tmp_path):
+    calls = []
+
+    def vanished(first):
+        calls.append(first)
+        yield next(batches())
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "photo.jpg")
+
+    with pytest.raises(FileNotFoundError, match="photo.jpg"):
+        made(tmp_path, IDENTITY, 10, vanished)
+    assert calls == [0]
+    check(made(tmp_path, IDENTITY, 10, batches))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "identity.json").unlink(), lambda folder: (folder / "identity.json").write_text("{"),
+    lambda folder: (folder / "taps.npy").unlink(), lambda folder: cut(folder / "taps.npy"),
+    lambda folder: (folder / "guide.npy").write_bytes(b""), lambda folder: np.save(folder / "guide.npy", np.zeros(3, np.uint8)),
+], ids=["no identity", "half an identity", "an array missing", "an array cut short", "an array empty", "another length"])  # fmt: skip
+def test_finished_arrays_that_are_damaged_are_told_and_made_anew(tmp_path, damage, caplog):
+    made(tmp_path, IDENTITY, 10, batches)
+    [folder] = tmp_path.iterdir()
+    damage(folder)
+    check(made(tmp_path, IDENTITY, 10, batches))
+    assert f"{folder} is damaged" in caplog.text and list(tmp_path.iterdir()) == [folder]
+    check(made(tmp_path, IDENTITY, 10, never))
+
+
+def test_a_disk_that_does_not_answer_removes_nothing(tmp_path, monkeypatch):
+    made(tmp_path, IDENTITY, 10, batches)
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", failing)
+        with pytest.raises(OSError, match="Input/output error.*LCRF_JAX_CACHE"):
+            made(tmp_path, IDENTITY, 10, never)
+    check(made(tmp_path, IDENTITY, 10, never))
+
+
+@pytest.mark.parametrize("failing", ["identity.json", "progress.json"])
+def test_a_disk_that_is_full_at_the_end_keeps_the_rows(tmp_path, monkeypatch, failing):
+    write_whole = cache.write_whole
+
+    def full(path, text):
+        if path.name == failing and len(noted) > 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        noted.append(path.name)
+        write_whole(path, text)
+
+    noted, firsts = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_whole", full)
+        patch.setattr(cache, "_SECONDS_BETWEEN_NOTES", -1.0)
+        with pytest.raises(OSError, match="No space left on device; name another folder.*LCRF_JAX_CACHE"):
+            made(tmp_path, IDENTITY, 10, batches)
+    check(made(tmp_path, IDENTITY, 10, lambda first: firsts.append(first) or batches(first)))
+    assert firsts in ([], [4])
+
+
+def test_space_is_taken_by_writing_where_it_cannot_be_reserved(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    check(made(tmp_path, IDENTITY, 10, batches))
+    large = {"taps": np.ones((1, 700_000), np.uint8)}
+    arrays = made(tmp_path, {"kind": "large"}, 3, lambda first: [large] * 3)
+    assert arrays["taps"].all() and os.stat(arrays["taps"].filename).st_blocks * 512 >= 2_100_000

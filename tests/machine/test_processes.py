@@ -11,6 +11,7 @@ from lcrf_jax.machine import processes
 @pytest.fixture
 def pair(monkeypatch):
     """This process as the second of two, of which the other one has twice the counts."""
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda array: np.stack([other(array), array]))

@@ -106,8 +106,20 @@ def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path):
 def test_a_line_that_is_not_json_is_named_and_nothing_written_is_no_history(tmp_path):
     assert metrics_history(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\nnonsense\n{"step": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected JSON, got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: expected JSON with a step, got 'nonsense'"):
         metrics_history(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"3", b"[]", b'{"loss": 1}', b'{"step": "2"}', b"\xff\xfe", b""])
+def test_a_damaged_line_is_named_and_one_at_the_end_dropped(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 1}\n')
+    for read in (metrics_history, MetricsWriter):
+        with pytest.raises(ValueError, match="metrics.jsonl, line 2: expected JSON with a step"):
+            read(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + (line or b"{"))
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 2.0})
+    assert [record["step"] for record in metrics_history(tmp_path)] == [0, 1]
 
 
 def test_refuses_what_is_no_scalar_and_taken_names(tmp_path):

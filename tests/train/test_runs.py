@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from small_runs import assert_same_trees, lines, small_config, train_and_kill
+from small_runs import Killed, assert_same_trees, lines, small_config, train_and_kill
 
 from experiments.measuring import CompilationCount
 from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.data.example import PartOfSource
 from lcrf_jax.predict import evaluation
 from lcrf_jax.predict.segmenter import make_segmenter
-from lcrf_jax.runfolder.checkpoints import RunCheckpoints, restore_params
+from lcrf_jax.runfolder.checkpoints import RunCheckpoints, best_miou, restore_params
 from lcrf_jax.runfolder.description import CheckpointError, load_description
 from lcrf_jax.train import fit, plan, posteriors, preparation
 from lcrf_jax.train import step as step_module
@@ -117,7 +118,7 @@ def newest_state(prepared, workdir):
 def with_chains(prepared):
     """One round of three epochs, so that the views of the first come again; a kernel that remembers the start."""
     changes = {"estimator": "mcmc", "num_sweeps": 1, "pairwise_weight": 100.0, "pairwise_warmup_epochs": 0}
-    config = copy.deepcopy(prepared.config) | {"epochs": (3,)}
+    config = copy.deepcopy(prepared.config) | {"epochs": (3,), "rounds": 1}
     config["objective"] |= changes
     return prepared.with_config(config)._replace(val=None)
 
@@ -186,6 +187,10 @@ def test_class_maps_are_a_run_that_trains_nothing(cache, tmp_path):
     fit.train(given, tmp_path)
     fit.train(given, tmp_path)
     params, description = restore_params(tmp_path), load_description(tmp_path)
+    other = given.with_config({**given.config, "classifier": {"l2": 1.0}})
+    with pytest.raises(CheckpointError, match="finished run of other settings .*config.classifier.l2 was 0.01, is 1.0"):
+        fit.train(other, tmp_path)
+    assert load_description(tmp_path) == description and best_miou(tmp_path) is None
     assert set(params) == {"backbone", "classifier"}
     assert description["inference"]["output"] == "class_maps" and description["inference"]["input_sizes"] == [96, 128]
     scores = evaluation.evaluate(make_segmenter(description, params), given.val, crf=False)
@@ -242,6 +247,43 @@ def test_a_finished_run_is_left_as_it_is(prepared, uninterrupted, monkeypatch):
     fit.train(prepared, uninterrupted)
     assert_same_trees(restore_params(uninterrupted, "last"), before)
     assert lines(uninterrupted) == records
+
+
+def test_settings_that_change_nothing_any_more_are_refused(prepared, uninterrupted):
+    before = (uninterrupted / "config.json").read_bytes()
+    config = copy.deepcopy(prepared.config)
+    config["optimizer"]["learning_rate"] = 0.5
+    with pytest.raises(CheckpointError, match=r"finished run of other settings \(config.optimizer.learning_rate was 0.001, is 0.5\)"):
+        fit.train(prepared.with_config(config), uninterrupted)
+    assert (uninterrupted / "config.json").read_bytes() == before
+
+
+def test_the_description_has_a_segment_for_each_start_that_trains(prepared, tmp_path, monkeypatch):
+    train_and_kill(prepared, tmp_path, monkeypatch, 3)
+    begun = load_description(tmp_path)
+    assert [segment["first_step"] for segment in begun["segments"]] == [1] and begun["data"]["train"]["images"] == 24
+    config = copy.deepcopy(prepared.config)
+    config["optimizer"]["learning_rate"] = 0.5
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "_train_round", killed)
+        with pytest.raises(Killed):
+            fit.train(prepared.with_config(config), tmp_path)
+    now = load_description(tmp_path)
+    assert now["training"]["optimizer"]["learning_rate"] == 0.5 and now["segments"][0] == begun["segments"][0]
+    assert now["segments"][1]["first_step"] == 4
+    assert now["segments"][1]["changed"] == {"optimizer.learning_rate": {"was": 0.001, "is": 0.5}}
+    config["seed"] = 1
+    with pytest.raises(CheckpointError, match="config.seed was 0, is 1"):
+        fit.train(prepared.with_config(config), tmp_path)
+    assert load_description(tmp_path) == now
+    renamed = PartOfSource(prepared.train, range(23))
+    with pytest.raises(CheckpointError, match=r"other training data \(24 images then, 23 now"):
+        fit.train(prepared._replace(train=renamed), tmp_path)
+    assert load_description(tmp_path) == now
 
 
 def test_a_folder_with_another_model_is_refused(prepared, uninterrupted):
@@ -324,3 +366,4 @@ def test_without_validation_the_newest_parameters_are_the_best(prepared, uninter
     last = restore_params(uninterrupted, "last")
     assert_same_trees(restore_params(tmp_path, "last"), last)
     assert_same_trees(restore_params(tmp_path, "best")["decoder"], last)
+    assert best_miou(tmp_path) is None

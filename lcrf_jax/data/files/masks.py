@@ -12,8 +12,10 @@ import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from lcrf_jax.data.example import VOID
+from lcrf_jax.data.files.depth import Stated, index_values, stated
 from lcrf_jax.data.files.images import opened
 from lcrf_jax.data.files.tags import read_text
 
@@ -37,15 +39,16 @@ def read_mask(
       ValueError: if the file is not an image, holds a colour that is not known, or an index is out of range.
     """
     with opened(path) as image:
+        said = stated(image)
         image.load()
-        if colours and image.mode not in ("L", "1", "I;16", "I"):
+        if colours and image.mode not in ("L", "1", "I;16", "I;16B", "I"):
             return _by_colour(np.asarray(image.convert("RGB")), colours, path)
-        if image.mode not in ("L", "P", "1", "I;16", "I"):
+        if image.mode not in ("L", "P", "1", "I;16", "I;16B", "I"):
             raise ValueError(
                 f"{path}: expected class indices (a grey or palette PNG), got mode {image.mode!r}; "
                 "colours cannot be told from classes: save the indices, or name the colours in a colours.csv"
             )
-        mask = np.array(image).astype(np.int64)
+        mask = _indices(image, said, num_classes, path)
     wrong = (mask >= num_classes) & (mask != VOID) | (mask < 0)
     if wrong.any():
         row, column = (int(i) for i in np.argwhere(wrong)[0])
@@ -54,6 +57,34 @@ def read_mask(
             f"{num_classes - 1} (there are {num_classes} classes with background) or {VOID} for void"
         )
     return mask.astype(np.uint8)
+
+
+def _indices(image: Image.Image, said: Stated, num_classes: int, path: str | os.PathLike) -> np.ndarray:
+    """The numbers of a grey or palette file, where it is sure that no program has numbered its palette anew."""
+    try:
+        mask = index_values(image, said)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if image.mode != "P":
+        return mask
+    used, palette = np.unique(mask), np.zeros((256, 3), np.int64)
+    given = np.array(image.getpalette("RGB") or (), np.int64).reshape(-1, 3)
+    palette[: len(given)] = given
+    greys = palette[used, 0]
+    is_grey = (palette[used] == greys[:, None]).all()
+    if is_grey and np.array_equal(greys, used):
+        return mask
+    # Programs that make files small number a palette anew: grey labels are then the greys, and no longer the numbers.
+    fits = is_grey and ((greys < num_classes) | (greys == VOID)).all() and ((greys > 0) & (greys < num_classes)).any()
+    if image.format == "GIF":
+        if not fits:
+            raise ValueError(f"{path}: GIF files may number their colours anew; save the mask as PNG, or name the colours in colours.csv")
+        return palette[mask, 0]
+    if fits and len(set(greys.tolist())) == len(greys):
+        raise ValueError(
+            f"{path}: its numbers {used.tolist()} have the greys {greys.tolist()}, and either may be the indices; save it as a grey PNG"
+        )
+    return mask
 
 
 def read_colours(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[tuple[int, int, int], int]:

@@ -5,6 +5,9 @@
     image,tags                                     tags.csv: a header, then one image a line, tags separated by ;
     barn/7.jpg,horse;person
 
+    image;tags                                     as spreadsheets write it in much of Europe, or with tabs; tags then
+    barn/7.jpg;horse,person                        separated by , or | or a quoted ;
+
     {"barn/7.jpg": ["horse", "person"]}            tags.json: or a list of objects like those of the next form
 
     {"image": "barn/7.jpg", "tags": ["horse"]}     tags.jsonl: one object a line
@@ -19,12 +22,15 @@ import csv
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from lcrf_jax.data.example import BACKGROUND, VOID
 
-TAG_FILES = ("tags.csv", "tags.json", "tags.jsonl")
+TAG_FILES = ("tags.csv", "tags.json", "tags.jsonl", "tags.tsv")
+# How tags are separated within a cell, by what separates the cells.
+_WITHIN = {",": ";", ";": "[;,|]", "\t": "[;,|]"}
 
 
 class TagRow(NamedTuple):
@@ -45,7 +51,7 @@ def read_tag_file(path: str | os.PathLike) -> dict[str, TagRow]:
     A row that repeats an earlier one is accepted, one that contradicts it is not.
 
     Args:
-      path: the file; its extension ``.csv``, ``.json`` or ``.jsonl`` says which form it has.
+      path: the file; its extension ``.csv``, ``.tsv``, ``.json`` or ``.jsonl`` says which form it has.
     Returns:
       dict from the image as it is written, with ``/`` between folders, to its TagRow.
     Raises:
@@ -53,7 +59,7 @@ def read_tag_file(path: str | os.PathLike) -> dict[str, TagRow]:
     """
     path = Path(path)
     if path.suffix.lower() not in _READERS:
-        raise ValueError(f"{path}: expected a tag file .csv, .json or .jsonl; rename it by its form")
+        raise ValueError(f"{path}: expected a tag file .csv, .tsv, .json or .jsonl; rename it by its form, or export it as CSV")
     rows: dict[str, TagRow] = {}
     for image, names, where in _READERS[path.suffix.lower()](path):
         image = image.strip().replace("\\", "/").removeprefix("./")
@@ -141,11 +147,17 @@ def _tags(names: list[str], where: str) -> tuple[str, ...]:
 
 
 def _csv_rows(path):
-    rows, header = csv.reader(io.StringIO(read_text(path)), strict=True), None
+    text, before = read_text(path), 0
+    if re.match(r"sep=.\n", text):  # how spreadsheets note their delimiter
+        text, before = text[6:], 1
+    delimiter = _delimiter(text)
+    rows, header = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True), None
     try:
         for row in rows:
-            where = f"{path}, line {rows.line_num}"
+            where = f"{path}, line {rows.line_num + before}"
             row = [cell.strip() for cell in row]
+            while len(row) > 2 and not row[-1]:  # spreadsheets fill up with empty cells
+                row.pop()
             if not any(row):
                 continue
             if header is None:
@@ -158,14 +170,25 @@ def _csv_rows(path):
                 continue
             if len(row) != 2:
                 raise ValueError(
-                    f"{where}: expected 'image,tag;tag', got {len(row)} column(s): {','.join(row)!r}; "
-                    "separate the image by a comma and the tags by semicolons"
+                    f"{where}: expected {'image,tag;tag' if delimiter == ',' else 'two columns, image and tags'!r}, got {len(row)} "
+                    f"column(s): {delimiter.join(row)!r}; separate the image by a {'comma' if delimiter == ',' else repr(delimiter)} "
+                    f"and the tags by {'semicolons' if delimiter == ',' else 'commas'}"
                 )
-            yield row[0], row[1].split(";"), where
+            yield row[0], re.split(_WITHIN[delimiter], row[1]), where
     except csv.Error as error:
-        raise ValueError(f"{path}, line {rows.line_num}: not comma-separated text ({error})") from error
+        raise ValueError(f"{path}, line {rows.line_num + before}: not comma-separated text ({error})") from error
     if header is None:
         raise ValueError(f"{path} is empty; expected the header 'image,tags' and one row an image")
+
+
+def _delimiter(text):
+    """What separates the columns of the header, a comma where it is none of these."""
+    header = next((line for line in text.split("\n") if line.strip()), "")
+    for delimiter in _WITHIN:
+        cells = [cell.strip().strip('"').lower() for cell in header.split(delimiter)]
+        if cells[:2] == ["image", "tags"] and not any(cells[2:]):
+            return delimiter
+    return ","
 
 
 def _json_rows(path):
@@ -214,4 +237,4 @@ def _names(names, where):
     return names
 
 
-_READERS = {".csv": _csv_rows, ".json": _json_rows, ".jsonl": _json_line_rows}
+_READERS = {".csv": _csv_rows, ".tsv": _csv_rows, ".json": _json_rows, ".jsonl": _json_line_rows}

@@ -2,12 +2,13 @@
 
 ::
 
-    FOLDER/**/*.jpg                    photographs: any names, any depth, .jpg .png .webp .bmp .tif .gif
-    FOLDER/tags.csv                    or tags.json or tags.jsonl, see `lcrf_jax.data.files.tags`; or none, and then
+    FOLDER/**/*.jpg                    photographs: any names, any depth, any format that Pillow opens
+    FOLDER/tags.csv                    or tags.json, tags.jsonl or tags.tsv, see `lcrf_jax.data.files.tags`; or none, and then
     FOLDER/horse/**/*.jpg              the first folder of a photograph is its only tag, "background" is none
-    FOLDER/classes.txt                 optional: background, then a class a line; else the classes are those of the tags
-    FOLDER/train.txt, FOLDER/val.txt   optional: photographs of the splits, one a line
-    FOLDER/masks/**/*.png              optional: the mask of a photograph has its name and folder
+    FOLDER/classes.txt                 background, then a class a line; without it the classes are those of the tags, and
+                                       it has to be there where names look doubtful, or where masks hold indices
+    FOLDER/train.txt, FOLDER/val.txt   optional: photographs of the splits, one a line, with their masks in a second column
+    FOLDER/masks/**/*.png              optional: the mask of a photograph has its name and folder; .tif, .bmp and .gif too
     FOLDER/colours.csv                 optional: the colours of the masks, see `lcrf_jax.data.files.masks.read_colours`
 
 In tag files and lists a photograph is named by its path within the folder. The extension and the first folders may be
@@ -25,10 +26,13 @@ from typing import Any
 import numpy as np
 
 from lcrf_jax.data.example import Example
+from lcrf_jax.data.files.finding import meant, meant_path
 from lcrf_jax.data.files.images import read_turned_image
 from lcrf_jax.data.files.masks import fit_mask, read_mask, refuse_black_and_white
 from lcrf_jax.data.files.tags import some
-from lcrf_jax.data.sources.listing import SPLITS, Listing, scan_folder
+from lcrf_jax.data.sources.listing import Listing, scan_folder
+from lcrf_jax.data.sources.lists import SPLITS
+from lcrf_jax.machine.contents import content_digests
 
 
 class FolderSource:
@@ -39,6 +43,8 @@ class FolderSource:
       split: ``train``, ``val``, or the name of another list in the folder without ``.txt``.
       masks: whether examples carry masks; only then is a mask opened.
       missing_images: ``error`` refuses rows without a photograph, ``skip`` leaves them out.
+      untagged_in_masks: ``tell`` or ``accept``: what to make of masks that show classes that their photographs are not
+        tagged with, see `lcrf_jax.data.check.mask_doubts`.
       **options: of `scan_folder`.
     Raises:
       FileNotFoundError: if the folder, a photograph or (with ``masks``) a mask is missing.
@@ -52,8 +58,11 @@ class FolderSource:
         *,
         masks: bool = False,
         missing_images: str = "error",
+        untagged_in_masks: str = "tell",
         **options: Any,
     ) -> None:
+        if untagged_in_masks not in ("tell", "accept"):
+            raise ValueError(f"untagged_in_masks: expected 'tell' or 'accept', got {untagged_in_masks!r}")
         found = scan_folder(root, lists=(*SPLITS, split), **options)
         _refuse(found, missing_images)
         if split not in found.splits or not len(found.splits[split]):
@@ -62,11 +71,12 @@ class FolderSource:
         self.split, self.masks, self.class_names = split, masks, found.class_names
         self.names = tuple(found.images[row] for row in self._rows)
         self.left_out, self.untagged, self.tag_source = len(found.missing), found.untagged, found.tag_source
+        self.not_taken, self.untagged_in_masks = found.not_taken, untagged_in_masks
         without = [name for name in self.names if name not in found.masks] if masks else []
         if without:
             raise FileNotFoundError(
                 f"{found.root} has no mask for {some(without)} of the split {split!r}; add FOLDER/masks/NAME.png, or take "
-                "them off the list of the split"
+                f"them off the list of the split{_beside(found, without[0])}"
             )
 
     def __len__(self) -> int:
@@ -96,10 +106,9 @@ class FolderSource:
 
     @property
     def fingerprint(self) -> tuple:
-        """Tells whether photographs or masks changed: their names, sizes and times, without reading them."""
-        files = [*self.paths, *(self._found.masks[name] for name in self.names if self.masks)]
-        stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return ("photographs", str(self._found.root.resolve()), tuple(stats))
+        """Tells whether photographs or masks changed: what they hold, wherever they lie."""
+        masks = [self._found.masks[name] for name in self.names if self.masks]
+        return ("photographs", content_digests(self.paths), content_digests(masks), repr(self.masks and self._found.colours))
 
 
 def _refuse(found: Listing, missing_images: str) -> None:
@@ -118,8 +127,14 @@ def _no_split(found: Listing, split: str) -> str:
     """Why there is no such split."""
     there = [f"{name} ({len(rows)})" for name, rows in found.splits.items() if len(rows)]
     if split == "val" and not found.masks:
-        return f"{found.root} has no masks and no list val.txt, so there is no split 'val'"
+        near = "" if (found.root / "masks").is_dir() else meant_path(found.root / "masks")
+        return f"{found.root} has no masks and no list val.txt, so there is no split 'val'{near}"
     return (
         f"{found.root} has no photographs of the split {split!r}: the splits there are {', '.join(there) or 'none'}; "
-        f"write {split}.txt with a photograph a line"
+        f"write {split}.txt with a photograph a line{meant_path(found.root / f'{split}.txt')}"
     )
+
+
+def _beside(found: Listing, name: str) -> str:
+    """The mask nearest to the one that is missing."""
+    return meant(os.path.splitext(name)[0] + ".png", [os.path.relpath(path, found.root) for path in found.masks.values()])

@@ -5,23 +5,34 @@ All that is wrong with names, tags and lists is collected and told together; see
 
 from __future__ import annotations
 
-import hashlib
+import collections
 import os
-import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lcrf_jax.data.example import BACKGROUND, VOID, tag_vector
+from lcrf_jax.data.files.finding import (
+    ODD_LETTERS,
+    Found,
+    PhotographFinder,
+    files_below,
+    known_formats,
+    meant,
+    meant_path,
+    not_taken,
+    there,
+)  # fmt: skip
 from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.masks import read_colours
-from lcrf_jax.data.files.tags import TAG_FILES, TagRow, read_classes, read_tag_file, read_text, some
+from lcrf_jax.data.files.names import name_doubt, name_doubts
+from lcrf_jax.data.files.tags import TAG_FILES, TagRow, read_classes, read_tag_file, some
+from lcrf_jax.data.sources.lists import MOST_HINTS, SPLITS, Line, chosen_splits, listed_splits, read_lists
+from lcrf_jax.data.sources.mask_files import find_masks, masks_elsewhere
 
-SPLITS = ("train", "val")
-_ODD_LETTERS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # surrogates stand for bytes that are no UTF-8
+SPREADSHEETS = (".xlsx", ".xls", ".ods", ".xlsm", ".numbers")
 
 
 class Listing(NamedTuple):
@@ -37,6 +48,7 @@ class Listing(NamedTuple):
       colours: label of each colour in masks, or None where masks hold indices.
       tag_source: the tag file, or a word for folders of classes.
       untagged: photographs without a row in the tag file, which are left out.
+      not_taken: one line on files that are there and not used, or an empty string.
       missing: rows of tag file or lists without a photograph, one line each.
       problems: everything else that is wrong, one line each.
     """
@@ -50,6 +62,7 @@ class Listing(NamedTuple):
     colours: dict[tuple[int, int, int], int] | None
     tag_source: str
     untagged: tuple[str, ...]
+    not_taken: str
     missing: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -72,9 +85,11 @@ def scan_folder(
       tags: tag file, absolute or within the folder; by default tags.csv, tags.json or tags.jsonl, and where there is
         none, the first folder of each photograph is its tag.
       classes: file of the class names, absolute or within the folder; by default classes.txt, and where there is none,
-        the names in the tags in alphabetical order.
+        the names in the tags in alphabetical order. A file confirms the names: without it, names that look like slips are
+        problems, and so are masks of indices where there are two classes or more.
       mask_folder: folder of the masks, absolute or within the folder.
       colours: file of the colours of the masks, absolute or within the folder; by default colours.csv where it is there.
+        Files with these names, and the folder of the masks, may be written in capitals.
       lists: names of the splits that may have a list.
       val_share: where there are no lists, the share of all photographs that is the split val, if so many have masks.
       split_seed: seed of the choice of these photographs.
@@ -87,47 +102,60 @@ def scan_folder(
     root = _existing_folder(root)
     if not 0 <= val_share < 1:
         raise ValueError(f"val_share: expected a share in [0, 1), got {val_share}")
-    tag_file = _named(root, tags, "tags") or next((root / n for n in TAG_FILES if (root / n).is_file()), None)
-    class_file = _named(root, classes, "classes") or _if_there(root / "classes.txt")
-    colour_file = _named(root, colours, "colours") or _if_there(root / "colours.csv")
-    mask_root = root / Path(mask_folder).expanduser()
-    photographs, problems = _photographs(root, mask_root)
+    tag_files = [path for name in TAG_FILES if (path := _if_there(root, name))]
+    tag_file = _named(root, tags, "tags") or next(iter(tag_files), None)
+    class_file = _named(root, classes, "classes") or _if_there(root, "classes.txt")
+    colour_file = _named(root, colours, "colours") or _if_there(root, "colours.csv") or _if_there(root, "colors.csv")
+    mask_root = _mask_root(root, mask_folder)
+    lines = read_lists(root, lists)
+    found = files_below(root, leave=_of_masks(root, mask_root, lines).__contains__)
+    photographs, problems = _photographs(root, found, lines)
     if not photographs:
-        raise FileNotFoundError(f"{root} holds no photographs (.jpg, .png, .webp, .bmp, .tif, .gif), at any depth")
-    several = [path for path in (root / name for name in TAG_FILES) if path.is_file()]
-    if len(several) > 1 and not tags:
-        problems.append(f"{root} holds {', '.join(path.name for path in several)}; keep one, or name one")
+        raise FileNotFoundError(f"{root} holds no photographs ({known_formats()}), at any depth{_instead(found)}")
+    if len(tag_files) > 1 and not tags:
+        problems.append(f"{root} holds {', '.join(path.name for path in tag_files)}; keep one, or name one")
     finder = PhotographFinder(photographs)
     missing: list[str] = []
-    rows = _tagged(read_tag_file(tag_file), finder, missing, problems) if tag_file else {}
-    rows = rows or ({} if tag_file else _tags_by_folder(photographs, problems))
-    class_names, rows = _classes(class_file, rows, problems)
+    rows = _tagged(read_tag_file(tag_file), finder, found, missing, problems) if tag_file else {}
+    rows = rows or ({} if tag_file else _tags_by_folder(root, photographs, found, problems))
+    class_names, rows = _classes(class_file, rows, problems, of_folders=tag_file is None)
     images = tuple(sorted(rows))
     known = [[name for name in rows[image].tags if name in class_names] for image in images]
     vectors = [tag_vector(names, class_names) for names in known] if class_names else []
-    listed = {name: path for name in dict.fromkeys(lists) if (path := root / f"{name}.txt").is_file()}
-    mask_of = _masks(mask_root, images, problems)
+    masks = find_masks(mask_root, images)
+    problems += masks.problems + ([] if mask_root.is_dir() else masks_elsewhere(root, photographs))
+    splits, mask_of = listed_splits(lines, images, finder, missing, problems) if lines else ({}, {})
+    mask_of = masks.of | mask_of
+    if mask_of and class_file is None and colour_file is None and len(class_names) > 2:
+        problems.append(
+            f"{root}: masks hold indices, and no classes.txt says which class is which; write FOLDER/classes.txt, a class a "
+            f"line in the order of the indices (by their names it would be: {_several(class_names)})"
+        )
+    own = {path.name for path in (*tag_files, tag_file, class_file, colour_file) if path} | {f"{name}.txt" for name in lists}
     return Listing(
         root,
         class_names,
         images,
         np.array(vectors, bool).reshape(len(vectors), len(class_names)),
-        _listed_splits(listed, images, finder, missing, problems) if listed
-        else _chosen_splits(images, mask_of, val_share, split_seed),
+        splits if lines else chosen_splits(images, mask_of, val_share, split_seed),
         mask_of,
         read_colours(colour_file, class_names) if colour_file and class_names else None,
         str(tag_file) if tag_file else "folders of classes",
         tuple(name for name in photographs if name not in rows) if tag_file else (),
+        "; ".join(line for line in (not_taken(found, own=own), *masks.notes) if line),
         tuple(missing),
         tuple(problems),
-    )  # fmt: skip
+    )
 
 
 def _existing_folder(root: str | os.PathLike) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        raise FileNotFoundError(f"the data folder {root} {what}: give the folder that holds the photographs and tags.csv")
+        near = "" if root.exists() else meant_path(root)
+        raise FileNotFoundError(
+            f"the data folder {root} {what}: give the folder that holds the photographs and tags.csv{near}"
+        )
     return root
 
 
@@ -137,96 +165,101 @@ def _named(root: Path, name: str, option: str) -> Path | None:
         return None
     path = root / Path(name).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{option}: {path} does not exist; give a path, absolute or within {root}")
+        raise FileNotFoundError(
+            f"{option}: {path} does not exist; give a path, absolute or within {root}{meant_path(path)}"
+        )
     return path
 
 
-def _if_there(path: Path) -> Path | None:
-    return path if path.is_file() else None
+def _if_there(root: Path, name: str) -> Path | None:
+    path = there(root, name)
+    return path if path is not None and path.is_file() else None
 
 
-def _photographs(root: Path, mask_folder: Path) -> tuple[list[str], list[str]]:
-    """Paths of all photographs within the root, in order, and problems with names; hidden files are left out."""
-    found, problems, seen = [], [], set()
-    for folder, below, files in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen or place == os.path.realpath(mask_folder):
-            below.clear()
-            continue
-        seen.add(place)
-        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-        for name in files:
-            if is_photograph(name) and not name.startswith("."):
-                path = (Path(folder) / name).relative_to(root).as_posix()
-                if not _ODD_LETTERS.search(path):
-                    found.append(path)
-                else:
-                    problems.append(f"{root}: the file name {path!a} is not plain UTF-8 text; rename the file")
-    return sorted(found), problems
+def _mask_root(root: Path, mask_folder: str) -> Path:
+    """The folder of the masks; one that was named has to exist."""
+    path = root / Path(mask_folder).expanduser()
+    if path.is_dir():
+        return path
+    if mask_folder == "masks":
+        found = there(root, mask_folder)
+        return found if found is not None and found.is_dir() else path
+    raise FileNotFoundError(f"mask_folder: {path} is no folder; give a path, absolute or within {root}{meant_path(path)}")
 
 
-class PhotographFinder:
-    """Finds photographs by the names that tag files and lists give them: paths, or the ends of paths.
-
-    Args:
-      photographs: paths with ``/`` between folders.
-    """
-
-    def __init__(self, photographs: Sequence[str]) -> None:
-        self._exact = {unicodedata.normalize("NFC", path): path for path in photographs}
-        self._shorter: dict[str, list[str]] = {}
-        for path in photographs:
-            parts = os.path.splitext(path)[0].split("/"), path.split("/")
-            for name in {"/".join(part[start:]) for part in parts for start in range(len(part))} - {path}:
-                self._shorter.setdefault(unicodedata.normalize("NFC", name), []).append(path)
-
-    def candidates(self, name: str) -> list[str]:
-        """The photographs that a name may mean.
-
-        Args:
-          name: a path, or the end of a path, with or without its extension.
-        Returns:
-          Their paths: one if it is clear, none if there is none.
-        """
-        name = unicodedata.normalize("NFC", name)
-        return [self._exact[name]] if name in self._exact else self._shorter.get(name, [])
+def _of_masks(root: Path, mask_root: Path, lists: dict[str, list[Line]]) -> set[str]:
+    """Real paths of the folders that hold masks and no photographs."""
+    lines = [line for part in lists.values() for line in part]
+    folders = {os.path.realpath(line.mask.parent) for line in lines if line.mask is not None}
+    photographs = {os.path.realpath((root / line.name).parent) for line in lines}
+    return {os.path.realpath(mask_root)} | (folders - photographs - {os.path.realpath(root)})
 
 
-def _tagged(rows: dict[str, TagRow], finder: PhotographFinder, missing: list, problems: list) -> dict[str, TagRow]:
+def _photographs(root: Path, found: Found, lists: dict[str, list[Line]]) -> tuple[list[str], list[str]]:
+    """Paths of all photographs within the root, in order, and problems with names; masks of lists are left out."""
+    masks = {str(line.mask) for part in lists.values() for line in part if line.mask is not None}
+    paths = [path for path in found.photographs if not masks or str(root / path) not in masks]
+    problems = [
+        f"{root}: the file name {path!a} is not plain UTF-8 text; rename the file" for path in paths if ODD_LETTERS.search(path)
+    ]
+    return [path for path in paths if not ODD_LETTERS.search(path)], problems
+
+
+def _instead(found: Found) -> str:
+    line = not_taken(found)
+    return f" ({line})" if line else ""
+
+
+def _tagged(
+    rows: dict[str, TagRow], finder: PhotographFinder, found: Found, missing: list, problems: list
+) -> dict[str, TagRow]:
     """The rows of a tag file by photograph."""
-    found: dict[str, TagRow] = {}
+    tagged: dict[str, TagRow] = {}
+    others = [path for path in found.files if not is_photograph(path)]
     for name, row in rows.items():
         candidates = finder.candidates(name)
         if not candidates:
-            missing.append(f"{row.where}: there is no photograph {name!r}; add it or remove the row")
+            hint = finder.meant(name, others) if len(missing) < MOST_HINTS else ""
+            missing.append(f"{row.where}: there is no photograph {name!r}{hint}; add it or remove the row")
         elif len(candidates) > 1:
             problems.append(f"{row.where}: {name!r} may be {some(candidates)}; write the whole path")
-        elif candidates[0] in found and set(found[candidates[0]].tags) != set(row.tags):
+        elif candidates[0] in tagged and set(tagged[candidates[0]].tags) != set(row.tags):
             problems.append(f"{row.where}: {candidates[0]!r} has other tags in another row; keep one")
         else:
-            found[candidates[0]] = row
-    return found
+            tagged[candidates[0]] = row
+    return tagged
 
 
-def _tags_by_folder(photographs: list[str], problems: list) -> dict[str, TagRow]:
+def _tags_by_folder(root: Path, photographs: list[str], there_is: Found, problems: list) -> dict[str, TagRow]:
     """The first folder of each photograph as its tag, below a folder for each split where these are there."""
     top = {path.split("/", 1)[0] for path in photographs if "/" in path}
-    found = {}
+    rows, loose = {}, []
     for path in photographs:
         parts = path.split("/")
         if top <= set(SPLITS):
             parts = parts[1:]
         if len(parts) < 2:
-            problems.append(f"{path}: there is no tag file, and the photograph lies in no folder of a class; write a tags.csv")
+            loose.append(path)
             continue
-        found[path] = TagRow(() if parts[0].casefold() == BACKGROUND else (parts[0],), path)
-    if len(problems) > 20:
-        problems[20:] = [f"and {len(problems) - 20} more"]
-    return found
+        rows[path] = TagRow(() if parts[0].casefold() == BACKGROUND else (parts[0],), path)
+    sheets = [path for path in there_is.files if os.path.splitext(path)[1].lower() in SPREADSHEETS and "/" not in path]
+    if sheets and (loose or any(os.path.splitext(path)[0].casefold() == "tags" for path in sheets)):
+        problems.append(
+            f"{root} holds no tag file but the spreadsheet {some(sheets)}; export its sheet as CSV (UTF-8) to {root / 'tags.csv'}, "
+            "with the columns image and tags, tags separated by semicolons"
+        )
+        return {}
+    if loose:
+        near = meant("tags.csv", [path for path in there_is.files if not is_photograph(path)])
+        problems.append(
+            f"{some(loose)}: there is no tag file{near}, and {'these' if len(loose) > 1 else 'this'} "
+            f"{len(loose)} of {len(photographs)} photographs lie in no folder of a class; write a tags.csv"
+        )
+    return rows
 
 
 def _classes(
-    class_file: Path | None, rows: dict[str, TagRow], problems: list[str]
+    class_file: Path | None, rows: dict[str, TagRow], problems: list[str], *, of_folders: bool
 ) -> tuple[tuple[str, ...], dict[str, TagRow]]:
     """(class names, rows): of the file, or those that occur."""
     used: dict[str, str] = {}
@@ -237,17 +270,17 @@ def _classes(
         class_names = read_classes(class_file)
         for name, where in used.items():
             if name not in class_names:
+                why = name_doubt(name, class_names[1:])
                 problems.append(
-                    f"{where}: unknown class {name!r}: expected one of {', '.join(class_names[1:])}; correct the tag, or add "
-                    f"the class to {class_file.name}; tags are separated by ;"
+                    f"{where}: unknown class {name!r}: expected one of {_several(class_names[1:])}"
+                    f"{f' ({why})' if why else meant(name, class_names)}; "
+                    f"correct the tag, or add the class to {class_file.name}; tags are separated by ;"
                 )
         return class_names, rows
-    spelt: dict[str, str] = {}
-    for name in sorted(used):
-        plain = " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").split())
-        if plain in spelt:
-            problems.append(f"{used[name]}: the tags {spelt[plain]!r} and {name!r} differ in spelling alone; choose one")
-        spelt.setdefault(plain, name)
+    counts = collections.Counter(name for row in rows.values() for name in row.tags)
+    problems += name_doubts(used, counts, of_folders=of_folders) if len(used) < VOID else []
+    if not used and problems:
+        return (), rows  # told already
     if not used:
         problems.append("no photograph has a tag: nothing can be learnt; write tags, or check the names in the tag file")
     elif len(used) >= VOID:
@@ -257,62 +290,5 @@ def _classes(
     return (), rows
 
 
-def _listed_splits(lists, images, finder, missing, problems):
-    """The positions of the listed photographs; what is not listed belongs to train or val where that has no list."""
-    position, splits, of_split = {name: at for at, name in enumerate(images)}, {}, {}
-    for split, path in lists.items():
-        rows = set()
-        for line, name in enumerate(read_text(path).splitlines(), 1):
-            name, where = name.strip().replace("\\", "/").removeprefix("./"), f"{path}, line {line}"
-            candidates = finder.candidates(name) if name else []
-            if name and not candidates:
-                missing.append(f"{where}: there is no photograph {name!r}; add it or remove the line")
-            elif len(candidates) > 1:
-                problems.append(f"{where}: {name!r} may be {some(candidates)}; write the whole path")
-            elif candidates and candidates[0] not in position:
-                problems.append(f"{where}: {candidates[0]!r} has no row in the tag file; add one, without tags if it shows none")
-            elif candidates:
-                rows.add(position[candidates[0]])
-                other = of_split.setdefault(candidates[0], split)
-                if split in SPLITS and other in SPLITS and other != split:
-                    problems.append(f"{where}: {candidates[0]!r} stands in {lists[other].name} too; keep it in one")
-        splits[split] = np.array(sorted(rows), np.int64)
-    taken = {row for name in SPLITS for row in splits.get(name, ())}
-    rest = np.array([row for row in range(len(images)) if row not in taken], np.int64)
-    for split in SPLITS:
-        if split not in splits and len(rest):
-            splits[split] = rest
-            break
-    return splits
-
-
-def _chosen_splits(images, mask_of, share, seed):
-    """Splits by folder where there are folders train and val, else by chance among those with masks."""
-    top = [name.split("/", 1)[0] if "/" in name else "" for name in images]
-    if set(top) == set(SPLITS):
-        return {split: np.flatnonzero(np.array(top) == split) for split in SPLITS}
-    order = sorted(images, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    chosen = set([name for name in order if name in mask_of][: round(share * len(images))])
-    is_val = np.array([name in chosen for name in images], bool)
-    return {"train": np.flatnonzero(~is_val), "val": np.flatnonzero(is_val)}
-
-
-def _masks(folder: Path, images: tuple[str, ...], problems: list) -> dict[str, Path]:
-    """The mask of each photograph that has one: of its path, or of its path below its first folder."""
-    found: dict[str, Path] = {}
-    owner: dict[Path, str] = {}
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")} if folder.is_dir() else set()
-    for name in images if there else ():
-        stem = os.path.splitext(name)[0]
-        for candidate in (f"{stem}.png", f"{stem.split('/', 1)[-1]}.png"):
-            if candidate in there:
-                found[name] = folder / candidate
-                other = owner.setdefault(found[name], name)
-                if other != name:
-                    problems.append(f"{found[name]} is the mask of {other} and of {name}; put masks in folders like the photographs")
-                break
-    if there and not found:
-        problems.append(
-            f"{folder}: no mask has the name of a photograph with tags ({some(sorted(there))}); name them NAME.png, like the photographs"
-        )
-    return found
+def _several(names: Collection[str]) -> str:
+    return ", ".join(" ".join(name.split()) for name in list(names)[:12]) + (", ..." if len(names) > 12 else "")

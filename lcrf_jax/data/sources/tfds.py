@@ -19,6 +19,7 @@ from PIL import Image
 
 from lcrf_jax.data.example import BACKGROUND, VOID, Example
 from lcrf_jax.data.files.images import opened_as_rgb
+from lcrf_jax.machine.contents import content_digests
 
 MASK_MEANINGS = ("index", "trimap")
 
@@ -83,7 +84,8 @@ class TfdsSource:
         self._label_names = label.names
         self.split, self.masks = split, masks
         self._image, self._labels, self._mask, self._meaning = image, labels, mask, mask_meaning
-        self._identity = (str(folder), str(builder.version), builder.info.splits[split].num_examples)
+        shards = sorted(path for path in Path(folder).rglob("*array_record*") if path.is_file())
+        self._identity = (str(builder.version), builder.info.splits[split].num_examples, shards)
         self._known: tuple | None = None
 
     def __len__(self) -> int:
@@ -112,8 +114,9 @@ class TfdsSource:
 
     @property
     def fingerprint(self) -> tuple:
-        """Folder and version of the data set, which do not change once it is prepared."""
-        return ("tfds", *self._identity, self.split, self._image, self._labels, self.masks and (self._mask, self._meaning))
+        """Version and content of the data set, wherever it lies."""
+        *identity, shards = self._identity
+        return ("tfds", *identity, content_digests(shards), self.split, self._image, self._labels, self.masks and (self._mask, self._meaning))
 
     def _all(self):
         if self._known is None:

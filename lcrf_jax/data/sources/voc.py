@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from lcrf_jax.data.example import Example, tag_vector
-from lcrf_jax.data.files.images import read_turned_image
+from lcrf_jax.data.files.finding import files_below, meant, meant_path, not_taken
+from lcrf_jax.data.files.images import is_photograph, read_turned_image
 from lcrf_jax.data.files.masks import fit_mask, read_mask, refuse_black_and_white
 from lcrf_jax.data.files.tags import read_classes, read_tag_file, read_text, some
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+from lcrf_jax.data.sources.mask_files import find_masks
+from lcrf_jax.machine.contents import content_digests
 
 
 class VocSource:
@@ -35,6 +36,7 @@ class VocSource:
       root: the folder.
       split: name of the list in ``ImageSets/Segmentation`` without ``.txt``.
       masks: whether examples carry masks; only then is ``SegmentationClass`` looked at.
+      untagged_in_masks: ``tell`` or ``accept``, see `lcrf_jax.data.check.mask_doubts`.
     Raises:
       FileNotFoundError: if the folder, a list, a photograph or (with ``masks``) a mask is missing.
       ValueError: if a file cannot be read or the files do not fit together.
@@ -42,18 +44,22 @@ class VocSource:
       Everingham et al., The PASCAL Visual Object Classes Challenge 2012, development kit.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, *, masks: bool = False) -> None:
+    def __init__(
+        self, root: str | os.PathLike, split: str, *, masks: bool = False, untagged_in_masks: str = "tell"
+    ) -> None:
+        if untagged_in_masks not in ("tell", "accept"):
+            raise ValueError(f"untagged_in_masks: expected 'tell' or 'accept', got {untagged_in_masks!r}")
         self._root = check_folder(root, split)
         self.split = split
-        self.masks = masks
+        self.masks, self.untagged_in_masks = masks, untagged_in_masks
         self.class_names = read_classes(self._root / "classes.txt")
         self.names = read_split(self._root / "ImageSets" / "Segmentation" / f"{split}.txt")
         tags = read_tags(self._root / "tags.csv", self.class_names)
         _check_tagged(self.names, tags, self._root / "tags.csv", split)
         self._tags = np.stack([tags[name] for name in self.names])
         self._images = _find_images(self._root / "JPEGImages", self.names, split)
-        if masks:
-            _check_masks_exist(self._root / "SegmentationClass", self.names, split)
+        self.not_taken = not_taken(files_below(self._root / "JPEGImages"))
+        self._masks = _find_masks(self._root / "SegmentationClass", self.names, split) if masks else {}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -67,7 +73,7 @@ class VocSource:
         image, turn = read_turned_image(self._images[index])
         mask = None
         if self.masks:
-            path = self._mask_path(name)
+            path = self._masks[name]
             mask = read_mask(path, len(self.class_names))
             refuse_black_and_white(mask, self._tags[index], path)
             mask = fit_mask(mask, image.shape[:2], turn, path, self._images[index])
@@ -85,13 +91,9 @@ class VocSource:
 
     @property
     def fingerprint(self) -> tuple:
-        """Tells whether photographs or masks changed: their names, sizes and times, without reading them."""
-        files = [*self._images, *(self._mask_path(name) for name in self.names if self.masks)]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return ("folder", str(self._root.resolve()), tuple(stats))
-
-    def _mask_path(self, name: str) -> Path:
-        return self._root / "SegmentationClass" / f"{name}.png"
+        """Tells whether photographs or masks changed: what they hold, wherever they lie."""
+        masks = [self._masks[name] for name in self.names if self.masks]
+        return ("photographs", content_digests(self._images), content_digests(masks))
 
 
 def check_folder(root: str | os.PathLike, split: str) -> Path:
@@ -149,7 +151,7 @@ def read_split(path: str | os.PathLike) -> tuple[str, ...]:
             raise ValueError(
                 f"{path}, line {line}: {name!r} stands on line {first_line[name]} already; remove one"
             )
-        if "/" in name or "\\" in name or name.endswith(EXTENSIONS):
+        if "/" in name or "\\" in name or is_photograph(name):
             raise ValueError(
                 f"{path}, line {line}: expected an id such as 2007_000032, got {name!r}; "
                 "write the file name without folder and extension"
@@ -177,7 +179,7 @@ def read_tags(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[str
     """
     tags: dict[str, np.ndarray] = {}
     for image, row in read_tag_file(path).items():
-        name = image.rsplit(".", 1)[0] if image.endswith(EXTENSIONS) else image
+        name = image.rsplit(".", 1)[0] if is_photograph(image) else image
         try:
             vector = tag_vector(row.tags, class_names)
         except ValueError as error:
@@ -204,14 +206,14 @@ def _find_images(folder: Path, names: tuple[str, ...], split: str) -> tuple[Path
     """The photograph of every id."""
     found: dict[str, list[str]] = {}
     for entry in os.listdir(folder):
-        stem, extension = os.path.splitext(entry)
-        if extension in EXTENSIONS:
+        stem = os.path.splitext(entry)[0]
+        if is_photograph(entry) and not entry.startswith("."):
             found.setdefault(stem, []).append(entry)
     missing = [name for name in names if name not in found]
     if missing:
         raise FileNotFoundError(
             f"{folder} has no photograph for {some(missing)} of the split {split!r}; add "
-            f"<id>.jpg or take the id off ImageSets/Segmentation/{split}.txt"
+            f"<id>.jpg or take the id off ImageSets/Segmentation/{split}.txt{meant(missing[0], os.listdir(folder))}"
         )
     for name in names:
         if len(found[name]) > 1:
@@ -222,12 +224,17 @@ def _find_images(folder: Path, names: tuple[str, ...], split: str) -> tuple[Path
     return tuple(folder / found[name][0] for name in names)
 
 
-def _check_masks_exist(folder: Path, names: tuple[str, ...], split: str) -> None:
-    """Every id has a mask."""
-    present = set(os.listdir(folder)) if folder.is_dir() else set()
-    missing = [name for name in names if f"{name}.png" not in present]
+def _find_masks(folder: Path, names: tuple[str, ...], split: str) -> dict[str, Path]:
+    """The mask of every id."""
+    found = find_masks(folder, names)
+    missing = [name for name in names if name not in found.of]
     if missing:
+        near = meant(f"{missing[0]}.png", os.listdir(folder)) if folder.is_dir() else meant_path(folder)
+        more = "".join(f" ({line})" for line in found.problems)
         raise FileNotFoundError(
             f"{folder} has no mask for {some(missing)} of the split {split!r}; open the split "
-            "with masks=False, or add <id>.png with class indices"
+            f"with masks=False, or add <id>.png with class indices{near}{more}"
         )
+    if found.problems:
+        raise ValueError("\n".join(found.problems))
+    return found.of

@@ -1,0 +1,140 @@
+"""Settings of a configuration that cannot be, told before data is read: their ranges, and names that nothing knows."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.data.check import MODES
+from lcrf_jax.machine.errors import SettingError, nearest
+from lcrf_jax.numerics import check_number
+from lcrf_jax.runfolder.segments import flat_settings
+
+# name: (least, whether it is allowed itself, whether whole numbers alone are). Ranges that the functions check which
+# take the numbers, before features are computed, are not repeated here.
+_RANGES = {
+    "seed": (0, True, True),
+    "batch_size": (1, True, True),
+    "accumulation_steps": (1, True, True),
+    "max_skipped_in_a_row": (1, True, True),
+    "num_threads": (0, True, True),
+    "log_every_steps": (1, True, True),
+    "eval_every_epochs": (1, True, True),
+    "save_every_steps": (1, True, True),
+    "least_steps": (0, True, True),
+    "rounds": (1, True, True),
+    "views.num_views": (1, True, True),
+    "views.seed": (0, True, True),
+    "classifier.l2": (0, True, False),
+    "class_maps.grid": (1, True, True),
+    "objective.likelihood_weight": (0, True, False),
+    "objective.entropy_weight": (0, True, False),
+    "objective.pairwise_weight": (0, True, False),
+    "baselines.cues.foreground_level": (0, True, False),
+    "baselines.cues.background_share": (0, True, False),
+    "baselines.saliency.image_size": (2, True, True),
+    "baselines.saliency.contrast": (0, True, False),
+    "baselines.saliency.level": (0, True, False),
+    "posterior.unary_weight": (0, True, False),
+    "posterior.tempering": (0, False, False),
+    "posterior.num_iterations": (0, True, True),
+    "optimizer.learning_rate": (0, False, False),
+    "optimizer.warmup_steps": (0, True, True),
+    "optimizer.final_share": (0, True, False),
+    "optimizer.weight_decay": (0, True, False),
+    "optimizer.clip_norm": (0, False, False),
+    "inference.max_side": (1, True, True),
+    "inference.unary_weight": (0, True, False),
+    "inference.num_iterations": (0, True, True),
+}
+_KERNELS = ("objective.kernel", "posterior.kernel", "inference.kernel", "baselines.sec.kernel")
+_SIZES = ("inference.input_sizes", "class_maps.extra_sizes")
+# Their entries depend on other settings, and are looked at where these are known.
+_FREE = ("data.options",)
+
+
+def check_settings(config: Mapping[str, Any]) -> None:
+    """Refuse numbers and words that cannot be trained with; settings that are not there are not looked at.
+
+    Args:
+      config: the configuration, see `experiments/configs`.
+
+    Raises:
+      SettingError: the message names the setting, what was expected and what came.
+    """
+    flat = flat_settings(dict(config))
+    with told_as_settings():
+        for name, (least, included, whole) in _RANGES.items():
+            if name in flat:
+                check_number(
+                    name, flat[name], minimum=least, strict=not included, whole=whole,
+                    remedy="experiments/configs/base.py says what it means",
+                )  # fmt: skip
+        for name in _KERNELS:
+            if (kernel := _at(config, name)) is not None:
+                _check_kernel(name, kernel)
+        for name in _SIZES:
+            _check_sizes(name, _at(config, name), least=1 if name == "inference.input_sizes" else 0)
+    if flat.get("data.val_split") and flat["data.val_split"] == flat.get("data.train_split"):
+        raise SettingError(
+            f"data.val_split: expected another split than {flat['data.train_split']!r}, which is trained on: best/ would be chosen by "
+            "its masks; experiments.evaluate --split scores it when the run is finished"
+        )
+    mode = flat.get("data.on_bad_image", "error")
+    if mode not in MODES:
+        raise SettingError(f"data.on_bad_image: expected one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
+
+
+def check_names(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse settings that nothing knows: a name that is misspelt in a file would be dropped without a word.
+
+    Args:
+      config: the configuration.
+      known: one with every setting.
+
+    Raises:
+      SettingError: the message names the setting, and the nearest that there is.
+    """
+    names = flat_settings(dict(known))
+    for name in flat_settings(dict(config)):
+        if name not in names and not any(name.startswith(f"{free}.") for free in _FREE):
+            raise SettingError(f"config.{name}: there is no such setting{nearest(name, names)}; experiments/configs/base.py has all")
+
+
+@contextlib.contextmanager
+def told_as_settings() -> Iterator[None]:
+    """What functions of the pure rooms refuse while settings are tried on them, is refused as a setting.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      SettingError: for a ValueError or TypeError inside.
+    """
+    try:
+        yield
+    except SettingError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise SettingError(str(error)) from error
+
+
+def _check_kernel(name, kernel):
+    params = KernelParams(**kernel)
+    for field, value in params._asdict().items():
+        width = field.endswith("width")
+        check_number(f"{name}.{field}", value, minimum=0, strict=width, remedy="widths are above 0, weights 0 or more")
+
+
+def _check_sizes(name, sizes, *, least):
+    if sizes is None:
+        return
+    if not isinstance(sizes, tuple | list) or len(sizes) < least or not all(isinstance(s, int) and s >= 1 for s in sizes):
+        raise SettingError(f"{name}: expected {'one or more ' if least else ''}sizes in pixels, such as (320,), got {sizes!r}")
+
+
+def _at(config, name):
+    """The setting of a dotted name, or None."""
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, Mapping) else None
+    return config

@@ -1,0 +1,108 @@
+"""Every setting is used or refused."""
+
+import pytest
+
+from experiments.configs import base, textures
+from lcrf_jax.data.sources.textures import TexturesSource
+from lcrf_jax.machine.errors import SettingError, nearest
+from lcrf_jax.train.methods import METHODS
+from lcrf_jax.train.plan import planned_rounds, resolved_plan
+from lcrf_jax.train.settings import check_names, check_settings
+
+
+def settings(**changes):
+    config = textures.get_config().to_dict()
+    for path, value in changes.items():
+        *groups, name = path.split("__")
+        at = config
+        for group in groups:
+            at = at[group]
+        at[name] = value
+    return config
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"batch_size": 0}, r"batch_size: expected a finite number >= 1, got 0"),
+    ({"log_every_steps": 0}, "log_every_steps: .*>= 1, got 0"),
+    ({"save_every_steps": -1}, "save_every_steps: .*got -1"),
+    ({"eval_every_epochs": 0}, "eval_every_epochs: .*got 0"),
+    ({"seed": -1}, "seed: .*>= 0, got -1"),
+    ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate: .*got nan"),
+    ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate: .*> 0, got 0"),
+    ({"optimizer__clip_norm": 0.0}, "optimizer.clip_norm"),
+    ({"posterior__tempering": 0.0}, "posterior.tempering"),
+    ({"posterior__num_iterations": 2.5}, "posterior.num_iterations: .*2.5"),
+    ({"inference__input_sizes": ()}, r"inference.input_sizes: expected one or more sizes in pixels, .* got \(\)"),
+    ({"class_maps__extra_sizes": (0,)}, r"class_maps.extra_sizes: expected sizes in pixels"),
+    ({"posterior__kernel__bilateral_position_width": 0.0}, "posterior.kernel.bilateral_position_width: .*> 0"),
+    ({"inference__kernel__gaussian_weight": -1.0}, "inference.kernel.gaussian_weight: .*>= 0"),
+    ({"inference__kernel": {"sxy": 3}}, "unexpected keyword argument 'sxy'"),
+    ({"rounds": 0}, "rounds: .*>= 1, got 0"),
+    ({"data__val_split": "train"}, "data.val_split: expected another split than 'train', which is trained on"),
+    ({"data__on_bad_image": "skipp"}, "data.on_bad_image: expected one of error, skip, got 'skipp'; did you mean 'skip'"),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_numbers_and_words_that_cannot_be(changes, message):
+    with pytest.raises(SettingError, match=message):
+        check_settings(settings(**changes))
+
+
+def test_settings_that_can_be():
+    check_settings(settings())
+    check_settings({"batch_size": 8})  # what is not there is not looked at
+
+
+def test_a_name_that_nothing_knows_is_refused_with_the_nearest():
+    known = base.get_config().to_dict()
+    check_names(settings(), known)  # the options of data are those of their kind
+    with pytest.raises(SettingError, match=r"config.epoch: there is no such setting; did you mean 'epochs'\?"):
+        check_names(settings(epoch=3), known)
+    with pytest.raises(SettingError, match=r"config.optimizer.learning_rat: .* did you mean 'optimizer.learning_rate'\?"):
+        check_names(settings(optimizer__learning_rat=3), known)
+    assert nearest("zzz", known) == ""
+
+
+@pytest.mark.parametrize(("epochs", "message"), [
+    ((3,), r"epochs: expected 2 number\(s\), .*got \(3,\); write --config.epochs=3,3, or --config.rounds=1 if that is meant"),
+    ((2, 3, 4), r"expected 2 number\(s\), .*write --config.epochs=2,3, or --config.rounds=3"),
+    (3, r"epochs: expected a tuple of whole numbers, one for each round, such as \(4, 4\), got 3"),
+    ((2.5, 1), r"expected a tuple of whole numbers"),
+    (("a", "b"), r"expected a tuple of whole numbers"),
+])
+def test_epochs_of_another_number_of_rounds_are_refused(epochs, message):
+    with pytest.raises(SettingError, match=message):
+        planned_rounds(settings(epochs=epochs), 160)
+
+
+def test_rounds_are_what_the_configuration_says():
+    assert len(planned_rounds(settings(epochs=(3,), rounds=1), 160)) == 1
+    [only] = planned_rounds(settings(epochs=(3,), method="sec"), 160)  # one round, of all the epochs
+    assert only.epochs == 3
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"inference__input_sizes": (192, 100)}, r"inference.input_sizes: expected a multiple of 32, got 100"),
+    ({"class_maps__extra_sizes": (16,)}, r"class_maps.extra_sizes: expected a multiple of 32, got 16"),
+    ({"method": "ccnn", "baselines__ccnn__slack": -1.0}, r"slack: expected a finite number >= 0"),
+    ({"objective__likelihood_options__evidence__sharpnes": 2.0}, "sharpnes"),
+    ({"objective__likelihood_options__evidence__background_level": -2.0}, "background_level"),
+    ({"objective__likelihood": "gwrp", "objective__likelihood_options__gwrp__foreground_decay": 2.0}, "foreground_decay"),
+    ({"method": "sec", "baselines__sec__num_iterations": -1}, "num_iterations"),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")
+def test_what_losses_and_networks_refuse_is_a_setting(changes, message):
+    source = TexturesSource("train", num_train=16)
+    with pytest.raises(SettingError, match=message):
+        resolved_plan(settings(**changes), source.class_names, source.tags)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_settings_of_every_method_can_be(method):
+    source = TexturesSource("train", num_train=16)
+    assert resolved_plan(settings(method=method), source.class_names, source.tags).method is METHODS[method]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["straight_through", "reinforce", "mean", "exact", "mcmc"])
+def test_the_settings_of_every_estimator_can_be(estimator):
+    source = TexturesSource("train", num_train=16)
+    given = settings(objective__estimator=estimator, objective__num_samples=2, objective__noise_block=1)
+    assert resolved_plan(given, source.class_names, source.tags).config is given
