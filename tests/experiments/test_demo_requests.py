@@ -83,7 +83,7 @@ REFUSED = {
     "a bomb": ("", bomb(9_000, 9_000), 413, "9000 x 9000 pixels; at most 0.1 million"),
     "a larger bomb": ("", bomb(20_000, 20_000), 413, "at most 0.1 million are taken here: scale it down"),
     "very wide": ("", file_of(grey(1, 70_000)), 413, "70000 x 1 pixels; a side may have 16,000 here: scale it down"),
-    "a range that is not known": ("", file_of(Image.new("F", (9, 9)), "TIFF"), 400, "8 bits a channel"),
+    "a range that is not known": ("", file_of(Image.new("F", (9, 9), -1e6), "TIFF"), 400, "the photograph"),
     "large file": ("", b"x" * 200_001, 413, "larger than 0.2 MB: scale the photograph down"),
     "a slider of text": ("?bilateral_weight=x", file_of(grey(9, 9)), 400, "weight of position and colour: expected 0 to 20, got 'x'"),
     "a slider of nan": ("?bilateral_weight=nan", file_of(grey(9, 9)), 400, "expected 0 to 20"),
