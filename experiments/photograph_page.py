@@ -1,7 +1,9 @@
-"""A page where one drops a photograph and sees its mask: the network behind it, the requests, and the server."""
+"""A page where one drops a photograph and sees its mask: its HTML, the network behind it, and what it shows."""
 
+import contextlib
 import io
 import threading
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -26,8 +28,24 @@ SLIDERS = (
 )
 
 
+# The only decoders that an uploaded file meets; Pillow has forty more, some of which start other programs.
+FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "TIFF": "image/tiff",
+           "GIF": "image/gif"}  # fmt: skip
+MOST_SIDE = 16_000  # pixels; what the page shows are JPEG files, which have at most 65,500
+MOST_WAITING = 8  # photographs at once, each with its file in memory
+
+
 class Refused(ValueError):
-    """A request that cannot be done; the message is for the person at the page."""
+    """A request that cannot be done; the message is for the person at the page.
+
+    Args:
+      message: what was expected, what came, and the remedy.
+      code: of HTTP.
+    """
+
+    def __init__(self, message, code=400):
+        super().__init__(message)
+        self.code = code
 
 
 def slider_defaults(inference):
@@ -39,14 +57,18 @@ def slider_values(given):
     """The values of sliders that were moved.
 
     Args:
-      given: dict from a slider's name to text; other names are left out.
+      given: dict from a slider's name to text.
 
     Returns:
       dict from name to number.
 
     Raises:
-      Refused: if a value is no number or out of range.
+      Refused: if there is no such slider, or a value is no number or out of range.
     """
+    known = [name for name, *_ in SLIDERS]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise Refused(f"unknown setting {unknown[0][:40]!r}; there are crf, tag, {', '.join(known)}")
     values = {}
     for name, title, least, greatest, _ in SLIDERS:
         if name in given:
@@ -60,8 +82,65 @@ def slider_values(given):
     return values
 
 
+def decoded(content, max_pixels):
+    """The photograph of an uploaded file. Its head is looked at before any pixel is decoded.
+
+    Args:
+      content: bytes of the file.
+      max_pixels: larger photographs are refused.
+
+    Returns:
+      ([H, W, 3] uint8, a note on what is not shown of the file, or "").
+
+    Raises:
+      Refused: if it is no photograph, is damaged, or too large.
+    """
+    if not content:
+        raise Refused("the file is empty; choose another one, or copy it again")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
+            image = Image.open(io.BytesIO(content), formats=list(FORMATS))
+        with image:
+            _check_size(image.width, image.height, max_pixels)
+            # Cameras keep a preview beside the photograph, as MPO; that is no animation.
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+            note = "the first picture of several in the file" if animated else ""
+            return opened_as_rgb(image, "the photograph")[0], note
+    except (Refused, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise Refused(_too_large("many more", max_pixels), 413) from error
+    except Image.UnidentifiedImageError as error:
+        raise Refused(
+            "this is no photograph that can be read here, or is damaged: save it as a JPEG, PNG, WebP, BMP, TIFF or GIF file",
+            415,
+        ) from error
+    except Exception as error:  # decoders raise errors of every kind
+        if str(error).startswith("the photograph"):  # of a range of values that is not known
+            raise Refused(str(error)) from error
+        raise Refused("the file is damaged or cut short: copy it again, or save it anew as a JPEG file") from error
+
+
+def _check_size(width, height, max_pixels):
+    if width * height > max_pixels:
+        raise Refused(_too_large(f"{width} x {height}", max_pixels), 413)
+    if max(width, height) > MOST_SIDE:
+        raise Refused(
+            f"the photograph has {width} x {height} pixels; a side may have {MOST_SIDE:,} here: scale it down, cut it "
+            "into pieces, or use experiments.predict", 413
+        )  # fmt: skip
+
+
+def _too_large(size, max_pixels):
+    return (
+        f"the photograph has {size} pixels; at most {max_pixels / 1e6:g} million are taken here: scale it down, or use "
+        "experiments.predict"
+    )
+
+
 class Labeller:
-    """A trained network behind a lock: one photograph at a time.
+    """A trained network behind a lock: one photograph at a time is decoded, labelled and drawn.
 
     Args:
       description: of the run.
@@ -73,63 +152,62 @@ class Labeller:
         self.description, self._max_pixels = description, max_pixels
         self.class_names = tuple(description["class_names"])
         self._segmenter, self._lock = make_segmenter(description, params), threading.Lock()
-        self.label(np.zeros((64, 64, 3), np.uint8), {}, crf=False, tags=None)  # compiles what is the same for all sizes
+        self._places = threading.BoundedSemaphore(MOST_WAITING)
+        blank = np.zeros((64, 64, 3), np.uint8)
+        segment(self._segmenter, blank, crf=False)  # compiles what is the same for all sizes
 
-    def photograph(self, content):
-        """[H, W, 3] uint8 of an uploaded file.
+    @contextlib.contextmanager
+    def place(self):
+        """A place among those whose photographs wait; to be taken before the file is read into memory.
+
+        Raises:
+          Refused: if there is none.
+        """
+        if not self._places.acquire(blocking=False):
+            raise Refused(f"{MOST_WAITING} photographs are being worked on already; try again in a moment", 503)
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def answer(self, content, given, *, crf, tags):
+        """What the page shows of an uploaded file.
 
         Args:
           content: bytes of the file.
-
-        Returns:
-          The photograph.
-
-        Raises:
-          Refused: if it is none, or too large.
-        """
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                if image.width * image.height > self._max_pixels:
-                    raise Refused(
-                        f"the photograph has {image.width} x {image.height} pixels; at most "
-                        f"{self._max_pixels / 1e6:.0f} million are taken here: scale it down, "
-                        "or use experiments.predict"
-                    )
-                return opened_as_rgb(image, "the photograph")[0]
-        except Refused:
-            raise
-        except Exception as error:  # decoders raise errors of every kind
-            raise Refused("this is no photograph that can be read: send a JPEG, PNG, WebP, BMP or TIFF file") from error
-
-    def label(self, image, given, *, crf, tags):
-        """(labels, confidence) of a photograph.
-
-        Args:
-          image: [H, W, 3] uint8.
           given: dict from the name of a slider that was moved to text.
           crf: whether to refine.
           tags: names of the classes that may occur, or None.
 
         Returns:
-          ([H, W] uint8, [H, W] float16).
+          dict that JSON can hold, see `shown`, with a "note".
+
+        Raises:
+          Refused: if anything of these is not right.
         """
         values = slider_values(given)
         try:
             present = None if tags is None else tag_vector(tags, self.class_names)
         except ValueError as error:
             raise Refused(str(error)) from error
+        with self._lock:
+            image, note = decoded(content, self._max_pixels)
+            labels, confidence = self._labels(image, values, crf, present)
+            return {**shown(self.class_names, image, labels, confidence), "note": note}
+
+    def _labels(self, image, values, crf, present):
+        """([H, W] uint8 labels, [H, W] float16 confidence) of a photograph."""
         segmenter = self._segmenter
         if values:
             shape = working_size(image.shape[:2], segmenter.max_side)
             segmenter = segmenter._replace(refine=adjustable_refinement(self.description["inference"], values, shape))
-        with self._lock:
-            result = segment(segmenter, image, crf=crf, tags=present)
+        result = segment(segmenter, image, crf=crf, tags=present)
         return labels_and_confidence(result.best_log_probs, result.size)
 
 
-def answer(labeller, image, labels, confidence):
+def shown(names, image, labels, confidence):
     """What the page shows: pictures as data URLs, and the classes with area and confidence."""
-    names, colours = labeller.class_names, palette(len(labeller.class_names))
+    colours = palette(len(names))
     counts, sums = class_statistics(labels, confidence, len(names))
     grey = Image.fromarray(np.uint8(np.round(255 * confidence.astype(np.float32))))
     return {
@@ -145,83 +223,21 @@ def answer(labeller, image, labels, confidence):
     }  # fmt: skip
 
 
-def page(labeller):
-    """The HTML of the page."""
+def page(labeller, max_bytes):
+    """The HTML of the page.
+
+    Args:
+      labeller: Labeller.
+      max_bytes: largest upload.
+
+    Returns:
+      str.
+    """
     facts = {
         "sliders": [dict(zip(SLIDER, slider, strict=True)) for slider in SLIDERS],
         "values": slider_defaults(labeller.description["inference"]),
         "classes": list(labeller.class_names[1:]),
+        "formats": list(FORMATS.values()),
+        "max_bytes": max_bytes,
     }
     return templates(__package__).get_template("photograph_page.html.jinja").render(facts=facts)
-
-
-def make_app(labeller, *, max_bytes, hosts):
-    """The web application.
-
-    Args:
-      labeller: Labeller.
-      max_bytes: largest upload.
-      hosts: names by which the page may be called; None for all.
-
-    Returns:
-      flask.Flask.
-    """
-    import flask
-
-    app = flask.Flask("lcrf_jax", static_folder=None)
-    app.config.update(MAX_CONTENT_LENGTH=max_bytes, TRUSTED_HOSTS=hosts)
-    policy = (
-        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    )
-
-    @app.after_request
-    def _headers(response):
-        response.headers.update({
-            "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
-            "Referrer-Policy": "no-referrer",
-        })  # fmt: skip
-        return response
-
-    @app.get("/")
-    def _page():
-        return page(labeller)
-
-    @app.post("/segment")
-    def _segment():
-        if flask.request.headers.get("X-Requested-With") != "lcrf_jax":  # no form of another page can send it
-            return {"error": "use the page"}, 403
-        values = flask.request.args.to_dict()
-        tags = flask.request.args.getlist("tag") or None
-        try:
-            image = labeller.photograph(flask.request.get_data())
-            labels, confidence = labeller.label(image, values, crf=values.get("crf", "1") == "1", tags=tags)
-        except Refused as error:
-            return {"error": str(error)}, 400
-        return answer(labeller, image, labels, confidence)
-
-    @app.errorhandler(413)
-    def _too_large(_):
-        return {"error": f"the file is larger than {max_bytes / 1e6:.0f} MB; send a smaller one"}, 413
-
-    return app
-
-
-def make_server(labeller, *, host, port, max_bytes):
-    """The server and its address, ready to `serve_forever`.
-
-    Args:
-      labeller: Labeller.
-      host: address to listen on; on one of this machine the page answers to no other name.
-      port: to listen on, 0 for a free one.
-      max_bytes: largest upload.
-
-    Returns:
-      (server, address).
-    """
-    from werkzeug.serving import make_server as make_werkzeug_server
-
-    hosts = ["127.0.0.1", "localhost", "[::1]"] if host in ("127.0.0.1", "localhost", "::1") else None
-    app = make_app(labeller, max_bytes=max_bytes, hosts=hosts)
-    server = make_werkzeug_server(host, port, app, threaded=True)
-    return server, f"http://{host}:{server.server_port}"

@@ -22,6 +22,7 @@ classes that a tag file names, and what is written then says that tags were used
 A mask that is there, is newer than its photograph and was written with the same checkpoint and settings, is not made again:
 the same command goes on where it was interrupted. Several processes share the photographs; they need not know of each
 other, only how many they are: --num_processes=4 --process_id=0 and so on, or --distributed on a cluster that JAX knows.
+On a host with GPUs those that SLURM or mpirun has started take one each; by hand, start each with its CUDA_VISIBLE_DEVICES.
 """
 
 import pathlib
@@ -34,6 +35,7 @@ from absl import flags
 
 from experiments import predictions, reporting
 from lcrf_jax.machine import processes
+from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import Progress, say
 from lcrf_jax.nets.pretrained import file_digest
@@ -73,6 +75,8 @@ def join():
         reporting.join_processes()
     elif number is None or count is None or number >= count:
         raise ValueError(f"--process_id: expected 0 to --num_processes - 1, got {number} of {count}")
+    else:
+        take_own_gpus(number, count)
 
 
 def own_share(items):

@@ -23,7 +23,7 @@ MOST_FLOORS = 7  # the programs of experiments are the highest
 CORE = {"jax", "numpy", "einops"}
 UNDECLARED = {
     "export_onnx.py": {"jax2onnx", "onnxruntime"},  # it has an environment of its own
-    "photograph_page.py": {"werkzeug"},  # a part of Flask
+    "photograph_server.py": {"werkzeug"},  # a part of Flask
 }
 TFDS_ALONE = {"voc_weak.py"}  # a data set of TensorFlow Datasets, imported by those who build it
 FORBIDDEN = {"tensorflow", "torch", "torchvision", "keras"}

@@ -47,7 +47,7 @@ def get_config():
     # Of the products in convolutions; bfloat16 halves their memory and is faster on accelerators. Parameters, features,
     # logits, the bound and all of the CRF stay float32.
     config.network.compute_dtype = "float32"
-    # Of the backbone: "" for those that are installed, a file .safetensors or .pth, hf:REPOSITORY, or random.
+    # Of the backbone: "" for those that are installed, a file .safetensors or .pth, hf:REPOSITORY@REVISION, or random.
     config.weights = ""
     config.input_size = 320
 

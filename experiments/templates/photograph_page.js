@@ -6,7 +6,7 @@ const make = (name, fields = {}, ...children) => {
   return node;
 };
 const views = {overlay: 'overlay', mask: 'mask', confidence: 'confidence', photograph: 'photograph'};
-let file = null, answer = null, view = 'overlay', waiting = null, running = false, again = false;
+let file = null, answer = null, view = 'overlay', waiting = null, running = null, again = false, several = false;
 
 for (const {name, title, least, greatest, step} of facts.sliders) {
   const value = Math.min(Math.max(facts.values[name], least), greatest);
@@ -36,40 +36,73 @@ at('reset').onclick = () => {
   soon();
 };
 at('sliders').addEventListener('input', event => { event.target.dataset.moved = 1; });
-at('file').onchange = event => take(event.target.files[0]);
+at('file').accept = facts.formats.join(',');
+at('file').onchange = event => {
+  take(event.target.files);
+  event.target.value = '';  // so that the same file can be chosen again
+};
 const drop = at('drop');
 for (const kind of ['dragenter', 'dragover']) drop.addEventListener(kind, event => { event.preventDefault(); drop.classList.add('over'); });
 for (const kind of ['dragleave', 'drop']) drop.addEventListener(kind, event => { event.preventDefault(); drop.classList.remove('over'); });
-drop.addEventListener('drop', event => take(event.dataTransfer.files[0]));
+drop.addEventListener('drop', event => take(event.dataTransfer.files));
 for (const kind of ['dragover', 'drop']) window.addEventListener(kind, event => event.preventDefault());
 
-function take(chosen) { if (chosen) { file = chosen; run(); } }
+function take([chosen, ...others]) {
+  if (!chosen) { fail(new Error('that is no file; choose a photograph of this machine')); return; }
+  file = chosen;
+  several = others.length > 0;
+  clear();  // what is shown is of another photograph
+  if (running) running.abort();
+  run();
+}
+function clear() {
+  answer = null;
+  at('shown').hidden = true;
+  at('picture').removeAttribute('src');
+}
+function fail(error) { clear(); say(error.message, true); }
 function soon() { clearTimeout(waiting); waiting = setTimeout(run, 250); }
 function say(text, isError = false) { at('status').textContent = text; at('status').classList.toggle('error', isError); }
 
+async function send(chosen, query, signal) {
+  if (!chosen.size) throw new Error('the file is empty; choose another one, or copy it again');
+  if (chosen.size > facts.max_bytes)
+    throw new Error(`the file has ${(chosen.size / 1e6).toFixed(1)} MB, more than ${facts.max_bytes / 1e6}: scale the photograph down, or use experiments.predict`);
+  let response;
+  try {
+    response = await fetch('segment?' + query, {method: 'POST', body: chosen, headers: {'X-Requested-With': 'lcrf_jax'}, signal});
+  } catch (error) {
+    if (signal.aborted) throw error;
+    throw new Error('the photograph could not be sent: the program behind the page has ended, or the file has changed or is a folder');
+  }
+  const received = await response.json().catch(() => ({}));
+  if (signal.aborted) throw new Error('not wanted any more');
+  if (!response.ok || !received.classes)
+    throw new Error(received.error || `the program behind the page answered ${response.status} ${response.statusText}; the window that runs it says more`);
+  return received;
+}
 async function run() {
   if (!file) return;
   if (running) { again = true; return; }
-  running = true;
-  say(answer ? 'working …' : 'working … the first photograph takes longest');
+  const asked = file, name = asked.name + (several ? ', the first of several files' : '');
+  const request = running = new AbortController();
+  say(`${name}: working …${answer ? '' : ' the first photograph of a size takes longest'}`);
   const query = new URLSearchParams({crf: at('crf').checked ? 1 : 0});
   for (const input of at('sliders').querySelectorAll('input[data-moved]'))
     query.set(input.name, Math.round(input.value / input.dataset.step) * input.dataset.step);
   for (const input of at('tags').querySelectorAll('input:checked')) query.append('tag', input.value);
   const started = performance.now();
   try {
-    const response = await fetch('/segment?' + query, {method: 'POST', body: file, headers: {'X-Requested-With': 'lcrf_jax'}});
-    const received = await response.json();
-    if (!response.ok) throw new Error(received.error || response.statusText);
+    const received = await send(asked, query, request.signal);
     answer = received;
-    const used = at('tags').querySelector('input:checked') ? ', tags used' : '';
-    say(`${file.name}: ${((performance.now() - started) / 1000).toFixed(1)} s${used}`);
+    const used = query.has('tag') ? ', tags used' : '';
+    say(`${name}: ${((performance.now() - started) / 1000).toFixed(1)} s${used}${answer.note ? ', ' + answer.note : ''}`);
     show();
   } catch (error) {
-    say(error.message, true);
+    if (!request.signal.aborted) fail(new Error(`${asked.name}: ${error.message}`));
   }
-  running = false;
-  if (again) { again = false; run(); }
+  running = null;
+  if (again || asked !== file) { again = false; run(); }
 }
 function show() {
   if (!answer) return;

@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lcrf_jax.machine.errors import UserError
+from lcrf_jax.machine.gpus import take_own_gpus
 
 _Answer = TypeVar("_Answer")
 
@@ -35,7 +36,8 @@ def join(
 ) -> None:
     """Make this process one of several; to be called before anything else of JAX.
 
-    Without arguments JAX finds the others by itself on SLURM, TPU pods, Open MPI and other clusters that it knows.
+    Without arguments JAX finds the others by itself on SLURM, TPU pods, Open MPI and other clusters that it knows. The
+    processes of a host share its GPUs, see `lcrf_jax.machine.gpus`.
 
     Args:
       coordinator: host:port of process 0.
@@ -55,8 +57,11 @@ def join(
         elif num_processes is not None and num_processes > 1:
             # JAX ends the interpreter, with a message of its own, if they do not come.
             _log.warning("waiting for %d more processes at %s, at most %d s", num_processes - 1, coordinator, timeout)
+    own = take_own_gpus(process_id, num_processes)
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, local_device_ids=own, initialization_timeout=timeout
+        )
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"the processes could not be joined ({error}); outside a cluster that JAX knows give coordinator address, "

