@@ -136,16 +136,16 @@ def feature_kernel(
       >>> mean_field(np.zeros((120, 2)), kernel).shape
       (120, 2)
     """
-    weights = (weights,) if isinstance(weights, (int, float)) or np.ndim(weights) == 0 else weights
-    if len(features) != len(weights) or not features:
-        raise ValueError(f"weights: expected one for each set of features, got {len(weights)} for {len(features)}")
+    of_sets: list[Any] = [weights] if np.ndim(weights) == 0 else list(weights)  # type: ignore[arg-type]
+    if len(features) != len(of_sets) or not features:
+        raise ValueError(f"weights: expected one for each set of features, got {len(of_sets)} for {len(features)}")
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")
     if form not in (None, "exact", "lattice"):
         raise ValueError(f"form: expected 'exact', 'lattice' or None, got {form!r}")
     num_pixels, _ = check_shape("features", features[0], ("m", "d"), "one row for each pixel or voxel")
     kernels = []
-    for each, weight in zip(features, weights, strict=True):
+    for each, weight in zip(features, of_sets, strict=True):
         _, dimensions = check_shape("features", each, (num_pixels, "d"), "one row for each pixel or voxel")
         check_number("weights", weight, minimum=0, remedy="weights are >= 0: a pair with different labels costs them")
         check_finite("features", each, "look at what they were computed from")
