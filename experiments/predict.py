@@ -33,7 +33,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import predictions, reporting
+from experiments import prediction_plan, predictions, reporting
 from lcrf_jax.machine import processes
 from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
@@ -132,11 +132,11 @@ def main(argv):
     if _TILE.value is not None and _PROBABILITIES.value:
         raise ValueError("--probabilities and --tile do not go together: those of tiles are not kept")
     started, out = time.monotonic(), pathlib.Path(_OUT.value)
-    planned = predictions.planned_outputs(
+    planned = prediction_plan.planned_outputs(
         _IMAGES.value, out, overlays=_OVERLAYS.value, probabilities=_PROBABILITIES.value
     )
     if _LIST.value is not None:
-        planned = predictions.chosen(planned, _LIST.value)
+        planned = prediction_plan.chosen(planned, _LIST.value)
     share = own_share(planned)
     segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value, change_inference=changed_inference)
     names = description["class_names"]

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from programs import ROOT, assert_refused, run
 
-from experiments import predictions
+from experiments import prediction_plan, predictions
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.machine.entries import entries
 
@@ -83,14 +83,14 @@ def test_masks_that_differ_by_case_alone_are_refused_where_one_would_replace_the
         monkeypatch.setattr(predictions, "own_folder", lambda *_: contextlib.nullcontext(tmp_path))
         (tmp_path / "CASE").touch()
         with pytest.raises(ValueError, match="does not tell upper from lower case: rename one"):
-            predictions.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
+            prediction_plan.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
         return
-    planned = predictions.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
+    planned = prediction_plan.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)
     assert len(planned) == 2
 
 
 def outputs(folder, name):
-    return predictions.Outputs(folder / name, None, None)
+    return prediction_plan.Outputs(folder / name, None, None)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT, errno.EILSEQ])

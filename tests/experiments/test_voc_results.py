@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from programs import run
 
-from experiments.predictions import chosen, planned_outputs
+from experiments.prediction_plan import chosen, planned_outputs
 from lcrf_jax.data.sources.devkit import CLASSES
 from lcrf_jax.pictures.palette import save_index_png
 

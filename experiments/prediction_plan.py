@@ -1,0 +1,176 @@
+"""Which photographs `experiments.predict` labels, and where their outputs go: files, folders, patterns and lists."""
+
+import fnmatch
+import functools
+import glob
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+from experiments.predictions import SETTINGS_FILE
+from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken, there
+from lcrf_jax.data.files.tags import TAG_FILES, read_text
+from lcrf_jax.machine.locks import own_folder
+from lcrf_jax.machine.progress import say
+
+
+class Outputs(NamedTuple):
+    """The files that are written for one photograph; None for what is not wanted.
+
+    Attributes:
+      mask: PNG of class indices.
+      overlay: JPEG of the photograph with its mask in colour.
+      probabilities: NPZ of the probabilities of all classes.
+    """
+
+    mask: pathlib.Path
+    overlay: pathlib.Path | None
+    probabilities: pathlib.Path | None
+
+
+def planned_outputs(patterns, out, *, overlays, probabilities):
+    """Pairs of photograph and Outputs, refusing two photographs with one mask, and masks in place of photographs.
+
+    Args:
+      patterns: files, folders (with all photographs at any depth) and patterns of file names.
+      out: folder of the masks.
+      overlays, probabilities: whether these are wanted.
+
+    Returns:
+      List in the order of the photographs' paths. The path of a mask within `out` is that of its photograph within the
+      folder that was given, the fixed part of the pattern, or what these have in common.
+    """
+    roots, found, out, real = [], {}, pathlib.Path(out), functools.cache(os.path.realpath)
+    for pattern in patterns:
+        root, paths, untaken = _photographs(os.path.expanduser(pattern), out)
+        if not paths:
+            raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}{_instead(pattern, untaken)}")
+        if untaken:
+            say(f"{pattern}: {untaken}")
+        roots.append(root)
+        for path in paths:  # a pattern may go through a link and come to the same file twice
+            found.setdefault((real(path.parent), path.name), path)
+    found = set(found.values())
+    root, photographs = pathlib.Path(os.path.commonpath(roots)), {path.resolve() for path in found}
+    outputs, taken = [], {}
+    for path in sorted(found):
+        name = path.absolute().relative_to(root)
+        mask = out / name.with_suffix(".png")
+        if mask.resolve() in photographs:
+            raise ValueError(f"the mask of {path} would be written over the photograph {mask}: give another --out")
+        if mask in taken:
+            raise ValueError(
+                f"{taken[mask]} and {path} would both be written to {mask}: predict them one pattern at a time"
+            )
+        taken[mask] = path
+        outputs.append((path, Outputs(
+            mask,
+            out / "overlays" / name.with_suffix(".jpg") if overlays else None,
+            out / "probabilities" / name.with_suffix(".npz") if probabilities else None,
+        )))  # fmt: skip
+    _refuse_doubles(taken, out)
+    return outputs
+
+
+def _refuse_doubles(taken, out):
+    """Refuse masks that differ by the case of letters alone on a disk that does not tell it: one would replace the other."""
+    folded = {}
+    for mask, path in taken.items():
+        other, at = folded.setdefault(str(mask).casefold(), (path, mask))
+        if at == mask:
+            continue
+        with own_folder(out, ".unfinished-") as folder:
+            (folder / "case").touch()
+            if not (folder / "CASE").exists():
+                return
+        raise ValueError(f"{other} and {path} would both be written to {mask}, whose disk does not tell upper from lower case: "
+                         "rename one, or give an --out on another disk")
+
+
+def chosen(planned, path):
+    """Those of the planned photographs that a list names.
+
+    Args:
+      planned: pairs of photograph and Outputs.
+      path: text file, one photograph a line: its path, or the end of it, with or without the extension.
+
+    Returns:
+      List of pairs, in the order of `planned`.
+    """
+    names = {photo.as_posix(): photo for photo, _ in planned}
+    finder, wanted = PhotographFinder(names), set()
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        name = line.strip().replace("\\", "/").lstrip("/")
+        if not name:
+            continue
+        columns = (name[: gap.start()] for gap in re.finditer(r"[\s,;]+", name))  # "/JPEGImages/ID.jpg /MASKS/ID.png"
+        candidates = finder.candidates(name) or next(filter(None, map(finder.candidates, columns)), [])
+        if len(candidates) != 1:
+            found = f"may be {', '.join(candidates[:3])}" if candidates else f"is not among --images{finder.meant(name)}"
+            raise ValueError(f"{path}, line {number}: {name!r} {found}; correct the list")
+        wanted.add(names[candidates[0]])
+    if not wanted:
+        raise ValueError(f"{path} names no photograph; write one a line")
+    return [(photo, outputs) for photo, outputs in planned if photo in wanted]
+
+
+def _photographs(pattern, out):
+    """(the folder that paths are told from, photographs, a line on what is not taken) of a file, a folder or a pattern."""
+    if os.path.isfile(pattern):  # a file may be named photo[1].jpg
+        path = pathlib.Path(pattern)
+        return path.absolute().parent, [path], ""
+    if os.path.isdir(pattern):
+        return _below(pattern, out)
+    parts = pathlib.Path(pattern).absolute().parts
+    fixed = next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    folder = pathlib.Path(*parts[:fixed])
+    if "**" in parts:  # glob goes round in circles of links
+        names = [path for path in files_below(folder).files if _fits(path.split("/"), parts[fixed:])]
+        return folder, [_as_given(folder / name, pattern) for name in names], ""
+    found = [name for name in glob.glob(pattern) if not _of_system(pathlib.Path(name), folder)]
+    paths = [pathlib.Path(name) for name in found if os.path.isfile(name)]
+    others = sum(not os.path.isfile(name) and not os.path.isdir(name) for name in found)
+    return folder, paths, f"{others} matches are no files and not taken" if others else ""
+
+
+def _fits(names, parts):
+    """Whether a path, name by name, fits a pattern; ** stands for any number of folders."""
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        return any(_fits(names[skipped:], parts[1:]) for skipped in range(len(names) + 1))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _as_given(path, pattern):
+    """A path in the form of its pattern: absolute or not."""
+    return path if os.path.isabs(pattern) else pathlib.Path(os.path.relpath(path))
+
+
+def _below(pattern, out):
+    """The same of a folder: none that are masks of a training folder, or what was written by this program."""
+    folder, own = pathlib.Path(pattern).absolute(), (*TAG_FILES, "classes.txt", "colours.csv", "train.txt", "val.txt")
+    masks = there(folder, "masks") if any(there(folder, name) for name in own) else None
+    left = {os.path.realpath(path) for path in (masks, out) if path is not None}
+
+    def written_here(place):
+        return os.path.exists(os.path.join(place, SETTINGS_FILE)) and place != os.path.realpath(folder)
+
+    found = files_below(folder, leave=lambda place: place in left or written_here(place))
+    names = {path.name for name in own if (path := there(folder, name))} | {SETTINGS_FILE}
+    line = not_taken(found, own=names)
+    if masks is not None and masks.name in found.left:
+        line = "; ".join(part for part in (line, f"{masks.name}/ holds the masks of the training folder and is left out") if part)
+    return folder, [pathlib.Path(pattern) / path for path in found.photographs], line
+
+
+def _of_system(path, folder):
+    """Whether a file that fits a pattern is one of the system, by a folder that the pattern does not name."""
+    parts = path.absolute().relative_to(folder).parts
+    return any(is_system_folder(part) for part in parts[:-1]) or parts[-1].startswith("._")
+
+
+def _instead(pattern, untaken):
+    """What is there where nothing fits."""
+    return f" ({untaken})" if untaken else "" if glob.has_magic(pattern) else meant_path(os.path.expanduser(pattern))
