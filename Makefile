@@ -11,6 +11,8 @@ RUN := runs/demo
 PYTEST := $(VENV)/bin/python -m pytest -q $(if $(CI),--durations=20)
 # A file of tests stays with one process: what it makes and compiles serves all of its tests.
 SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# Where it is set, as in some containers, every process would compile all of its Python anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test test-all test-slow test-default-flags lint clean
 
 help:

@@ -141,7 +141,7 @@ def test_a_q_that_is_certain_gives_the_likelihood_of_its_labelling(estimator):
 # against enumeration and closed forms
 
 
-@pytest.mark.slow_except("evidence")
+@pytest.mark.slow
 @every_closed_form
 def test_reinforce_is_unbiased_in_value_and_gradient(name):
     """25 pixels. Without the factor S / (S - 1) of the baseline a quarter of the gradient would be missing."""

@@ -222,7 +222,7 @@ def test_numbers_of_numpy_and_jax_are_numbers():
     np.testing.assert_allclose(refine(IMAGE, LOGITS, widths, num_iterations=np.int64(10)), refine(IMAGE, LOGITS), atol=1e-4)
 
 
-@pytest.mark.slow_except("dense")
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "exact", "anchors", "lattice"])
 def test_precisions_mix(form):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):

@@ -137,7 +137,7 @@ def test_one_pixel_by_hand():
     np.testing.assert_allclose(apply(lattice, np.ones((1, 1))), 1.25 * (2 * np.pi) ** 0.5 / mass, rtol=1e-6)
 
 
-@pytest.mark.slow_except("cells")
+@pytest.mark.slow
 def test_barycentric_weights_are_a_partition_of_unity(photograph):
     weights = photograph[3].weights[:, : int(photograph[3].num_cells)]
     assert np.all(weights > -1e-5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from experiments import predictions
+from experiments import prediction_plan
 from lcrf_jax.data.files.finding import PhotographFinder, files_below, meant_path, nearest, not_taken
 from lcrf_jax.data.files.images import extensions, is_photograph, read_image
 from lcrf_jax.data.sources.folder import FolderSource
@@ -32,7 +32,7 @@ def tagged(root, *names):
 
 
 def predicted(folder, out):
-    planned = predictions.planned_outputs([str(folder)], out, overlays=False, probabilities=False)
+    planned = prediction_plan.planned_outputs([str(folder)], out, overlays=False, probabilities=False)
     return [os.path.relpath(path, folder) for path, _ in planned]
 
 
@@ -70,7 +70,7 @@ def test_files_that_are_not_taken_are_counted_by_their_kinds(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     tagged(tmp_path, "a", "b")
-    expected = "4 files not taken: 2 .heic (pip install pillow-heif, or save them as JPEG), 1 without an extension, 1 .svg (drawings"
+    expected = "4 files not taken: 2 .heic (install the package pillow-heif, or save them as JPEG), 1 without an extension, 1 .svg (drawings"
     line = scan_folder(tmp_path).not_taken
     assert sorted(line.split(", ")) == sorted(f"{expected}; save them as PNG)".split(", "))
     predicted(tmp_path, tmp_path / "out")
@@ -79,7 +79,7 @@ def test_files_that_are_not_taken_are_counted_by_their_kinds(tmp_path, capsys):
         "kind": "folder", "root": str(tmp_path), "train_split": "train", "val_split": "", "options": {}}})  # fmt: skip
     assert capsys.readouterr().out.count("4 files not taken: 2 .heic") == 1
     tagged(tmp_path, "a", "1.heic")
-    with pytest.raises(ValueError, match="no photograph '1.heic'; 1.heic is there, but .heic is not read: pip install pillow-heif"):
+    with pytest.raises(ValueError, match="no photograph '1.heic'; 1.heic is there, but .heic is not read: install the package pillow-heif"):
         FolderSource(tmp_path, "train", missing_images="error")
 
 
@@ -132,7 +132,7 @@ def test_links_are_followed_by_training_masks_and_prediction_alike(tmp_path):
     assert predicted(folder, tmp_path / "out") == ["photos/a.png", "photos/b.png"]
     (tmp_path / "link").symlink_to(folder)
     assert predicted(tmp_path / "link", tmp_path / "out") == ["photos/a.png", "photos/b.png"]
-    pattern = predictions.planned_outputs([f"{folder}/**/*.png"], tmp_path / "out", overlays=False, probabilities=False)
+    pattern = prediction_plan.planned_outputs([f"{folder}/**/*.png"], tmp_path / "out", overlays=False, probabilities=False)
     assert sorted(path.name for path, _ in pattern) == ["a.png", "b.png"]
 
 
@@ -228,12 +228,12 @@ def test_lists_with_a_column_of_masks(tmp_path):
 
 def test_a_list_for_prediction_may_have_a_column_of_masks(tmp_path):
     save(tmp_path, "x 1.jpg", "y.jpg", "z.jpg")
-    planned = predictions.planned_outputs([str(tmp_path)], tmp_path / "out", overlays=False, probabilities=False)
+    planned = prediction_plan.planned_outputs([str(tmp_path)], tmp_path / "out", overlays=False, probabilities=False)
     (tmp_path / "list.txt").write_text("/x 1.jpg /masks/x 1.png\ny.jpg\tmasks/y.png\n")
-    assert [path.name for path, _ in predictions.chosen(planned, tmp_path / "list.txt")] == ["x 1.jpg", "y.jpg"]
+    assert [path.name for path, _ in prediction_plan.chosen(planned, tmp_path / "list.txt")] == ["x 1.jpg", "y.jpg"]
     (tmp_path / "list.txt").write_text("y.jpeg\n")
     with pytest.raises(ValueError, match=r"line 1: 'y.jpeg' is not among --images; did you mean .*y.jpg'\?"):
-        predictions.chosen(planned, tmp_path / "list.txt")
+        prediction_plan.chosen(planned, tmp_path / "list.txt")
 
 
 def test_files_in_any_letter_case(tmp_path):

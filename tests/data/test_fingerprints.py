@@ -21,6 +21,7 @@ def photographs(root):
     for number, name in enumerate("abcd"):
         picture(number).save(root / f"{name}.png")
     (root / "tags.csv").write_text("image,tags\na.png,cat\nb.png,dog\nc.png,cat\nd.png,dog\n")
+    (root / "classes.txt").write_text("background\ncat\ndog\n")
     (root / "masks").mkdir()
     Image.fromarray(np.ones((9, 8), np.uint8)).save(root / "masks" / "a.png")
     return root

@@ -94,7 +94,7 @@ def test_check_data_ends_with_the_problem_and_training_says_it_again(folder, cap
 def test_check_data_tells_doubtful_names_and_what_is_not_taken(folder):
     (folder / "more").mkdir()
     (folder / "more" / "x.heic").touch()
-    assert "1 file not taken: 1 .heic (pip install pillow-heif" in run("check_data", f"--data={folder}").out
+    assert "1 file not taken: 1 .heic (install the package pillow-heif" in run("check_data", f"--data={folder}").out
     (folder / "classes.txt").unlink()
     (folder / "tags.json").write_text(json.dumps({f"{number:02}": ["ring", "star ring"][number % 2] for number in range(20)}))
     ended = run("check_data", f"--data={folder}")

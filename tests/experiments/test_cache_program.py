@@ -80,7 +80,7 @@ def test_masks_that_differ_by_case_alone_are_refused_where_one_would_replace_the
     for name in ("a.jpg", "A.jpg"):
         Image.new("RGB", (4, 5)).save(tmp_path / name)
     if not tells:
-        monkeypatch.setattr(predictions, "own_folder", lambda *_: contextlib.nullcontext(tmp_path))
+        monkeypatch.setattr(prediction_plan, "own_folder", lambda *_: contextlib.nullcontext(tmp_path))
         (tmp_path / "CASE").touch()
         with pytest.raises(ValueError, match="does not tell upper from lower case: rename one"):
             prediction_plan.planned_outputs([str(tmp_path)], tmp_path / "masks", overlays=False, probabilities=False)

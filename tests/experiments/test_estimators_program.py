@@ -219,6 +219,7 @@ def test_exact_gradients_are_those_of_the_sum_over_all_labellings(likelihood):
     np.testing.assert_allclose(gradient, jax.jit(jax.grad(enumerated))(case.logits), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow_except("area")
 @pytest.mark.parametrize("likelihood", ["evidence", "area"])
 def test_posterior_marginals_are_those_of_the_sum_over_all_labellings(likelihood):
     case = measurements.make_case(likelihood, 4, 1)

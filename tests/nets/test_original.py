@@ -63,7 +63,7 @@ def with_random_biases(params):
     return jax.tree.unflatten(tree, [leaf + np.float32(rng.normal(size=leaf.shape) * 0.05) for leaf in leaves])
 
 
-@pytest.mark.slow_except("odd")
+@pytest.mark.slow
 @pytest.mark.parametrize("grids", [[(3, 3), (6, 6), (12, 12)], [(2, 3), (3, 5), (6, 10)]], ids=["halves", "odd"])
 def test_the_original_decoder_is_what_it_says(grids):
     module, features = OriginalDecoder(4, widths=(7, 6, 5, 8)), taps(0, grids)

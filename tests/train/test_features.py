@@ -334,6 +334,7 @@ def test_class_maps_are_kept_by_what_they_depend_on(one_device, tmp_path):
         assert len(counted) > before, change
 
 
+@pytest.mark.slow
 def test_the_maps_average_to_the_logits_of_the_classifier(tmp_path):
     """Mean over cells and linear classifier commute: the map has the bias left out and nothing else."""
     source = Pictures()

@@ -59,6 +59,7 @@ def texts_of_programs(folder):
         texts.setdefault(name, []).append(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_text_of_the_step_holds_no_weights():
     network, mesh = build_network(NETWORK), data_mesh(jax.devices()[:1])
     step = make_train_step(

@@ -98,6 +98,7 @@ def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
     assert (preparation.prepare(config).cues == 255).all()
 
 
+@pytest.mark.slow
 def test_masks_of_the_training_images_are_never_made(cache, monkeypatch):
     original = TexturesSource.__getitem__
 
@@ -113,6 +114,7 @@ def test_masks_of_the_training_images_are_never_made(cache, monkeypatch):
     assert all(records[i].mask is None for i in range(len(records)))
 
 
+@pytest.mark.slow
 def test_full_supervision_has_masks_and_needs_no_classifier(cache):
     given = preparation.prepare(small_config(cache, method="full_supervision", epochs=(1,)))
     assert given.classifier is None and given.maps is None and given.train.masks

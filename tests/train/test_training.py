@@ -276,7 +276,7 @@ def test_the_loss_of_a_fixed_batch_goes_down(estimator):
     assert metrics["loss"] < history[0]["loss"] - 0.1
 
 
-@pytest.mark.slow_except("gumbel_softmax")
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["gumbel_softmax", "mcmc"])
 def test_the_state_is_donated(estimator):
     state = fresh_state(1, estimator=estimator)

@@ -127,7 +127,7 @@ def not_taken(found: Found, *, own: Collection[str] = ()) -> str:
       found: what was found.
       own: paths of files that serve another purpose, such as tag files.
     Returns:
-      The line, as ``7 files not taken: 5 .heic (pip install pillow-heif), 2 .svg``, or an empty string.
+      The line, as ``7 files not taken: 5 .heic (install the package pillow-heif), 2 .svg``, or an empty string.
     """
     others = [path for path in found.files if path not in own and not is_photograph(path)]
     ends = collections.Counter(os.path.splitext(path)[1].lower() or "without an extension" for path in others)

@@ -23,7 +23,7 @@ from lcrf_jax.data.files.depth import colour_bytes, grey_bytes, needs_lower_byte
 MAX_PIXELS = 160_000_000
 # Formats of which Pillow knows the head alone, that need another program, or that are drawings and videos.
 NOT_TAKEN = ("BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MCIDAS", "MIC", "MPEG", "PDF", "WMF")
-_HEIF = "pip install pillow-heif, or save them as JPEG"
+_HEIF = "install the package pillow-heif, or save them as JPEG"
 _RAW = "raw files of a camera; save them as JPEG or TIFF"
 ADVICE = {
     ".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".jxl": "save them as JPEG or PNG", ".svg": "drawings; save them as PNG",
