@@ -110,7 +110,7 @@ def test_a_photograph_that_was_saved_in_a_format_that_is_not_read(tmp_path):
 
 def test_a_folder_with_nothing_that_can_be_read_says_what_is_there(tmp_path):
     (tmp_path / "a.heic").touch()
-    with pytest.raises(FileNotFoundError, match=r"holds no photographs .*\(1 file not taken: 1 .heic \(pip install"):
+    with pytest.raises(FileNotFoundError, match=r"holds no photographs .*\(1 file not taken: 1 .heic \(install the package"):
         scan_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no file fits the pattern .*\(1 file not taken: 1 .heic"):
         predicted(tmp_path, tmp_path / "out")
