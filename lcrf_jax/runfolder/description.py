@@ -20,6 +20,8 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 FIXED_SETTINGS = (
     "method", "seed", "batch_size", "input_size", "views", "data.kind", "data.train_split", "data.options",
 )  # fmt: skip
+# Among them: what only confirms that masks are meant as they are. It changes no image.
+CONFIRMATIONS = ("data.options.untagged_in_masks",)
 # Settings that make the network or what is done with it: another model if one changes.
 MODEL_SETTINGS = ("network", "inference")
 # Settings that say where things lie or how the work is done. Nothing that is trained depends on them: what the data and the
@@ -265,7 +267,7 @@ def _setting_changes(run_dir, old, settings):
     """Lines that tell in which settings a run differs from before; refuses those of FIXED_SETTINGS."""
     before = settings_until(old, newest_step(run_dir))
     changed = changed_settings(before, flat_settings(settings))
-    fixed = [text for name, text in changed.items() if name in before and _among(name, FIXED_SETTINGS)]
+    fixed = [text for name, text in changed.items() if name in before and _among(name, FIXED_SETTINGS) and name not in CONFIRMATIONS]
     if fixed:
         raise CheckpointError(
             f"{run_dir} holds a run of other settings ({'; '.join(fixed)}); use them again, or a new folder")

@@ -53,6 +53,17 @@ def test_the_guard_covers_every_run_that_has_saved_anything(tmp_path, saved):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_masks_may_be_confirmed_later_and_no_more(tmp_path):
+    begun(tmp_path, saved=["last/3"])
+    confirmed = description(data=DATA)
+    confirmed["training"]["data"]["options"]["untagged_in_masks"] = "accept"
+    assert "untagged_in_masks was None, is 'accept'" in save_description(tmp_path, confirmed)[0]
+    assert "untagged_in_masks was 'accept', is None" in check_description(tmp_path, description())[0]
+    confirmed["training"]["data"]["options"]["val_share"] = 0.5
+    with pytest.raises(CheckpointError, match="val_share was 0.2, is 0.5"):
+        check_description(tmp_path, confirmed)
+
+
 def test_parameters_without_a_description_are_nobodys(tmp_path):
     begun(tmp_path, saved=["last/3"])
     (tmp_path / "config.json").unlink()
