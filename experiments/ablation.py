@@ -9,7 +9,6 @@ interrupted. DIR gets a folder for each run, ablation.md and ablation.csv.
 """
 
 import csv
-import pathlib
 import statistics
 
 from absl import flags
@@ -97,7 +96,7 @@ def mean_and_deviation(scores):
 def main(argv):
     """Train what is asked for and not there yet, and write the table after every run."""
     reporting.no_more_arguments(argv)
-    config, workdir = _CONFIG.value, pathlib.Path(_WORKDIR.value)
+    config, workdir = _CONFIG.value, reporting.run_folder(_WORKDIR.value)
     chosen = chosen_variations(_VARIATIONS.value)
     reporting.plain_settings(config)
     check_folder(workdir)

@@ -13,7 +13,6 @@ comparison.csv, comparison.tex, comparison.png, comparison_refined.png and repor
 """
 
 import json
-import pathlib
 import time
 
 import numpy as np
@@ -207,7 +206,7 @@ def _notes(results, val):
 def main(argv):
     """Train and score what is not done yet, seed by seed, and write the tables after each run."""
     reporting.no_more_arguments(argv)
-    config, workdir, names = _CONFIG.value, pathlib.Path(_WORKDIR.value), chosen_methods(_METHODS.value)
+    config, workdir, names = _CONFIG.value, reporting.run_folder(_WORKDIR.value), chosen_methods(_METHODS.value)
     reporting.plain_settings(config)
     check_folder(workdir)
     if not config.data.val_split:

@@ -17,7 +17,6 @@ measures no times.
 import csv
 import itertools
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +69,7 @@ def main(argv):
         (_TEMPERATURES, float, 1e-3), (_SAMPLES, int, 1), (_PIXELS, int, 4), (_BLOCKS, int, 1), (_SWEEPS, int, 1),
         (_COUPLINGS, float, 0),
     )}  # fmt: skip
-    folder = pathlib.Path(_WORKDIR.value)
+    folder = reporting.run_folder(_WORKDIR.value)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results()
     results.report.say(f"Machine: {measuring.machine()}. Seed {_SEED.value}, {_REPETITIONS.value} repetitions.")

@@ -21,7 +21,7 @@ from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine import processes, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
-from lcrf_jax.machine.errors import UserError, for_users
+from lcrf_jax.machine.errors import SettingError, UserError, for_users
 from lcrf_jax.machine.files import write_whole
 from lcrf_jax.machine.progress import say, show
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
@@ -113,6 +113,13 @@ def no_more_arguments(argv):
         raise ValueError(f"unknown arguments {argv[1:]}; see --help")
 
 
+def run_folder(value, flag="workdir"):
+    """The folder that a flag names: a shell does not know what ~ is within --workdir=~/run."""
+    if not value.strip():
+        raise SettingError(f"--{flag}: expected a folder, got an empty name; is a variable not set?")
+    return pathlib.Path(value).expanduser()
+
+
 def plain_settings(config):
     """A configuration as a plain dict; refuses names that nothing knows and numbers that cannot be."""
     settings = config.to_dict()
@@ -188,7 +195,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     Without a source that has masks there is no score, and the report shows images of `unscored`. Files that tell of
     other `data` than that of the run have its name in theirs.
     """
-    run_dir = pathlib.Path(run_dir)
+    run_dir = pathlib.Path(run_dir).expanduser()
     segmenter, description, params = load_segmenter(run_dir)
     own = description["training"]["data"]
     data = own if data is None else data

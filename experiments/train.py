@@ -39,7 +39,7 @@ def main(argv):
     if _ON_BAD_IMAGE.value is not None:
         _CONFIG.value.data.on_bad_image = _ON_BAD_IMAGE.value
     config = reporting.plain_settings(_CONFIG.value)
-    workdir = _WORKDIR.value
+    workdir = reporting.run_folder(_WORKDIR.value)
     if (steps := check_start(workdir, config)) is not None:
         say(f"{workdir} is finished: all {steps} steps are done; nothing is trained")
         train, val = open_data(config)
@@ -49,7 +49,7 @@ def main(argv):
     for source in (train, val):
         if getattr(source, "left_out", 0):
             say(f"{source.left_out} photographs of {source.split} were left out, as told at the beginning")
-    reporting.evaluate_run(workdir, val, crf=False, started=started, unscored=train)
+    reporting.evaluate_run(workdir, val, crf=False, started=started, unscored=train, data=config["data"])
 
 
 def trained(config, workdir):

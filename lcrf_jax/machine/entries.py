@@ -23,6 +23,7 @@ IDENTITY_FILE = "identity.json"
 LOCK_FILE = "lock"
 PROGRAMS = "programs"
 BOUND = "LCRF_JAX_CACHE_GB"
+_PROCESSOR = re.compile(r"[0-9a-f]{16}")  # a digest of it
 _NAME = re.compile(r"[0-9a-f]{24}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{24}(-\w+)?")
 _REMOVED = ".removed-"
@@ -217,7 +218,7 @@ def described(identity_file: pathlib.Path) -> tuple[str, str]:
 def _entries_at(path):
     """The entries that a name in the folder of the caches stands for."""
     if path.name == PROGRAMS and path.is_dir():
-        for folder in path.iterdir():
+        for folder in filter(_holds_programs, path.iterdir()):
             size, used = _size_and_time(folder.rglob("*"))
             yield Entry(folder, PROGRAMS, "compiled programs of one kind of processor", size, used)
     elif _NAME.fullmatch(path.name) and path.is_dir():
@@ -227,6 +228,13 @@ def _entries_at(path):
         yield Entry(path, kind, about, size, _time_of(identity))
     elif (_UNFINISHED.fullmatch(path.name) or path.name.startswith(_REMOVED)) and path.is_dir():
         yield Entry(path, "unfinished", "", *_size_and_time(path.iterdir()))
+
+
+def _holds_programs(folder):
+    """Whether a folder is of `lcrf_jax.machine.compilation`, and not a user's own that bears the name of its parent."""
+    if folder.is_symlink() or not folder.is_dir() or not _PROCESSOR.fullmatch(folder.name):
+        return False
+    return all(path.is_file() for path in folder.iterdir())
 
 
 def _size_and_time(paths: Iterable[pathlib.Path]) -> tuple[int, float]:

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcrf_jax.machine.locks import locked
@@ -18,7 +18,7 @@ from lcrf_jax.runfolder.description import (
     load_description,
     newest_step,
 )
-from lcrf_jax.train.plan import planned_rounds
+from lcrf_jax.train.plan import Round, planned_rounds
 
 
 def check_start(workdir: str | os.PathLike, config: Mapping[str, Any]) -> int | None:
@@ -73,11 +73,48 @@ def _check_start(workdir, config):
     if images is None:  # a run of an earlier version: what it has is known when the data is open
         return None
     rounds = planned_rounds(config, images)
+    refuse_moved_rounds(workdir, rounds)
     steps = rounds[-1].last_step if rounds else 0
     if newest_step(workdir) < steps or not is_saved(workdir, "last" if rounds else "best"):
         return None
     refuse_changes(workdir, config)
     return steps
+
+
+def refuse_moved_rounds(workdir: str | os.PathLike, rounds: Sequence[Round]) -> None:
+    """Refuse rounds that would begin after other steps than those of a run which it has begun already.
+
+    Args:
+      workdir: folder of the run, which need not be there.
+      rounds: those of the configuration.
+
+    Raises:
+      CheckpointError: if they do; the round that is under way may be made longer or shorter.
+    """
+    before, done = description_before(workdir), newest_step(workdir)
+    images = (before or {}).get("data", {}).get("train", {}).get("images")
+    if not before or not done or images is None:
+        return
+    begun = [this.first_step for this in planned_rounds(before["training"], images) if this.first_step < done]
+    now = [this.first_step for this in rounds[: len(begun)]]
+    if now != begun:
+        raise CheckpointError(
+            f"{workdir} has begun round {len(begun)} after step {begun[-1]}; with config.epochs={rounds_in_words(rounds)} rounds "
+            f"begin after {', '.join(map(str, now))}: leave the epochs of earlier rounds as they were "
+            f"({tuple(before['training']['epochs'])}), or use a new folder"
+        )
+
+
+def rounds_in_words(rounds: Sequence[Round]) -> str:
+    """The epochs of rounds, as they are written on the command line.
+
+    Args:
+      rounds: of a configuration.
+
+    Returns:
+      str, such as "(4,3)".
+    """
+    return f"({','.join(str(this.epochs) for this in rounds)})"
 
 
 def is_saved(workdir: str | os.PathLike, which: str = "best") -> bool:

@@ -28,7 +28,7 @@ from lcrf_jax.runfolder.checkpoints import RunCheckpoints
 from lcrf_jax.runfolder.description import check_description, save_description
 from lcrf_jax.runfolder.metrics import MetricsWriter
 from lcrf_jax.runfolder.segments import with_segment
-from lcrf_jax.train.beginning import description_before, is_saved, refuse_changes
+from lcrf_jax.train.beginning import description_before, is_saved, refuse_changes, refuse_moved_rounds
 from lcrf_jax.train.posteriors import posterior_evidence
 from lcrf_jax.train.preparation import Prepared, inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
@@ -70,7 +70,7 @@ def train(
         that can be read.
       ValueError: if too many losses in a row were not finite; the message names the images.
     """
-    workdir, config = pathlib.Path(workdir), prepared.config
+    workdir, config = pathlib.Path(workdir).expanduser(), prepared.config
     rounds = prepared.plan.rounds
     key, mesh = jax.random.key(config["seed"]), data_mesh(devices)
     check_batch_size(config["batch_size"], mesh.size, config["accumulation_steps"])
@@ -79,6 +79,7 @@ def train(
         first_decides(lambda: stack.enter_context(locked(workdir / "lock")))
         for line in check_description(workdir, description):
             say(line)
+        refuse_moved_rounds(workdir, rounds)
         checkpoints = stack.enter_context(RunCheckpoints(workdir))
         if not rounds:
             _save_untrained(prepared, workdir, checkpoints, description)

@@ -69,7 +69,8 @@ class Plan(NamedTuple):
     @property
     def cache_directory(self) -> str | pathlib.Path:
         """The folder of the caches: that of the configuration, or `lcrf_jax.machine.cache.default_directory`."""
-        return self.config["cache"]["directory"] or default_directory()
+        directory = self.config["cache"]["directory"]
+        return pathlib.Path(directory).expanduser() if directory else default_directory()
 
     def objective(self, this: Round) -> Callable:
         """What a round minimises, see `lcrf_jax.train.methods.make_objective`."""
@@ -192,7 +193,7 @@ def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:
 
 def _checked_epochs(config, method):
     """The epochs of each round."""
-    given, rounds = config["epochs"], config.get("rounds")
+    given, rounds = config["epochs"], config.get("rounds") and int(config["rounds"])
     if not isinstance(given, tuple | list) or not all(isinstance(length, int) for length in given):
         raise SettingError(f"epochs: expected a tuple of whole numbers, one for each round, such as (4, 4), got {given!r}")
     epochs = method.round_epochs(config)

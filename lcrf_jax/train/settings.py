@@ -1,6 +1,7 @@
 """Settings of a configuration that cannot be, told before data is read: their ranges, and names that nothing knows."""
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,6 +31,9 @@ _RANGES = {
     "objective.likelihood_weight": (0, True, False),
     "objective.entropy_weight": (0, True, False),
     "objective.pairwise_weight": (0, True, False),
+    "baselines.cam.background_level": (0, False, False),
+    "baselines.cam.sharpness": (0, False, False),
+    "baselines.cam.floor": (0, False, False),
     "baselines.cues.foreground_level": (0, True, False),
     "baselines.cues.background_share": (0, True, False),
     "baselines.saliency.image_size": (2, True, True),
@@ -48,6 +52,8 @@ _RANGES = {
     "inference.num_iterations": (0, True, True),
 }
 _KERNELS = ("objective.kernel", "posterior.kernel", "inference.kernel", "baselines.sec.kernel")
+# (least, greatest): areas are shares of the image.
+_PAIRS = {"views.scale_range": 1.0, "views.ratio_range": math.inf}
 _SIZES = ("inference.input_sizes", "class_maps.extra_sizes")
 # Their entries depend on other settings, and are looked at where these are known.
 _FREE = ("data.options",)
@@ -75,6 +81,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
                 _check_kernel(name, kernel)
         for name in _SIZES:
             _check_sizes(name, _at(config, name), least=1 if name == "inference.input_sizes" else 0)
+    for name, most in _PAIRS.items():
+        _check_pair(name, _at(config, name), most)
+    for name, value in flat.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise SettingError(f"{name}: expected a number, got nan")
     if flat.get("data.val_split") and flat["data.val_split"] == flat.get("data.train_split"):
         raise SettingError(
             f"data.val_split: expected another split than {flat['data.train_split']!r}, which is trained on: best/ would be chosen by "
@@ -131,6 +142,14 @@ def _check_sizes(name, sizes, *, least):
         return
     if not isinstance(sizes, tuple | list) or len(sizes) < least or not all(isinstance(s, int) and s >= 1 for s in sizes):
         raise SettingError(f"{name}: expected {'one or more ' if least else ''}sizes in pixels, such as (320,), got {sizes!r}")
+
+
+def _check_pair(name, pair, most):
+    if pair is None:
+        return
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+        limit = "" if most == math.inf else f" <= {most:g}"
+        raise SettingError(f"{name}: expected two numbers, 0 < least <= greatest{limit}, got {pair!r}")
 
 
 def _at(config, name):

@@ -36,8 +36,8 @@ def abouts(directory):
 def test_every_entry_says_what_it_is_of(tmp_path):
     for number, days in ((1, 3.0), (2, 0.0)):
         made(tmp_path, number, days=days)
-    (tmp_path / "programs" / "kind of processor").mkdir(parents=True)
-    (tmp_path / "programs" / "kind of processor" / "a-cache").write_bytes(bytes(10_000))
+    (tmp_path / "programs" / ("a" * 16)).mkdir(parents=True)
+    (tmp_path / "programs" / ("a" * 16) / "a-cache").write_bytes(bytes(10_000))
     (tmp_path / ("." + "0" * 24)).mkdir()
     (tmp_path / "notes of mine.txt").write_text("not of the cache")
     found = {entry.kind: entry for entry in entries(tmp_path)}
@@ -136,3 +136,17 @@ def test_no_bound_where_none_is_set(monkeypatch, tmp_path):
 
 def test_sizes_for_people():
     assert [size_text(size) for size in (2.1e9, 3.26e6, 900)] == ["2.1 GB", "3.3 MB", "0.9 kB"]
+
+
+def test_folders_of_the_user_are_no_entries(tmp_path):
+    own = tmp_path / "programs" / "my_project"
+    own.mkdir(parents=True)
+    (own / "thesis.tex").write_text("x")
+    (tmp_path / "programs" / "notes").write_text("x")
+    deep = tmp_path / "programs" / ("0" * 16) / "sources"
+    deep.mkdir(parents=True)
+    assert entries(tmp_path) == []
+    compiled = tmp_path / "programs" / ("1" * 16)
+    compiled.mkdir()
+    (compiled / "checked.json").write_text("{}")
+    assert [entry.path for entry in entries(tmp_path)] == [compiled]

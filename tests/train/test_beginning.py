@@ -143,3 +143,14 @@ def test_skipping_bad_files_where_there_are_no_files_is_refused(folder):
     with pytest.raises(SettingError, match="data.on_bad_image: 'skip' leaves out files .* the source 'textures' has no files"):
         checked_split({"data": data}, "train", masks=False)
     assert len(checked_split({"data": {**folder["data"], "on_bad_image": "skip"}}, "train", masks=False)) == 1
+
+
+def test_rounds_that_have_begun_stay_where_they_began(tmp_path):
+    """8 steps an epoch; in round 2 the length of round 1 is what it was, and that of round 2 is free."""
+    folder = run_of(tmp_path / "run", last=9)
+    assert check_start(folder, changed("epochs", (1, 5))) is None
+    with pytest.raises(CheckpointError, match=r"has begun round 2 after step 8; with config.epochs=\(3,1\) rounds begin after 0, 24"):
+        check_start(folder, changed("epochs", (3, 1)))
+    with pytest.raises(CheckpointError, match="has begun round 2 after step 8"):
+        check_start(folder, changed("least_steps", 20))
+    assert check_start(run_of(tmp_path / "first", last=7), changed("epochs", (3, 1))) is None

@@ -2,6 +2,7 @@
 
 import pytest
 
+from experiments import reporting
 from experiments.configs import base, textures
 from lcrf_jax.data.sources.textures import TexturesSource
 from lcrf_jax.machine.errors import SettingError, nearest
@@ -106,3 +107,19 @@ def test_the_settings_of_every_estimator_can_be(estimator):
     source = TexturesSource("train", num_train=16)
     given = settings(objective__estimator=estimator, objective__num_samples=2, objective__noise_block=1)
     assert resolved_plan(given, source.class_names, source.tags).config is given
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("views__scale_range", (0.4,)), ("views__scale_range", (0.9, 0.4)), ("views__scale_range", (0.4, 0.6, 1.0)),
+    ("views__ratio_range", (0.0, 1.0)), ("baselines__cam__background_level", -1.0), ("baselines__sec__min_prob", float("nan")),
+])
+def test_ranges_and_numbers_that_nothing_would_use(name, value):
+    with pytest.raises(SettingError, match=name.replace("__", ".")):
+        check_settings(settings(**{name: value}))
+
+
+def test_folders_that_flags_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert str(reporting.run_folder("~/run")) == "/somewhere/run"
+    with pytest.raises(SettingError, match="--workdir: expected a folder, got an empty name"):
+        reporting.run_folder(" ")
