@@ -23,6 +23,7 @@ _WORDS = frozenset((
 _OF_NO_WEIGHT = ("v", "new", "old", "final", "png", "all", "")
 _OTHER_SENSE = {"with", "without", "no", "non", "not", "wearing"}  # classes of pictures of faces
 _AFFIX = "masks?|labels?|seg|segmentation|gt|ground[ _-]?truth|annotation"
+_ANY = re.compile(_AFFIX)
 _BEHIND = re.compile(rf"(.+?)[ _.\-]+({_AFFIX})([ _.\-]*\d+)?")
 _BEFORE = re.compile(rf"({_AFFIX})[ _.\-]+(.+)")
 
@@ -47,7 +48,9 @@ def masks_among(pictures: Sequence[str]) -> dict[str, dict[str, str]]:
       dict from a folder of masks, or from an empty string for masks that lie beside their photographs, to a dict from
       each mask to the photograph.
     """
-    folder_of = {path: _folder_of_masks(path) for path in pictures}
+    inside = {path: path.rpartition("/")[0] for path in pictures}
+    of_masks = {folder: _folder_of_masks(folder) for folder in set(inside.values())}
+    folder_of = {path: of_masks[folder] for path, folder in inside.items()}
     photographs = [path for path in pictures if not folder_of[path]]
     beside: dict[str, dict[str, str]] = collections.defaultdict(dict)
     for path, photograph in _beside(photographs).items():
@@ -56,17 +59,10 @@ def masks_among(pictures: Sequence[str]) -> dict[str, dict[str, str]]:
     for path, folder in folder_of.items():
         if folder:
             groups[folder].append(path)
-    by_base = collections.defaultdict(list)
-    for path in photographs if groups else ():
-        if path not in beside.get("", ()):
-            by_base[_base(path)].append(path)
+    left = beside.get("", {})
+    owners = _owners([path for path in photographs if path not in left], {folder.rpartition("/")[0] for folder in groups})
     for folder, paths in groups.items():
-        around = folder.rpartition("/")[0]
-        pairs = {}
-        for path in paths:
-            owner = _owner(path, folder, around, by_base)
-            if owner:
-                pairs[path] = owner
+        pairs = {path: owner for path in paths if (owner := _owner(path, folder, owners))}
         sure = _is_word(folder.rpartition("/")[2]) or all(is_exact(path) for path in paths)
         if sure and 2 * len(pairs) >= len(paths):
             beside[folder] = pairs
@@ -110,9 +106,9 @@ def _parts(name: str) -> list[str]:
     return re.split(r"[\W_\d]+", plain_name(name))
 
 
-def _folder_of_masks(path: str) -> str:
-    """The outermost folder of a path that is named like one of masks, empty if there is none."""
-    folders = path.split("/")[:-1]
+def _folder_of_masks(folder: str) -> str:
+    """The outermost folder of a folder that is named like one of masks, empty if there is none."""
+    folders = folder.split("/")
     for at, name in enumerate(folders):
         parts = _parts(name)
         like = any(part in _WORDS or part.endswith(("masks", "annot", "labels")) for part in parts)
@@ -127,6 +123,8 @@ def _base(path: str) -> str:
 
 def _without_word(base: str) -> str | None:
     """The name of a photograph in that of a mask such as x_mask or mask_x."""
+    if not _ANY.search(base):
+        return None
     found = _BEHIND.fullmatch(base)
     if found:
         return found.group(1)
@@ -146,10 +144,25 @@ def _beside(paths: Sequence[str]) -> dict[str, str]:
     return pairs
 
 
-def _owner(path: str, folder: str, around: str, by_base: dict[str, list[str]]) -> str | None:
-    """The photograph of a mask: the one whose folders are most like its own."""
-    base = _base(path)
-    candidates = by_base.get(base) or by_base.get(_without_word(base) or "", [])
-    candidates = [name for name in candidates if not around or name.startswith(f"{around}/")]
-    inner = set(path.removeprefix(f"{folder}/").split("/")[:-1])
-    return max(candidates, key=lambda name: len(inner.intersection(name.split("/"))), default=None)
+def _owners(photographs: Sequence[str], arounds: Collection[str]) -> dict[tuple[str, str, str], str]:
+    """The first photograph below a folder of a name, and of a name and a folder on its way, empty for any."""
+    first: dict[tuple[str, str, str], str] = {}
+    for path in photographs if arounds else ():
+        parts, base = path.split("/")[:-1], _base(path)
+        for at in range(len(parts) + 1):
+            around = "/".join(parts[:at])
+            if around in arounds:
+                for part in ("", *parts[at:]):
+                    first.setdefault((around, base, part), path)
+    return first
+
+
+def _owner(path: str, folder: str, owners: dict[tuple[str, str, str], str]) -> str | None:
+    """The photograph of a mask: of its name, and if there is one in a folder of the same name, that."""
+    around, base = folder.rpartition("/")[0], _base(path)
+    inner = path.removeprefix(f"{folder}/").split("/")[:-1]
+    for name in filter(None, (base, _without_word(base))):
+        for part in (*reversed(inner), ""):
+            if owner := owners.get((around, name, part)):
+                return owner
+    return None
