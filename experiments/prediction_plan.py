@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from experiments.predictions import SETTINGS_FILE
 from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken, there
+from lcrf_jax.data.files.mask_names import left_out, masks_among, told
 from lcrf_jax.data.files.tags import TAG_FILES, read_text
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
@@ -49,7 +50,7 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
         if untaken:
             say(f"{pattern}: {untaken}")
         roots.append(root)
-        for path in paths:  # a pattern may go through a link and come to the same file twice
+        for path in _without_masks(pattern, root, paths):  # a pattern may go through a link and come to the same file twice
             found.setdefault((real(path.parent), path.name), path)
     found = set(found.values())
     root, photographs = pathlib.Path(os.path.commonpath(roots)), {path.resolve() for path in found}
@@ -71,6 +72,17 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
         )))  # fmt: skip
     _refuse_doubles(taken, out)
     return outputs
+
+
+def _without_masks(pattern, root, paths):
+    """The paths without those that are masks by their names, see `lcrf_jax.data.files.mask_names`; that is told."""
+    names = {path.absolute().relative_to(root).as_posix(): path for path in paths} if len(paths) > 1 else {}
+    masks = masks_among(list(names))
+    if not masks:
+        return paths
+    say(f"{pattern}: {told(masks)}")
+    out = left_out(names, masks)
+    return [path for name, path in names.items() if name not in out]
 
 
 def _refuse_doubles(taken, out):

@@ -306,7 +306,7 @@ MUTATIONS = [
              'name.casefold().startswith((".", "@", "#", "$", "__macosx"))', 'name.startswith(".")'),
     Mutation("data: links are entered before folders", "data/files/finding.py",
              "(links if entry.is_symlink() else waiting)", "(waiting if entry.is_symlink() else links)"),
-    Mutation("data: JPEG masks are exact", "data/sources/mask_files.py", "[path for path in candidates if is_exact(path)]", "list(candidates)"),
+    Mutation("data: JPEG masks are exact", "data/sources/mask_files.py", "[path for path in there if is_exact(path)]", "list(there)"),
     Mutation("data: the second column of a list is dropped", "data/sources/lists.py", "masks[found] = line.mask", "masks.pop(found, 0)"),
     Mutation("data: untagged classes in masks are passed over", "data/check.py",
              'if others and getattr(source, "untagged_in_masks", "tell") == "tell":', "if others and not source.masks:"),

@@ -3,7 +3,8 @@
 A 16-bit file may hold 10, 12 or 14 true bits; read as 16 it would be nearly black. The rule: the depth is the smallest of 8,
 10, 12, 14 and 16 bits that holds the largest value of the picture, or the largest that a TIFF file states for its values,
 and the highest 8 of these bits count. Formats that say how deep they are, PNM, JPEG 2000 and 12-bit TIFF, are taken at their
-word. Floating-point pictures are in 0..1, in 0..255, or whole numbers that go by the rule; any other range is refused.
+word. Floating-point pictures are in 0..1, where up to 2 counts as an overshoot and becomes 1, in 0..255, or whole numbers
+that go by the rule; any other range is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from PIL import Image
 
 DEPTHS = (8, 10, 12, 14, 16)
 _BITS, _PHOTOMETRIC, _MAX, _SMAX = 258, 262, 281, 341  # tags of TIFF
+_OVERSHOOT, _CLEAR = 2, 16  # fractions up to the one are in 0..1, and from the other on in 0..255
 _OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 
@@ -45,8 +47,8 @@ def stated(image: Image.Image) -> Stated:
       Stated.
     """
     raw = _raw_mode(image)
-    if image.format in ("PPM", "JPEG2000"):  # Pillow scales both to 16 bits
-        return Stated(raw, 16, None, False)
+    if image.format in ("PPM", "JPEG2000") and image.mode != "F":  # Pillow scales both to 16 bits, but PFM
+        return Stated(raw, 16, _largest_of_pnm(image), False)
     tags = getattr(image, "tag_v2", None)
     if tags is None:
         return Stated(raw, None, None, False)
@@ -72,9 +74,9 @@ def grey_bytes(values: np.ndarray, said: Stated, name: object) -> np.ndarray:
     low, high = (values.min(), values.max()) if values.size else (0, 0)
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} holds values that are no numbers (NaN or infinite); write numbers in 0..1 or 0..255")
-    whole = not np.issubdtype(values.dtype, np.floating) or (high > 255 and not (values % 1).any())
     top = max(high, said.largest or 0)
-    if low < 0 or top > 65535 or (top > 255 and not whole):
+    whole = not np.issubdtype(values.dtype, np.floating) or (top > 1 and not (values % 1).any())
+    if low < 0 or top > 65535 or (not whole and (top >= 256 or _OVERSHOOT < top < _CLEAR)):
         raise ValueError(
             f"{name} holds values from {low:.6g} to {high:.6g}; expected 0..1, 0..255, or whole numbers up to 65535: "
             "scale them and save the picture with 8 or 16 bits"
@@ -82,7 +84,7 @@ def grey_bytes(values: np.ndarray, said: Stated, name: object) -> np.ndarray:
     if whole:
         result = _shifted(values, said.depth or _depth(int(top)))
     else:
-        result = np.rint(values * (255.0 if top <= 1 else 1.0)).astype(np.uint8)
+        result = np.rint(np.minimum(values * (255.0 if top <= _OVERSHOOT else 1.0), 255)).astype(np.uint8)
     return 255 - result if said.white_is_zero else result
 
 
@@ -100,11 +102,14 @@ def colour_bytes(image: Image.Image, source: str | io.BytesIO, said: Stated, nam
       ValueError: if its values need fewer bits, and the lower ones cannot be read.
     """
     bands = np.asarray(image)
-    colours = bands[..., :3]
+    has_ink = image.mode not in ("RGB", "RGBA")  # a light picture has little ink at any depth
+    colours = bands if has_ink else bands[..., :3]
     top = int(colours.max()) if colours.size else 255
     if said.depth is not None or top >= 64 or (said.largest or 0) >= 1 << 14:
         return image
     try:
+        if has_ink:
+            raise ValueError(f"{image.mode} of few bits")
         low = _lower_bytes(source, image)
     except (OSError, SyntaxError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
@@ -126,11 +131,13 @@ def needs_lower_bytes(image: Image.Image, said: Stated) -> bool:
     Returns:
       True or False.
     """
-    return ";16" in said.raw and image.mode in ("RGB", "RGBA")
+    return ";16" in said.raw and len(image.getbands()) > 1
 
 
 def index_values(image: Image.Image, said: Stated) -> np.ndarray:
-    """The stored numbers of a grey or palette image: those of 2 and 4 bits, which Pillow spreads over 0..255, undone.
+    """The stored numbers of a grey or palette image: what Pillow spreads over 0..255 or 0..65535, undone.
+
+    It does so with those of 2 and 4 bits, and with PNM files that state another largest value.
 
     Args:
       image: the loaded image.
@@ -142,7 +149,11 @@ def index_values(image: Image.Image, said: Stated) -> np.ndarray:
     """
     if said.white_is_zero and image.mode in ("1", "L"):
         raise ValueError("0 is white in this file, so that its numbers may be inverted; save it as PNG")
-    return np.array(image).astype(np.int64) // {"L;2": 85, "L;4": 17}.get(said.raw[:3], 1)
+    numbers = np.array(image).astype(np.int64)
+    if image.format == "PPM" and said.largest is not None:
+        full = 65535 if image.mode == "I" else 255
+        return np.rint(numbers * (said.largest / full)).astype(np.int64)
+    return numbers // {"L;2": 85, "L;4": 17}.get(said.raw[:3], 1)
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -151,6 +162,14 @@ def _raw_mode(image: Image.Image) -> str:
         first = args[0] if isinstance(args, tuple) and args else args
         return first if isinstance(first, str) else ""
     return ""
+
+
+def _largest_of_pnm(image: Image.Image) -> float | None:
+    """The largest value that the head of a PNM file states, None where Pillow takes the values as they are."""
+    for _, _, _, args in getattr(image, "tile", ())[:1]:
+        if image.format == "PPM" and isinstance(args, tuple) and isinstance(args[-1], int):
+            return args[-1]
+    return None
 
 
 def _depth(top: int) -> int:

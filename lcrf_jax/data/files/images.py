@@ -23,11 +23,13 @@ from lcrf_jax.data.files.depth import colour_bytes, grey_bytes, needs_lower_byte
 MAX_PIXELS = 160_000_000
 # Formats of which Pillow knows the head alone, that need another program, or that are drawings and videos.
 NOT_TAKEN = ("BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MCIDAS", "MIC", "MPEG", "PDF", "WMF")
+_NO_PHOTOGRAPHS = (".fit", ".ico", ".icns", ".cur")  # what watches and systems put beside photographs
 _HEIF = "install the package pillow-heif, or save them as JPEG"
 _RAW = "raw files of a camera; save them as JPEG or TIFF"
 ADVICE = {
     ".heic": _HEIF, ".heif": _HEIF, ".hif": _HEIF, ".jxl": "save them as JPEG or PNG", ".svg": "drawings; save them as PNG",
     ".pdf": "documents; save their pages as PNG", ".eps": "drawings; save them as PNG", ".npy": "save them as PNG or TIFF",
+    ".fit": "records of sports; name pictures .fits", ".ico": "icons; save them as PNG", ".icns": "icons; save them as PNG",
     ".dcm": "save them as PNG or TIFF", ".zip": "unpack it", ".icloud": "not on this machine; download them", ".mp4": "a video; save its frames as PNG",
     **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".raf", ".orf", ".rw2"), _RAW),
 }  # fmt: skip
@@ -51,7 +53,9 @@ def extensions() -> dict[str, str]:
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     known = Image.registered_extensions()  # this loads every format
-    return {end: name for end, name in known.items() if name in Image.OPEN and name not in NOT_TAKEN}
+    return {
+        end: name for end, name in known.items() if name in Image.OPEN and name not in NOT_TAKEN and end not in _NO_PHOTOGRAPHS
+    }
 
 
 def is_photograph(name: str) -> bool:

@@ -122,8 +122,8 @@ def scan_folder(
     images = tuple(sorted(rows))
     known = [[name for name in rows[image].tags if name in class_names] for image in images]
     vectors = [tag_vector(names, class_names) for names in known] if class_names else []
-    masks = find_masks(mask_root, images)
-    problems += masks.problems + ([] if mask_root.is_dir() else masks_elsewhere(root, photographs))
+    masks = find_masks(mask_root, images, photographs)
+    problems += masks.problems + masks_elsewhere(root, photographs, rows, mask_root)
     splits, mask_of = listed_splits(lines, images, finder, missing, problems) if lines else ({}, {})
     mask_of = masks.of | mask_of
     if mask_of and class_file is None and colour_file is None and len(class_names) > 2:

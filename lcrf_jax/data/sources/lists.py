@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lcrf_jax.data.files.finding import PhotographFinder, meant_path, there
+from lcrf_jax.data.files.mask_names import is_exact
 from lcrf_jax.data.files.tags import read_text, some
 
 SPLITS = ("train", "val")
@@ -102,7 +103,9 @@ def listed_splits(
             other, where = of_split.setdefault(found, (split, line.where))
             if split in SPLITS and other in SPLITS and other != split:
                 problems.append(f"{line.where}: {found!r} stands in {where} too; keep it in one")
-            if line.mask is not None and line.mask.is_file():
+            if line.mask is not None and line.mask.is_file() and not is_exact(line.mask.name):
+                problems.append(f"{line.where}: the mask {line.mask} is in a format that does not keep labels exact; save masks as PNG")
+            elif line.mask is not None and line.mask.is_file():
                 masks[found] = line.mask
             elif line.mask is not None:
                 missing.append(f"{line.where}: there is no mask {line.mask}{meant_path(line.mask)}; add it or remove the line")

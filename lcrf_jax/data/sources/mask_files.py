@@ -5,16 +5,14 @@ from __future__ import annotations
 import collections
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from lcrf_jax.data.files.finding import files_below, plain_name
 from lcrf_jax.data.files.images import is_photograph
-from lcrf_jax.data.files.names import MASK_PLACES
+from lcrf_jax.data.files.mask_names import is_exact, masks_among
 from lcrf_jax.data.files.tags import some
-
-EXACT = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".pnm")  # formats that keep labels as they are
 
 
 class Masks(NamedTuple):
@@ -31,96 +29,134 @@ class Masks(NamedTuple):
     problems: list[str]
 
 
-def is_exact(name: str) -> bool:
-    """Whether the extension of a file is of a format that keeps labels as they are.
+def find_masks(folder: Path, images: Sequence[str], photographs: Sequence[str] = ()) -> Masks:
+    """The mask of each photograph that has one: of its path, of its path below its first folder, or of its name alone.
 
-    Args:
-      name: of the file.
-    Returns:
-      True or False.
-    """
-    return os.path.splitext(name)[1].lower() in EXACT
-
-
-def find_masks(folder: Path, images: Sequence[str]) -> Masks:
-    """The mask of each photograph that has one: of its path, or of its path below its first folder.
+    The name alone counts where one photograph and one mask have it.
 
     Args:
       folder: of the masks; it need not exist.
       images: the photographs, in order.
+      photographs: all photographs, those without tags too.
     Returns:
       Masks.
     """
     found = files_below(folder).files if folder.is_dir() else ()
-    exact, plain = collections.defaultdict(list), collections.defaultdict(list)
-    for path in found:
-        if is_photograph(path):
-            stem = unicodedata.normalize("NFC", os.path.splitext(path)[0])
-            exact[stem].append(path)
-            plain[plain_name(stem)].append(path)
+    candidates = _Candidates([path for path in found if is_photograph(path)], {*images, *photographs})
     masks, used, problems, inexact = {}, collections.defaultdict(list), [], []
-    for image in images if exact else ():
-        stem = unicodedata.normalize("NFC", os.path.splitext(image)[0])
-        for form in dict.fromkeys((stem, stem.split("/", 1)[-1])):
-            candidates = exact.get(form) or plain.get(plain_name(form))
-            if candidates:
-                break
-        else:
-            continue
-        good = [path for path in candidates if is_exact(path)]
-        for path in candidates:
+    for image in images:
+        there = candidates.of(image)
+        good = [path for path in there if is_exact(path)]
+        for path in there:
             used[path].append(image)
         if len(good) == 1:
             masks[image] = folder / good[0]
         elif good:
             problems.append(f"{folder}: {some(good)} are masks of {image}; keep one")
         else:
-            inexact += candidates
+            inexact += there
     problems += [f"{folder / path} is the mask of {owners[0]} and of {owners[1]}; put masks in folders like the photographs"
                  for path, owners in used.items() if len(owners) > 1]  # fmt: skip
     if inexact:
         problems.append(
             f"{folder}: {len(inexact)} masks are in formats that do not keep labels exact ({some(inexact)}); save masks as PNG"
         )
-    return Masks(masks, _notes(folder, found, used), problems + _none_fits(folder, found, used))
+    return Masks(masks, _notes(folder, found, used, images), problems + _none_fits(folder, found, used, images))
 
 
-def _notes(folder, found, used):
+class _Candidates:
+    """Finds the files that may be the mask of a photograph."""
+
+    def __init__(self, paths: Sequence[str], photographs: Collection[str]) -> None:
+        self._exact, self._plain, self._base = (collections.defaultdict[str, list[str]](list) for _ in range(3))
+        for path in paths:
+            stem = unicodedata.normalize("NFC", os.path.splitext(path)[0])
+            self._exact[stem].append(path)
+            self._plain[plain_name(stem)].append(path)
+            self._base[_base(path)].append(path)
+        self._owners = collections.Counter(_base(path) for path in photographs)
+
+    def of(self, image: str) -> list[str]:
+        """The files for a photograph, several if it has masks of several formats."""
+        if not self._exact:
+            return []
+        name = unicodedata.normalize("NFC", image)
+        stem = os.path.splitext(name)[0]
+        for form in dict.fromkeys((stem, stem.split("/", 1)[-1], name, name.split("/", 1)[-1])):
+            if paths := self._exact.get(form) or self._plain.get(plain_name(form)):
+                return paths
+        paths = self._base.get(_base(image), [])
+        in_one_place = len({os.path.dirname(path) for path in paths}) == 1
+        return paths if in_one_place and self._owners[_base(image)] == 1 else []
+
+
+def _base(path: str) -> str:
+    return plain_name(os.path.splitext(os.path.basename(path))[0])
+
+
+def _notes(folder, found, used, images):
     """What lies there unused."""
     pictures = [path for path in found if is_photograph(path) and path not in used]
     others = collections.Counter(os.path.splitext(path)[1].lower() or "without an extension" for path in found if not is_photograph(path))
-    lines = [f"{folder}: {len(pictures)} masks have the name of no photograph with tags ({some(pictures)})"] if pictures and used else []
+    lines = [f"{folder}: {len(pictures)} masks have the name of no photograph with tags ({some(pictures)}){_where(folder, pictures, images)}"] if pictures and used else []
     return lines + ([f"{folder}: not taken: {', '.join(f'{n} {end}' for end, n in others.most_common(6))}"] if others else [])
 
 
-def _none_fits(folder, found, used):
+def _none_fits(folder, found, used, images):
     """Masks of which none has the name of a photograph."""
     if not found or used:
         return []
     pictures = [path for path in found if is_photograph(path)]
     if not pictures:
         return [f"{folder} holds {len(found)} files and no picture ({some(list(found))}); save masks as PNG"]
-    return [f"{folder}: no mask has the name of a photograph with tags ({some(pictures)}); name them NAME.png, like the photographs"]
+    where = _where(folder, pictures, images) or "; name them NAME.png, like the photographs"
+    return [f"{folder}: no mask has the name of a photograph with tags ({some(pictures)}){where}"]
 
 
-def masks_elsewhere(root: Path, photographs: Sequence[str]) -> list[str]:
-    """Folders such as labels/ that hold pictures with the names of photographs, where there is no folder of masks.
+def _where(folder, pictures, images):
+    """Where a mask belongs whose name several photographs have."""
+    owners = collections.defaultdict(list)
+    for image in images:
+        owners[_base(image)].append(image)
+    for path in pictures:
+        if owners[_base(path)]:
+            image = owners[_base(path)][0]
+            place = folder / (os.path.splitext(image)[0] + os.path.splitext(path)[1])
+            return f"; {path} may be the mask of {some(owners[_base(path)])}: for {image} put it at {place}"
+    return ""
+
+
+def masks_elsewhere(root: Path, photographs: Sequence[str], images: Collection[str], mask_root: Path) -> list[str]:
+    """Pictures that would be trained on and are masks by their names, and folders of masks that are not used.
 
     Args:
       root: the folder.
       photographs: all pictures in it.
+      images: those that have tags.
+      mask_root: folder of the masks; it need not exist.
     Returns:
-      One line for each.
+      One line for each folder, and one for masks beside their photographs.
     """
-    stems = collections.defaultdict(set)
-    for path in photographs:
-        *folders, name = path.split("/")
-        stems[folders[0] if folders else ""].add(os.path.splitext(name)[0])
-    suspects = [top for top in stems if plain_name(top) in MASK_PLACES]
-    outside = {name for top, names in stems.items() if top not in suspects for name in names}
-    return [
-        f"{root}: the folder {top!r} holds pictures with the names of photographs; if these are masks, name it 'masks' "
-        f"or give mask_folder={top}, else rename it"
-        for top in suspects
-        if outside & stems[top]
-    ]
+    lines = []
+    for folder, pairs in masks_among(photographs).items():
+        trained = any(path in images for path in pairs)
+        if not trained and (mask_root.is_dir() or not folder):
+            continue
+        path, photograph = next(iter(pairs.items()))
+        place = mask_root / (os.path.splitext(photograph)[0] + os.path.splitext(path)[1])
+        if folder and "/" not in folder and not mask_root.is_dir():
+            lines.append(
+                f"{root}: the folder {folder!r} holds pictures with the names of photographs; if these are masks, name it "
+                f"'masks' or give mask_folder={folder}, else rename it"
+            )
+        elif folder:
+            lines.append(
+                f"{root}: the folder {folder!r} holds {len(pairs)} pictures with the names of photographs; if these are masks, "
+                f"move them, {path} to {place}, else rename the folder"
+            )
+        else:
+            lines.append(
+                f"{root}: {len(pairs)} pictures have the names of photographs beside them and a word for masks "
+                f"({some(list(pairs))}); if these are masks, move them, {path} to {place}, else rename them"
+            )
+    return lines
