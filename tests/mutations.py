@@ -138,7 +138,7 @@ MUTATIONS = [
              "lowest = jnp.minimum(drop_below, 1 / (math.e * positive)) * jnp.exp(-negative)", "lowest = drop_below"),
     Mutation("anchors: messages beyond what weights >= 0 can give", "crf/iterations.py", "if row_sums is not None:", "if False:"),
     Mutation("forms: channels are not asked", "crf/image_kernels.py", " or num_channels > _LATTICE_CHANNELS:", ":"),
-    Mutation("capacity: not made larger", "crf/inference.py", 'if form != "lattice" or not bool(needed > 0):', "if True:"),
+    Mutation("capacity: not made larger", "crf/inference.py", 'if form != "lattice" or isinstance(needed, jax.core.Tracer) or not bool(needed > 0):', "if True:"),
     Mutation("posterior: an overflow looks like an answer", "crf/inference.py", "jnp.where(overflowed, log_unary, result.logits)", "result.logits"),
     Mutation("posterior: the change of the update before", "crf/iterations.py", "change = jnp.max(jnp.abs(jax.nn.softmax(new, axis=-1) - probs))",
              "change = jnp.max(jnp.abs(jax.nn.softmax(logits, axis=-1) - probs))"),
