@@ -29,7 +29,20 @@ from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.masks import read_colours
 from lcrf_jax.data.files.names import name_doubt, name_doubts
 from lcrf_jax.data.files.tags import TAG_FILES, TagRow, read_classes, read_tag_file, some
-from lcrf_jax.data.sources.lists import MOST_HINTS, SPLITS, Line, chosen_splits, listed_splits, read_lists
+from lcrf_jax.data.sources.lists import (
+    MOST_HINTS,
+    SPLITS,
+    TEST,
+    Line,
+    chosen_splits,
+    listed_splits,
+    read_lists,
+    refuse_photographs_as_masks,
+    set_aside,
+    split_of,
+    there_file,
+    with_rest,
+)
 from lcrf_jax.data.sources.mask_files import find_masks, masks_elsewhere
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".xlsm", ".numbers")
@@ -108,6 +121,9 @@ def scan_folder(
     colour_file = _named(root, colours, "colours") or _if_there(root, "colours.csv") or _if_there(root, "colors.csv")
     mask_root = _mask_root(root, mask_folder)
     lines = read_lists(root, lists)
+    tested = [] if TEST in lists else read_lists(root, (TEST,)).get(TEST, [])
+    named = read_tag_file(tag_file) if tag_file else {}
+    refuse_photographs_as_masks(root, lines, named)
     found = files_below(root, leave=_of_masks(root, mask_root, lines).__contains__)
     photographs, problems = _photographs(root, found, lines)
     if not photographs:
@@ -116,7 +132,7 @@ def scan_folder(
         problems.append(f"{root} holds {', '.join(path.name for path in tag_files)}; keep one, or name one")
     finder = PhotographFinder(photographs)
     missing: list[str] = []
-    rows = _tagged(read_tag_file(tag_file), finder, found, missing, problems) if tag_file else {}
+    rows = _tagged(named, finder, found, missing, problems) if tag_file else {}
     rows = rows or ({} if tag_file else _tags_by_folder(root, photographs, found, problems))
     class_names, rows = _classes(class_file, rows, problems, of_folders=tag_file is None)
     images = tuple(sorted(rows))
@@ -124,25 +140,31 @@ def scan_folder(
     vectors = [tag_vector(names, class_names) for names in known] if class_names else []
     masks = find_masks(mask_root, images)
     problems += masks.problems + ([] if mask_root.is_dir() else masks_elsewhere(root, photographs))
-    splits, mask_of = listed_splits(lines, images, finder, missing, problems) if lines else ({}, {})
+    splits, mask_of = listed_splits(lines, images, finder, missing, problems)
+    if tested:
+        splits[TEST] = set_aside(tested, images, finder)
     mask_of = masks.of | mask_of
+    splits, unused = with_rest(
+        splits, images, lambda rest: chosen_splits(rest, mask_of, val_share, split_seed, of_folders=tag_file is None)
+    )
     if mask_of and class_file is None and colour_file is None and len(class_names) > 2:
         problems.append(
             f"{root}: masks hold indices, and no classes.txt says which class is which; write FOLDER/classes.txt, a class a "
             f"line in the order of the indices (by their names it would be: {_several(class_names)})"
         )
-    own = {path.name for path in (*tag_files, tag_file, class_file, colour_file) if path} | {f"{name}.txt" for name in lists}
+    own = {path.name for path in (*tag_files, tag_file, class_file, colour_file) if path} | {f"{name}.txt" for name in lists} | {
+        os.path.relpath(line.where.rsplit(", line ", 1)[0], root) for part in (*lines.values(), tested) for line in part[:1]}
     return Listing(
         root,
         class_names,
         images,
         np.array(vectors, bool).reshape(len(vectors), len(class_names)),
-        splits if lines else chosen_splits(images, mask_of, val_share, split_seed),
+        splits,
         mask_of,
         read_colours(colour_file, class_names) if colour_file and class_names else None,
         str(tag_file) if tag_file else "folders of classes",
         tuple(name for name in photographs if name not in rows) if tag_file else (),
-        "; ".join(line for line in (not_taken(found, own=own), *masks.notes) if line),
+        "; ".join(line for line in (not_taken(found, own=own), unused, *masks.notes) if line),
         tuple(missing),
         tuple(problems),
     )
@@ -172,8 +194,7 @@ def _named(root: Path, name: str, option: str) -> Path | None:
 
 
 def _if_there(root: Path, name: str) -> Path | None:
-    path = there(root, name)
-    return path if path is not None and path.is_file() else None
+    return there_file(root, name)
 
 
 def _mask_root(root: Path, mask_folder: str) -> Path:
@@ -236,7 +257,7 @@ def _tags_by_folder(root: Path, photographs: list[str], there_is: Found, problem
     rows, loose = {}, []
     for path in photographs:
         parts = path.split("/")
-        if top <= set(SPLITS):
+        if all(split_of(name) for name in top):
             parts = parts[1:]
         if len(parts) < 2:
             loose.append(path)
