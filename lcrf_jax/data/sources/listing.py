@@ -28,12 +28,13 @@ from lcrf_jax.data.files.finding import (
 from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.masks import read_colours
 from lcrf_jax.data.files.names import name_doubt, name_doubts
-from lcrf_jax.data.files.tags import TAG_FILES, TagRow, read_classes, read_tag_file, some
+from lcrf_jax.data.files.tags import TAG_FILES, TagRow, columns_not_read, joined, read_classes, read_tag_file, some
 from lcrf_jax.data.sources.lists import (
     MOST_HINTS,
     SPLITS,
     TEST,
     Line,
+    below,
     chosen_splits,
     listed_splits,
     read_lists,
@@ -132,7 +133,7 @@ def scan_folder(
         problems.append(f"{root} holds {', '.join(path.name for path in tag_files)}; keep one, or name one")
     finder = PhotographFinder(photographs)
     missing: list[str] = []
-    rows = _tagged(named, finder, found, missing, problems) if tag_file else {}
+    rows = _tagged(root, named, finder, found, missing, problems) if tag_file else {}
     rows = rows or ({} if tag_file else _tags_by_folder(root, photographs, found, problems))
     class_names, rows = _classes(class_file, rows, problems, of_folders=tag_file is None)
     images = tuple(sorted(rows))
@@ -164,7 +165,7 @@ def scan_folder(
         read_colours(colour_file, class_names) if colour_file and class_names else None,
         str(tag_file) if tag_file else "folders of classes",
         tuple(name for name in photographs if name not in rows) if tag_file else (),
-        "; ".join(line for line in (not_taken(found, own=own), unused, *masks.notes) if line),
+        "; ".join(line for line in (not_taken(found, own=own), columns_not_read(tag_file) if tag_file else "", unused, *masks.notes) if line),
         tuple(missing),
         tuple(problems),
     )
@@ -232,20 +233,21 @@ def _instead(found: Found) -> str:
 
 
 def _tagged(
-    rows: dict[str, TagRow], finder: PhotographFinder, found: Found, missing: list, problems: list
+    root: Path, rows: dict[str, TagRow], finder: PhotographFinder, found: Found, missing: list, problems: list
 ) -> dict[str, TagRow]:
     """The rows of a tag file by photograph."""
     tagged: dict[str, TagRow] = {}
     others = [path for path in found.files if not is_photograph(path)]
     for name, row in rows.items():
-        candidates = finder.candidates(name)
+        candidates = finder.candidates(below(root, name))
         if not candidates:
             hint = finder.meant(name, others) if len(missing) < MOST_HINTS else ""
             missing.append(f"{row.where}: there is no photograph {name!r}{hint}; add it or remove the row")
         elif len(candidates) > 1:
             problems.append(f"{row.where}: {name!r} may be {some(candidates)}; write the whole path")
         elif candidates[0] in tagged and set(tagged[candidates[0]].tags) != set(row.tags):
-            problems.append(f"{row.where}: {candidates[0]!r} has other tags in another row; keep one")
+            problems.append(f"{row.where}: {candidates[0]!r} has other tags in another row; join them in one row: "
+                            f"{joined(tagged[candidates[0]], row)}")  # fmt: skip
         else:
             tagged[candidates[0]] = row
     return tagged

@@ -93,6 +93,20 @@ def refuse_photographs_as_masks(root: Path, lists: Mapping[str, list[Line]], tag
             raise ValueError(f"{line.where}: {line.mask} is a photograph with tags and no mask; write one photograph a line")
 
 
+def below(root: Path, name: str) -> str:
+    """The name of a file as seen from the folder that holds it, where it is a whole path.
+
+    Args:
+      root: the folder.
+      name: as it is written.
+    Returns:
+      The path within the folder, or the name as it is where it does not begin with the path of the folder.
+    """
+    for folder in (os.path.abspath(root), os.path.realpath(root)):
+        name = name.removeprefix(folder.replace(os.sep, "/") + "/")
+    return name
+
+
 def there_file(root: Path, name: str) -> Path | None:
     """The file of a name, in whatever letter case it is written.
 
@@ -113,7 +127,7 @@ def there_file(root: Path, name: str) -> Path | None:
 
 def _line(text: str, root: Path, where: str) -> Line:
     """One column or two: a second one is a file that is there, or both are names of files."""
-    text = text.replace("\\", "/").removeprefix("./")
+    text = below(root, text.replace("\\", "/").removeprefix("./"))
     name = text.lstrip("/")
     too_long = max(len(os.fsencode(part)) for part in name.split("/")) > _LONGEST
     if re.search(r"[\s,;]", name) and (too_long or not (root / name).is_file()):
