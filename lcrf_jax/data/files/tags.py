@@ -91,6 +91,27 @@ def joined(one: TagRow, other: TagRow) -> str:
     return ";".join(dict.fromkeys((*one.tags, *other.tags)))
 
 
+def looks_like_tags(path: str | os.PathLike) -> bool:
+    """Whether a file that is no tag file by its name may be meant as one: labels.csv, tags (1).csv, or a table of tags.
+
+    Args:
+      path: the file, which need not be there in full.
+    Returns:
+      True or False.
+    """
+    name = Path(path).name.casefold().removesuffix(".icloud").removesuffix(".txt").removesuffix(".download")
+    if not name.endswith((*_READERS, ".ndjson", ".parquet", ".csv.gz", ".csv.zip", ".csv.bak")):
+        return False
+    if re.search(r"(^|[^a-z])(image)?(tags?|labels?|metadata|annotations?|annot)([^a-z]|$)", name):
+        return True
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.readline(2000)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return name.endswith((".csv", ".tsv")) and any(_columns(text.strip().split(delimiter)) for delimiter in _WITHIN)
+
+
 def columns_not_read(path: str | os.PathLike) -> str:
     """One line on the columns of a tag file that are not read.
 
@@ -137,9 +158,9 @@ def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
             )
         if ";" in name or "," in name:
             raise ValueError(f"{path}, line {line}: {name!r} has a comma or semicolon; write one class a line")
-        if name in seen or (line > 1 and name.casefold() == BACKGROUND):
-            raise ValueError(f"{path}, line {line}: the class {name!r} occurs twice or is the background; it has line "
-                             f"{seen.get(name, 1)}")  # fmt: skip
+        name = BACKGROUND if name.casefold() == BACKGROUND else name
+        if name in seen:
+            raise ValueError(f"{path}, line {line}: the class {name!r} occurs twice, first on line {seen[name]}; keep one")
         seen[name] = line
     if not names or names[0].casefold() != BACKGROUND:
         raise ValueError(
@@ -267,7 +288,7 @@ def _json_rows(path):
         for image, names in content:
             yield image, _names(names, f"{path}, {image!r}"), f"{path}, {image!r}"
     else:
-        for number, record in enumerate(content if isinstance(content, list) else [content], 1):
+        for number, record in enumerate(content if isinstance(content, list) and not one else [content], 1):
             yield *_record(record, f"{path}, entry {number}"), f"{path}, entry {number}"
 
 

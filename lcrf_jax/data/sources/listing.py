@@ -28,7 +28,16 @@ from lcrf_jax.data.files.finding import (
 from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.masks import read_colours
 from lcrf_jax.data.files.names import name_doubt, name_doubts
-from lcrf_jax.data.files.tags import TAG_FILES, TagRow, columns_not_read, joined, read_classes, read_tag_file, some
+from lcrf_jax.data.files.tags import (
+    TAG_FILES,
+    TagRow,
+    columns_not_read,
+    joined,
+    looks_like_tags,
+    read_classes,
+    read_tag_file,
+    some,
+)
 from lcrf_jax.data.sources.lists import (
     MOST_HINTS,
     SPLITS,
@@ -134,7 +143,7 @@ def scan_folder(
     finder = PhotographFinder(photographs)
     missing: list[str] = []
     rows = _tagged(root, named, finder, found, missing, problems) if tag_file else {}
-    rows = rows or ({} if tag_file else _tags_by_folder(root, photographs, found, problems))
+    rows = rows or ({} if tag_file else _tags_by_folder(root, photographs, found, problems, confirmed=class_file is not None))
     class_names, rows = _classes(class_file, rows, problems, of_folders=tag_file is None)
     images = tuple(sorted(rows))
     known = [[name for name in rows[image].tags if name in class_names] for image in images]
@@ -253,7 +262,9 @@ def _tagged(
     return tagged
 
 
-def _tags_by_folder(root: Path, photographs: list[str], there_is: Found, problems: list) -> dict[str, TagRow]:
+def _tags_by_folder(
+    root: Path, photographs: list[str], there_is: Found, problems: list, *, confirmed: bool
+) -> dict[str, TagRow]:
     """The first folder of each photograph as its tag, below a folder for each split where these are there."""
     top = {path.split("/", 1)[0] for path in photographs if "/" in path}
     rows, loose = {}, []
@@ -277,6 +288,12 @@ def _tags_by_folder(root: Path, photographs: list[str], there_is: Found, problem
         problems.append(
             f"{some(loose)}: there is no tag file{near}, and {'these' if len(loose) > 1 else 'this'} "
             f"{len(loose)} of {len(photographs)} photographs lie in no folder of a class; write a tags.csv"
+        )
+    alike = [path for path in there_is.files if "/" not in path and looks_like_tags(root / path)]
+    if alike and not loose and not confirmed:
+        problems.append(
+            f"{root} holds no tag file, but {some(alike)}: if it holds the tags, name it tags.csv, with the columns image and tags; "
+            f"if the folders are the classes ({_several(sorted(top))}), say so with a classes.txt, or put the file elsewhere"
         )
     return rows
 

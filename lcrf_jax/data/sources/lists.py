@@ -102,6 +102,8 @@ def below(root: Path, name: str) -> str:
     Returns:
       The path within the folder, or the name as it is where it does not begin with the path of the folder.
     """
+    if not os.path.isabs(name):
+        return name
     for folder in (os.path.abspath(root), os.path.realpath(root)):
         name = name.removeprefix(folder.replace(os.sep, "/") + "/")
     return name
