@@ -44,6 +44,12 @@ def test_folders_of_a_test_are_kept_out_of_training_and_validation(tmp_path, fol
     assert FolderSource(tmp_path, "test").names == tuple(splits["test"])
 
 
+def test_a_folder_of_a_test_stays_out_where_val_alone_has_a_list(tmp_path):
+    photographs(tmp_path, "train/1.jpg", "train/2.jpg", "test/3.jpg")
+    (tmp_path / "val.txt").write_text("train/1.jpg\n")
+    assert split_names(tmp_path)[0] == {"train": ["train/2.jpg"], "val": ["train/1.jpg"], "test": ["test/3.jpg"]}
+
+
 def test_folders_of_splits_and_others(tmp_path):
     photographs(tmp_path, "train/1.jpg", "val/2.jpg", "more/3.jpg", "4.jpg")
     splits, line = split_names(tmp_path)

@@ -224,7 +224,8 @@ def with_rest(
         splits = splits | {name: np.union1d(rest[rows], splits.get(name, rest[:0])) for name, rows in parts.items()}
         lines.append(line)
     elif without and len(rest):
-        splits = splits | {without[0]: rest}
+        test = rest[chosen([images[row] for row in rest])[0].get(TEST, rest[:0])]  # of folders of a test
+        splits = splits | {without[0]: np.setdiff1d(rest, test), TEST: np.union1d(test, splits.get(TEST, test))}
     elif len(rest):
         lines.append(f"{len(rest)} photograph{'s stand' if len(rest) > 1 else ' stands'} in no list and {'are' if len(rest) > 1 else 'is'} "
                      f"not used: {some([images[row] for row in rest])}")  # fmt: skip
