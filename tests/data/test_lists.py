@@ -104,12 +104,19 @@ def test_lines_of_lists_that_are_refused(tmp_path, text, message):
         scan_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["train.txt", "val.txt", "test.txt", "classes.txt", "colours.csv", "tags.csv"])
+@pytest.mark.parametrize("name", ["train.txt", "val.txt", "test.txt", "classes.txt", "colours.csv", "tags.csv", "masks"])
 def test_links_that_lead_nowhere_are_named(tmp_path, name):
     photographs(tmp_path, "0.jpg", tags=False)
     os.symlink(tmp_path / "gone" / name, tmp_path / name)
     with pytest.raises(FileNotFoundError, match=f"{name} is a link to .*gone/{name}, which does not exist; mend or remove the link"):
         scan_folder(tmp_path)
+
+
+def test_names_of_options_that_are_too_long(tmp_path):
+    photographs(tmp_path, "0.jpg")
+    for option in ("tags", "classes", "mask_folder"):
+        with pytest.raises(FileNotFoundError, match=f"{option}: .*xxx (does not exist|is no folder)"):
+            scan_folder(tmp_path, **{option: "x" * 300})
 
 
 def test_many_masks_that_are_missing_are_told_soon(tmp_path):

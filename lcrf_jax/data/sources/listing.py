@@ -196,7 +196,7 @@ def _named(root: Path, name: str, option: str) -> Path | None:
     if not name:
         return None
     path = root / Path(name).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too for a name that is too long
         raise FileNotFoundError(
             f"{option}: {path} does not exist; give a path, absolute or within {root}{meant_path(path)}"
         )
@@ -210,8 +210,10 @@ def _if_there(root: Path, name: str) -> Path | None:
 def _mask_root(root: Path, mask_folder: str) -> Path:
     """The folder of the masks; one that was named has to exist."""
     path = root / Path(mask_folder).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
+    if os.path.islink(path) and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist; mend or remove the link")
     if mask_folder == "masks":
         found = there(root, mask_folder)
         return found if found is not None and found.is_dir() else path
