@@ -90,7 +90,7 @@ def test_tag_files_of_every_form(tmp_path, name, text):
         ("tags.csv", "image tags\na cat\n", r"tags.csv, line 1: expected the header 'image,tags', got 'image tags'.*comma"),
         ("tags.csv", "image;tags\na;cat;dog\n", r"line 2: expected 'two columns, image and tags', got 3 column\(s\): 'a;cat;dog'.*tags by commas"),
         ("tags.csv", 'image,tags\na,"cat, dog"\n', "line 2: 'cat, dog' has a comma; separate tags by semicolons"),
-        ("tags.csv", "image,tags\na,cat\n./a,dog\n", "line 3: 'a' has other tags than on line 2; keep one row"),
+        ("tags.csv", "image,tags\na,cat\n./a,dog\n", "line 3: 'a' has other tags than on line 2; join them in one row: cat;dog"),
         ("tags.csv", "image,tags\n,cat\n", "line 2: no image name"),
         ("tags.json", '{"a": ["cat"], "a": ["dog"]}', "tags.json, 'a': 'a' has other tags than on 'a'"),
         ("tags.json", '{"a": ["cat"],\n "b": }', "tags.json, line 2: not JSON"),

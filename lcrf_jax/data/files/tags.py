@@ -3,7 +3,8 @@
 ::
 
     image,tags                                     tags.csv: a header, then one image a line, tags separated by ;
-    barn/7.jpg,horse;person
+    barn/7.jpg,horse;person                        the header may say filename, file or path, and tag, label or class, in
+                                                   any order; other columns are not read, see `columns_not_read`
 
     image;tags                                     as spreadsheets write it in much of Europe, or with tabs; tags then
     barn/7.jpg;horse,person                        separated by , or | or a quoted ;
@@ -31,6 +32,9 @@ from lcrf_jax.data.files.finding import meant_path
 
 TAG_FILES = ("tags.csv", "tags.json", "tags.jsonl", "tags.tsv")
 # How tags are separated within a cell, by what separates the cells.
+_IMAGE = ("image", "images", "filename", "file_name", "file", "filepath", "path", "img", "photo", "photograph")
+_TAGS = ("tags", "tag", "labels", "label", "classes", "class")
+_INDEX = re.compile(r"|unnamed: \d+")  # how tables number their rows
 _WITHIN = {",": ";", ";": "[;,|]", "\t": "[;,|]"}
 
 
@@ -68,10 +72,61 @@ def read_tag_file(path: str | os.PathLike) -> dict[str, TagRow]:
         if not image:
             raise ValueError(f"{where}: no image name; write the file name of the photograph")
         if image in rows and set(rows[image].tags) != set(row.tags):
-            before = rows[image].where.removeprefix(f"{path}, ")
-            raise ValueError(f"{where}: {image!r} has other tags than on {before}; keep one row")
+            before, both = rows[image].where.removeprefix(f"{path}, "), joined(rows[image], row)
+            raise ValueError(f"{where}: {image!r} has other tags than on {before}; join them in one row: {both}")
         rows.setdefault(image, row)
+    if not rows:
+        raise ValueError(f"{path} names no photograph; write one row or entry a photograph, with its tags")
     return rows
+
+
+def joined(one: TagRow, other: TagRow) -> str:
+    """The tags of two rows of one photograph, as one row has them.
+
+    Args:
+      one, other: the rows.
+    Returns:
+      As ``ring;star``.
+    """
+    return ";".join(dict.fromkeys((*one.tags, *other.tags)))
+
+
+def looks_like_tags(path: str | os.PathLike) -> bool:
+    """Whether a file that is no tag file by its name may be meant as one: labels.csv, tags (1).csv, or a table of tags.
+
+    Args:
+      path: the file, which need not be there in full.
+    Returns:
+      True or False.
+    """
+    name = Path(path).name.casefold().removesuffix(".icloud").removesuffix(".txt").removesuffix(".download")
+    if not name.endswith((*_READERS, ".ndjson", ".parquet", ".csv.gz", ".csv.zip", ".csv.bak")):
+        return False
+    if re.search(r"(^|[^a-z])(image)?(tags?|labels?|metadata|annotations?|annot)([^a-z]|$)", name):
+        return True
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.readline(2000)
+    except (OSError, UnicodeDecodeError):
+        return False
+    return name.endswith((".csv", ".tsv")) and any(_columns(text.strip().split(delimiter)) for delimiter in _WITHIN)
+
+
+def columns_not_read(path: str | os.PathLike) -> str:
+    """One line on the columns of a tag file that are not read.
+
+    Args:
+      path: the file.
+    Returns:
+      The line, or an empty string; columns that number the rows are not worth a word.
+    """
+    if _READERS.get(Path(path).suffix.lower()) is not _csv_rows:
+        return ""
+    text = re.sub(r"^sep=.\n", "", read_text(path))
+    header = next(csv.reader([_header(text)], delimiter=_delimiter(text)), [])
+    image, tags = _columns(header) or (0, 1)
+    others = [cell.strip() for at, cell in enumerate(header) if at not in (image, tags) and not _INDEX.fullmatch(cell.strip().lower())]
+    return f"{Path(path).name}: columns that are not read: {some(others, 6)}" if others else ""
 
 
 def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
@@ -88,27 +143,33 @@ def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
     names = [line.strip() for line in read_text(path).splitlines()]
     while names and not names[-1]:
         names.pop()
+    if len(names) > VOID:
+        raise ValueError(f"{path}: expected 2 to {VOID} classes with background, got {len(names)}; the index {VOID} means void")
+    seen: dict[str, int] = {}
     for line, name in enumerate(names, 1):
         if not name:
             raise ValueError(
                 f"{path}, line {line}: empty; the line number is the index in the masks, so remove it "
                 "or name the class"
             )
+        if re.match(r"#\s|#$|//", name):
+            raise ValueError(
+                f"{path}, line {line}: {name!r} looks like a comment; the line number is the index in the masks, so remove it"
+            )
         if ";" in name or "," in name:
             raise ValueError(f"{path}, line {line}: {name!r} has a comma or semicolon; write one class a line")
-        if name in names[: line - 1]:
-            raise ValueError(f"{path}, line {line}: the class {name!r} occurs twice")
-    if not names or names[0] != BACKGROUND:
+        name = BACKGROUND if name.casefold() == BACKGROUND else name
+        if name in seen:
+            raise ValueError(f"{path}, line {line}: the class {name!r} occurs twice, first on line {seen[name]}; keep one")
+        seen[name] = line
+    if not names or names[0].casefold() != BACKGROUND:
         raise ValueError(
             f"{path}, line 1: expected {BACKGROUND!r}, got {names[0] if names else 'an empty file'!r}; "
             "index 0 of the masks is the background"
         )
-    if not 2 <= len(names) <= VOID:
-        raise ValueError(
-            f"{path}: expected 2 to {VOID} classes with background, got {len(names)}; "
-            f"the index {VOID} means void"
-        )
-    return tuple(names)
+    if len(names) < 2:
+        raise ValueError(f"{path}: expected 2 to {VOID} classes with background, got {len(names)}; add the names of classes")
+    return (BACKGROUND, *names[1:])
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -158,52 +219,76 @@ def _csv_rows(path):
         text, before = text[6:], 1
     delimiter = _delimiter(text)
     rows, header = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True), None
+    columns = (0, 1)
     try:
         for row in rows:
             where = f"{path}, line {rows.line_num + before}"
             row = [cell.strip() for cell in row]
-            while len(row) > 2 and not row[-1]:  # spreadsheets fill up with empty cells
+            while len(row) > len(header or "12") and not row[-1]:  # spreadsheets fill up with empty cells
                 row.pop()
             if not any(row):
                 continue
             if header is None:
-                header = row
-                if [cell.lower() for cell in row] != ["image", "tags"]:
-                    raise ValueError(
-                        f"{where}: expected the header 'image,tags', got {','.join(row)!r}; write it, and separate "
-                        "the image by a comma and the tags by semicolons"
-                    )
+                header, columns = row, _columns(row) or _no_columns(row, where)
                 continue
-            if len(row) != 2:
-                raise ValueError(
-                    f"{where}: expected {'image,tag;tag' if delimiter == ',' else 'two columns, image and tags'!r}, got {len(row)} "
-                    f"column(s): {delimiter.join(row)!r}; separate the image by a {'comma' if delimiter == ',' else repr(delimiter)} "
-                    f"and the tags by {'semicolons' if delimiter == ',' else 'commas'}"
-                )
-            yield row[0], re.split(_WITHIN[delimiter], row[1]), where
+            if len(row) != len(header):
+                raise ValueError(_wrong_columns(header, row, delimiter, where))
+            yield row[columns[0]], re.split(_WITHIN[delimiter], row[columns[1]]), where
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num + before}: not comma-separated text ({error})") from error
     if header is None:
         raise ValueError(f"{path} is empty; expected the header 'image,tags' and one row an image")
 
 
+def _columns(header):
+    """(column of the image, column of the tags) of a header, None where it does not say them once each."""
+    cells = [cell.strip().lower() for cell in header]
+    found = []
+    for words in (_IMAGE, _TAGS):
+        named = [at for at, cell in enumerate(cells) if cell in words]
+        exact = [at for at in named if cells[at] == words[0]]
+        if len(exact) != 1 and len(named) != 1:
+            return None
+        found.append((exact if len(exact) == 1 else named)[0])
+    return tuple(found)
+
+
+def _no_columns(header, where):
+    raise ValueError(
+        f"{where}: expected the header 'image,tags', got {','.join(header)!r}; write it, and separate the image by a comma and "
+        "the tags by semicolons"
+    )
+
+
+def _wrong_columns(header, row, delimiter, where):
+    comma = delimiter == ","
+    expected = ("image,tag;tag" if comma else "two columns, image and tags") if len(header) == 2 else f"the {len(header)} columns of the header"
+    return (
+        f"{where}: expected {expected!r}, got {len(row)} column(s): {delimiter.join(row)!r}; separate the image by a "
+        f"{'comma' if comma else repr(delimiter)} and the tags by {'semicolons' if comma else 'commas'}"
+    )
+
+
+def _header(text):
+    return next((line for line in text.split("\n") if line.strip()), "")
+
+
 def _delimiter(text):
     """What separates the columns of the header, a comma where it is none of these."""
-    header = next((line for line in text.split("\n") if line.strip()), "")
     for delimiter in _WITHIN:
-        cells = [cell.strip().strip('"').lower() for cell in header.split(delimiter)]
-        if cells[:2] == ["image", "tags"] and not any(cells[2:]):
+        if _columns([cell.strip().strip('"') for cell in _header(text).split(delimiter)]):
             return delimiter
     return ","
 
 
 def _json_rows(path):
     content = _parsed(read_text(path), str(path))
-    if isinstance(content, _Pairs):
+    one = isinstance(content, _Pairs) and {name for name, _ in content} == {"image", "tags"} and isinstance(dict(content)["image"], str)
+    if isinstance(content, _Pairs) and not one:
         for image, names in content:
             yield image, _names(names, f"{path}, {image!r}"), f"{path}, {image!r}"
     else:
-        for number, record in enumerate(content if isinstance(content, list) else [content], 1):
+        for number, record in enumerate(content if isinstance(content, list) and not one else [content], 1):
             yield *_record(record, f"{path}, entry {number}"), f"{path}, entry {number}"
 
 

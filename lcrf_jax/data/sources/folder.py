@@ -13,7 +13,8 @@
 
 In tag files and lists a photograph is named by its path within the folder. The extension and the first folders may be
 left out if one photograph alone fits. Without lists a seed chooses some of the photographs that have masks: these are
-the split val, and all others are the split train. Everything that is wrong with names, tags and lists is told in one
+the split val, and all others are the split train; folders train and val are these splits. Photographs of a folder test beside
+them, or of a list test.txt, are neither trained on nor chosen by. Everything that is wrong with names, tags and lists is told in one
 error, when the source is made.
 """
 

@@ -28,8 +28,31 @@ from lcrf_jax.data.files.finding import (
 from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.masks import read_colours
 from lcrf_jax.data.files.names import name_doubt, name_doubts
-from lcrf_jax.data.files.tags import TAG_FILES, TagRow, read_classes, read_tag_file, some
-from lcrf_jax.data.sources.lists import MOST_HINTS, SPLITS, Line, chosen_splits, listed_splits, read_lists
+from lcrf_jax.data.files.tags import (
+    TAG_FILES,
+    TagRow,
+    columns_not_read,
+    joined,
+    looks_like_tags,
+    read_classes,
+    read_tag_file,
+    some,
+)
+from lcrf_jax.data.sources.lists import (
+    MOST_HINTS,
+    SPLITS,
+    TEST,
+    Line,
+    below,
+    chosen_splits,
+    listed_splits,
+    read_lists,
+    refuse_photographs_as_masks,
+    set_aside,
+    split_of,
+    there_file,
+    with_rest,
+)
 from lcrf_jax.data.sources.mask_files import find_masks, masks_elsewhere
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".xlsm", ".numbers")
@@ -108,6 +131,9 @@ def scan_folder(
     colour_file = _named(root, colours, "colours") or _if_there(root, "colours.csv") or _if_there(root, "colors.csv")
     mask_root = _mask_root(root, mask_folder)
     lines = read_lists(root, lists)
+    tested = [] if TEST in lists else read_lists(root, (TEST,)).get(TEST, [])
+    named = read_tag_file(tag_file) if tag_file else {}
+    refuse_photographs_as_masks(root, lines, named)
     found = files_below(root, leave=_of_masks(root, mask_root, lines).__contains__)
     photographs, problems = _photographs(root, found, lines)
     if not photographs:
@@ -116,33 +142,39 @@ def scan_folder(
         problems.append(f"{root} holds {', '.join(path.name for path in tag_files)}; keep one, or name one")
     finder = PhotographFinder(photographs)
     missing: list[str] = []
-    rows = _tagged(read_tag_file(tag_file), finder, found, missing, problems) if tag_file else {}
-    rows = rows or ({} if tag_file else _tags_by_folder(root, photographs, found, problems))
+    rows = _tagged(root, named, finder, found, missing, problems) if tag_file else {}
+    rows = rows or ({} if tag_file else _tags_by_folder(root, photographs, found, problems, confirmed=class_file is not None))
     class_names, rows = _classes(class_file, rows, problems, of_folders=tag_file is None)
     images = tuple(sorted(rows))
     known = [[name for name in rows[image].tags if name in class_names] for image in images]
     vectors = [tag_vector(names, class_names) for names in known] if class_names else []
     masks = find_masks(mask_root, images, photographs)
     problems += masks.problems + masks_elsewhere(root, photographs, rows, mask_root)
-    splits, mask_of = listed_splits(lines, images, finder, missing, problems) if lines else ({}, {})
+    splits, mask_of = listed_splits(lines, images, finder, missing, problems)
+    if tested:
+        splits[TEST] = set_aside(tested, images, finder)
     mask_of = masks.of | mask_of
+    splits, unused = with_rest(
+        splits, images, lambda rest: chosen_splits(rest, mask_of, val_share, split_seed, of_folders=tag_file is None)
+    )
     if mask_of and class_file is None and colour_file is None and len(class_names) > 2:
         problems.append(
             f"{root}: masks hold indices, and no classes.txt says which class is which; write FOLDER/classes.txt, a class a "
             f"line in the order of the indices (by their names it would be: {_several(class_names)})"
         )
-    own = {path.name for path in (*tag_files, tag_file, class_file, colour_file) if path} | {f"{name}.txt" for name in lists}
+    own = {path.name for path in (*tag_files, tag_file, class_file, colour_file) if path} | {f"{name}.txt" for name in lists} | {
+        os.path.relpath(line.where.rsplit(", line ", 1)[0], root) for part in (*lines.values(), tested) for line in part[:1]}
     return Listing(
         root,
         class_names,
         images,
         np.array(vectors, bool).reshape(len(vectors), len(class_names)),
-        splits if lines else chosen_splits(images, mask_of, val_share, split_seed),
+        splits,
         mask_of,
         read_colours(colour_file, class_names) if colour_file and class_names else None,
         str(tag_file) if tag_file else "folders of classes",
         tuple(name for name in photographs if name not in rows) if tag_file else (),
-        "; ".join(line for line in (not_taken(found, own=own), *masks.notes) if line),
+        "; ".join(line for line in (not_taken(found, own=own), columns_not_read(tag_file) if tag_file else "", unused, *masks.notes) if line),
         tuple(missing),
         tuple(problems),
     )
@@ -164,7 +196,7 @@ def _named(root: Path, name: str, option: str) -> Path | None:
     if not name:
         return None
     path = root / Path(name).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too for a name that is too long
         raise FileNotFoundError(
             f"{option}: {path} does not exist; give a path, absolute or within {root}{meant_path(path)}"
         )
@@ -172,15 +204,16 @@ def _named(root: Path, name: str, option: str) -> Path | None:
 
 
 def _if_there(root: Path, name: str) -> Path | None:
-    path = there(root, name)
-    return path if path is not None and path.is_file() else None
+    return there_file(root, name)
 
 
 def _mask_root(root: Path, mask_folder: str) -> Path:
     """The folder of the masks; one that was named has to exist."""
     path = root / Path(mask_folder).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
+    if os.path.islink(path) and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist; mend or remove the link")
     if mask_folder == "masks":
         found = there(root, mask_folder)
         return found if found is not None and found.is_dir() else path
@@ -211,32 +244,35 @@ def _instead(found: Found) -> str:
 
 
 def _tagged(
-    rows: dict[str, TagRow], finder: PhotographFinder, found: Found, missing: list, problems: list
+    root: Path, rows: dict[str, TagRow], finder: PhotographFinder, found: Found, missing: list, problems: list
 ) -> dict[str, TagRow]:
     """The rows of a tag file by photograph."""
     tagged: dict[str, TagRow] = {}
     others = [path for path in found.files if not is_photograph(path)]
     for name, row in rows.items():
-        candidates = finder.candidates(name)
+        candidates = finder.candidates(below(root, name))
         if not candidates:
             hint = finder.meant(name, others) if len(missing) < MOST_HINTS else ""
             missing.append(f"{row.where}: there is no photograph {name!r}{hint}; add it or remove the row")
         elif len(candidates) > 1:
             problems.append(f"{row.where}: {name!r} may be {some(candidates)}; write the whole path")
         elif candidates[0] in tagged and set(tagged[candidates[0]].tags) != set(row.tags):
-            problems.append(f"{row.where}: {candidates[0]!r} has other tags in another row; keep one")
+            problems.append(f"{row.where}: {candidates[0]!r} has other tags in another row; join them in one row: "
+                            f"{joined(tagged[candidates[0]], row)}")  # fmt: skip
         else:
             tagged[candidates[0]] = row
     return tagged
 
 
-def _tags_by_folder(root: Path, photographs: list[str], there_is: Found, problems: list) -> dict[str, TagRow]:
+def _tags_by_folder(
+    root: Path, photographs: list[str], there_is: Found, problems: list, *, confirmed: bool
+) -> dict[str, TagRow]:
     """The first folder of each photograph as its tag, below a folder for each split where these are there."""
     top = {path.split("/", 1)[0] for path in photographs if "/" in path}
     rows, loose = {}, []
     for path in photographs:
         parts = path.split("/")
-        if top <= set(SPLITS):
+        if all(split_of(name) for name in top):
             parts = parts[1:]
         if len(parts) < 2:
             loose.append(path)
@@ -254,6 +290,12 @@ def _tags_by_folder(root: Path, photographs: list[str], there_is: Found, problem
         problems.append(
             f"{some(loose)}: there is no tag file{near}, and {'these' if len(loose) > 1 else 'this'} "
             f"{len(loose)} of {len(photographs)} photographs lie in no folder of a class; write a tags.csv"
+        )
+    alike = [path for path in there_is.files if "/" not in path and looks_like_tags(root / path)]
+    if alike and not loose and not confirmed:
+        problems.append(
+            f"{root} holds no tag file, but {some(alike)}: if it holds the tags, name it tags.csv, with the columns image and tags; "
+            f"if the folders are the classes ({_several(sorted(top))}), say so with a classes.txt, or put the file elsewhere"
         )
     return rows
 

@@ -24,7 +24,7 @@ from lcrf_jax.data.example import Example, tag_vector
 from lcrf_jax.data.files.finding import files_below, meant, meant_path, not_taken
 from lcrf_jax.data.files.images import is_photograph, read_turned_image
 from lcrf_jax.data.files.masks import fit_mask, read_mask, refuse_black_and_white
-from lcrf_jax.data.files.tags import read_classes, read_tag_file, read_text, some
+from lcrf_jax.data.files.tags import columns_not_read, read_classes, read_tag_file, read_text, some
 from lcrf_jax.data.sources.mask_files import find_masks
 from lcrf_jax.machine.contents import content_digests
 
@@ -58,7 +58,8 @@ class VocSource:
         _check_tagged(self.names, tags, self._root / "tags.csv", split)
         self._tags = np.stack([tags[name] for name in self.names])
         self._images = _find_images(self._root / "JPEGImages", self.names, split)
-        self.not_taken = not_taken(files_below(self._root / "JPEGImages"))
+        lines = not_taken(files_below(self._root / "JPEGImages")), columns_not_read(self._root / "tags.csv")
+        self.not_taken = "; ".join(line for line in lines if line)
         self._masks = _find_masks(self._root / "SegmentationClass", self.names, split) if masks else {}
 
     def __len__(self) -> int:
@@ -187,7 +188,7 @@ def read_tags(path: str | os.PathLike, class_names: tuple[str, ...]) -> dict[str
                 f"{row.where}: {error}; correct the tag, or add the class to classes.txt; tags are separated by ;"
             ) from None
         if name in tags and not np.array_equal(tags[name], vector):
-            raise ValueError(f"{row.where}: {name!r} has other tags on another line; keep one row")
+            raise ValueError(f"{row.where}: {name!r} has other tags on another line; join them in one row")
         tags[name] = vector
     return tags
 
