@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.pixel_evidence import LEAST_EVIDENCE, class_evidence
-from lcrf_jax.numerics import ONE_SET, check_finite, check_shape
+from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, promote_float
 
 
 def cam_log_probs(
@@ -38,7 +38,8 @@ def cam_log_probs(
     _, num_foreground = check_shape("class_maps", class_maps, ("m", "K - 1"), ONE_SET)
     check_shape("image_logits", image_logits, (num_foreground,), "one logit per foreground class")
     check_finite("image_logits", image_logits, "look for a division by zero")
-    peaks = jnp.asarray(class_maps).max(axis=0)
-    present = jnp.concatenate([jnp.ones(1, bool), jnp.asarray(image_logits) >= 0])
+    check_finite("class_maps", class_maps, "look for a division by zero")
+    peaks = promote_float(class_maps).max(axis=0)
+    present = jnp.concatenate([jnp.ones(1, bool), promote_float(image_logits) >= 0])
     settings = {"background_level": background_level, "sharpness": sharpness, "floor": floor}
     return jnp.log(class_evidence(class_maps, peaks, present, **settings) + LEAST_EVIDENCE)
