@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo 'make demo    set up .venv, train on the embedded data from tags alone, evaluate, draw'
-	@echo 'make test    set up .venv, run the tests: five minutes on two cores, less once what they compile is kept'
+	@echo 'make test    set up .venv, run the tests: about five minutes on two cores, less once what they compile is kept'
 	@echo 'make test-all   those and the slow ones: killed runs, several processes, every method, every form'
 	@echo 'make test-slow  the slow ones alone'
 	@echo 'make test-default-flags  the tests of the pure functions, compiled as users have it'
