@@ -34,7 +34,7 @@ def saved(array, form, **options):
 def samples():
     """One small file of each kind."""
     forms = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF", "gif": "GIF", "ppm": "PPM", "tga": "TGA",
-             "qoi": "QOI", "pcx": "PCX", "sgi": "SGI", "ico": "ICO", "icns": "ICNS", "dds": "DDS"}  # fmt: skip
+             "qoi": "QOI", "pcx": "PCX", "sgi": "SGI", "dds": "DDS"}  # fmt: skip
     forms |= {"jp2": "JPEG2000"} if features.check("jpg_2000") else {}
     forms |= {"avif": "AVIF"} if features.check("avif") else {}
     files = {f"a.{end}": saved(RGB, form) for end, form in forms.items()}
