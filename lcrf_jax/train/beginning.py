@@ -69,16 +69,20 @@ def _check_start(workdir, config):
     check_settings_of_run(workdir, config)
     if not (workdir / DESCRIPTION_FILE).exists():
         return None
-    images = load_description(workdir).get("data", {}).get("train", {}).get("images")
+    images = _num_images(load_description(workdir))
     if images is None:  # a run of an earlier version: what it has is known when the data is open
         return None
     rounds = planned_rounds(config, images)
-    refuse_moved_rounds(workdir, rounds)
+    _refuse_moved_rounds(workdir, rounds)
     steps = rounds[-1].last_step if rounds else 0
-    if newest_step(workdir) < steps or not is_saved(workdir, "last" if rounds else "best"):
+    if newest_step(workdir) < steps or not _is_saved(workdir, "last" if rounds else "best"):
         return None
-    refuse_changes(workdir, config)
+    _refuse_changes(workdir, config)
     return steps
+
+
+def _num_images(description):
+    return description.get("data", {}).get("train", {}).get("images")
 
 
 def refuse_moved_rounds(workdir: str | os.PathLike, rounds: Sequence[Round]) -> None:
@@ -91,30 +95,25 @@ def refuse_moved_rounds(workdir: str | os.PathLike, rounds: Sequence[Round]) -> 
     Raises:
       CheckpointError: if they do; the round that is under way may be made longer or shorter.
     """
-    before, done = description_before(workdir), newest_step(workdir)
-    images = (before or {}).get("data", {}).get("train", {}).get("images")
-    if not before or not done or images is None:
+    first_decides(lambda: _refuse_moved_rounds(workdir, rounds))
+
+
+def _refuse_moved_rounds(workdir, rounds):
+    done = newest_step(workdir)
+    if not done:
+        return
+    before = load_description(workdir)
+    images = _num_images(before)
+    if images is None:
         return
     begun = [this.first_step for this in planned_rounds(before["training"], images) if this.first_step < done]
     now = [this.first_step for this in rounds[: len(begun)]]
     if now != begun:
         raise CheckpointError(
-            f"{workdir} has begun round {len(begun)} after step {begun[-1]}; with config.epochs={rounds_in_words(rounds)} rounds "
+            f"{workdir} has begun round {len(begun)} after step {begun[-1]}; with config.epochs=({','.join(str(this.epochs) for this in rounds)}) rounds "
             f"begin after {', '.join(map(str, now))}: leave the epochs of earlier rounds as they were "
             f"({tuple(before['training']['epochs'])}), or use a new folder"
         )
-
-
-def rounds_in_words(rounds: Sequence[Round]) -> str:
-    """The epochs of rounds, as they are written on the command line.
-
-    Args:
-      rounds: of a configuration.
-
-    Returns:
-      str, such as "(4,3)".
-    """
-    return f"({','.join(str(this.epochs) for this in rounds)})"
 
 
 def is_saved(workdir: str | os.PathLike, which: str = "best") -> bool:
