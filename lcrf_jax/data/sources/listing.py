@@ -125,10 +125,10 @@ def scan_folder(
     root = _existing_folder(root)
     if not 0 <= val_share < 1:
         raise ValueError(f"val_share: expected a share in [0, 1), got {val_share}")
-    tag_files = [path for name in TAG_FILES if (path := _if_there(root, name))]
+    tag_files = [path for name in TAG_FILES if (path := there_file(root, name))]
     tag_file = _named(root, tags, "tags") or next(iter(tag_files), None)
-    class_file = _named(root, classes, "classes") or _if_there(root, "classes.txt")
-    colour_file = _named(root, colours, "colours") or _if_there(root, "colours.csv") or _if_there(root, "colors.csv")
+    class_file = _named(root, classes, "classes") or there_file(root, "classes.txt")
+    colour_file = _named(root, colours, "colours") or there_file(root, "colours.csv") or there_file(root, "colors.csv")
     mask_root = _mask_root(root, mask_folder)
     lines = read_lists(root, lists)
     tested = [] if TEST in lists else read_lists(root, (TEST,)).get(TEST, [])
@@ -201,10 +201,6 @@ def _named(root: Path, name: str, option: str) -> Path | None:
             f"{option}: {path} does not exist; give a path, absolute or within {root}{meant_path(path)}"
         )
     return path
-
-
-def _if_there(root: Path, name: str) -> Path | None:
-    return there_file(root, name)
 
 
 def _mask_root(root: Path, mask_folder: str) -> Path:
