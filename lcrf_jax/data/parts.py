@@ -140,4 +140,5 @@ def _in_order_of_names(names):
 
 def _name_before(split):
     """What may be the name of the split in a part that is wrongly written."""
-    return re.split(r"[:\[\]]", split)[0].rstrip(" 0123456789") or "val"
+    name = split.partition("[")[0].strip()
+    return "val" if not name or {*":]"} & {*name} else name
