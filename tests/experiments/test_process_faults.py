@@ -166,11 +166,12 @@ def test_one_and_several_processes_train_the_same_network(cache, of_a_pair, tmp_
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), restore_params(other, "last"), one)
     assert [record["step"] for record in lines(of_a_pair)] == [record["step"] for record in lines(tmp_path / "1")]
     # Scores: the parameters of one run, counted by one process and by two.
-    alone = finish(start("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", num_devices=1))
+    alone = finish(start("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", "--parts=2", num_devices=1))
     assert alone.code == 0, alone.err
     counts = (tmp_path / "1" / "results_val_crf.json").read_text()
+    assert '"val[1::2]"' in counts
     (tmp_path / "1" / "results_val_crf.json").unlink()
-    for ended in map(finish, pair("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", num_devices=1)):
+    for ended in map(finish, pair("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", "--parts=2", num_devices=1)):
         assert ended.code == 0, ended.err
     assert (tmp_path / "1" / "results_val_crf.json").read_text() == counts
 
