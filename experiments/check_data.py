@@ -37,7 +37,10 @@ def opened_splits(config):
         if not split:
             continue
         try:
-            sources.append(open_split(config, split, masks=masks))
+            source = open_split(config, split, masks=masks)
+            if masks and whole_of(split) != whole_of(config["data"]["train_split"]):
+                source = getattr(source, "whole", source)  # the masks of the other part are scored some day
+            sources.append(source)
         except FileNotFoundError as error:
             if masks and whole_of(split) == DEFAULT_VAL_SPLIT:
                 say(f"no masks to score on: {error}")

@@ -87,7 +87,7 @@ def whole_of(split: str) -> str:
 
 
 class SliceOfSource(PartOfSource):
-    """A part of a split, see the head of this file: all that its source tells, of the examples of the part.
+    """A part of a split, see the head of this file: all that its source tells, of the examples of the part. Its `whole` is the split.
 
     Args:
       source: the source.
@@ -105,7 +105,7 @@ class SliceOfSource(PartOfSource):
                 f"{whole_of(source.split)}[0::2] is every other one"
             )
         super().__init__(source, kept)
-        self.split, self.listed_names = split, self.names
+        self.split, self.listed_names, self.whole = split, self.names, getattr(source, "whole", source)
         self.left_out = getattr(source, "left_out", 0)  # the rest of the split was not left out for a fault
         for name in _TOLD:
             if hasattr(source, name):

@@ -1,8 +1,12 @@
 """Parts of a split, such as val[0::2]: what is in them, what they tell, and what is refused."""
 
+import importlib
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
+from programs import run
 
 from lcrf_jax.data.example import PartOfSource, Source, about
 from lcrf_jax.data.opening import open_source
@@ -181,3 +185,20 @@ def test_a_photograph_that_is_left_out_changes_no_part(plain):
     alone = checked_split(config, "val[1::2]", masks=True)
     assert stems(alone) == "d" and alone.split == "val[1::2]" and alone.left_out == 1
     assert in_parts(alone, 2).numbers.tolist() == [1]
+
+
+def test_check_data_reads_the_whole_of_a_split_of_which_a_part_is_chosen_on(voc):
+    (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("a\nb\n")
+    arguments = ("--config=experiments/configs/voc_animals.py", f"--config.data.root={voc}")
+    assert re.search(r"^val +5 +5 +0$", run("check_data", *arguments).out, re.MULTILINE)
+    (voc / "ImageSets" / "Segmentation" / "val.txt").rename(voc / "ImageSets" / "Segmentation" / "vall.txt")
+    assert "no masks to score on" in run("check_data", *arguments).out
+    ended = run("check_data", *arguments, "--config.data.train_split=vall[0::2]", "--config.data.val_split=vall[1::2]")
+    assert re.search(r"^vall\[1::2\] +2 +2 +0$", ended.out, re.MULTILINE)
+
+
+def test_the_halves_of_the_configurations():
+    config = {name: importlib.import_module(f"experiments.configs.{name}").get_config() for name in (
+        "voc_animals", "compare_voc_animals", "folder", "compare_textures")}  # fmt: skip
+    chosen_on = {name: each.data.val_split for name, each in config.items()}
+    assert chosen_on == {"voc_animals": "val[0::2]", "compare_voc_animals": "val", "folder": "val", "compare_textures": "val"}
