@@ -35,7 +35,7 @@ from lcrf_jax.runfolder.description import CheckpointError, check_data, load_des
 from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import METHODS, localisation
-from lcrf_jax.train.splits import checked_split, data_identity, open_data
+from lcrf_jax.train.splits import checked_split, data_identity, open_data, refuse_shared
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and tables; made if it is not there.")
@@ -66,8 +66,8 @@ def run_config(config, method, seed):
 class Preparations:
     """What each method starts from, made when it is first asked for."""
 
-    def __init__(self, config):
-        self._config, self._made, self._trained_on = config, {}, {}
+    def __init__(self, config, val):
+        self._config, self._val, self._made, self._trained_on = config, val, {}, {}
 
     def __getitem__(self, key):
         method, seed = key
@@ -79,7 +79,9 @@ class Preparations:
         """What the training split of a method has, without computing anything from it."""
         masks = "masks" in METHODS[method].inputs
         if masks not in self._trained_on:
-            self._trained_on[masks] = data_identity(open_data(run_config(self._config, method, 0))[0])
+            train, _ = open_data(run_config(self._config, method, 0))
+            refuse_shared(train, self._val)
+            self._trained_on[masks] = data_identity(train)
         return self._trained_on[masks]
 
 
@@ -232,7 +234,7 @@ def main(argv):
     val = checked_split(config.to_dict(), config.data.val_split, masks=True)
     scored = reporting.whole_or_parts(val, _PARTS.value)
     splits = () if scored is val else scored.splits
-    preparations = Preparations(config)
+    preparations = Preparations(config, val)
     for seed in range(_SEEDS.value):
         for name in list(names):
             folder = workdir / name / f"seed_{seed}"

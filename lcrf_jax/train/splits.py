@@ -108,20 +108,28 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
             ) from error
         say(f"no validation: {error}")
         val = None
-    if val is not None and data["train_split"] != data["val_split"]:
-        _refuse_shared(train, val)
+    if val is not None:
+        refuse_shared(train, val)
     return train, val
 
 
-def _refuse_shared(train: Source, val: Source) -> None:
-    """Parts of splits must not share examples: best/ would be chosen by masks of what is trained on."""
-    if not {*"[]"} & {*train.split, *val.split}:
+def refuse_shared(train: Source, val: Source) -> None:
+    """Refuse parts of one split that share examples: a score would be one of masks of what is trained on.
+
+    Args:
+      train: the training source.
+      val: the source that is scored.
+
+    Raises:
+      SettingError: if one of them is a part of a split that both are of, and they share examples; the message names some.
+    """
+    if not {*"[]"} & {*train.split, *val.split} or whole_of(train.split) != whole_of(val.split):
         return
     shared = sorted({*getattr(train, "listed_names", train.names)} & {*getattr(val, "listed_names", val.names)})
-    if shared and whole_of(train.split) == whole_of(val.split):
+    if shared:
         raise SettingError(
-            f"data.val_split: {val.split} and the training split {train.split} share {len(shared)} examples ({some(shared)}); best/ would "
-            "be chosen by what is trained on: name parts that share none, such as train[0::2] and train[1::2]"
+            f"data.val_split: {val.split} and the training split {train.split} share {len(shared)} examples ({some(shared)}): what is "
+            "scored would be trained on; name parts that share none, such as train[0::2] and train[1::2]"
         )
 
 

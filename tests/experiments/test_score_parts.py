@@ -156,6 +156,8 @@ def test_a_comparison_is_scored_in_parts_later_without_training_again(tmp_path, 
     written = path.stat().st_mtime_ns
     for more in ((), ("--parts=2",)):
         assert "scored again" not in run("compare", *arguments, *more).out and path.stat().st_mtime_ns == written
+    shared = run("compare", *arguments, "--config.data.train_split=val[0::2]", f"--workdir={tmp_path / 'other'}")
+    assert_refused(shared, r"data.val_split: val and the training split val\[0::2\] share 2 examples")
     assert_refused(run("compare", *arguments, "--parts=5"), "parts: expected 1 to 4, the number of examples of val, got 5")
 
 
