@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lcrf_jax.machine.checksums import checksums, note_unchanged, refuse_changed
 from lcrf_jax.machine.entries import IDENTITY_FILE, LOCK_FILE, discard, keep_within_bound
 from lcrf_jax.machine.files import naming, write_whole
 from lcrf_jax.machine.locks import locked, own_folder, shared
@@ -121,12 +122,18 @@ class CachedArrays:
         """
         assert self._unfinished is not None
         self.note()
-        arrays = {name: {"shape": array.shape, "dtype": str(array.dtype)} for name, array in self._open.items()}
+        with naming(self._folder.parent, REMEDY):
+            arrays = {
+                name: {"shape": array.shape, "dtype": str(array.dtype), "crc32": checksums(_path(self._unfinished, name))}
+                for name, array in self._open.items()
+            }
         content = {"identity": identity, "about": about, "arrays": arrays}
         with naming(self._folder.parent, REMEDY):
             write_whole(self._unfinished / IDENTITY_FILE, json.dumps(content, sort_keys=True, indent=1))
             with shared(self._unfinished / IDENTITY_FILE) or contextlib.nullcontext():  # nobody may remove it from now on
-                _publish(self._unfinished, self._folder)
+                if _publish(self._unfinished, self._folder):
+                    for name in self._open:
+                        note_unchanged(_path(self._folder, name))
                 self._arrays = _whole(self._folder, self.num_records) or {}
         for name in (_PROGRESS_FILE, LOCK_FILE):
             with contextlib.suppress(OSError):
@@ -241,7 +248,11 @@ def _whole(folder, num_records):
     with file:
         content = json.loads(file.read())
         names = content["arrays"] if "identity" in content else [path.stem for path in folder.glob("*.npy")]
-        arrays = {name: _held(folder / f"{name}.npy", identity_file) for name in sorted(names)}
+        arrays = {name: _held(_path(folder, name), identity_file) for name in sorted(names)}
+    if "identity" in content:
+        for name, described in content["arrays"].items():
+            if "crc32" in described:  # a version before this one wrote none
+                refuse_changed(_path(folder, name), described["crc32"])
     if not arrays or {len(array) for array in arrays.values()} != {num_records}:
         raise ValueError(f"expected arrays of {num_records} rows, got { {name: len(a) for name, a in arrays.items()} }")
     with contextlib.suppress(OSError):  # of somebody else; what is removed first is what was not used for longest
@@ -261,7 +272,7 @@ def _begun(unfinished, num_records):
     """(arrays, number of rows) that an earlier run has written, as far as it noted them."""
     try:
         progress = json.loads((unfinished / _PROGRESS_FILE).read_text(encoding="utf-8"))
-        arrays = {name: np.load(unfinished / f"{name}.npy", mmap_mode="r+") for name in progress["arrays"]}
+        arrays = {name: np.load(_path(unfinished, name), mmap_mode="r+") for name in progress["arrays"]}
         if arrays and {len(array) for array in arrays.values()} == {num_records}:
             return arrays, int(progress["rows"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, or a damaged one: from the start
@@ -277,7 +288,7 @@ def _new_arrays(unfinished, folder, num_records, batch):
     arrays = {}
     try:
         for name, rows in batch.items():
-            path, shape = unfinished / f"{name}.npy", (num_records, *rows.shape[1:])
+            path, shape = _path(unfinished, name), (num_records, *rows.shape[1:])
             arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
             _reserve(path)
     except OSError as error:
@@ -299,6 +310,10 @@ def _reserve(path):
             start = min(size, 4096)  # the head stands there
             file.seek(start)
             file.writelines(bytes(min(1 << 20, size - at)) for at in range(start, size, 1 << 20))
+
+
+def _path(folder, name):
+    return folder / f"{name}.npy"
 
 
 def _num_bytes(num_records, batch):
@@ -328,9 +343,11 @@ def _num_rows(batch, arrays):
 
 
 def _publish(unfinished, folder):
-    """Rename, unless another run was faster; its arrays are the same."""
+    """Rename, unless another run was faster; its arrays are the same. Whether this one did."""
     try:
         os.rename(unfinished, folder)
     except OSError:
         if not (folder / IDENTITY_FILE).is_file():
             raise
+        return False
+    return True
