@@ -5,6 +5,7 @@ is under way that could be lost, so the process ends at once: an exception could
 `lcrf_jax.machine.signals` takes over when the program begins.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -25,7 +26,7 @@ def _is_program():
     """Whether Python was called as `python -m experiments.NAME`, and is at its beginning."""
     called = getattr(sys, "orig_argv", [])
     return sys.argv[:1] == ["-m"] and any(
-        flag.startswith("-") and flag.endswith("m") and name.startswith("experiments.") for flag, name in zip(called, called[1:])
+        flag.startswith("-") and flag.endswith("m") and name.startswith("experiments.") for flag, name in itertools.pairwise(called)
     )
 
 
