@@ -33,7 +33,7 @@ from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, has_parameters, load_description
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
@@ -133,7 +133,7 @@ def check_same_settings(folder, config):
 
     Where the data lies, and how the work is done, may change: see `lcrf_jax.runfolder.description.PLACES`.
     """
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").exists() or not has_parameters(folder):  # what was to be trained binds nobody
         return
     changes = effective_changes(folder, config)
     if changes:

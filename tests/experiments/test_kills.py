@@ -12,8 +12,9 @@ import time
 
 import numpy as np
 import pytest
+from forked import Parent
 from PIL import Image
-from programs import TINY, finish, kill, start
+from programs import TINY
 from small_runs import assert_same_trees, lines
 
 from lcrf_jax.data.opening import open_source
@@ -31,37 +32,34 @@ TRAIN = ("train", TINY, "--config.data.options.num_train=24", "--config.data.opt
          "--config.eval_every_epochs=2")  # fmt: skip
 
 
-def begun(command, cache):
-    """A program with a cache of its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LCRF_JAX_CACHE", str(cache))
-        return start(*command, num_devices=1)
+class Programs:
+    """Starts programs, each with the cache of its own, and kills them."""
 
+    def __init__(self, parent, cache):
+        self._parent, self.cache = parent, cache
 
-def finished(command, cache):
-    ended = finish(begun(command, cache), timeout=600)
-    assert ended.code == 0, ended.err
-    return ended
+    def finished(self, command):
+        process = self._parent.start(*command, cache=self.cache)
+        assert process.finish() == 0, process.told.read_text()
 
+    def seconds_until(self, command, there):
+        """How long a program takes until something is there; it is killed then."""
+        since, process = time.monotonic(), self._parent.start(*command, cache=self.cache)
+        while not there() and process.poll() is None:
+            time.sleep(0.01)
+        assert process.kill() in (0, -signal.SIGKILL), process.told.read_text()
+        return time.monotonic() - since
 
-def seconds_until(command, cache, there):
-    """How long a program takes until something is there; it is killed then."""
-    since, process = time.monotonic(), begun(command, cache)
-    while not there() and process.poll() is None:
-        time.sleep(0.01)
-    kill(process)
-    return time.monotonic() - since
-
-
-def killed(command, cache, count, moment):
-    """Start a program and kill it, many times; `moment` waits for when that is to be. One that was done before is no kill."""
-    done = 0
-    while done < count:
-        process = begun(command, cache)
-        moment(done, process)
-        done += process.poll() is None
-        ended = kill(process)
-        assert ended.code in (0, -signal.SIGKILL), ended.err
+    def killed(self, command, count, moment):
+        """Start a program and kill it, many times; `moment` waits for when that is to be. One that was done before is no kill."""
+        done, since = 0, time.monotonic()
+        while done < count:
+            process = self._parent.start(*command, cache=self.cache)
+            moment(done, process)
+            code = process.kill()
+            assert code in (0, -signal.SIGKILL), process.told.read_text()
+            done += code != 0
+        print(f"{count} kills of {command[0]}, {time.monotonic() - since:.0f} s", flush=True)
 
 
 def newest(workdir):
@@ -73,13 +71,13 @@ def entries_of(cache):
     return {(path.parent.name, path.name): path.read_bytes() for path in cache.glob("*/*.npy") if path.parent.name[0] != "."}
 
 
-def trained_though_killed(rng, tmp_path, caches):
+def trained_though_killed(rng, tmp_path, undisturbed, disturbed):
     """The run that nothing has disturbed, and the one that was killed while it prepared and trained."""
     whole, again = tmp_path / "whole", tmp_path / "killed"
-    since = time.monotonic()
-    finished((*TRAIN, f"--workdir={whole}"), caches[0])
-    shutil.rmtree(caches[0])
-    seconds = seconds_until((*TRAIN, f"--workdir={tmp_path / 'cold'}"), caches[0], lambda: newest(tmp_path / "cold"))
+    undisturbed.finished((*TRAIN, f"--workdir={whole}"))
+    shutil.rmtree(undisturbed.cache)
+    cold = tmp_path / "cold"
+    seconds = undisturbed.seconds_until((*TRAIN, f"--workdir={cold}"), lambda: newest(cold))
     command = (*TRAIN, f"--workdir={again}")
 
     def in_preparation(*_):
@@ -87,7 +85,7 @@ def trained_though_killed(rng, tmp_path, caches):
         while time.monotonic() < until and newest(again) == before:
             time.sleep(0.01)
 
-    killed(command, caches[1], PREPARING, in_preparation)
+    disturbed.killed(command, PREPARING, in_preparation)
     reached = [newest(again)]
 
     def in_training(number, process):
@@ -100,9 +98,9 @@ def trained_though_killed(rng, tmp_path, caches):
             time.sleep(rng.uniform(0, 0.1))
         reached.append(newest(again))
 
-    killed(command, caches[1], TRAINING, in_training)
-    finished(command, caches[1])
-    print(f"newest state after each kill: {reached}; {time.monotonic() - since:.0f} s")
+    disturbed.killed(command, TRAINING, in_training)
+    disturbed.finished(command)
+    print("newest state after each kill:", reached)
     assert reached == sorted(reached) and len(set(reached)) > TRAINING // 3
     return whole, again
 
@@ -118,27 +116,34 @@ def photographs(folder):
 
 @pytest.mark.slow
 def test_kills_at_random_moments_of_every_program_change_no_bit(tmp_path):
-    rng, caches = random.Random(NUM_KILLS), (tmp_path / "cache", tmp_path / "cache of the killed")
-    whole, again = trained_though_killed(rng, tmp_path, caches)
-    assert lines(again) == lines(whole)
-    for which in ("best", "last"):
-        assert_same_trees(restore_params(again, which), restore_params(whole, which))
-
-    results = [run / "results_val_crf.json" for run in (whole, again)]
-    seconds = seconds_until(("evaluate", f"--checkpoint={whole}", "--crf"), caches[0], results[0].exists)
-    killed(("evaluate", f"--checkpoint={again}", "--crf"), caches[1], EVALUATING, lambda *_: time.sleep(rng.uniform(0.1, 0.9) * seconds))
-    for run, cache in zip((whole, again), caches, strict=True):
-        finished(("evaluate", f"--checkpoint={run}", "--crf"), cache)
-    assert results[0].read_bytes() == results[1].read_bytes() and json.loads(results[0].read_text())["images"] == 4
-
-    assert_same_predictions(rng, tmp_path, whole, caches)
-    assert_same_entries(*caches)
+    rng = random.Random(NUM_KILLS)
+    with Parent(tmp_path) as parent:
+        undisturbed, disturbed = (Programs(parent, tmp_path / name) for name in ("cache", "cache of the killed"))
+        whole, again = trained_though_killed(rng, tmp_path, undisturbed, disturbed)
+        assert lines(again) == lines(whole)
+        for which in ("best", "last"):
+            assert_same_trees(restore_params(again, which), restore_params(whole, which))
+        assert_same_results(rng, whole, again, undisturbed, disturbed)
+        assert_same_predictions(rng, tmp_path, whole, undisturbed, disturbed)
+    one, other = entries_of(undisturbed.cache), entries_of(disturbed.cache)
+    assert one and one.keys() <= other.keys()
+    assert [key for key in one if one[key] != other[key]] == []
 
 
-def assert_same_predictions(rng, tmp_path, whole, caches):
+def assert_same_results(rng, whole, again, undisturbed, disturbed):
+    one, other = (run / "results_val_crf.json" for run in (whole, again))
+    seconds = undisturbed.seconds_until(("evaluate", f"--checkpoint={whole}", "--crf"), one.exists)
+    command = ("evaluate", f"--checkpoint={again}", "--crf")
+    disturbed.killed(command, EVALUATING, lambda *_: time.sleep(rng.uniform(0.05, 0.8) * seconds))
+    disturbed.finished(command)
+    undisturbed.finished(("evaluate", f"--checkpoint={whole}", "--crf"))
+    assert one.read_bytes() == other.read_bytes() and json.loads(one.read_text())["images"] == 4
+
+
+def assert_same_predictions(rng, tmp_path, whole, undisturbed, disturbed):
     photos, masks = photographs(tmp_path / "photos"), [tmp_path / "masks", tmp_path / "masks of the killed"]
-    predict = [("predict", f"--checkpoint={whole}", f"--images={photos}", f"--out={out}", "--crf") for out in masks]
-    finished(predict[0], caches[0])
+    predict = [("predict", f"--checkpoint={whole}", f"--images={photos}", f"--out={out}") for out in masks]
+    undisturbed.finished(predict[0])
 
     def amid_masks(_, process):
         goal = len(list(masks[1].glob("*.png"))) + rng.randint(1, 4)
@@ -146,8 +151,8 @@ def assert_same_predictions(rng, tmp_path, whole, caches):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.01))
 
-    killed(predict[1], caches[1], PREDICTING, amid_masks)
-    finished(predict[1], caches[1])
+    disturbed.killed(predict[1], PREDICTING, amid_masks)
+    disturbed.finished(predict[1])
     assert_same_masks(*masks)
 
 
@@ -165,9 +170,3 @@ def assert_same_masks(whole, again):
 def mask_of(line):
     record = json.loads(line)
     return record["mask"], json.dumps(record["classes"])
-
-
-def assert_same_entries(whole, again):
-    one, other = entries_of(whole), entries_of(again)
-    assert one and one.keys() <= other.keys()
-    assert [key for key in one if one[key] != other[key]] == []

@@ -99,6 +99,8 @@ def test_other_data_has_files_of_its_own(tmp_path):
 def test_a_comparison_goes_on_where_its_data_has_moved(tmp_path):
     config = {"method": "sec", "data": OWN, "optimizer": {"learning_rate": 0.1}, "seed": 0}
     save_description(tmp_path, {"training": config})
+    reporting.check_same_settings(tmp_path, {**config, "optimizer": {"learning_rate": 0.2}})  # nothing was saved
+    (tmp_path / "last" / "3").mkdir(parents=True)
     reporting.check_same_settings(tmp_path, {**config, "data": {**OWN, "root": "/moved"}})
     with pytest.raises(ValueError, match=r"another setting of \['optimizer'\] \(config.optimizer.learning_rate was 0.1, is 0.2\)"):
         reporting.check_same_settings(tmp_path, {**config, "optimizer": {"learning_rate": 0.2}})
