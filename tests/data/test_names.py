@@ -35,7 +35,7 @@ def doubts(*tags, of_folders=False, **counts):
         (("ring\nstar",), "several tags"),
         (("ring + star",), "several tags"),
         (("['ring', 'star']",), "several tags"),
-        (("ring:0.9",), "several tags"),
+        (("ring:0.9",), "a class with a score"),
         (("ring；star",), "several tags"),
         (("ring、star",), "several tags"),
         (("ring\\\\star",), "several tags"),

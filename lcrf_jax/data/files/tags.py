@@ -228,16 +228,30 @@ def _csv_rows(path):
                 row.pop()
             if not any(row):
                 continue
+            if len(row) == 1 and _columns(row[0].split(delimiter)) or header is not None and _in_quotes(row, delimiter):
+                raise ValueError(f"{where}: the whole line stands in quotes ({row[0]!r}); remove them, or put quotes around single cells alone")
             if header is None:
                 header, columns = row, _columns(row) or _no_columns(row, where)
                 continue
             if len(row) != len(header):
                 raise ValueError(_wrong_columns(header, row, delimiter, where))
-            yield row[columns[0]], re.split(_WITHIN[delimiter], row[columns[1]]), where
+            yield row[columns[0]], _within(row[columns[1]], delimiter, where), where
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num + before}: not comma-separated text ({error})") from error
     if header is None:
         raise ValueError(f"{path} is empty; expected the header 'image,tags' and one row an image")
+
+
+def _in_quotes(row, delimiter):
+    """Whether a row is one cell that holds a line: an image, a delimiter and what follows."""
+    return not any(row[1:]) and re.fullmatch(rf".*\.\w{{2,4}}\s*{re.escape(delimiter)}.*", row[0]) is not None
+
+
+def _within(cell, delimiter, where):
+    """The tags of a cell."""
+    if "," in _WITHIN[delimiter] and re.search(r"[^\W\d_][\s:=_(]+(0,\d+|1,0+)\b", cell):
+        raise ValueError(f"{where}: {cell!r} looks like tags with scores; write names alone, separated by commas")
+    return re.split(_WITHIN[delimiter], cell)
 
 
 def _columns(header):
