@@ -18,11 +18,12 @@ NO_TAG = frozenset((
     "nessuno",
 ))  # fmt: skip
 BACKGROUNDS = frozenset(("bg", "back ground", "backgrounds", "_background_", "__background__", "hintergrund"))
-MASK_PLACES = frozenset((
-    "mask", "masks", "label", "labels", "annotation", "annotations", "segmentationclass", "segmentationobject",
-    "gt", "groundtruth",
+MASK_WORDS = frozenset((  # folders of masks, and what is added to the name of a photograph for its mask
+    "mask", "masks", "label", "labels", "annotation", "annotations", "annot", "gt", "gts", "groundtruth", "groundtruths", "seg",
+    "segs", "segm", "segmentation", "segmentations", "segmentationclass", "segmentationclassaug", "segmentationclassraw",
+    "segmentationobject", "trimaps",
 ))  # fmt: skip
-PLACES = MASK_PLACES.union((
+PLACES = MASK_WORDS.union((
     "image", "images", "img", "imgs", "photo", "photos", "photographs", "picture", "pictures", "jpegimages", "data",
     "dataset", "train", "training", "val", "valid", "validation", "test", "testing", "raw", "processed", "originals", "thumbs",
     "thumbnails", "export", "exports", "jpegs", "jpgs", "jpg", "jpeg", "png", "pngs", "download", "downloads", "backup",
