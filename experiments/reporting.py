@@ -91,12 +91,29 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def parsed(argv):
         try:
-            return app.parse_flags_with_usage(argv)
+            return app.parse_flags_with_usage(last_of_each(argv))
         except (AttributeError, KeyError, TypeError, OSError) as error:
             sys.exit(f"error: the flags or the configuration are wrong: {error}")
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parsed)
+
+
+def last_of_each(argv):
+    """The arguments without the earlier ones of a setting that is given several times: the last one counts, as of any flag.
+
+    ml_collections would join the values of tuples.
+    """
+    given, at = [], 0
+    while at < len(argv) and argv[at] != "--":
+        name = re.fullmatch(r"--?(config\.[\w.]+)(=.*)?", argv[at], re.DOTALL)
+        apart = name and name[2] is None and at + 1 < len(argv) and not argv[at + 1].startswith("--")  # --config.epochs (1,1)
+        count = 2 if apart else 1
+        given.append((name and name[1], argv[at : at + count]))
+        at += count
+    last = {name: number for number, (name, _) in enumerate(given)}
+    kept = [part for number, (name, part) in enumerate(given) if name is None or last[name] == number]
+    return [*(argument for part in kept for argument in part), *argv[at:]]
 
 
 def _leave(message):

@@ -140,3 +140,14 @@ def test_evaluating_on_other_data_leaves_the_files_of_the_run(checkpoint, tmp_pa
     page = (checkpoint / new[1]).read_text()
     assert f"Data: folder {other}." in page and "Trained on other data: textures" in page
     assert load_description(checkpoint)["training"]["data"]["kind"] == "textures"
+
+
+def test_weights_that_a_finished_run_does_not_read_are_told(tmp_path, monkeypatch):
+    def no_data(config):
+        raise OSError("no data")
+
+    monkeypatch.setattr("lcrf_jax.train.beginning.check_start", lambda workdir, config: 6)
+    monkeypatch.setattr("lcrf_jax.train.splits.open_data", no_data)
+    ended = run("train", TINY, f"--workdir={tmp_path}", "--config.weights=/nowhere.safetensors")
+    assert "config.weights=/nowhere.safetensors is not read: the run holds the weights it was trained with" in ended.out
+    assert "is not read" not in run("train", TINY, f"--workdir={tmp_path}").out
