@@ -77,6 +77,7 @@ def run(main, *, join=join_processes, keep_compiled=True):
                 with contextlib.suppress(OSError):  # no home; who needs the cache is told so
                     keep_programs(default_directory())
             main(argv)
+            signals.all_is_done()
         except Exception as error:
             if not for_users(error):
                 if not processes.is_alone():

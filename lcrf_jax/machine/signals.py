@@ -204,10 +204,33 @@ def leave(code: int) -> NoReturn:
     Raises:
       SystemExit: where the program runs within another one.
     """
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name.startswith("experiments."):
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
+    if _runs_by_itself():
+        _flush()
         os._exit(code)
     sys.exit(code)
+
+
+def all_is_done() -> None:
+    """From now on a signal ends a program that runs by itself at once: the interpreter, on its way out, would show a traceback."""
+
+    def end(signum, frame):
+        del frame
+        tell("all was done")
+        os._exit(128 + signum)
+
+    if _runs_by_itself() and threading.current_thread() is threading.main_thread():
+        _flush()
+        for signum in STOPPING:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, end)
+
+
+def _runs_by_itself():
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name.startswith("experiments.")
+
+
+def _flush():
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()

@@ -84,6 +84,24 @@ def test_an_interrupted_program_does_not_wait_for_what_xla_still_compiles(monkey
     assert ended == [143]
 
 
+@pytest.mark.parametrize("signum", signals.STOPPING)
+def test_a_signal_when_all_is_done_shows_no_traceback(monkeypatch, capfd, signum):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    signals.all_is_done()
+    before = signal.getsignal(signum)  # within another program nothing is changed
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=types.SimpleNamespace(name="experiments.train")))
+    signal.signal(signum, signal.SIG_DFL)
+    signals.all_is_done()
+    assert signal.getsignal(signum) not in (before, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+    time.sleep(0.02)
+    assert ended == [128 + signum] and capfd.readouterr().err == "all was done\n"
+    signal.signal(signum, signal.SIG_IGN)
+    signals.all_is_done()
+    assert signal.getsignal(signum) is signal.SIG_IGN
+
+
 BUSY = """
     import hashlib, os, runpy, signal, sys, time
     signals = runpy.run_path(sys.argv[1])  # without JAX, which takes seconds to import
