@@ -170,7 +170,7 @@ def cached_arrays(
       num_records: length of the first axis of every array.
       about: what the arrays are of, for the people who read the list of the cache; they do not depend on it.
       bounded: whether what was not used for longest makes room for them, see `lcrf_jax.machine.entries`; not in the folder
-        of a run, which is no cache.
+        of a run, which is no cache, and where arrays that are damaged are put aside and not removed.
 
     Returns:
       Context manager of a CachedArrays.
@@ -183,7 +183,7 @@ def cached_arrays(
     folder = pathlib.Path(directory) / hashlib.sha256(f"{num_records}\n{text}".encode()).hexdigest()[:24]
     with contextlib.ExitStack() as stack:
         with naming(directory, REMEDY):
-            unfinished, arrays = _own_unfinished(folder, num_records, stack)
+            unfinished, arrays = _own_unfinished(folder, num_records, stack, discard if bounded else _put_aside)
         make_room = functools.partial(keep_within_bound, folder.parent) if bounded else _no_bound
         cache = CachedArrays(folder, unfinished, num_records, arrays, make_room)
         if unfinished is None:
@@ -210,7 +210,7 @@ def _keep_beginning(cache, unfinished, unfit):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _own_unfinished(folder, num_records, stack):
+def _own_unfinished(folder, num_records, stack, put_away):
     """(folder to write to, locked until the stack is closed; no arrays), or (None, arrays) where these are there."""
     arrays, _ = _whole_or_damage(folder, num_records)
     if arrays is not None:
@@ -224,11 +224,16 @@ def _own_unfinished(folder, num_records, stack):
             return None, arrays
         if folder.exists():
             _log.warning("%s is damaged (%s); it is made anew", folder, damage or "a part of it was deleted")
-            discard(folder)
+            put_away(folder)
         if not held:
             unfinished = own.enter_context(own_folder(folder.parent, f".{folder.name}-"))
         stack.push(own.pop_all())
         return unfinished, {}
+
+
+def _put_aside(folder):
+    """Keep what is damaged in the folder of a run, which is no cache: it may be that it cannot be made anew."""
+    os.rename(folder, folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}"))
 
 
 def _whole_or_damage(folder, num_records):

@@ -100,6 +100,15 @@ def digest_of(workdir):
 
 
 @pytest.mark.slow
+def test_a_finished_run_that_several_processes_start_again_is_scored_or_refused_by_all_of_them(of_a_pair):
+    """The first one decides alone whether it is finished: it reads the parameters, and the others do not wait for that."""
+    again = [*map(finish, pair(*SHARED_STEPS, f"--workdir={of_a_pair}"))]
+    assert [ended.code for ended in again] == [0, 0] and "is finished: all 24 steps are done; nothing is trained" in again[0].out, again
+    for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={of_a_pair}", "--config.seed=1")):
+        assert ended.code == 1 and "config.seed was 0, is 1" in ended.err, ended
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_the_program_leaves_cleanly_on_a_signal(cache, tmp_path, signum):
     arguments = ("train", TINY, *SMALL, "--config.rounds=1", "--config.epochs=(40,)", f"--workdir={tmp_path}")

@@ -19,8 +19,8 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(checksums, "PIECE", 4096)
 
 
-def made(directory, calls):
-    with cached_arrays(directory, IDENTITY, len(ROWS)) as entry:
+def made(directory, calls, **options):
+    with cached_arrays(directory, IDENTITY, len(ROWS), **options) as entry:
         if entry.first < len(ROWS):
             calls.append(entry.first)
             entry.write(rows=ROWS[entry.first :])
@@ -85,3 +85,14 @@ def test_another_number_of_pieces_is_a_change(tmp_path):
         checksums._seen.cache_clear()
         with pytest.raises(ValueError, match="file does not match its checksums"):
             checksums.refuse_changed(path, other)
+
+
+def test_damaged_arrays_of_a_run_are_put_aside(tmp_path):
+    calls = []
+    made(tmp_path, calls, bounded=False)
+    [folder] = tmp_path.iterdir()
+    flip(folder / "rows.npy", 5000)
+    damaged = (folder / "rows.npy").read_bytes()
+    np.testing.assert_array_equal(made(tmp_path, calls, bounded=False), ROWS)
+    [aside] = tmp_path.glob("damaged-*")
+    assert (aside / "rows.npy").read_bytes() == damaged and calls == [0, 0]
