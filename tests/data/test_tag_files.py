@@ -140,11 +140,28 @@ def test_tags_with_scores_are_a_problem_and_no_classes(tmp_path, form):
     for n in range(2):
         (tmp_path / f"{n}.jpg").touch()
     problems = scan_folder(tmp_path).problems
-    assert len(problems) == 2 and "looks like a class with a score; write its name alone ('ring')" in problems[0], problems
+    assert len(problems) == 2 and "looks like a score; write its name alone ('ring')" in problems[0], problems
     (tmp_path / "classes.txt").write_text("background\nring\nstar\n")
-    assert "unknown class" in scan_folder(tmp_path).problems[0] and "with a score" in scan_folder(tmp_path).problems[0]
+    assert "unknown class" in scan_folder(tmp_path).problems[0] and "looks like a score" in scan_folder(tmp_path).problems[0]
+
+
+@pytest.mark.parametrize("score", ["0.9", ".25", "1.0", "95 %"])
+def test_a_score_is_no_tag(score):
+    assert "looks like a score; leave it out" in names.name_doubt(score, ["ring", score])
+
+
+@pytest.mark.parametrize("name, text", [
+    ("tags.json", '[{"image": "a.jpg", "tags": ["ring"], "scores": [0.2]}]'),
+    ("tags.jsonl", '{"image": "a.jpg", "tags": ["ring"], "scores": [0.2]}\n{"image": "b.jpg", "tags": []}\n'),
+    ("tags.json", '{"image": "a.jpg", "tags": ["ring"], "scores": [0.2]}'),
+])  # fmt: skip
+def test_names_in_json_that_are_not_read_are_told(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert columns_not_read(tmp_path / name) == f"{name}: columns that are not read: scores"
+    (tmp_path / name).write_text('{"image": ["ring"], "tags": [], "x.jpg": []}')  # three photographs
+    assert columns_not_read(tmp_path / name) == ""
 
 
 def test_names_that_end_with_numbers_have_no_score():
-    for name in ("PM 2.5", "part 1", "part 10", "chanel no.5", "F16", "boeing 737", "7.62 mm", "C-130", "class 1.5"):
+    for name in ("PM 2.5", "part 1", "part 10", "chanel no.5", "F16", "boeing 737", "7.62 mm", "C-130", "class 1.5", "7", "1", "0", "100"):
         assert not names._SCORE.fullmatch(name), name

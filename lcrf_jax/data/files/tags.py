@@ -120,13 +120,23 @@ def columns_not_read(path: str | os.PathLike) -> str:
     Returns:
       The line, or an empty string; columns that number the rows are not worth a word.
     """
-    if _READERS.get(Path(path).suffix.lower()) is not _csv_rows:
-        return ""
+    others = _csv_others(path) if _READERS.get(Path(path).suffix.lower()) is _csv_rows else _json_others(path)
+    return f"{Path(path).name}: columns that are not read: {some(others, 6)}" if others else ""
+
+
+def _csv_others(path):
     text = re.sub(r"^sep=.\n", "", read_text(path))
     header = next(csv.reader([_header(text)], delimiter=_delimiter(text)), [])
     image, tags = _columns(header) or (0, 1)
-    others = [cell.strip() for at, cell in enumerate(header) if at not in (image, tags) and not _INDEX.fullmatch(cell.strip().lower())]
-    return f"{Path(path).name}: columns that are not read: {some(others, 6)}" if others else ""
+    return [cell.strip() for at, cell in enumerate(header) if at not in (image, tags) and not _INDEX.fullmatch(cell.strip().lower())]
+
+
+def _json_others(path):
+    """Names in the first object of a list or of JSON lines beside image and tags."""
+    text = read_text(path)
+    content = _parsed(_header(text) if Path(path).suffix.lower() == ".jsonl" else text, str(path))
+    first = content[0] if isinstance(content, list) and not isinstance(content, _Pairs) and content else content
+    return [name for name, _ in first if name not in ("image", "tags")] if _is_record(first) else []
 
 
 def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
@@ -297,7 +307,7 @@ def _delimiter(text):
 
 def _json_rows(path):
     content = _parsed(read_text(path), str(path))
-    one = isinstance(content, _Pairs) and {name for name, _ in content} == {"image", "tags"} and isinstance(dict(content)["image"], str)
+    one = _is_record(content)
     if isinstance(content, _Pairs) and not one:
         for image, names in content:
             yield image, _names(names, f"{path}, {image!r}"), f"{path}, {image!r}"
@@ -323,6 +333,11 @@ def _parsed(text, where):
     except (json.JSONDecodeError, RecursionError) as error:
         place = f", line {error.lineno}" if "line" not in where and isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{where}{place}: not JSON ({error}); correct it") from error
+
+
+def _is_record(content):
+    """Whether an object tells of one photograph, and is not one of photographs of which one is called image."""
+    return isinstance(content, _Pairs) and {"image", "tags"} <= {name for name, _ in content} and isinstance(dict(content)["image"], str)
 
 
 def _record(record, where):
