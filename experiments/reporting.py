@@ -34,7 +34,7 @@ from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, has_parameters, load_description
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
@@ -78,6 +78,7 @@ def run(main, *, join=join_processes, keep_compiled=True):
                 with contextlib.suppress(OSError):  # no home; who needs the cache is told so
                     keep_programs(default_directory())
             main(argv)
+            signals.all_is_done()
         except Exception as error:
             if not for_users(error):
                 if not processes.is_alone():
@@ -92,12 +93,29 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def parsed(argv):
         try:
-            return app.parse_flags_with_usage(argv)
+            return app.parse_flags_with_usage(last_of_each(argv))
         except (AttributeError, KeyError, TypeError, OSError) as error:
             sys.exit(f"error: the flags or the configuration are wrong: {error}")
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parsed)
+
+
+def last_of_each(argv):
+    """The arguments without the earlier ones of a setting that is given several times: the last one counts, as of any flag.
+
+    ml_collections would join the values of tuples.
+    """
+    given, at = [], 0
+    while at < len(argv) and argv[at] != "--":
+        name = re.fullmatch(r"--?(config\.[\w.]+)(=.*)?", argv[at], re.DOTALL)
+        apart = name and name[2] is None and at + 1 < len(argv) and not argv[at + 1].startswith("--")  # --config.epochs (1,1)
+        count = 2 if apart else 1
+        given.append((name and name[1], argv[at : at + count]))
+        at += count
+    last = {name: number for number, (name, _) in enumerate(given)}
+    kept = [part for number, (name, part) in enumerate(given) if name is None or last[name] == number]
+    return [*(argument for part in kept for argument in part), *argv[at:]]
 
 
 def _leave(message):
@@ -134,7 +152,7 @@ def check_same_settings(folder, config):
 
     Where the data lies, and how the work is done, may change: see `lcrf_jax.runfolder.description.PLACES`.
     """
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").exists() or not has_parameters(folder):  # what was to be trained binds nobody
         return
     changes = effective_changes(folder, config)
     if changes:
