@@ -45,6 +45,8 @@ os.environ["XLA_FLAGS"] = merged_flags(os.environ.get("XLA_FLAGS", ""), wanted_f
 # Compiled functions outlive the test run: the second one takes a fraction of the first.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Where in the sources each operation is from makes a program's text longer, and a tenth of the time goes into it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 
 def pytest_addoption(parser):

@@ -178,7 +178,7 @@ WITH_NOTHING_BESIDE = """
         return [(each.name, tuple(each.extras) or ("",)) for each in wanted
                 if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in extras)]
 
-    waiting = required(line for line in open(sys.argv[1]) if line[0] != "#")
+    waiting = required(line.strip() for line in open(sys.argv[1]) if line[0] != "#")
     closure = set()
     while waiting:
         name, extras = waiting.pop()
@@ -190,8 +190,8 @@ WITH_NOTHING_BESIDE = """
     try:
         runpy.run_module("experiments.export_onnx", run_name="__main__", alter_sys=True)
     finally:
-        files = [module.__file__ for name, module in list(sys.modules.items())
-                 if name.partition(".")[0] in ("lcrf_jax", "experiments") and getattr(module, "__file__", None)]
+        files = ["experiments/export_onnx.py"] + [
+            module.__file__ for name, module in list(sys.modules.items()) if name.partition(".")[0] in ("lcrf_jax", "experiments") and getattr(module, "__file__", None)]
         nodes = [node for file in files for node in ast.parse(open(file).read()).body]
         roots = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         roots |= {node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
