@@ -21,7 +21,8 @@ SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4"
          "--config.network.widths=(16, 12)", "--config.class_maps.grid=6", "--config.class_maps.extra_sizes=()")
 
 SLOW_FIXTURES = ("of_a_pair",)
-SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)")  # 24
+# 24 steps; scored at the end of each round, and saved often enough for a kill to come between.
+SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)", "--config.eval_every_epochs=4", "--config.save_every_steps=4")
 
 
 @pytest.fixture(scope="module")
