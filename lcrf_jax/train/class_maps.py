@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -16,6 +17,7 @@ from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.network import Network
+from lcrf_jax.nets.objectness import objectness
 from lcrf_jax.nets.tag_classifier import TagClassifier, fit_tag_classifier
 from lcrf_jax.train.features import CachedViews, in_batches, square_batches
 from lcrf_jax.train.spread import no_progress, over_devices
@@ -37,16 +39,31 @@ def _maps_of_images(variables, weights, images, *, network, grid):
     return _maps_of_tap(variables, weights, network.features(variables, images)["s32"], network=network, grid=grid)
 
 
+@functools.partial(jax.jit, static_argnames=("network", "grid"))
+def _all_maps_of_tap(variables, weights, s32, *, network, grid):
+    """[B, g, g, K]: the class maps, and the objectness last."""
+    head = network.head(variables, {"s32": s32})
+    maps = jnp.concatenate([head @ weights, objectness(s32, head)[..., None]], axis=-1)
+    return jax.image.resize(maps, (len(maps), grid, grid, maps.shape[-1]), "linear")
+
+
+@functools.partial(jax.jit, static_argnames=("network", "grid"))
+def _all_maps_of_images(variables, weights, images, *, network, grid):
+    return _all_maps_of_tap(variables, weights, network.features(variables, images)["s32"], network=network, grid=grid)
+
+
 class ClassMaps(NamedTuple):
     """Maps of the frozen tag classifier for every image of a source.
 
     Attributes:
       maps: [N, g, g, K - 1] float16, averaged over scales and mirroring, without bias.
       peaks: [N, K - 1] float32, the maximum of each map.
+      objectness: [N, g, g] float16 in 0..1, averaged in the same way, see `lcrf_jax.nets.objectness.objectness`.
     """
 
     maps: np.ndarray
     peaks: np.ndarray
+    objectness: np.ndarray
 
 
 def pooled_head(network: Network, variables: Mapping[str, Any], s32: np.ndarray, batch_size: int = 64) -> np.ndarray:
@@ -133,23 +150,24 @@ def class_maps(
     Returns:
       ClassMaps.
     """
-    from_tap, _ = map_functions(network, variables, weights, grid)
+    from_tap = functools.partial(_all_maps_of_tap, *jax.device_put((variables, weights)), network=network, grid=grid)
     from_images, rows = over_devices(
-        _maps_of_images, (variables, weights), len(source), batch_size, network=network, grid=grid
+        _all_maps_of_images, (variables, weights), len(source), batch_size, network=network, grid=grid
     )
 
     def at_size(size):
         records = square_batches(source, size, rows, progress)
         return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
 
-    key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
+    key = {"kind": "class maps and objectness", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
     with cached_arrays(directory, key, len(source), about=about(source)) as cache:
         if cache.first < len(source):  # all at once
             plain = in_batches(from_tap, views.tap("s32", 0))
             mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
-            cache.write(maps=mean_map(plain, mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16))
+            every = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16)
+            cache.write(maps=every[..., :-1], objectness=every[..., -1])
     stored = cache.arrays["maps"]
-    return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)))
+    return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)), cache.arrays["objectness"])
 
 
 class MappedViews:

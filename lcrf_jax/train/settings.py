@@ -40,6 +40,7 @@ _RANGES = {
     "baselines.saliency.contrast": (0, True, False),
     "baselines.saliency.level": (0, True, False),
     "posterior.unary_weight": (0, True, False),
+    "posterior.evidence_weight": (0, True, False),
     "posterior.tempering": (0, False, False),
     "posterior.num_iterations": (0, True, True),
     "optimizer.learning_rate": (0, False, False),
@@ -48,6 +49,7 @@ _RANGES = {
     "optimizer.weight_decay": (0, True, False),
     "optimizer.clip_norm": (0, False, False),
     "inference.max_side": (1, True, True),
+    "inference.prior_weight": (0, True, False),
     "inference.unary_weight": (0, True, False),
     "inference.num_iterations": (0, True, True),
 }
