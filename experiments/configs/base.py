@@ -127,6 +127,7 @@ def get_config():
     config.baselines.cues.file = ""  # .npz with "ids" and "cues"; "" makes them of the tag classifier
     config.baselines.cues.foreground_level = 0.2
     config.baselines.cues.background_share = 0.1
+    config.baselines.cues.background_by = "gradient"  # of the tag classifier where it is least; or "objectness"
     config.baselines.saliency = ConfigDict()  # of stc
     config.baselines.saliency.image_size = 96
     config.baselines.saliency.contrast = 10.0

@@ -293,6 +293,8 @@ def localisation(config: Mapping[str, Any]) -> str:
       ValueError: if the method is unknown.
     """
     inputs = [name for name in inputs_of(config) if name in INPUTS]
+    if inputs and inputs[-1] == "cues" and config["baselines"]["cues"].get("background_by") == "objectness":
+        return INPUTS["objectness"]
     return INPUTS[inputs[-1]] if inputs else ""
 
 

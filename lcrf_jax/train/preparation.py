@@ -159,7 +159,9 @@ def _cues(prepared):
     if settings["file"]:
         return read_cues(settings["file"], train.names, len(train.class_names), prepared.plan.grid)
     levels = {name: settings[name] for name in ("foreground_level", "background_share")}
-    return classifier_cues(prepared.maps, train.tags, _gradient_saliency(prepared), **levels)
+    by_objectness = settings.get("background_by") == "objectness"
+    saliency = prepared.maps.objectness if by_objectness else _gradient_saliency(prepared)
+    return classifier_cues(prepared.maps, train.tags, saliency, **levels)
 
 
 def _gradient_saliency(prepared):

@@ -56,6 +56,7 @@ _RANGES = {
 _KERNELS = ("objective.kernel", "posterior.kernel", "inference.kernel", "baselines.sec.kernel")
 # (least, greatest): areas are shares of the image.
 _PAIRS = {"views.scale_range": 1.0, "views.ratio_range": math.inf}
+_WORDS = {"data.on_bad_image": MODES, "baselines.cues.background_by": ("gradient", "objectness")}
 _SIZES = ("inference.input_sizes", "class_maps.extra_sizes")
 # Their entries depend on other settings, and are looked at where these are known.
 _FREE = ("data.options",)
@@ -93,9 +94,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
             f"data.val_split: expected another split than {flat['data.train_split']!r}, which is trained on: best/ would be chosen by "
             "its masks; experiments.evaluate --split scores it when the run is finished"
         )
-    mode = flat.get("data.on_bad_image", "error")
-    if mode not in MODES:
-        raise SettingError(f"data.on_bad_image: expected one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
+    for name, words in _WORDS.items():
+        if name in flat and flat[name] not in words:
+            expected = ", ".join(words)
+            raise SettingError(f"{name}: expected one of {expected}, got {flat[name]!r}{nearest(flat[name], words)}")
 
 
 def check_names(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:

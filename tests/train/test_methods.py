@@ -73,6 +73,9 @@ def test_cues_of_the_latent_crf_are_an_input_by_configuration():
     assert methods.inputs_of(config) == ("class_maps", "cues")
     assert methods.localisation(config) == methods.localisation(config_of("sec")) == "class maps and gradient saliency"
     assert methods.localisation(config_of("mil_ilp")) == ""
+    sec = config_of("sec")
+    sec["baselines"]["cues"]["background_by"] = "objectness"
+    assert methods.localisation(sec) == "class maps and objectness"
 
 
 def test_gradient_saliency_is_an_input_where_the_evidence_asks_for_it():
