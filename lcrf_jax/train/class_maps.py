@@ -30,17 +30,6 @@ def _pooled(variables, s32, *, network):
 
 @functools.partial(jax.jit, static_argnames=("network", "grid"))
 def _maps_of_tap(variables, weights, s32, *, network, grid):
-    maps = network.head(variables, {"s32": s32}) @ weights
-    return jax.image.resize(maps, (len(maps), grid, grid, maps.shape[-1]), "linear")
-
-
-@functools.partial(jax.jit, static_argnames=("network", "grid"))
-def _maps_of_images(variables, weights, images, *, network, grid):
-    return _maps_of_tap(variables, weights, network.features(variables, images)["s32"], network=network, grid=grid)
-
-
-@functools.partial(jax.jit, static_argnames=("network", "grid"))
-def _all_maps_of_tap(variables, weights, s32, *, network, grid):
     """[B, g, g, K]: the class maps, and the objectness last."""
     head = network.head(variables, {"s32": s32})
     maps = jnp.concatenate([head @ weights, objectness(s32, head)[..., None]], axis=-1)
@@ -48,8 +37,8 @@ def _all_maps_of_tap(variables, weights, s32, *, network, grid):
 
 
 @functools.partial(jax.jit, static_argnames=("network", "grid"))
-def _all_maps_of_images(variables, weights, images, *, network, grid):
-    return _all_maps_of_tap(variables, weights, network.features(variables, images)["s32"], network=network, grid=grid)
+def _maps_of_images(variables, weights, images, *, network, grid):
+    return _maps_of_tap(variables, weights, network.features(variables, images)["s32"], network=network, grid=grid)
 
 
 class ClassMaps(NamedTuple):
@@ -85,7 +74,7 @@ def pooled_head(network: Network, variables: Mapping[str, Any], s32: np.ndarray,
 def map_functions(
     network: Network, variables: Mapping[str, Any], weights: ArrayLike, grid: int
 ) -> tuple[Callable[[ArrayLike], jax.Array], Callable[[ArrayLike], jax.Array]]:
-    """Jitted functions to class maps on a g x g grid: from a tap, and from images of any one size.
+    """Jitted functions to class maps and objectness on a g x g grid: from a tap, and from images of any one size.
 
     Args:
       network: lcrf_jax.nets.network.Network.
@@ -95,7 +84,7 @@ def map_functions(
 
     Returns:
       (function from the tap "s32" [B, h, w, C], function from images [B, S, S, 3] RGB 0..255), both to
-      [B, g, g, K - 1] float32, without bias.
+      [B, g, g, K] float32: the class maps without bias, and `lcrf_jax.nets.objectness.objectness` last.
     """
     given = jax.device_put((variables, weights))
     kinds = (_maps_of_tap, _maps_of_images)
@@ -150,9 +139,9 @@ def class_maps(
     Returns:
       ClassMaps.
     """
-    from_tap = functools.partial(_all_maps_of_tap, *jax.device_put((variables, weights)), network=network, grid=grid)
+    from_tap, _ = map_functions(network, variables, weights, grid)
     from_images, rows = over_devices(
-        _all_maps_of_images, (variables, weights), len(source), batch_size, network=network, grid=grid
+        _maps_of_images, (variables, weights), len(source), batch_size, network=network, grid=grid
     )
 
     def at_size(size):

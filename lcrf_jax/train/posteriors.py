@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lcrf_jax.bound.pixel_evidence import class_evidence, log_evidence
 from lcrf_jax.crf.exact import dense_kernel
@@ -91,6 +92,29 @@ def evidence_posterior(prepared: Prepared) -> np.ndarray:
     return _in_parts(found, len(tags), num_rows, "posteriors of class maps")
 
 
+def map_posteriors(
+    config: Mapping[str, Any], stride: int, images: np.ndarray, tags: ArrayLike, evidence: Mapping[str, ArrayLike]
+) -> jax.Array:
+    """What `evidence_posterior` makes of any images, for scoring it where there are masks.
+
+    Args:
+      config: the configuration of a run.
+      stride: pixels of the input per cell of the logits.
+      images: [B, S, S, 3] RGB 0..255, as the network sees them.
+      tags: [B, K] bool.
+      evidence: "class_maps" [B, g, g, K - 1], "peaks" [B, K - 1] and, as `class_evidence` takes them, "objectness" and
+        "saliency" [B, g, g].
+
+    Returns:
+      [B, g, g, K] float32.
+    """
+    options = config["objective"]["likelihood_options"]["evidence"]
+    return _posteriors_of_maps(
+        guide_image(images, stride), tags, evidence, options=tuple(sorted(options.items())),
+        **_mean_field_settings(config["posterior"], stride, stride),
+    )  # fmt: skip
+
+
 def _in_parts(found, count, num_rows, title):
     """[N, ...] float16 of a function of a slice of the images."""
     rows = []
@@ -103,11 +127,14 @@ def _in_parts(found, count, num_rows, title):
 
 
 def _grid_settings(prepared, settings):
+    return _mean_field_settings(settings, prepared.network.stride, prepared.plan.guide_stride)
+
+
+def _mean_field_settings(settings, stride, guide_stride):
     """The settings of mean field on the grid of the logits."""
-    network = prepared.network
     return {
-        "guide_ratio": network.stride // prepared.plan.guide_stride,
-        "kernel_params": KernelParams(**settings["kernel"]).at_stride(network.stride),
+        "guide_ratio": stride // guide_stride,
+        "kernel_params": KernelParams(**settings["kernel"]).at_stride(stride),
         **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
     }
 

@@ -39,6 +39,28 @@ def test_posteriors_of_class_maps_are_mean_field_on_their_evidence(tmp_path, kep
     expected = mean_field(np.where(tags[at], settings["unary_weight"] * unary, -1e4), kernel, num_iterations=settings["num_iterations"])
     expected = jax.nn.softmax(settings["tempering"] * expected).reshape(grid, grid, -1)
     np.testing.assert_allclose(np.float32(found[at]), expected, atol=2e-3)
+    if not kept:
+        fields = {"class_maps": given.maps.maps, "peaks": given.maps.peaks, "objectness": given.maps.objectness,
+                  "saliency": given.gradient_saliency[..., 0]}  # fmt: skip
+        of_image = posteriors.map_posteriors(
+            config, given.network.stride, image[None], tags[at : at + 1], {name: a[at : at + 1] for name, a in fields.items()}
+        )
+        np.testing.assert_allclose(of_image[0], np.float32(found[at]), atol=2e-3)
+
+
+@pytest.mark.slow
+def test_class_maps_keep_their_word_in_later_rounds(tmp_path):
+    """With all the weight on the evidence the posteriors are those of the class maps, whatever the network says."""
+    config = small_config(tmp_path, evidence_posterior=True)
+    given = preparation.prepare(config)
+    taps = {tap: given.views.tap(tap)[:1] for tap in given.network.taps}
+    params = given.network.init(jax.random.key(0), given.variables, taps)
+    alone = posteriors.evidence_posterior(given)
+    settings = {**config["posterior"], "unary_weight": 1e-6, "evidence_weight": 1.0}
+    np.testing.assert_allclose(np.float32(posteriors.posterior_evidence(given, params, settings)), np.float32(alone), atol=2e-3)
+    both = posteriors.posterior_evidence(given, params, {**settings, "unary_weight": 1.0})
+    without = posteriors.posterior_evidence(given, params, config["posterior"])
+    assert np.abs(np.float32(both) - np.float32(without)).max() > 0.01
 
 
 @pytest.mark.slow
