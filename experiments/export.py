@@ -1,4 +1,4 @@
-r"""Write a trained run as one file that needs JAX alone.
+r"""Write a trained run as one file: one that needs JAX alone, or a small one of what was trained.
 
     python -m experiments.export --checkpoint=RUN --out=model.stablehlo
     python -m experiments.export --checkpoint=RUN --out=refined.stablehlo --crf --size=375x500
@@ -11,7 +11,11 @@ float32: bicubic squares, network, enlargement and, with --crf, mean field of th
     model = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
     labels = np.asarray(model.call(images)).argmax(-1)
 
-Beside it, model.stablehlo.json says what the classes and colours are, what the network has learnt from, and which versions wrote
+    python -m experiments.export --checkpoint=RUN --out=model.npz --compact
+
+writes decoder and tag classifier in float16, without the frozen backbone, for `lcrf_jax.load("model.npz")`.
+
+Beside the first two, model.stablehlo.json says what the classes and colours are, what the network has learnt from, and which versions wrote
 it. The program reads the file back, runs it and compares; the last line is the largest difference of a probability. The photographs
 are not made smaller first, as predict does with those above --max_side. experiments/export_onnx.py writes ONNX.
 """
@@ -31,13 +35,15 @@ from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import palette
 from lcrf_jax.predict.export import PLATFORMS, exported, image_function
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import library_versions, load_description
+from lcrf_jax.runfolder.compact import load_compact, save_compact
+from lcrf_jax.runfolder.description import FOR_INFERENCE, library_versions, load_description
 from lcrf_jax.runfolder.digests import params_digest
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _OUT = flags.DEFINE_string("out", None, "File to write; its description is written beside it, as OUT.json.")
 _CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF; needs --size.")
 _SIZE = flags.DEFINE_string("size", None, "HEIGHTxWIDTH of the photographs in pixels; by default any.")
+_COMPACT = flags.DEFINE_bool("compact", False, "Write what was trained alone, as .npz for lcrf_jax.load.")
 _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "Where the file can run.")
 
 
@@ -45,6 +51,9 @@ def main(argv):
     """Export, write, read back, compare."""
     reporting.no_more_arguments(argv)
     size, out = parsed_size(_SIZE.value), pathlib.Path(_OUT.value)
+    if _COMPACT.value:
+        write_compact(_CHECKPOINT.value, out)
+        return
     if _CRF.value and size is None:
         raise ValueError("--crf needs --size=HEIGHTxWIDTH: the lattice of the dense CRF has a static shape")
     description, params = load_description(_CHECKPOINT.value), restore_params(_CHECKPOINT.value)
@@ -74,6 +83,19 @@ def main(argv):
     images = np.random.default_rng(0).integers(0, 256, (2, *(size or (120, 160)), 3), np.uint8)
     again = jax.export.deserialize(bytearray(out.read_bytes())).call(images)
     say(f"largest difference of a probability after reading it back: {np.abs(np.asarray(again) - jax.jit(function)(images)).max():.1e}")
+
+
+def write_compact(checkpoint, out):
+    """Write the small file, read it back, and say what its float16 changes."""
+    if out.suffix != ".npz" or _CRF.value or _SIZE.value:
+        raise ValueError("--compact: expected --out=NAME.npz, without --crf and --size: the file holds what was trained, and who loads it chooses")
+    description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    size = save_compact(out, description, params)
+    images = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), np.uint8)
+    one, other = (jax.jit(image_function(*model))(images) for model in ((description, params), load_compact(out)))
+    say(f"{out}: {size / 1e6:.1f} MB; lcrf_jax.load({str(out)!r}) loads it with the backbone that is installed")
+    say(f"largest difference of a probability after reading it back: {np.abs(np.asarray(one) - np.asarray(other)).max():.1e}")
 
 
 def _runs_here():

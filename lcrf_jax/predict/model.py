@@ -17,6 +17,7 @@ from lcrf_jax.pictures.palette import palette
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.compact import SHIPPED, load_compact, shipped_models
 from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 
@@ -83,14 +84,16 @@ class Model:
 
 
 def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
-    """A trained model from the folder of a run; nothing but the folder is needed.
+    """A trained model from the folder of a run, from a file of `experiments.export --compact`, or one that is shipped.
 
     Compiled programs are kept in the user's cache folder, so that the first photograph of the next process is quicker.
     `lcrf_jax.machine.compilation.keep_programs` says how to switch that off.
 
     Args:
-      checkpoint: the --workdir of a training run.
-      which: ``best`` by the validation score, or ``last``, the newest state of the training.
+      checkpoint: the --workdir of a training run, a file NAME.npz, or the name of a model that comes with the package, see
+        `lcrf_jax.runfolder.compact.shipped_models`: "animals" knows cat, cow, dog, horse, person and sheep. A folder or
+        file of that name goes first.
+      which: ``best`` by the validation score, or ``last``, the newest state of the training. A file has one state.
 
     Returns:
       Model.
@@ -101,6 +104,11 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
     """
     with contextlib.suppress(OSError):  # an account without a home
         keep_programs(default_directory())
+    given = pathlib.Path(checkpoint).expanduser()
+    if not given.exists() and str(checkpoint) in shipped_models():
+        given = SHIPPED / f"{checkpoint}.npz"
+    if given.is_file() or given.suffix == ".npz":
+        return Model(*load_compact(given))
     description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)
     if which != "best":  # the newest state has what is trained alone
         params = {**params, "decoder": restore_params(checkpoint, which)}

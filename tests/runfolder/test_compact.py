@@ -1,0 +1,85 @@
+"""A model as one small file, and the models that come with the package."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import lcrf_jax
+from lcrf_jax.nets.network import backbone_variables, build_network
+from lcrf_jax.runfolder import compact
+from lcrf_jax.runfolder.description import CheckpointError
+
+NETWORK = {"backbone": "small", "last_stride": 16, "taps": ["head", "s16"], "widths": [8, 6], "dropout": 0.0, "num_classes": 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(description, parameters) of a network that was never trained."""
+    network, (variables, digest) = build_network(NETWORK), backbone_variables(NETWORK)
+    taps = jax.eval_shape(network.features, variables, np.zeros((1, 64, 64, 3), np.float32))
+    shapes, rng = jax.eval_shape(network.init, jax.random.key(0), variables, taps), np.random.default_rng(0)
+    decoder = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    classifier = {"weights": rng.normal(size=(96, 2)).astype(np.float32), "bias": np.zeros(2, np.float32)}
+    inference = {"input_sizes": [64], "mirror": True, "unary_weight": 1.0, "num_iterations": 2, "prior_weight": 1.0,
+                 "kernel": lcrf_jax.KernelParams()._asdict()}  # fmt: skip
+    training = {"data": {"kind": "folder", "root": "/home/me/photographs"}, "cache": {"directory": "/scratch/me"}, "weights": ""}
+    description = {"class_names": ["background", "cat", "dog"], "network": NETWORK, "inference": inference, "supervision": "image tags",
+                   "training": training, "backbone_sha256": digest, "data": {"train": {"names": "a hash"}}}  # fmt: skip
+    return description, {"backbone": variables, "decoder": decoder, "classifier": classifier}
+
+
+def test_what_was_trained_comes_back_in_half_the_bytes(model, tmp_path):
+    description, params = model
+    size = compact.save_compact(tmp_path / "small.npz", description, params)
+    trained = sum(leaf.size for name in ("decoder", "classifier") for leaf in jax.tree.leaves(params[name]))
+    assert size == (tmp_path / "small.npz").stat().st_size < 2 * trained + 8000
+    assert [path.name for path in tmp_path.iterdir()] == ["small.npz"]
+    again, found = compact.load_compact(tmp_path / "small.npz")
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6), found, params)
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(found))
+    assert again["class_names"] == description["class_names"] and again["inference"] == json.loads(json.dumps(description["inference"]))
+    text = json.dumps(again)
+    assert "/home/me" not in text and "/scratch" not in text and "data" not in again
+
+
+def test_a_file_is_loaded_as_a_run_is(model, tmp_path):
+    compact.save_compact(tmp_path / "small.npz", *model)
+    image = np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8)
+    found = lcrf_jax.load(tmp_path / "small.npz").segment(image, crf=False)
+    expected = lcrf_jax.predict.model.Model(*model).segment(image, crf=False)
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=0.02)
+    assert found.class_names == ("background", "cat", "dog")
+
+
+def test_what_is_no_model_is_told(model, tmp_path):
+    description, params = model
+    path = tmp_path / "small.npz"
+    with pytest.raises(FileNotFoundError, match="small.npz: there is no such file"):
+        lcrf_jax.load(path)
+    compact.save_compact(path, description, params)
+    whole = path.read_bytes()
+    for content in (b"", b"no model", whole[: len(whole) // 2], whole[:200] + bytes(len(whole) - 200)):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="small.npz: expected a model"):
+            lcrf_jax.load(path)
+    np.savez(path, weights=np.zeros(3))
+    with pytest.raises(CheckpointError, match="small.npz: expected a model"):
+        lcrf_jax.load(path)
+    compact.save_compact(path, {**description, "backbone_sha256": "0" * 64}, params)
+    with pytest.raises(CheckpointError, match="was trained with a backbone of sha256 000000000000"):
+        lcrf_jax.load(path)
+    compact.save_compact(path, {name: value for name, value in description.items() if name != "inference"}, params)
+    with pytest.raises(CheckpointError, match="the description has no inference"):
+        lcrf_jax.load(path)
+
+
+def test_what_cannot_be_written_is_told(model, tmp_path):
+    description, params = model
+    large = {**params, "classifier": {**params["classifier"], "bias": np.array([0.0, 1e6], np.float32)}}
+    with pytest.raises(CheckpointError, match="classifier.bias has numbers above 65504 or none"):
+        compact.save_compact(tmp_path / "large.npz", description, large)
+    with pytest.raises(CheckpointError, match="what its backbone is"):
+        compact.save_compact(tmp_path / "nameless.npz", {**description, "backbone_sha256": ""}, params)
+    assert not list(tmp_path.iterdir())
