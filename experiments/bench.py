@@ -2,6 +2,7 @@ r"""Measure the library: speed, memory and accuracy, in one run.
 
     python -m experiments.bench crf [--against=pydensecrf2] [--large] [--out=FILE]
     python -m experiments.bench train --config=experiments/configs/textures.py [--out=FILE]
+    python -m experiments.bench device [--seconds=240] [--out=FOLDER]
 
 crf measures the dense CRF on a photograph of scikit-image, or --image=FILE: every form of the kernel at several sizes,
 against the exact sum; mean field, alone and in turns with another implementation; labels against exact mean field; cost
@@ -11,10 +12,15 @@ against pixels. Each row is measured by a process of its own. The last line is t
 train measures the train step of a configuration on its data, on all devices of this process: time, memory, images per
 second; and what saving and the checks for losses that are not finite add to it. Features are computed if they are not
 cached yet. The last line is that share.
+
+device checks a device, of any kind, against the CPU, and measures it beside its own peaks for as long as there is time. It
+needs neither network nor data. It writes device-NAME.md and device-NAME.json to FOLDER, by default the current one. The last
+line is how many checks passed; the exit code is 1 if one failed. See docs/devices.md.
 """
 
 import pathlib
 import re
+import sys
 import tempfile
 
 import jax
@@ -22,7 +28,15 @@ from absl import flags
 from ml_collections import config_flags
 from PIL import Image
 
-from experiments import crf_measurements, measuring, reporting, train_measurements
+from experiments import (
+    crf_measurements,
+    device_checks,
+    device_measurements,
+    device_report,
+    measuring,
+    reporting,
+    train_measurements,
+)
 from experiments.measuring import Report, Timing, number, per_cent
 from lcrf_jax.crf.image_kernels import FORMS
 from lcrf_jax.data.files.images import read_image
@@ -45,7 +59,8 @@ _FRESH = flags.DEFINE_bool(
     "fresh_processes", True, "Measure each row in a process of its own, as peak memory needs it."
 )
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of train: the configuration.", lock_config=True)
-_OUT = flags.DEFINE_string("out", None, "File to write the tables to, as Markdown.")
+_OUT = flags.DEFINE_string("out", None, "File to write the tables to, as Markdown. Of device: folder of its two files.")
+_SECONDS = flags.DEFINE_float("seconds", 240.0, "Of device: time it may take; what does not fit is left out.", lower_bound=1)
 
 UNARIES = ("every class", "3 classes")
 CALLS = {
@@ -64,16 +79,23 @@ def main(argv):
     if len(names) != 1 or names[0] not in BENCHMARKS:
         known = ", ".join(BENCHMARKS)
         raise ValueError(f"expected the name of one benchmark, of {known}; got {names or 'none'}")
+    if names[0] == "device":
+        device()
+        return
     report = Report()
     report.say(f"Machine: {measuring.machine()}.")
-    cache = jax.config.jax_compilation_cache_dir
-    if cache:
-        report.say(f"Compile times are too short: JAX takes what it can from {cache} (JAX_COMPILATION_CACHE_DIR).")
+    _say_cache(report)
     last = BENCHMARKS[names[0]](report)
     if _OUT.value:
         report.write(pathlib.Path(_OUT.value))
         say(f"\ntables      {_OUT.value}")
     say(f"\n{last}")
+
+
+def _say_cache(report):
+    cache = jax.config.jax_compilation_cache_dir
+    if cache:
+        report.say(f"Compile times are too short: JAX takes what it can from {cache} (JAX_COMPILATION_CACHE_DIR).")
 
 
 def crf(report):
@@ -128,12 +150,36 @@ def train(report):
     return f"checks and saving, at most: {per_cent(share)} % of the step"
 
 
+def device():
+    """Check and measure the device within the time, write what was found, and end with code 1 if a check failed."""
+    budget, report = device_report.Budget(_SECONDS.value), Report()
+    about = device_report.description(sys.argv[1:], _SECONDS.value)
+    device_report.say_description(report, about)
+    _say_cache(report)
+    folder = pathlib.Path(_OUT.value or ".").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as kept:
+        checks = device_checks.all_checks(kept)
+        rows, skipped = device_report.checks_table(report, checks, budget, device_checks.platform())
+        results, peaks, left_out = device_measurements.measured_within(report, kept, budget)
+    if skipped or left_out:
+        report.say(f"Skipped, as no time was left: {'; '.join([*skipped, *left_out])}.")
+    last = device_report.summary(rows, skipped)
+    report.say(f"{last[0].upper()}{last[1:]}. {budget.spent():.0f} s.")
+    found = {"checks": rows, "peaks": peaks, "measurements": results, "skipped": [*skipped, *left_out]}
+    for path in device_report.write(folder, report, about | found):
+        say(f"written     {path}")
+    say(f"\n{last}")
+    if not all(row.passed for row in rows):
+        sys.exit(1)
+
+
 def _known(value, unit, name):
     """A number in a unit, or that nobody knows it."""
     return "unknown" if value is None else f"{number(value / unit)} {name}"
 
 
-BENCHMARKS = {"crf": crf, "train": train}
+BENCHMARKS = {"crf": crf, "train": train, "device": device}
 
 
 class _Measurer:

@@ -130,24 +130,27 @@ class _Outputs(NamedTuple):
     stop: StopRequest
 
 
-def first_step(prepared: Prepared) -> tuple[Callable[..., Any], TrainState, Any, Record, jax.Array]:
+def first_step(
+    prepared: Prepared, devices: Sequence[jax.Device] | None = None
+) -> tuple[Callable[..., Any], TrainState, Any, Record, jax.Array]:
     """The train step of the first round and what it takes, for measurements.
 
     Args:
       prepared: Prepared, of a method that trains.
+      devices: devices to spread the batch over; by default all.
 
     Returns:
       (jitted step, state that begins, frozen weights, batch on the devices, key), see
         `lcrf_jax.train.step.make_train_step`.
     """
-    this, mesh, key = _beginning(prepared)
+    this, mesh, key = _beginning(prepared, devices)
     step, state = _step_function(prepared, this, mesh), _fresh_state(prepared, this, key, mesh)
     return step, state, replicated(prepared.variables, mesh), _first_batch(prepared, this, mesh), key
 
 
-def _beginning(prepared):
-    """(first round, mesh of all devices, key of the run)."""
-    return prepared.plan.rounds[0], data_mesh(), jax.random.key(prepared.config["seed"])
+def _beginning(prepared, devices=None):
+    """(first round, mesh of the devices, key of the run)."""
+    return prepared.plan.rounds[0], data_mesh(devices), jax.random.key(prepared.config["seed"])
 
 
 def _first_batch(prepared, this, mesh):
