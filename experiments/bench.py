@@ -20,6 +20,7 @@ line is how many checks passed; the exit code is 1 if one failed. See docs/devic
 
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 
@@ -152,26 +153,40 @@ def train(report):
 
 def device():
     """Check and measure the device within the time, write what was found, and end with code 1 if a check failed."""
-    budget, report = device_report.Budget(_SECONDS.value), Report()
+    budget, report, found = device_report.Budget(_SECONDS.value), Report(), device_report.Found()
     about = device_report.description(sys.argv[1:], _SECONDS.value)
     device_report.say_description(report, about)
     _say_cache(report)
-    folder = pathlib.Path(_OUT.value or ".").expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    out = pathlib.Path(_OUT.value or ".").expanduser()
+    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as kept:
-        checks = device_checks.all_checks(kept)
-        rows, skipped = device_report.checks_table(report, checks, budget, device_checks.platform())
-        results, peaks, left_out = device_measurements.measured_within(report, kept, budget)
-    if skipped or left_out:
-        report.say(f"Skipped, as no time was left: {'; '.join([*skipped, *left_out])}.")
-    last = device_report.summary(rows, skipped)
+
+        def finish(stopped=True):
+            if stopped:
+                shutil.rmtree(kept, ignore_errors=True)
+                report.say("The time was over in the midst of one of these; it is not in the tables.")
+            return _device_code(found, report, about, budget, out)
+
+        # Guesses of costs can be wrong, and nothing else interrupts a compiler.
+        with device_report.Deadline(_SECONDS.value - 2 - budget.spent(), finish):
+            checks = device_checks.all_checks(kept)
+            device_report.checks_table(report, checks, budget, device_checks.platform(), found)
+            device_measurements.measure(report, device_measurements.all_measurements(kept), budget, found)
+        code = finish(stopped=False)
+    if code:
+        sys.exit(code)
+
+
+def _device_code(found, report, about, budget, folder):
+    """Write what was found; the exit code."""
+    skipped, last = found.for_json()["skipped"], found.summary()
+    if skipped:
+        report.say(f"Skipped, as no time was left: {'; '.join(skipped)}.")
     report.say(f"{last[0].upper()}{last[1:]}. {budget.spent():.0f} s.")
-    found = {"checks": rows, "peaks": peaks, "measurements": results, "skipped": [*skipped, *left_out]}
-    for path in device_report.write(folder, report, about | found):
+    for path in device_report.write(folder, report, about | found.for_json()):
         say(f"written     {path}")
     say(f"\n{last}")
-    if not all(row.passed for row in rows):
-        sys.exit(1)
+    return int(not all(row.passed for row in found.rows))
 
 
 def _known(value, unit, name):

@@ -19,7 +19,7 @@ from experiments import measuring, train_measurements
 from experiments.configs import textures
 from experiments.crf_measurements import NUM_ITERATIONS, network_like, params_at
 from experiments.device_checks import picture, prepared_quietly, tiny_config
-from experiments.device_report import Budget, first_line
+from experiments.device_report import Budget, Found, first_line
 from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.train.fit import planned_bytes
 
@@ -200,7 +200,7 @@ def _textures_config(folder, num_devices):
     config = textures.get_config()
     config.batch_size = num_devices * -(-16 // num_devices)
     config.data.options.num_train, config.data.options.num_val = config.batch_size, 1
-    config.weights, config.views.num_views = "random", 1
+    config.weights = "random"
     config.cache.directory = str(folder)
     return config.to_dict()
 
@@ -318,22 +318,21 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def measured_within(
-    report: measuring.Report, folder, budget: Budget
-) -> tuple[list[dict[str, Any]], dict[str, float], list[str]]:
-    """(results for JSON, peaks, names of what was left out) of all measurements that fit the time."""
-    measurements = all_measurements(folder)
+def measure(report: measuring.Report, measurements: list[Measurement], budget: Budget, found: Found) -> None:
+    """Measure the peaks, and then what fits the time."""
+    found.measurements_left[:] = ["peaks", *map(title_of, measurements)]
     if not budget.fits(_PEAKS_COST):
-        return [], {}, ["peaks", *map(title_of, measurements)]
-    found, rows = peaks(jax.default_backend() == "cpu")
+        return
+    reached, rows = peaks(jax.default_backend() == "cpu")
     table = report.table(
         "Peaks, the best of several calls. float32, all digits: the products that the CRF asks for.",
         {"what": 28, "size": 12, "GFLOP/s, GB/s": 14},
     )
     for what, size, value in rows:
         table.row(what, size, measuring.number(value))
-    results, skipped = measurements_table(report, measurements, budget, found)
-    return results, {what: value for what, _, value in rows}, skipped
+    found.peaks.update({what: value for what, _, value in rows})
+    found.measurements_left.remove("peaks")
+    measurements_table(report, measurements, budget, reached, found)
 
 
 def title_of(measurement: Measurement) -> str:
@@ -342,9 +341,9 @@ def title_of(measurement: Measurement) -> str:
 
 
 def measurements_table(
-    report: measuring.Report, measurements: list[Measurement], budget: Budget, found_peaks: Peaks
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure what fits the time, row by row; the rows for JSON and the names of those left out."""
+    report: measuring.Report, measurements: list[Measurement], budget: Budget, reached: Peaks, found: Found
+) -> None:
+    """Measure what fits the time, row by row."""
     table = report.table(
         f"Measurements. K = {NUM_CLASSES} classes; mean field: {NUM_ITERATIONS} iterations; both with the build of the "
         "kernel, images mapped by vmap. Wall time in ms as median (least) of several calls, then CPU time of the host. "
@@ -352,27 +351,27 @@ def measurements_table(
         "operations and bytes as XLA counts them before and after it fuses, loops as often as they run.",
         COLUMNS,
     )
-    costs, results, skipped = Costs(budget.factor()), [], []
+    costs, results = Costs(budget.factor()), found.measurements
     for measurement in measurements:
         title = title_of(measurement)
         if not budget.fits(costs.of(measurement), factor=1.0):
-            skipped.append(title)
             continue
         started = budget.spent()
         try:
             measured = measurement.run()
         except Exception as error:  # noqa: BLE001 - as of a device with little memory: the others go on
             report.say(f"{title} could not be measured: {first_line(error)}")
+            found.measurements_left.remove(title)
             results.append({"name": title, "error": first_line(error)})
             continue
+        found.measurements_left.remove(title)
         costs.done(measurement, measured, budget.spent() - started)
-        share = roofline_share(measured, found_peaks, "float32, all digits")
+        share = roofline_share(measured, reached, "float32, all digits")
         results.append({"name": title, **measured._asdict(), "roofline_share": share})
         table.row(*_cells(measurement, measured, share))
     for result in results:
         if result.get("note"):
             report.say(f"{result['name']}: {result['note']}, so that its result is that of the unary.")
-    return results, skipped
 
 
 def _cells(measurement, measured, share):

@@ -5,10 +5,13 @@ import math
 import os
 import platform
 import re
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -121,28 +124,88 @@ def first_line(error: Exception) -> str:
 CHECK_COLUMNS = {"check": 44, "error": 8, "tolerance": 9, "result": 6, "again": 11, "s": 5, "reference": 22}
 
 
-def checks_table(report: measuring.Report, checks: list[Check], budget: Budget, platform_name: str) -> tuple[list[Row], list[str]]:
-    """Do the checks that fit the time, row by row; the rows and the names of those left out."""
+class Found:
+    """What was found so far, and what was not done: it grows while the program works, and can be written at any time."""
+
+    def __init__(self):
+        self.rows: list[Row] = []
+        self.peaks: dict[str, float] = {}
+        self.measurements: list[dict[str, Any]] = []
+        self.checks_left: list[str] = []
+        self.measurements_left: list[str] = []
+
+    def summary(self) -> str:
+        """The last line."""
+        failed = [row.name for row in self.rows if not row.passed]
+        again = [row.again for row in self.rows if row.again]
+        text = f"checks: {len(self.rows) - len(failed)} of {len(self.rows)} passed"
+        text += f"; {again.count(EQUAL)} of {len(again)} repeated to the same bits"
+        if self.checks_left:
+            text += f"; {len(self.checks_left)} skipped: no time left"
+        return text + (f"; FAILED: {', '.join(failed)}" if failed else "")
+
+    def for_json(self) -> dict[str, Any]:
+        """All of it."""
+        skipped = [*self.checks_left, *self.measurements_left]
+        return {"checks": self.rows, "peaks": self.peaks, "measurements": self.measurements, "skipped": skipped}
+
+
+class Deadline:
+    """Ends the program when its time is over, in the midst of a compilation too, with the code that `finish` returns.
+
+    Use it around the work; `finish` writes what was found so far.
+    """
+
+    def __init__(self, seconds: float, finish: Callable[[], int], leave: Callable[[int], Any] = os._exit):
+        self._finish, self._leave, self._lock, self._over = finish, leave, threading.Lock(), False
+        self._timer = threading.Timer(max(seconds, 0.0), self._end)
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:  # who is ending the program already goes on with it
+            self._over = True
+
+    def _end(self):
+        with self._lock:
+            if self._over:
+                return
+            code = 1
+            try:
+                code = self._finish()
+                sys.stdout.flush()
+            except Exception:  # noqa: BLE001 - of any kind: nobody else ends the program
+                traceback.print_exc()
+            self._leave(code)
+
+
+def checks_table(
+    report: measuring.Report, checks: list[Check], budget: Budget, platform_name: str, found: Found
+) -> None:
+    """Do the checks that fit the time, row by row."""
     table = report.table(
         "Checks. Error: the largest difference from the reference as a share of the reference's largest value. Again: "
         "whether a second run of the compiled program gave the same bits.",
         CHECK_COLUMNS,
     )
-    rows, skipped = [], []
+    found.checks_left[:] = [check.name for check in checks]
     for check in checks:
         if not budget.fits(check.cost):
-            skipped.append(check.name)
             continue
         started = budget.spent()
-        found = rows_of(check, platform_name)
+        rows = rows_of(check, platform_name)
         budget.done(check.cost, budget.spent() - started)
-        rows += found
-        for row in found:
+        found.checks_left.remove(check.name)
+        found.rows += rows
+        for row in rows:
             table.row(*cells(row))
-    for row in rows:
+    for row in found.rows:
         if row.message:
             report.say(f"{row.name} failed: {row.message}")
-    return rows, skipped
 
 
 def cells(row: Row) -> list[str | None]:
@@ -157,15 +220,6 @@ def cells(row: Row) -> list[str | None]:
         f"{row.seconds:.1f}",
         row.reference,
     ]
-
-
-def summary(rows: list[Row], skipped: list[str]) -> str:
-    """The last line."""
-    failed = [row.name for row in rows if not row.passed]
-    again = [row.again for row in rows if row.again]
-    text = f"checks: {len(rows) - len(failed)} of {len(rows)} passed; {again.count(EQUAL)} of {len(again)} repeated to the same bits"
-    left_out = f"; {len(skipped)} skipped: no time left" if skipped else ""
-    return text + left_out + (f"; FAILED: {', '.join(failed)}" if failed else "")
 
 
 def description(argv: list[str], seconds: float) -> dict[str, Any]:

@@ -174,8 +174,8 @@ def test_without_against_no_comparison_is_made(canned, photo):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["nothing"], r"error: expected the name of one benchmark, of crf, train; got \['nothing'\]"),
-    ([], "error: expected the name of one benchmark, of crf, train; got none"),
+    (["nothing"], r"error: expected the name of one benchmark, of crf, train, device; got \['nothing'\]"),
+    ([], "error: expected the name of one benchmark, of crf, train, device; got none"),
     (["crf", "crf"], "error: expected the name of one benchmark"),
     (["crf", "--sizes=41,x3"], "error: size: expected a side such as 321 or WIDTHxHEIGHT .* got 'x3'"),
     (["crf", "--sizes=41", "--parity=1"], "error: size: expected .* at least 2; got '1'"),
