@@ -153,7 +153,8 @@ def train(report):
 
 def device():
     """Check and measure the device within the time, write what was found, and end with code 1 if a check failed."""
-    budget, report, found = device_report.Budget(_SECONDS.value), Report(), device_report.Found()
+    budget = device_report.Budget(_SECONDS.value, already=device_report.process_age())
+    report, found = Report(), device_report.Found()
     about = device_report.description(sys.argv[1:], _SECONDS.value)
     device_report.say_description(report, about)
     _say_cache(report)

@@ -46,23 +46,27 @@ FLOAT64, FLOAT32, ITSELF = "float64 on the CPU", "float32 on the CPU", "the devi
 def all_checks(folder) -> list[Check]:
     """Every check, the most telling first; a folder for what training keeps on disk."""
     cpu()
-    forms = [Check(f"{form} kernel", 5.0, functools.partial(form_parts, form)) for form in sorted(FORMS)]
-    refined = [Check(f"{form} kernel", 6.0, functools.partial(refine_parts, form)) for form in sorted(FORMS)]
+    def form(name, cost):
+        return Check(f"{name} kernel", cost, functools.partial(form_parts, name))
+
+    refined = [Check(f"{name} kernel, from an image", 5.0, functools.partial(refine_parts, name)) for name in sorted(FORMS)]
     likelihoods = [
-        Check(f"likelihood {name}", 0.7, functools.partial(likelihood_parts, name))
+        Check(f"likelihood {name}", 1.0, functools.partial(likelihood_parts, name))
         for name in [*TAG_LIKELIHOODS, *IMAGE_LIKELIHOODS, *(f"expected {name}" for name in EXPECTATIONS)]
     ]
     trained = [name for name, method in METHODS.items() if method.objective]
     trained.sort(key=lambda name: name != "latent_crf")
-    steps = [Check(f"train step {name}", 9.0, functools.partial(step_parts, name, folder)) for name in trained]
+    steps = [Check(f"train step {name}", 10.0, functools.partial(step_parts, name, folder)) for name in trained]
     return [
-        *forms,
-        Check("samples", 1.0, sample_parts),
-        steps[0],
+        form("exact", 3.0),
+        Check("samples", 2.0, sample_parts),
+        form("lattice", 10.0),
         *likelihoods,
+        steps[0],
+        form("anchors", 4.0),
+        Check("network", 4.0, bfloat16_parts),
+        Check("vgg16", 4.0, vgg_parts),
         *refined,
-        Check("network", 6.0, bfloat16_parts),
-        Check("vgg16", 12.0, vgg_parts),
         *steps[1:],
     ]
 

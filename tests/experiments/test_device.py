@@ -1,5 +1,7 @@
 """`bench device`: its time, its rows, its files, and once in a process that all checks pass on the CPU."""
 
+import contextlib
+import io
 import json
 import re
 import threading
@@ -50,6 +52,11 @@ def test_work_fits_while_its_corrected_guess_ends_before_the_time(clock):
     assert budget.fits(35, factor=1.0)
     budget.done(1000, 10)  # a fast device: never below a fifth
     assert budget.factor() == 0.2
+
+
+def test_the_start_of_the_process_is_a_part_of_the_time(clock):
+    assert Budget(100, clock, already=30.0).spent() == 30
+    assert 0 < device_report.process_age() < 1e5
 
 
 def test_of_a_short_time_a_tenth_is_kept(clock):
@@ -180,7 +187,7 @@ def test_without_time_not_even_the_peaks_are_measured(clock):
     assert not found.measurements and not found.peaks
 
 
-def test_when_the_time_is_over_what_was_found_is_written_and_the_program_left():
+def test_when_the_time_is_over_what_was_found_is_written_and_the_program_left(capsys):
     ended = threading.Event()
     codes = []
 
@@ -188,9 +195,13 @@ def test_when_the_time_is_over_what_was_found_is_written_and_the_program_left():
         codes.append(code)
         ended.set()
 
-    with device_report.Deadline(0.01, lambda: 3, leave):
+    def finish():
+        print("what was found")
+        return 3
+
+    with device_report.Deadline(0.01, finish, leave), contextlib.redirect_stdout(io.StringIO()):
         assert ended.wait(30)
-    assert codes == [3]
+    assert codes == [3] and capsys.readouterr().out == "what was found\n"
     ended.clear()
     with device_report.Deadline(0.01, lambda: 1 / 0, leave):  # it ends even if nothing can be written
         assert ended.wait(30)
@@ -266,6 +277,7 @@ def few_checks(monkeypatch):
     given = [Check("kernel", 0.1, lambda: [part()])]
     monkeypatch.setattr(device_checks, "all_checks", lambda folder: given)
     monkeypatch.setattr(device_measurements, "_PEAKS_COST", 1e6)
+    monkeypatch.setattr(device_report, "process_age", lambda: 0.0)  # that of the tests' process
     return given
 
 
