@@ -305,3 +305,19 @@ def test_every_check_passes_on_the_cpu(tmp_path):
     assert re.match(r"checks: (\d+) of \1 passed; \1 of \1 repeated to the same bits", ended.last_line), ended.out
     found = json.loads((tmp_path / "device-cpu.json").read_text())
     assert found["platform"] == "cpu" and all(row["passed"] for row in found["checks"]) and found["checks"]
+
+
+@pytest.mark.parametrize(("call", "images"), [
+    (lambda: device_measurements.mean_field((8, 9), 2), 2), (lambda: device_measurements.energies((8, 9)), 4),
+])  # fmt: skip
+def test_the_measured_programs_take_batches(monkeypatch, call, images):
+    """Nothing is compiled: only their shapes are asked for."""
+
+    def shapes_of(function, number, *given):
+        return number, jax.eval_shape(function, *given)
+
+    monkeypatch.setattr(device_measurements, "_measured", shapes_of)
+    number, (results, overflowed) = call()
+    assert number == images and overflowed.shape == (images,)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(results)]
+    assert shapes == ([(2, 8, 9)] if images == 2 else [(4,), (4, 8, 9, 21)])
