@@ -22,7 +22,7 @@ def test_posteriors_of_class_maps_are_mean_field_on_their_evidence(tmp_path, kep
     evidence = {**config["objective"]["likelihood_options"]["evidence"], "objectness_weight": 1.0, "saliency_weight": 1.0}
     config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
     given = preparation.prepare(config)
-    found = posteriors.evidence_posterior(given)
+    found = posteriors.posterior_of_maps(given)
     tags, grid = given.train.tags, given.plan.grid
     assert found.shape == (len(tags), grid, grid, tags.shape[1]) and found.dtype == np.float16
     np.testing.assert_allclose(np.float32(found).sum(axis=-1), 1, atol=2e-3)
@@ -55,7 +55,7 @@ def test_class_maps_keep_their_word_in_later_rounds(tmp_path):
     given = preparation.prepare(config)
     taps = {tap: given.views.tap(tap)[:1] for tap in given.network.taps}
     params = given.network.init(jax.random.key(0), given.variables, taps)
-    alone = posteriors.evidence_posterior(given)
+    alone = posteriors.posterior_of_maps(given)
     settings = {**config["posterior"], "unary_weight": 1e-6, "evidence_weight": 1.0}
     np.testing.assert_allclose(np.float32(posteriors.posterior_evidence(given, params, settings)), np.float32(alone), atol=2e-3)
     both = posteriors.posterior_evidence(given, params, {**settings, "unary_weight": 1.0})
