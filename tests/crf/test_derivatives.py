@@ -112,11 +112,23 @@ def test_energy_in_the_image_and_the_colour_width(form):
     probs = jax.nn.softmax(draws(4)[0])
     along = np.random.default_rng(4).normal(size=IMAGE.shape)
     # Smooth but for the choice of the anchors, which a small step does not change.
-    check_every_mode(lambda image: pairwise_energy(probs, kernel_of(form, image)), jnp.asarray(IMAGE), along)
+    check_every_mode(lambda image: pairwise_energy(probs, kernel_of(form, image)), jnp.asarray(IMAGE), along, second=form != "anchors")
     params = functools.partial(PARAMS._replace)
     check_every_mode(
         lambda width: pairwise_energy(probs, kernel_of(form, params=params(bilateral_colour_width=width))),
-        jnp.array(30.0), jnp.array(1.0),
+        jnp.array(30.0), jnp.array(1.0), second=form != "anchors",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "name"), [
+    ("dense", "bilateral_position_width"), ("dense", "gaussian_position_width"), ("exact", "bilateral_position_width"),
+])
+def test_energy_in_a_position_width(form, name):
+    probs = jax.nn.softmax(draws(14)[0])
+    check_every_mode(
+        lambda width: pairwise_energy(probs, kernel_of(form, params=PARAMS._replace(**{name: width}))),
+        jnp.array(getattr(PARAMS, name)), jnp.array(1.0),
     )
 
 
