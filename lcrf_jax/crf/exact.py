@@ -170,7 +170,7 @@ def _filtered_in_blocks(block_size, exp, features, values):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _filtered(block_size, features, values):
-    """The filter, its derivatives in both arguments; none of them stores the kernel."""
+    """The filter, which has all derivatives in both arguments; none of them stores the kernel."""
     exp = _exp_of_negative if values.dtype == features.dtype == jnp.float32 else jnp.exp
     # A batch is done image by image: blocks of all images at once would not stay in the cache.
     blocks = jax.custom_batching.sequential_vmap(functools.partial(_filtered_in_blocks, block_size, exp))
@@ -181,7 +181,7 @@ def _filtered(block_size, features, values):
 
     # The kernel is symmetric, so the sum is its own transpose in the values.
     product = functools.partial(blocks, features)
-    return solved(product, product, values, system=system)
+    return solved(product, product, values, beside=features, system=system)
 
 
 def _exp_of_negative(x):

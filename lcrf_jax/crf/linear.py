@@ -118,6 +118,7 @@ def linear_map(function: _Map, transpose: _Map, *, message: str) -> _Map:
     def mapped(structure, values):
         return solved(
             functools.partial(function, structure), functools.partial(transpose, structure), values,
+            beside=jax.tree.leaves(structure)[0],
             system=functools.partial(same, structure), symmetric=True,
         )
 
@@ -125,7 +126,8 @@ def linear_map(function: _Map, transpose: _Map, *, message: str) -> _Map:
 
 
 def solved(
-    function: Callable, transpose: Callable, values: jax.Array, *, system: Callable, symmetric: bool = False
+    function: Callable, transpose: Callable, values: jax.Array, *, beside: jax.Array, system: Callable,
+    symmetric: bool = False,
 ) -> jax.Array:
     """A linear function of values, which JAX can differentiate, transpose, and batch.
 
@@ -137,6 +139,7 @@ def solved(
       function: linear, from [m, K] to [n, K].
       transpose: its transpose.
       values: [m, K].
+      beside: one of the arrays that the function is made of.
       system: the left sides [m + n, K] of the system for (x, y) [m + n, K]. JAX differentiates it in what it has closed
         over, and never runs it where nobody asks for that. The identity will do where it has closed over nothing, or
         refuses.
@@ -144,6 +147,8 @@ def solved(
     Returns:
       [n, K].
     """
+    # Inside `jax.shard_map` JAX has to see that the solution differs from device to device where the function does.
+    values = values + jnp.ravel(beside)[:0].sum().astype(values.dtype)
     rows, mapped_rows = len(values), jax.eval_shape(function, values).shape[0]
 
     def forwards(_, given):
