@@ -82,6 +82,9 @@ def main(argv):
     """List or clean."""
     if len(argv) != 2 or argv[1] not in COMMANDS:
         raise ValueError(f"expected one of {' and '.join(COMMANDS)}, got {' '.join(argv[1:]) or 'nothing'}; see --help")
+    of_clean = [f"--{flag.name}" for flag in (_OLDER, _ALL, _DRY_RUN) if flag.present]
+    if argv[1] == "list" and of_clean:
+        raise ValueError(f"list: {', '.join(of_clean)} would change nothing, list shows all; leave it out, or write clean --dry_run")
     directory = pathlib.Path(_DIRECTORY.value).expanduser() if _DIRECTORY.value else default_directory()
     if not directory.is_dir():
         say(f"{directory}: there is no cache")

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from experiments import reporting
 from lcrf_jax.data.check import equal_pictures, listed, mask_doubts, notes, read_all
+from lcrf_jax.data.parts import whole_of
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train import plan
 from lcrf_jax.train.splits import DEFAULT_VAL_SPLIT, open_split
@@ -36,9 +37,12 @@ def opened_splits(config):
         if not split:
             continue
         try:
-            sources.append(open_split(config, split, masks=masks))
+            source = open_split(config, split, masks=masks)
+            if masks and whole_of(split) != whole_of(config["data"]["train_split"]):
+                source = getattr(source, "whole", source)  # the masks of the other part are scored some day
+            sources.append(source)
         except FileNotFoundError as error:
-            if masks and split == DEFAULT_VAL_SPLIT:
+            if masks and whole_of(split) == DEFAULT_VAL_SPLIT:
                 say(f"no masks to score on: {error}")
             else:
                 problems.append(str(error))

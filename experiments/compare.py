@@ -7,6 +7,8 @@ the optimiser and the number of steps of the configuration, and differ in `confi
 itself stands in `config.baselines`. The parameters after the last step are scored, so nothing is chosen on val here,
 without tags, and both without and with refinement. What is done is not done again: the same command goes on where it was
 interrupted. A method that needs masks is left out where the training split has none.
+--parts=2 gives the means on val[0::2] and val[1::2] as well, in one pass: settings that were chosen on the first are reported on
+the second. A run that was scored without these parts is scored again, and not trained.
 
 DIR gets DIR/METHOD/seed_N/ (each a run that `experiments.evaluate` and `experiments.predict` take), comparison.md,
 comparison.csv, comparison.tex, comparison.png, comparison_refined.png and report.html.
@@ -33,11 +35,12 @@ from lcrf_jax.runfolder.description import CheckpointError, check_data, load_des
 from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import METHODS, localisation
-from lcrf_jax.train.splits import checked_split, data_identity, open_data
+from lcrf_jax.train.splits import checked_split, data_identity, open_data, refuse_shared
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and tables; made if it is not there.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Methods, or all: {', '.join(METHODS)}.")
+_PARTS = flags.DEFINE_integer("parts", 1, "Score the parts SPLIT[0::N], SPLIT[1::N], ... of val by themselves as well.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds, from 0 on.", lower_bound=1)
 
 RESULT_FILE = "comparison.json"
@@ -63,8 +66,8 @@ def run_config(config, method, seed):
 class Preparations:
     """What each method starts from, made when it is first asked for."""
 
-    def __init__(self, config):
-        self._config, self._made, self._trained_on = config, {}, {}
+    def __init__(self, config, val):
+        self._config, self._val, self._made, self._trained_on = config, val, {}, {}
 
     def __getitem__(self, key):
         method, seed = key
@@ -76,7 +79,9 @@ class Preparations:
         """What the training split of a method has, without computing anything from it."""
         masks = "masks" in METHODS[method].inputs
         if masks not in self._trained_on:
-            self._trained_on[masks] = data_identity(open_data(run_config(self._config, method, 0))[0])
+            train, _ = open_data(run_config(self._config, method, 0))
+            refuse_shared(train, self._val)
+            self._trained_on[masks] = data_identity(train)
         return self._trained_on[masks]
 
 
@@ -93,8 +98,8 @@ def train(prepared, folder):
             reporting.write_whole(path, json.dumps(spent) + "\n")
 
 
-def score(prepared, folder, val):
-    """Score the run of a folder on val and write comparison.json and the labels of the pictures."""
+def score(prepared, folder, val, scored):
+    """Score the run of a folder on val, as a whole or in parts, and write comparison.json and the labels of the pictures."""
     method = METHODS[prepared.config["method"]]
     description = prepared.plan.description(prepared.digest)
     segmenter = make_segmenter(description, restore_params(folder))
@@ -107,7 +112,7 @@ def score(prepared, folder, val):
 
     features = preparation.validation_features(prepared, val)
     scores = evaluation.evaluate(
-        segmenter, val, crf=True, num_samples=NUM_PICTURES, features=features, smooth=smooth
+        segmenter, scored, crf=True, num_samples=NUM_PICTURES, features=features, smooth=smooth
     )
     rounds = prepared.plan.rounds
     matrices = {"plain": scores.plain, "refined": scores.refined, "smoothed": scores.smoothed}
@@ -121,6 +126,10 @@ def score(prepared, folder, val):
         "data": data_identity(val),
         "steps": rounds[-1].last_step if rounds else 0,
         **{name: None if matrix is None else np.asarray(matrix).tolist() for name, matrix in matrices.items()},
+        "parts": {
+            split: {name: value if name == "images" else value.tolist() for name, value in part.items()}
+            for split, part in reporting.part_counts(scored, scores.parts).items()
+        },
         "seconds": json.loads((folder / TIME_FILE).read_text(encoding="utf-8")),
         "step_bytes": None if prepared.config["seed"] else fit.step_bytes(prepared),  # of one seed: they are the same
     }
@@ -130,16 +139,20 @@ def score(prepared, folder, val):
     reporting.write_whole(folder / RESULT_FILE, json.dumps(result) + "\n")  # last: what has it is done
 
 
-def is_done(folder, training_data, val):
-    """Whether a run is trained and scored; refuses one of other data, wherever that lay."""
+def is_done(folder, training_data, val, splits=()):
+    """Whether a run is trained and scored, in these parts too; refuses one of other data, wherever that lay."""
     path = folder / RESULT_FILE
     if not path.exists():
         return False
     check_data(folder, {"train": training_data})
-    scored_on = json.loads(path.read_text(encoding="utf-8")).get("data")
+    before = json.loads(path.read_text(encoding="utf-8"))
+    scored_on = before.get("data")
     if scored_on is not None and scored_on != data_identity(val):
         raise CheckpointError(f"{folder} was scored on other images of {val.split} ({scored_on['images']} then, {len(val)} now; their "
                               f"names, tags or classes differ); use them again, or remove {path} to score it anew")  # fmt: skip
+    if splits and list(before.get("parts") or ()) != list(splits):
+        say(f"{folder} was scored without the parts {', '.join(splits)}: it is scored again")
+        return False
     return True
 
 
@@ -197,8 +210,10 @@ def _notes(results, val):
     config = _CONFIG.value
     seeds = max(len(found) for found in results.values())
     steps = max(found[0]["steps"] for found in results.values())
+    parts = comparison_tables.parts_of(results)
+    parted = f" ({', '.join(f'{split}: {number}' for split, number in parts.items())})" if parts else ""
     return (
-        f"{data_in_words(config.data)}: {len(val)} images of {val.split}, {steps} steps of {config.batch_size} images, "
+        f"{data_in_words(config.data)}: {len(val)} images of {val.split}{parted}, {steps} steps of {config.batch_size} images, "
         f"{'seed 0' if seeds == 1 else f'seeds 0 to {seeds - 1}: mean ± standard deviation'}; {measuring.machine()}"
     )
 
@@ -217,12 +232,14 @@ def main(argv):
         for name in names:
             reporting.check_same_settings(workdir / name / f"seed_{seed}", run_config(config, name, seed))
     val = checked_split(config.to_dict(), config.data.val_split, masks=True)
-    preparations = Preparations(config)
+    scored = reporting.whole_or_parts(val, _PARTS.value)
+    splits = () if scored is val else scored.splits
+    preparations = Preparations(config, val)
     for seed in range(_SEEDS.value):
         for name in list(names):
             folder = workdir / name / f"seed_{seed}"
             try:
-                if is_done(folder, preparations.training_data(name), val):
+                if is_done(folder, preparations.training_data(name), val, splits):
                     continue
                 prepared = preparations[name, seed]
             except FileNotFoundError as error:
@@ -233,7 +250,7 @@ def main(argv):
                 continue
             say(f"\n{METHODS[name].title}, seed {seed}")
             train(prepared, folder)
-            score(prepared, folder, val)
+            score(prepared, folder, val, scored)
             write(workdir, names, val)
     say(f"\n{write(workdir, names, val)}\ntables      {workdir / 'comparison.md'}, .csv, .tex")
     say(f"pictures    {workdir / 'comparison.png'}, {workdir / 'comparison_refined.png'}, {workdir / 'report.html'}")

@@ -1,4 +1,6 @@
-"""The tables of `experiments.compare`: classes down, methods across, the mean last; as Markdown, CSV and LaTeX.
+"""The tables of `experiments.compare`: classes down, methods across, the mean last, and below it the means of parts of the split.
+
+As Markdown, CSV and LaTeX.
 
 Results are a dict from the name of a method to a list of one dict for each seed, see `experiments.compare.score`.
 """
@@ -17,27 +19,42 @@ CAPTIONS = {False: "Without refinement", True: "With refinement by the dense CRF
 
 
 class Column(NamedTuple):
-    """One column: IoU in per cent, [seeds, K], its means [seeds], and where it stands."""
+    """One column: IoU in per cent, [seeds, K], its means [seeds], those of each part, NaN where unknown, and where it stands."""
 
     method: str
     title: str
     localisation: str
     ious: np.ndarray
     means: np.ndarray
+    parts: dict[str, np.ndarray]
+
+
+def parts_of(results):
+    """dict from the parts of the split that results tell of to their numbers of images; earlier results know of none."""
+    return {split: part["images"] for seeds in results.values() for result in seeds
+            for split, part in (result.get("parts") or {}).items()}  # fmt: skip
+
+
+def _part_means(seeds, split, kind):
+    """[seeds] mean IoU in per cent on a part, NaN where it was not scored."""
+    parts = [(result.get("parts") or {}).get(split) for result in seeds]
+    return np.array([np.nan if part is None else 100 * mean_iou(np.asarray(part[kind])) for part in parts])
 
 
 def columns(results, *, refined):
     """The columns of a table, those of methods that are told nothing of places first and those with masks last."""
-    found = []
+    found, splits = [], parts_of(results)
     for name, seeds in results.items():
         method = METHODS[name]
         kinds = {"refined": method.title} if refined else {"plain": method.title, "smoothed": method.smoothed_title}
         for kind, title in kinds.items():
-            matrices = [np.asarray(result[kind]) for result in seeds if result[kind] is not None]
+            seeds_with = [result for result in seeds if result[kind] is not None]
+            matrices = [np.asarray(result[kind]) for result in seeds_with]
             if matrices and title:
                 ious = 100 * np.stack([iou_per_class(matrix) for matrix in matrices])
                 means = 100 * np.array([mean_iou(matrix) for matrix in matrices])
-                found.append(Column(name, title, seeds[0]["localisation"], ious, means))
+                parts = {split: _part_means(seeds_with, split, kind) for split in splits}
+                found.append(Column(name, title, seeds[0]["localisation"], ious, means, parts))
     return sorted(found, key=lambda column: GROUPS.index(_group(column)))
 
 
@@ -51,9 +68,10 @@ def spread(values):
 
 
 def _class_rows(table, class_names):
-    """Rows of names and cells: the classes, then the mean."""
+    """Rows of names and cells: the classes, the mean, then that of each part."""
     rows = [[name, *(spread(column.ious[:, k]) for column in table)] for k, name in enumerate(class_names)]
-    return [*rows, ["mean", *(spread(column.means) for column in table)]]
+    rows.append(["mean", *(spread(column.means) for column in table)])
+    return rows + [[f"mean of {split}", *(spread(column.parts[split]) for column in table)] for split in (table[0].parts if table else ())]
 
 
 def _costs(results, table):
@@ -91,7 +109,8 @@ def markdown(results, notes):
         head = ["mIoU, %", *(column.title for column in table)]
         localisation = ["saliency or cues", *(column.localisation or "no" for column in table)]
         rows = _class_rows(table, next(iter(results.values()))[0]["class_names"])
-        rows[-1] = [f"**{cell}**" for cell in rows[-1]]
+        mean = rows[-1 - len(parts_of(results))]
+        mean[:] = [f"**{cell}**" for cell in mean]
         body = [localisation, *rows, *([] if refined else _costs(results, table))]
         lines = [head, ["---", *["---:"] * len(table)], *body]
         parts.append("\n".join([f"{caption}:", "", *(f"| {' | '.join(line)} |" for line in lines)]))
@@ -108,15 +127,19 @@ def overview(results):
       (headings, rows of cells, dict from the title of a method to a dict from "network" or "refined" to [K] mean IoU).
     """
     plain, refined = (columns(results, refined=kind) for kind in (False, True))
+    splits = parts_of(results)
     of_method, rows, values = {column.title: column for column in refined}, [], {}
     for column in plain:
         other = of_method.get(column.title)
         cells = [spread(column.means), "-" if other is None else spread(other.means)]
+        for split in splits:
+            cells += [spread(column.parts[split]), "-" if other is None else spread(other.parts[split])]
         rows.append([column.title, column.localisation or "no", *cells])
         values[column.title] = {"network": column.ious.mean(axis=0) / 100}
         if other is not None:
             values[column.title]["refined"] = other.ious.mean(axis=0) / 100
-    return ["method", "saliency or cues", "mIoU, %", "refined"], rows, values
+    titles = [title for split in splits for title in (f"mIoU of {split}", f"{split}, refined")]
+    return ["method", "saliency or cues", "mIoU, %", "refined", *titles], rows, values
 
 
 def latex(results):
@@ -141,7 +164,8 @@ def latex(results):
             " & ".join(["", *(column.title for column in table)]) + r" \\ \hline",
         ]  # fmt: skip
         rows = _class_rows(table, next(iter(results.values()))[0]["class_names"])
-        ends = [*[r" \\"] * (len(rows) - 2), r" \\ \hline", r" \\"]
+        num_means = 1 + len(parts_of(results))
+        ends = [*[r" \\"] * (len(rows) - num_means - 1), r" \\ \hline", *[r" \\"] * num_means]
         lines += [" & ".join(map(_escaped, row)) + end for row, end in zip(rows, ends, strict=True)]
         parts.append("\n".join([*lines, r"\end{tabular}"]))
     return "\n\n".join(parts) + "\n"
@@ -156,7 +180,7 @@ def _escaped(cell):
 
 
 def write_csv(results, path):
-    """One row for each method, refinement and class (and their mean), with the value of every seed, in per cent.
+    """One row for each method, refinement and class, for their mean and that of each part, with the value of every seed, in per cent.
 
     Args:
       results: see the module.
@@ -170,7 +194,7 @@ def write_csv(results, path):
         writer.writerow(head)
         for refined in CAPTIONS:
             for column in columns(results, refined=refined):
-                values = np.column_stack([column.ious, column.means]).T
-                for name, row in zip([*class_names, "mean"], values, strict=True):
+                values = np.column_stack([column.ious, column.means, *column.parts.values()]).T
+                for name, row in zip([*class_names, "mean", *(f"mean of {split}" for split in column.parts)], values, strict=True):
                     cells = ["" if np.isnan(value) else f"{value:.3f}" for value in row]
                     writer.writerow([column.method, column.title, column.localisation or "no", int(refined), name, *cells])

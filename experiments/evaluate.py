@@ -4,7 +4,8 @@ r"""Score a run on a split with masks.
 
 The checkpoint alone says what the network is. Without --data the data that the run was trained on is used; what is written of
 other data has its name: results_SPLIT_NAME-xxxxxx.json. The last line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
-and the output says so. Several processes (--distributed, docs/scaling.md) share the images.
+and the output says so. Settings that were chosen on one half of a split are reported on the other: --split='val[1::2]', or
+--parts=2 for both halves and the whole in one pass. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
 import time
@@ -16,7 +17,8 @@ from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _DATA = flags.DEFINE_string("data", None, "Folder of other data, of prepared data sets for tfds; by default that of the run.")
-_SPLIT = flags.DEFINE_string("split", "val", "Name of the split.")
+_SPLIT = flags.DEFINE_string("split", "val", "Name of the split, or a part of it such as 'val[1::2]'.")
+_PARTS = flags.DEFINE_integer("parts", 1, "Score the parts SPLIT[0::N], SPLIT[1::N], ... by themselves as well.", lower_bound=1)
 _CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF on each image at its own size.")
 _TAGS_GIVEN = flags.DEFINE_bool("tags_given", False, "Use the image tags at test time.")
 _CAM = flags.DEFINE_bool("cam", False, "Score the class maps of the frozen tag classifier instead; needs --tags_given.")
@@ -32,10 +34,11 @@ def main(argv):
     description = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)
     source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
-        reporting.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value)
+        reporting.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value, num_parts=_PARTS.value)
     else:
         reporting.evaluate_run(
-            _CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started, data=data
+            _CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started, data=data,
+            num_parts=_PARTS.value,
         )
 
 

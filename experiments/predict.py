@@ -42,6 +42,7 @@ from lcrf_jax.nets.pretrained import file_digest
 from lcrf_jax.predict.resizing import labels_and_confidence
 from lcrf_jax.predict.segmenter import segment_batch
 from lcrf_jax.predict.tiling import segment_in_tiles
+from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 from lcrf_jax.runfolder.digests import params_digest
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
@@ -132,8 +133,9 @@ def main(argv):
     if _TILE.value is not None and _PROBABILITIES.value:
         raise ValueError("--probabilities and --tile do not go together: those of tiles are not kept")
     started, out = time.monotonic(), pathlib.Path(_OUT.value)
+    training = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)["training"]
     planned = prediction_plan.planned_outputs(
-        _IMAGES.value, out, overlays=_OVERLAYS.value, probabilities=_PROBABILITIES.value
+        _IMAGES.value, out, overlays=_OVERLAYS.value, probabilities=_PROBABILITIES.value, data=training.get("data", {})
     )
     if _LIST.value is not None:
         planned = prediction_plan.chosen(planned, _LIST.value)

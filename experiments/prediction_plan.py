@@ -6,12 +6,13 @@ import glob
 import os
 import pathlib
 import re
+import types
 from typing import NamedTuple
 
 from experiments.predictions import SETTINGS_FILE
-from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken, there
-from lcrf_jax.data.files.mask_names import left_out, masks_among, told
-from lcrf_jax.data.files.tags import TAG_FILES, read_text
+from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken
+from lcrf_jax.data.files.mask_names import folders_of_training, left_out, masks_among, of_training, told
+from lcrf_jax.data.files.tags import read_text
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 
@@ -30,13 +31,14 @@ class Outputs(NamedTuple):
     probabilities: pathlib.Path | None
 
 
-def planned_outputs(patterns, out, *, overlays, probabilities):
+def planned_outputs(patterns, out, *, overlays, probabilities, data=types.MappingProxyType({})):
     """Pairs of photograph and Outputs, refusing two photographs with one mask, and masks in place of photographs.
 
     Args:
       patterns: files, folders (with all photographs at any depth) and patterns of file names.
       out: folder of the masks.
       overlays, probabilities: whether these are wanted.
+      data: what the run was trained on: its folder of masks is known by that, whatever its name is.
 
     Returns:
       List in the order of the photographs' paths. The path of a mask within `out` is that of its photograph within the
@@ -44,13 +46,13 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
     """
     roots, found, out, real = [], {}, pathlib.Path(out), functools.cache(os.path.realpath)
     for pattern in patterns:
-        root, paths, untaken = _photographs(os.path.expanduser(pattern), out)
+        root, paths, untaken = _photographs(os.path.expanduser(pattern), out, data)
         if not paths:
             raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}{_instead(pattern, untaken)}")
         if untaken:
             say(f"{pattern}: {untaken}")
         roots.append(root)
-        for path in _without_masks(pattern, root, paths):  # a pattern may go through a link and come to the same file twice
+        for path in _without_masks(pattern, root, _not_of_training(pattern, root, paths, data)):  # a pattern may go through a link and come to the same file twice
             found.setdefault((real(path.parent), path.name), path)
     found = set(found.values())
     root, photographs = pathlib.Path(os.path.commonpath(roots)), {path.resolve() for path in found}
@@ -72,6 +74,23 @@ def planned_outputs(patterns, out, *, overlays, probabilities):
         )))  # fmt: skip
     _refuse_doubles(taken, out)
     return outputs
+
+
+def _not_of_training(pattern, root, paths, data):
+    """The paths without those in the folder of masks that the run was trained with, unless these alone are asked for."""
+    masks = folders_of_training(root, data)
+    if not masks or any(os.path.realpath(root) == place or _is_below(os.path.realpath(root), place) for place in masks):
+        return paths
+    real = functools.cache(os.path.realpath)
+    kept = [path for path in paths if not any(place == real(path.parent) or _is_below(real(path.parent), place) for place in masks)]
+    if not kept or len(kept) == len(paths):
+        return paths
+    say(f"{pattern}: {len(paths) - len(kept)} files in {', '.join(sorted(masks))}, which holds the masks of training, are left out")
+    return kept
+
+
+def _is_below(path, folder):
+    return path.startswith(os.path.join(folder, ""))
 
 
 def _without_masks(pattern, root, paths):
@@ -127,13 +146,13 @@ def chosen(planned, path):
     return [(photo, outputs) for photo, outputs in planned if photo in wanted]
 
 
-def _photographs(pattern, out):
+def _photographs(pattern, out, data):
     """(the folder that paths are told from, photographs, a line on what is not taken) of a file, a folder or a pattern."""
     if os.path.isfile(pattern):  # a file may be named photo[1].jpg
         path = pathlib.Path(pattern)
         return path.absolute().parent, [path], ""
     if os.path.isdir(pattern):
-        return _below(pattern, out)
+        return _below(pattern, out, data)
     parts = pathlib.Path(pattern).absolute().parts
     fixed = next((at for at, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     folder = pathlib.Path(*parts[:fixed])
@@ -160,21 +179,20 @@ def _as_given(path, pattern):
     return path if os.path.isabs(pattern) else pathlib.Path(os.path.relpath(path))
 
 
-def _below(pattern, out):
+def _below(pattern, out, data):
     """The same of a folder: none that are masks of a training folder, or what was written by this program."""
-    folder, own = pathlib.Path(pattern).absolute(), (*TAG_FILES, "classes.txt", "colours.csv", "train.txt", "val.txt")
-    masks = there(folder, "masks") if any(there(folder, name) for name in own) else None
-    left = {os.path.realpath(path) for path in (masks, out) if path is not None}
+    folder = pathlib.Path(pattern).absolute()
+    masks = folders_of_training(folder, data) - {os.path.realpath(folder)}
+    left = masks | {os.path.realpath(out)}
 
     def written_here(place):
         return os.path.exists(os.path.join(place, SETTINGS_FILE)) and place != os.path.realpath(folder)
 
     found = files_below(folder, leave=lambda place: place in left or written_here(place))
-    names = {path.name for name in own if (path := there(folder, name))} | {SETTINGS_FILE}
-    line = not_taken(found, own=names)
-    if masks is not None and masks.name in found.left:
-        line = "; ".join(part for part in (line, f"{masks.name}/ holds the masks of the training folder and is left out") if part)
-    return folder, [pathlib.Path(pattern) / path for path in found.photographs], line
+    lines = [not_taken(found, own={path.name for path in of_training(folder).values()} | {SETTINGS_FILE})]
+    lines += [f"{name}/ holds the masks of the training folder and is left out"
+              for name in found.left if os.path.realpath(folder / name) in masks]  # fmt: skip
+    return folder, [pathlib.Path(pattern) / path for path in found.photographs], "; ".join(line for line in lines if line)
 
 
 def _of_system(path, folder):

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 
 from experiments.configs import base
 from experiments.run_report import data_in_words, write_run_report
+from lcrf_jax.data.parts import InParts, in_parts
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine import processes, signals
 from lcrf_jax.machine.cache import default_directory
@@ -33,7 +34,7 @@ from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, has_parameters, load_description
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
@@ -77,6 +78,7 @@ def run(main, *, join=join_processes, keep_compiled=True):
                 with contextlib.suppress(OSError):  # no home; who needs the cache is told so
                     keep_programs(default_directory())
             main(argv)
+            signals.all_is_done()
         except Exception as error:
             if not for_users(error):
                 if not processes.is_alone():
@@ -91,12 +93,29 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def parsed(argv):
         try:
-            return app.parse_flags_with_usage(argv)
+            return app.parse_flags_with_usage(last_of_each(argv))
         except (AttributeError, KeyError, TypeError, OSError) as error:
             sys.exit(f"error: the flags or the configuration are wrong: {error}")
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parsed)
+
+
+def last_of_each(argv):
+    """The arguments without the earlier ones of a setting that is given several times: the last one counts, as of any flag.
+
+    ml_collections would join the values of tuples.
+    """
+    given, at = [], 0
+    while at < len(argv) and argv[at] != "--":
+        name = re.fullmatch(r"--?(config\.[\w.]+)(=.*)?", argv[at], re.DOTALL)
+        apart = name and name[2] is None and at + 1 < len(argv) and not argv[at + 1].startswith("--")  # --config.epochs (1,1)
+        count = 2 if apart else 1
+        given.append((name and name[1], argv[at : at + count]))
+        at += count
+    last = {name: number for number, (name, _) in enumerate(given)}
+    kept = [part for number, (name, part) in enumerate(given) if name is None or last[name] == number]
+    return [*(argument for part in kept for argument in part), *argv[at:]]
 
 
 def _leave(message):
@@ -133,7 +152,7 @@ def check_same_settings(folder, config):
 
     Where the data lies, and how the work is done, may change: see `lcrf_jax.runfolder.description.PLACES`.
     """
-    if not (folder / "config.json").exists():
+    if not (folder / "config.json").exists() or not has_parameters(folder):  # what was to be trained binds nobody
         return
     changes = effective_changes(folder, config)
     if changes:
@@ -189,13 +208,45 @@ def place_in_names(data, own):
     return f"_{name[:60]}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:6]}"
 
 
-def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscored=None, data=None):
+def whole_or_parts(source, num_parts):
+    """What is scored: a source, or the parts SPLIT[k::num_parts] of it if there are to be several."""
+    return source if num_parts == 1 else in_parts(source, num_parts)
+
+
+def part_counts(scored, matrices):
+    """dict from each part to its number of images and its counts; empty where a split is scored as a whole.
+
+    Args:
+      scored: see `whole_or_parts`.
+      matrices: dict from a name to [P, K, K] counts.
+    """
+    if not isinstance(scored, InParts):
+        return {}
+    return {split: {"images": int((scored.numbers == k).sum())} | {name: each[k] for name, each in matrices.items()}
+            for k, split in enumerate(scored.splits)}  # fmt: skip
+
+
+def _parts_table(parts):
+    """A line for each part: its images, and its mIoU by name."""
+    if not parts:
+        return ""
+    names = [name for name in next(iter(parts.values())) if name != "images"]
+    width = max(len("part"), *map(len, parts))
+    lines = ["  ".join([f"{'part':<{width}}", f"{'images':>6}", *(f"{name:>7}" for name in names)])]
+    for split, part in parts.items():
+        means = [_rounded(mean_iou(part[name]), 3) for name in names]
+        cells = ["-" if mean is None else f"{mean:.3f}" for mean in means]
+        lines.append("  ".join([f"{split:<{width}}", f"{part['images']:>6}", *(f"{cell:>7}" for cell in cells)]))
+    return "\n".join(["", *lines])
+
+
+def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscored=None, data=None, num_parts=1):
     """Score a run, print the table, write results.json, the picture grid and the report, and print their paths.
 
     Without a source that has masks there is no score, and the report shows images of `unscored`. Files that tell of
     other `data` than that of the run have its name in theirs.
     """
-    run_dir = pathlib.Path(run_dir).expanduser()
+    run_dir, scored = pathlib.Path(run_dir).expanduser(), source if source is None else whole_or_parts(source, num_parts)
     segmenter, description, params = load_segmenter(run_dir)
     own = description["training"]["data"]
     data = own if data is None else data
@@ -207,11 +258,12 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
             write_run_report(run_dir / "report.html", source=unscored, matrices={}, image_scores=None, **report)
             say(f"report      {run_dir / 'report.html'} (for a browser)\ncheckpoint  {run_dir}; no masks to score it on")
         return
-    scores = evaluation.evaluate(segmenter, source, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
+    scores = evaluation.evaluate(segmenter, scored, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     if not processes.is_first():
         return
     table = format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined)
-    say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}")
+    report["parts"] = part_counts(scored, scores.parts) if scored is not source else {}
+    say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}{_parts_table(report['parts'])}")
     files = _files_of_scores(run_dir, source.split, data, own, crf=crf, tags_given=tags_given)
     _write_scores(files, scores, source, crf=crf, report=report, digest=params_digest(params))
     say(f"\npictures    {files.pictures}\nreport      {files.page} (for a browser)\nresults     {files.results}\n"
@@ -281,10 +333,24 @@ def _results_text(scores, source, class_names, *, crf, report, digest):
                "params_sha256": digest}  # fmt: skip
     for name, matrix in (("plain", scores.plain), ("refined", scores.refined)):
         if matrix is not None:
-            ious = [None if np.isnan(value) else round(float(value), 4) for value in iou_per_class(matrix)]
-            results[name] = {"miou": round(float(mean_iou(matrix)), 4), "iou": dict(zip(class_names, ious))}
-            results[name]["confusion"] = np.asarray(matrix).tolist()
+            results[name] = _score(matrix, class_names)
+    if report["parts"]:
+        results["parts"] = {
+            split: {name: value if name == "images" else _score(value, class_names) for name, value in part.items()}
+            for split, part in report["parts"].items()
+        }
     return json.dumps(results, indent=1) + "\n"
+
+
+def _score(matrix, class_names):
+    """What results.json says of a confusion matrix."""
+    ious = [_rounded(value, 4) for value in iou_per_class(matrix)]
+    return {"miou": _rounded(mean_iou(matrix), 4), "iou": dict(zip(class_names, ious)), "confusion": np.asarray(matrix).tolist()}
+
+
+def _rounded(value, digits):
+    """A score for JSON, which knows no NaN."""
+    return None if np.isnan(value) else round(float(value), digits)
 
 
 def _refined_before(path, plain):
@@ -297,8 +363,13 @@ def _refined_before(path, plain):
         return None
 
 
-def evaluate_cam(run_dir, source, *, tags_given):
-    """Score the class maps of the run's tag classifier, tags given, at the best background level for the split."""
+def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
+    """Score the class maps of the run's tag classifier, tags given, at the best background level for the split.
+
+    Of several parts the level is the best one for the first, and all are scored at it.
+    """
+    scored = whole_or_parts(source, num_parts)
+    part_of = scored.numbers if isinstance(scored, InParts) else np.zeros(len(source), int)
     if not tags_given:
         raise ValueError("--cam needs --tags_given: without tags class maps say nothing of which classes are there")
     description, params = load_description(run_dir), restore_params(run_dir)
@@ -308,22 +379,28 @@ def evaluate_cam(run_dir, source, *, tags_given):
     network, settings = build_network(description["network"]), description["training"]["class_maps"]
     classifier = restored_classifier(params)
     _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])
-    size, matrices, logits = description["training"]["input_size"], dict.fromkeys(CAM_LEVELS, 0), []
-    for example in prefetched(source):
+    size, num_classes, logits = description["training"]["input_size"], len(source.class_names), []
+    matrices = np.zeros((len(CAM_LEVELS), num_parts, num_classes, num_classes), np.int64)
+    for part, example in zip(part_of, prefetched(source), strict=True):
         square = square_image(example.image, size)[None]
         others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
         scores = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)[0]
         logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
         scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
         scores = resized_map(scores, example.image.shape[:2])
-        for level in CAM_LEVELS:
+        for at, level in enumerate(CAM_LEVELS):
             background = np.full((*scores.shape[:2], 1), level, np.float32)
             labels = np.concatenate([background, scores], axis=-1).argmax(axis=-1)
-            matrices[level] = matrices[level] + confusion_matrix(labels, example.mask, len(source.class_names))
-    best = max(CAM_LEVELS, key=lambda level: mean_iou(matrices[level]))
-    by_level = ", ".join(f"{level:g}: {mean_iou(matrices[level]):.3f}" for level in CAM_LEVELS)
+            matrices[at, part] += confusion_matrix(labels, example.mask, num_classes)
+    chosen_on = [mean_iou(matrix) for matrix in matrices[:, 0]]
+    best = int(np.argmax(np.nan_to_num(chosen_on)))
+    where = "this split" if num_parts == 1 else scored.splits[0]
     say(preparation.precision_line(source.split, source, np.stack(logits)))
     say("\nclass maps of the frozen tag classifier, tags given at test time")
-    say(f"mIoU by background level: {by_level}")
-    say(f"{len(source)} images of {source.split}, level {best:g}, the best on this split")
-    say(format_iou_table(matrices[best], source.class_names))
+    say(f"mIoU by background level{'' if num_parts == 1 else f', {where}'}: "
+        + ", ".join(f"{level:g}: {miou:.3f}" for level, miou in zip(CAM_LEVELS, chosen_on, strict=True)))  # fmt: skip
+    say(f"{len(source)} images of {source.split}, level {CAM_LEVELS[best]:g}, the best on {where}")
+    table = format_iou_table(matrices[best].sum(axis=0), source.class_names)
+    say(f"{table}{_parts_table(part_counts(scored, {'mIoU': matrices[best]}))}")
+    if num_parts > 1:
+        say(f"\n{table.splitlines()[-1]}")

@@ -23,7 +23,7 @@ CURVES = {
 
 
 def write_run_report(
-    path, run_dir, description, segmenter, source, *, data, matrices, image_scores, used, tags_given, known_samples=None
+    path, run_dir, description, segmenter, source, *, data, matrices, image_scores, used, tags_given, known_samples=None, parts=None
 ):
     """Write the report of a run.
 
@@ -39,10 +39,13 @@ def write_run_report(
       used: what supervision was used.
       tags_given: whether tags were used at test time.
       known_samples: dict from the positions of images to what `labelled_samples` says of them, where that is known.
+      parts: dict from the parts of the split to their counts, see `experiments.reporting.part_counts`, or None.
     """
     names = segmenter.class_names
     scores = [(f"mIoU, {title}", f"{100 * mean_iou(matrix):.1f} %") for title, matrix in matrices.items()]
     own = description["training"]["data"]
+    scores += [(f"mIoU of {split}, {title}", f"{100 * mean_iou(part[name]):.1f} %") for split, part in (parts or {}).items()
+               for name, title in (("plain", "network"), ("refined", "refined")) if name in part]  # fmt: skip
     figures = [*scores, ("images", f"{len(source)} of {source.split}"), ("method", description["training"]["method"])]
     note = f"Supervision: {used}. Data: {data_in_words(data)}."
     if data != own:

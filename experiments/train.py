@@ -42,6 +42,8 @@ def main(argv):
     workdir = reporting.run_folder(_WORKDIR.value)
     if (steps := check_start(workdir, config)) is not None:
         say(f"{workdir} is finished: all {steps} steps are done; nothing is trained")
+        if config.get("weights"):
+            say(f"config.weights={config['weights']} is not read: the run holds the weights it was trained with")
         train, val = open_data(config)
         check_data(workdir, {"train": data_identity(train)})
     else:

@@ -45,6 +45,8 @@ os.environ["XLA_FLAGS"] = merged_flags(os.environ.get("XLA_FLAGS", ""), wanted_f
 # Compiled functions outlive the test run: the second one takes a fraction of the first.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Where in the sources each operation is from makes a program's text longer, and a tenth of the time goes into it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 
 def pytest_addoption(parser):
@@ -54,8 +56,8 @@ def pytest_addoption(parser):
 
 
 # The files that take longest, in front: no process is left alone with one of them at the end.
-FIRST = ("process_faults", "faults", "voc2012", "compare", "export", "energy", "mean_field", "runs", "training", "experiments",
-         "predict_program", "gibbs", "objectives", "objective_estimators")
+FIRST = ("process_faults", "derivatives", "methods", "every_function_of_crf", "faults", "voc2012", "compare", "export",
+         "energy", "mean_field", "runs", "training", "experiments", "predict_program", "gibbs", "objectives", "objective_estimators")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -153,7 +153,7 @@ def arguments_of(num_pixels, num_classes, *, dtype="float32", seed=0, scale=1.0)
     }
     most = 127 if integral else 6e4 if dtype == "float16" else np.inf
     arrays = {name: array if array.dtype == bool else np.clip(array, -most, most) for name, array in arrays.items()}
-    arrays = {name: array if array.dtype == bool else np.asarray(jnp.asarray(array, dtype)) for name, array in arrays.items()}
+    arrays = {name: array if array.dtype == bool else array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
     if integral:
         arrays["probs"] = arguments_of(m, k, seed=seed, scale=scale)["probs"]  # integers above 0 that sum to 1 are none
     arrays["cues"] = rng.choice([*range(k), 255], m).astype(np.uint8)

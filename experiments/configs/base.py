@@ -33,7 +33,7 @@ def get_config():
     config.data.kind = "folder"  # a key of lcrf_jax.data.opening.SOURCES
     config.data.root = ""
     config.data.train_split = "train"
-    config.data.val_split = "val"  # masks are used for the score and for choosing best/; "" for none
+    config.data.val_split = "val"  # its masks are for the score and for choosing best/; a part is "val[0::2]"; "" for none
     config.data.options = ConfigDict()  # of the kind
     config.data.on_bad_image = "error"  # or "skip": photographs that cannot be read are named and left out
 

@@ -86,7 +86,7 @@ def about(source: Source) -> str:
 
 
 class PartOfSource:
-    """Some of the examples of a source.
+    """Some of the examples of a source; the rest was left out. Its `listed_names` has the names of all.
 
     Args:
       source: the source.
@@ -100,6 +100,7 @@ class PartOfSource:
         if (paths := getattr(source, "paths", None)) is not None:
             self.paths = tuple(paths[row] for row in self._rows)
         self.left_out = getattr(source, "left_out", 0) + len(source) - len(self._rows)
+        self.listed_names = getattr(source, "listed_names", source.names)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -8,6 +8,8 @@ from typing import Any
 
 from lcrf_jax.data.example import Source
 from lcrf_jax.data.options import check_options
+from lcrf_jax.data.parts import SliceOfSource, written_part
+from lcrf_jax.data.sources.lists import there_file
 from lcrf_jax.machine.errors import nearest
 
 
@@ -140,17 +142,30 @@ def open_source(
 
     Args:
       kind: a key of `SOURCES`.
-      split: name of the split, ``train`` or ``val`` for textures, any list in a folder.
+      split: name of the split, ``train`` or ``val`` for textures, any list in a folder; or a part of one, as ``val[0::2]``, see
+        `lcrf_jax.data.parts`. A list whose own name has these brackets is that list.
       root: the folder, for kinds that read one.
       masks: whether examples carry masks. Without it no mask is read or made.
       **options: passed on to the kind's constructor.
     Returns:
       The source.
     Raises:
-      ValueError: if the kind is not known, or the arguments do not fit it.
+      ValueError: if the kind is not known, the arguments do not fit it, or a part of a split is empty or wrongly written.
       FileNotFoundError: if a folder or one of its files is missing.
     """
     if kind not in SOURCES:
         raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}{nearest(kind, SOURCES)}")
     check_options(kind, options)
+    part = None if kind in ("folder", "voc") and _has_list(root, split) else written_part(split, of_tfds=kind == "tfds")
+    if part is not None:
+        return SliceOfSource(open_source(kind, part.whole, root=root, masks=masks, **options), split, part.rows)
     return SOURCES[kind](split, root=root, masks=masks, **options)
+
+
+def _has_list(root: str | os.PathLike | None, split: str) -> bool:
+    """Whether a folder has a list of this very name, brackets and all."""
+    if not root or "[" not in split:
+        return False
+    folder = Path(root).expanduser()
+    lists = folder / "ImageSets" / "Segmentation"
+    return os.path.isfile(lists / f"{split}.txt") or folder.is_dir() and there_file(folder, f"{split}.txt") is not None

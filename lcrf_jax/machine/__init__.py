@@ -2,7 +2,8 @@
 
 `processes` says who is first of several and what all agree on, `gpus` which GPUs of a host are whose; `signals` notes that a
 run is to end between two steps; `locks` keeps two runs out of one folder; `files` writes a file whole or not at all; `cache`
-keeps arrays on disk between runs, `entries` says what lies there and bounds it, and `contents` knows files by what they hold;
+keeps arrays on disk between runs, `checksums` sees what a disk has changed in them, `entries` says what lies there and bounds
+it, and `contents` knows files by what they hold;
 `compilation` keeps compiled programs; `progress` is what a run shows while it works; `errors` tells what users can mend from
 faults of the house.
 

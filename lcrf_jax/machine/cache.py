@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lcrf_jax.machine.checksums import checksums, note_unchanged, refuse_changed
 from lcrf_jax.machine.entries import IDENTITY_FILE, LOCK_FILE, discard, keep_within_bound
 from lcrf_jax.machine.files import naming, write_whole
 from lcrf_jax.machine.locks import locked, own_folder, shared
@@ -121,12 +122,18 @@ class CachedArrays:
         """
         assert self._unfinished is not None
         self.note()
-        arrays = {name: {"shape": array.shape, "dtype": str(array.dtype)} for name, array in self._open.items()}
+        with naming(self._folder.parent, REMEDY):
+            arrays = {
+                name: {"shape": array.shape, "dtype": str(array.dtype), "crc32": checksums(_path(self._unfinished, name))}
+                for name, array in self._open.items()
+            }
         content = {"identity": identity, "about": about, "arrays": arrays}
         with naming(self._folder.parent, REMEDY):
             write_whole(self._unfinished / IDENTITY_FILE, json.dumps(content, sort_keys=True, indent=1))
             with shared(self._unfinished / IDENTITY_FILE) or contextlib.nullcontext():  # nobody may remove it from now on
-                _publish(self._unfinished, self._folder)
+                if _publish(self._unfinished, self._folder):
+                    for name in self._open:
+                        note_unchanged(_path(self._folder, name))
                 self._arrays = _whole(self._folder, self.num_records) or {}
         for name in (_PROGRESS_FILE, LOCK_FILE):
             with contextlib.suppress(OSError):
@@ -163,7 +170,7 @@ def cached_arrays(
       num_records: length of the first axis of every array.
       about: what the arrays are of, for the people who read the list of the cache; they do not depend on it.
       bounded: whether what was not used for longest makes room for them, see `lcrf_jax.machine.entries`; not in the folder
-        of a run, which is no cache.
+        of a run, which is no cache, and where arrays that are damaged are put aside and not removed.
 
     Returns:
       Context manager of a CachedArrays.
@@ -176,7 +183,7 @@ def cached_arrays(
     folder = pathlib.Path(directory) / hashlib.sha256(f"{num_records}\n{text}".encode()).hexdigest()[:24]
     with contextlib.ExitStack() as stack:
         with naming(directory, REMEDY):
-            unfinished, arrays = _own_unfinished(folder, num_records, stack)
+            unfinished, arrays = _own_unfinished(folder, num_records, stack, discard if bounded else _put_aside)
         make_room = functools.partial(keep_within_bound, folder.parent) if bounded else _no_bound
         cache = CachedArrays(folder, unfinished, num_records, arrays, make_room)
         if unfinished is None:
@@ -203,7 +210,7 @@ def _keep_beginning(cache, unfinished, unfit):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _own_unfinished(folder, num_records, stack):
+def _own_unfinished(folder, num_records, stack, put_away):
     """(folder to write to, locked until the stack is closed; no arrays), or (None, arrays) where these are there."""
     arrays, _ = _whole_or_damage(folder, num_records)
     if arrays is not None:
@@ -217,11 +224,16 @@ def _own_unfinished(folder, num_records, stack):
             return None, arrays
         if folder.exists():
             _log.warning("%s is damaged (%s); it is made anew", folder, damage or "a part of it was deleted")
-            discard(folder)
+            put_away(folder)
         if not held:
             unfinished = own.enter_context(own_folder(folder.parent, f".{folder.name}-"))
         stack.push(own.pop_all())
         return unfinished, {}
+
+
+def _put_aside(folder):
+    """Keep what is damaged in the folder of a run, which is no cache: it may be that it cannot be made anew."""
+    os.rename(folder, folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}"))
 
 
 def _whole_or_damage(folder, num_records):
@@ -241,7 +253,11 @@ def _whole(folder, num_records):
     with file:
         content = json.loads(file.read())
         names = content["arrays"] if "identity" in content else [path.stem for path in folder.glob("*.npy")]
-        arrays = {name: _held(folder / f"{name}.npy", identity_file) for name in sorted(names)}
+        arrays = {name: _held(_path(folder, name), identity_file) for name in sorted(names)}
+    if "identity" in content:
+        for name, described in content["arrays"].items():
+            if "crc32" in described:  # a version before this one wrote none
+                refuse_changed(_path(folder, name), described["crc32"])
     if not arrays or {len(array) for array in arrays.values()} != {num_records}:
         raise ValueError(f"expected arrays of {num_records} rows, got { {name: len(a) for name, a in arrays.items()} }")
     with contextlib.suppress(OSError):  # of somebody else; what is removed first is what was not used for longest
@@ -261,7 +277,7 @@ def _begun(unfinished, num_records):
     """(arrays, number of rows) that an earlier run has written, as far as it noted them."""
     try:
         progress = json.loads((unfinished / _PROGRESS_FILE).read_text(encoding="utf-8"))
-        arrays = {name: np.load(unfinished / f"{name}.npy", mmap_mode="r+") for name in progress["arrays"]}
+        arrays = {name: np.load(_path(unfinished, name), mmap_mode="r+") for name in progress["arrays"]}
         if arrays and {len(array) for array in arrays.values()} == {num_records}:
             return arrays, int(progress["rows"])
     except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, or a damaged one: from the start
@@ -277,7 +293,7 @@ def _new_arrays(unfinished, folder, num_records, batch):
     arrays = {}
     try:
         for name, rows in batch.items():
-            path, shape = unfinished / f"{name}.npy", (num_records, *rows.shape[1:])
+            path, shape = _path(unfinished, name), (num_records, *rows.shape[1:])
             arrays[name] = np.lib.format.open_memmap(path, "w+", rows.dtype, shape)
             _reserve(path)
     except OSError as error:
@@ -299,6 +315,10 @@ def _reserve(path):
             start = min(size, 4096)  # the head stands there
             file.seek(start)
             file.writelines(bytes(min(1 << 20, size - at)) for at in range(start, size, 1 << 20))
+
+
+def _path(folder, name):
+    return folder / f"{name}.npy"
 
 
 def _num_bytes(num_records, batch):
@@ -328,9 +348,11 @@ def _num_rows(batch, arrays):
 
 
 def _publish(unfinished, folder):
-    """Rename, unless another run was faster; its arrays are the same."""
+    """Rename, unless another run was faster; its arrays are the same. Whether this one did."""
     try:
         os.rename(unfinished, folder)
     except OSError:
         if not (folder / IDENTITY_FILE).is_file():
             raise
+        return False
+    return True

@@ -4,11 +4,13 @@ Several processes, one on each host or more, run the same program and meet in th
 works, and costs nothing, with one process too.
 """
 
+import contextlib
+import contextvars
 import json
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +23,11 @@ from lcrf_jax.machine.gpus import take_own_gpus
 _Answer = TypeVar("_Answer")
 
 _log = logging.getLogger(__name__)
+_deciding = contextvars.ContextVar("_deciding", default=False)
+
+
+class NestedDecision(RuntimeError):
+    """A fault of the house: what the first process decides alone asks the others, who are not there and would never answer."""
 
 
 class ProcessError(UserError, RuntimeError):
@@ -108,6 +115,7 @@ def total(counts: np.ndarray) -> np.ndarray:
     Returns:
       int64 array of that shape, the same in all processes.
     """
+    _refuse_nested("total")
     counts = np.ascontiguousarray(counts, np.int64)
     if jax.process_count() == 1:
         return counts
@@ -125,6 +133,7 @@ def largest(number: int) -> int:
     Returns:
       int, the same in all processes.
     """
+    _refuse_nested("largest")
     if jax.process_count() == 1:
         return int(number)
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
@@ -134,7 +143,7 @@ def first_decides(function: Callable[[], _Answer]) -> _Answer:
     """Call a function in the first process alone, and give its result, or its error, to all processes.
 
     Args:
-      function: takes no arguments and returns what JSON can hold.
+      function: takes no arguments and returns what JSON can hold. It decides nothing with the other processes.
 
     Returns:
       What the function returned.
@@ -142,14 +151,18 @@ def first_decides(function: Callable[[], _Answer]) -> _Answer:
     Raises:
       Exception: in the first process, what the function raised.
       ProcessError: in the others, if the function raised.
+      NestedDecision: within such a function, with one process too: several would wait for ever.
     """
+    _refuse_nested("first_decides")
     if jax.process_count() == 1:
-        return function()
+        with _alone():
+            return function()
     error: Exception | None = None
     answer: dict[str, Any] = {}
     if is_first():
         try:
-            answer = {"value": function()}
+            with _alone():
+                answer = {"value": function()}
         except Exception as raised:  # noqa: BLE001 - told to the others, then raised
             error, answer = raised, {"error": str(raised)}
     answer = _from_first(answer)
@@ -158,6 +171,24 @@ def first_decides(function: Callable[[], _Answer]) -> _Answer:
     if "error" in answer:
         raise ProcessError(f"stopped with the first process: {answer['error']}")
     return answer["value"]
+
+
+def _refuse_nested(what: str) -> None:
+    """Refuse to ask the other processes within what the first one decides alone."""
+    if _deciding.get():
+        raise NestedDecision(
+            f"{what} was called within what the first process decides alone: the others are not there and would be waited for "
+            "for ever; call it before or after"
+        )
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    token = _deciding.set(True)
+    try:
+        yield
+    finally:
+        _deciding.reset(token)
 
 
 def from_first(arrays: Any) -> Any:
@@ -169,6 +200,7 @@ def from_first(arrays: Any) -> Any:
     Returns:
       The pytree with NumPy arrays.
     """
+    _refuse_nested("from_first")
     if jax.process_count() == 1:
         return arrays
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(arrays))

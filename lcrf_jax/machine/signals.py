@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 SECONDS_TO_ANSWER = 0.5
 SECONDS_TO_END = 10.0
+SECONDS_TO_ASK_AGAIN = 0.05
 
 
 class Interrupted(KeyboardInterrupt):
@@ -152,7 +153,8 @@ class StopRequest:
 def raise_on_termination() -> None:
     """Let SIGTERM raise Interrupted, as Ctrl-C raises KeyboardInterrupt, and have both answered within a second.
 
-    In the main thread only. Where Ctrl-C is ignored, as by a program that a shell runs in the background, it stays so.
+    In the main thread only. Where Ctrl-C is ignored, as by a program that a shell runs in the background, it stays so. Where
+    Python can raise nothing, as in what is called back by its garbage collector, the signal is sent once more.
     """
 
     @_ours
@@ -164,9 +166,30 @@ def raise_on_termination() -> None:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, interrupt)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before = signal.getsignal(signal.SIGINT)
+        if before is signal.default_int_handler or getattr(before, "until_the_program_begins", False):
             signal.signal(signal.SIGINT, interrupt)
+        _ask_again_what_is_lost()
         _watch.start()
+
+
+def _ask_again_what_is_lost():
+    """Send a signal once more whose exception was raised where Python drops all of them: in a finaliser, or a callback of gc."""
+    before = sys.unraisablehook
+    if getattr(before, "asks_again", False):
+        return
+
+    def hook(lost):
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            before(lost)
+            return
+        signum = getattr(lost.exc_value, "signum", signal.SIGINT)
+        again = threading.Timer(SECONDS_TO_ASK_AGAIN, os.kill, (os.getpid(), signum))  # not now: it would be lost again
+        again.daemon = True
+        again.start()
+
+    hook.asks_again = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 def leave(code: int) -> NoReturn:
@@ -181,10 +204,33 @@ def leave(code: int) -> NoReturn:
     Raises:
       SystemExit: where the program runs within another one.
     """
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is not None and spec.name.startswith("experiments."):
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
+    if _runs_by_itself():
+        _flush()
         os._exit(code)
     sys.exit(code)
+
+
+def all_is_done() -> None:
+    """From now on a signal ends a program that runs by itself at once: the interpreter, on its way out, would show a traceback."""
+
+    def end(signum, frame):
+        del frame
+        tell("all was done")
+        os._exit(128 + signum)
+
+    if _runs_by_itself() and threading.current_thread() is threading.main_thread():
+        _flush()
+        for signum in STOPPING:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, end)
+
+
+def _runs_by_itself():
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return spec is not None and spec.name.startswith("experiments.")
+
+
+def _flush():
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()

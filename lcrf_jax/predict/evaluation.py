@@ -6,13 +6,14 @@ from typing import NamedTuple
 import numpy as np
 
 from lcrf_jax.data.example import Source
+from lcrf_jax.data.parts import InParts
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine.processes import is_first, share, total
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.metrics import confusion_matrix, mean_iou
 from lcrf_jax.predict.segmenter import Segmenter, segment_batch
 
-_PARTS = 1_000_000_000
+_STEPS = 1_000_000_000  # of a score, so that processes can add it up as a whole number
 
 
 class Scores(NamedTuple):
@@ -23,6 +24,8 @@ class Scores(NamedTuple):
       refined: [K, K] counts after mean field on the image, or None.
       smoothed: [K, K] counts after smoothing, or None.
       samples: list of (image, truth, labels, refined labels); samples are refined in any case.
+      parts: dict from "plain", and "refined" and "smoothed" where they are there, to the [P, K, K] counts of each part of the
+        split; they add up to those of the split, which is one part where it was not given in several.
       image_scores: [N] mean IoU of each image by itself, over the classes in its mask or its labels, after refinement
         where there was one; NaN where its mask is void throughout.
     """
@@ -32,6 +35,7 @@ class Scores(NamedTuple):
     smoothed: np.ndarray | None
     samples: list[tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]]
     image_scores: np.ndarray
+    parts: Mapping[str, np.ndarray]
 
 
 def sample_positions(length: int, num_samples: int) -> list[int]:
@@ -49,7 +53,7 @@ def sample_positions(length: int, num_samples: int) -> list[int]:
 
 def evaluate(
     segmenter: Segmenter,
-    source: Source,
+    source: Source | InParts,
     *,
     crf: bool,
     num_samples: int = 0,
@@ -65,7 +69,7 @@ def evaluate(
 
     Args:
       segmenter: lcrf_jax.predict.segmenter.Segmenter.
-      source: images with masks.
+      source: images with masks, in parts or as a whole.
       crf: whether to refine as well.
       num_samples: pictures to keep, evenly spaced over the split.
       batch_size: images that the network sees at once.
@@ -77,43 +81,48 @@ def evaluate(
     Returns:
       Scores.
     """
-    num_classes, indices = len(segmenter.class_names), share(len(source))
+    given = source if isinstance(source, InParts) else InParts(source, np.zeros(len(source), np.int64), ("",))
+    (images, part_of, splits), num_classes = given, len(segmenter.class_names)
     names = ("plain", *(("refined",) if crf else ()), *(() if smooth is None else ("smoothed",)))
-    matrices = {name: np.zeros((num_classes, num_classes), np.int64) for name in names}
-    parts = np.zeros(len(source), np.int64)
+    matrices = {name: np.zeros((len(splits), num_classes, num_classes), np.int64) for name in names}
+    indices, steps = share(len(images)), np.zeros(len(images), np.int64)
     with image_progress("evaluation", len(indices)) as done:
-        for rows, examples in _batches(source, indices, batch_size):
+        for rows, examples in _batches(images, indices, batch_size):
             known = None if features is None else [_batch_of(taps, rows, batch_size) for taps in features]
             results = segment_batch(
                 segmenter, [example.image for example in examples], crf=crf, batch_size=batch_size, features=known,
                 tags=[example.tags for example in examples] if use_tags else None,
             )
             for row, example, result in zip(rows, examples, results, strict=True):
-                counts = {}
+                counts = {name: _counts(name, example, result, smooth, num_classes) for name in names}
                 for name in names:
-                    labels = result.labels if name == "refined" else result.network_labels
-                    labels = smooth(example.image, labels) if smooth and name == "smoothed" else labels
-                    counts[name] = confusion_matrix(labels, example.mask, num_classes)
-                    matrices[name] += counts[name]
-                parts[row] = _as_integer(mean_iou(counts["refined" if crf else "plain"]))
+                    matrices[name][part_of[row]] += counts[name]
+                steps[row] = _as_integer(mean_iou(counts["refined" if crf else "plain"]))
             done(len(examples))
-    totals = {name: total(matrix) for name, matrix in matrices.items()}
-    image_scores = total(parts) / _PARTS
-    positions = sample_positions(len(source), num_samples)
+    parts, image_scores = {name: total(matrix) for name, matrix in matrices.items()}, total(steps) / _STEPS
+    totals = {name: matrix.sum(axis=0) for name, matrix in parts.items()}
+    positions = sample_positions(len(images), num_samples)
     samples = []
     if is_first():
         samples = labelled_samples(
-            segmenter, source, positions, batch_size=batch_size, use_tags=use_tags, features=features
+            segmenter, images, positions, batch_size=batch_size, use_tags=use_tags, features=features
         )
     return Scores(
         totals["plain"], totals.get("refined"), totals.get("smoothed"), samples,
-        np.where(image_scores < 0, np.nan, image_scores),
+        np.where(image_scores < 0, np.nan, image_scores), parts,
     )
 
 
+def _counts(name, example, result, smooth, num_classes):
+    """[K, K] counts of one image."""
+    labels = result.labels if name == "refined" else result.network_labels
+    labels = smooth(example.image, labels) if name == "smoothed" else labels
+    return confusion_matrix(labels, example.mask, num_classes)
+
+
 def _as_integer(score):
-    """A score as a whole number of parts, which processes can add up exactly; negative for none."""
-    return -1 if np.isnan(score) else round(float(score) * _PARTS)
+    """A score as a whole number of steps, which processes can add up exactly; negative for none."""
+    return -1 if np.isnan(score) else round(float(score) * _STEPS)
 
 
 def _batches(source, indices, batch_size):

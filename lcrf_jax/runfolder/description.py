@@ -81,10 +81,11 @@ def check_description(
       may_differ: keys of the dict in which a run that is taken up again may differ from what was written
         before.
     Returns:
-      List of lines that tell in which settings and versions the run differs from before; empty for a new one.
+      List of lines that tell in which settings and versions the run differs from before; empty for a new one. Where nothing was
+      saved yet any settings will do.
     Raises:
-      CheckpointError: if the folder holds another model's description, or parameters of a run whose seed, data, batch
-        size or method were others.
+      CheckpointError: if the folder holds parameters of another model, or of a run whose seed, data, batch size or method
+        were others.
       TypeError: if JSON cannot hold the description.
     """
     return first_decides(lambda: _check_description(run_dir, description, may_differ))
@@ -97,11 +98,11 @@ def _check_description(run_dir, description, may_differ):
     old = load_description(run_dir)
     ignored = {*may_differ, "data", "segments"}
     changed = sorted(key for key in old.keys() | new.keys() if key not in ignored and old.get(key) != new.get(key))
+    if not has_parameters(run_dir):
+        return _replaced(path.parent, old, new, changed)
     if changed:
         raise CheckpointError(f"{path} belongs to another model: {', '.join(changed)} differ from this "
                               "one; use a new folder, or the settings this run was started with")
-    if not has_parameters(run_dir):
-        return []
     check_data(run_dir, new.get("data", {}))
     return _setting_changes(path.parent, old, new["training"]) + _version_changes(path.parent, old, new)
 
@@ -261,6 +262,14 @@ def _as_json(description):
 def _among(name, settings):
     """Whether a setting is one of these, or below one of them."""
     return any(f"{name}.".startswith(f"{part}.") for part in settings)
+
+
+def _replaced(run_dir, old, new, changed):
+    """A line that tells of other settings in a folder where a start that has saved nothing left its own; none if they are the same."""
+    settings = changed_settings(flat_settings(old.get("training", {})), flat_settings(new.get("training", {})))
+    names = [text for name, text in settings.items() if not _among(name, PLACES)]
+    names += [f"{key} differs" for key in changed if not any(name.startswith(f"{key}.") for name in settings)]
+    return [f"{run_dir} holds no trained state: what an earlier start was to train is forgotten ({'; '.join(names)})"] if names else []
 
 
 def _setting_changes(run_dir, old, settings):

@@ -9,7 +9,9 @@ import numpy as np
 
 from lcrf_jax.data.check import listed, usable
 from lcrf_jax.data.example import PartOfSource, Source
+from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.opening import open_source
+from lcrf_jax.data.parts import whole_of
 from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train.methods import method_of
@@ -91,7 +93,8 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
 
     Raises:
       FileNotFoundError: if the training data is missing.
-      SettingError: if another split was named and is not there, or has no masks.
+      SettingError: if another split was named and is not there, or has no masks, or is a part that shares examples with that
+        of training.
       ValueError: if it is not as expected; the message names the file.
     """
     data = config["data"]
@@ -99,13 +102,35 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
     try:
         val = checked_split(config, data["val_split"], masks=True) if data["val_split"] else None
     except FileNotFoundError as error:
-        if data["val_split"] != DEFAULT_VAL_SPLIT:
+        if whole_of(data["val_split"]) != DEFAULT_VAL_SPLIT:
             raise SettingError(
                 f"data.val_split={data['val_split']}: {error}. Without validation: --config.data.val_split="
             ) from error
         say(f"no validation: {error}")
         val = None
+    if val is not None:
+        refuse_shared(train, val)
     return train, val
+
+
+def refuse_shared(train: Source, val: Source) -> None:
+    """Refuse parts of one split that share examples: a score would be one of masks of what is trained on.
+
+    Args:
+      train: the training source.
+      val: the source that is scored.
+
+    Raises:
+      SettingError: if one of them is a part of a split that both are of, and they share examples; the message names some.
+    """
+    if not {*"[]"} & {*train.split, *val.split} or whole_of(train.split) != whole_of(val.split):
+        return
+    shared = sorted({*getattr(train, "listed_names", train.names)} & {*getattr(val, "listed_names", val.names)})
+    if shared:
+        raise SettingError(
+            f"data.val_split: {val.split} and the training split {train.split} share {len(shared)} examples ({some(shared)}): what is "
+            "scored would be trained on; name parts that share none, such as train[0::2] and train[1::2]"
+        )
 
 
 def without_masks(config: Mapping[str, Any], train: Source) -> Source:

@@ -225,11 +225,15 @@ def test_numbers_of_numpy_and_jax_are_numbers():
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["dense", "exact", "anchors", "lattice"])
 def test_precisions_mix(form):
+    @jax.jit
+    def results(image, logits):
+        kernel = dense_kernel(image, KernelParams()) if form == "dense" else image_kernel(image, KernelParams(), form=form)
+        log_probs = mean_field(logits, kernel, num_iterations=1, drop_below=1e-3)
+        return log_probs, pairwise_energy(jax.nn.softmax(logits), kernel)
+
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         for image_type, type_ in ((np.float64, np.float32), (np.float32, np.float64), (np.uint8, np.float16)):
-            image = IMAGE.astype(image_type)
-            kernel = dense_kernel(image, KernelParams()) if form == "dense" else image_kernel(image, KernelParams(), form=form)
+            log_probs, energy = results(IMAGE.astype(image_type), LOGITS.astype(type_))
             wide = np.float64 in (image_type, type_)
-            log_probs = mean_field(LOGITS.astype(type_), kernel, num_iterations=1, drop_below=1e-3)
             assert log_probs.dtype == (np.float64 if wide else np.float32) and np.all(np.isfinite(log_probs))
-            assert np.isfinite(pairwise_energy(jax.nn.softmax(LOGITS.astype(type_)), kernel))
+            assert np.isfinite(energy)

@@ -125,3 +125,27 @@ def test_many_masks_that_are_missing_are_told_soon(tmp_path):
     begin = time.process_time()
     assert len(scan_folder(tmp_path).missing) == 1500
     assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize("line", ["b.jpg 3", "b.jpg -1", "b 1", "b.jpg,7", "b.jpg dog", "b.jpg\tdog;cat", "b.jpg: 0.5", "x/b.jpg 2"])
+def test_a_label_behind_a_photograph_in_a_list_is_a_problem(tmp_path, line):
+    photographs(tmp_path, *(f"x/{name}.jpg" for name in "abcd"))
+    (tmp_path / "train.txt").write_text(f"a.jpg\n{line}\n")
+    found = scan_folder(tmp_path)  # no row that is merely missing, which may be skipped
+    [problem] = found.problems
+    assert "train.txt, line 2: a label stands behind the photograph" in problem and "write x/b.jpg, and its tags into tags.csv" in problem
+    assert not found.missing
+
+
+def test_a_list_of_a_test_with_labels_is_kept_out_of_training(tmp_path):
+    photographs(tmp_path, *(f"{name}.jpg" for name in "abcd"))
+    (tmp_path / "test.txt").write_text("b.jpg 3\nc.jpg dog\nnowhere.jpg 2\n")
+    splits, _ = split_names(tmp_path)
+    assert splits["test"] == ["b.jpg", "c.jpg"] and splits["train"] == ["a.jpg", "d.jpg"]
+
+
+def test_a_name_with_a_number_that_is_not_there_is_missing(tmp_path):
+    photographs(tmp_path, "photo.jpg", "b.jpg", "photo 7.jpg")
+    (tmp_path / "train.txt").write_text("b.jpg\nphoto 7\nphoto 8\n")
+    found = scan_folder(tmp_path)
+    assert not found.problems and ["photo 8" in line for line in found.missing] == [True]

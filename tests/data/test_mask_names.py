@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from experiments import prediction_plan
+from lcrf_jax.data.files import names as words
 from lcrf_jax.data.files.mask_names import masks_among
 from lcrf_jax.data.sources.folder import FolderSource
 from lcrf_jax.data.sources.listing import scan_folder
@@ -90,6 +91,31 @@ def test_prediction_leaves_out_what_training_does(tmp_path, capsys):
     assert list(scan_folder(tmp_path, mask_folder="labels").images) == predicted(tmp_path, tmp_path / "out") == photographs
     pattern = [f"{tmp_path}/*/*/*.png"]  # what is asked for by its name alone is taken
     assert len(prediction_plan.planned_outputs(pattern, tmp_path / "out", overlays=False, probabilities=False)) == 3
+
+
+@pytest.mark.parametrize("name", ["areas", "png", "painted/by hand"])
+def test_prediction_knows_the_folder_of_masks_that_the_run_was_trained_with(tmp_path, capsys, name):
+    """Names alone do not tell it: photographs may lie in such a folder elsewhere."""
+    folder, out, data = tmp_path / "data", tmp_path / "out", {"root": str(tmp_path / "data"), "options": {"mask_folder": name}}
+    save(folder, "a.jpg", "x/b.jpg", f"{name}/a.png", f"{name}/x/b.png")
+
+    def planned(*patterns, data=data):
+        found = prediction_plan.planned_outputs(list(map(str, patterns)), out, overlays=False, probabilities=False, data=data)
+        return sorted(path.relative_to(folder).as_posix() for path, _ in found)
+
+    for pattern in (folder, tmp_path, f"{folder}/**/*"):
+        assert planned(pattern) == ["a.jpg", "x/b.jpg"], pattern
+        assert name in capsys.readouterr().out
+    assert len(planned(folder / name)) == 2  # what is asked for by its name alone is taken
+    assert len(planned(folder, data={"root": "/elsewhere", "options": {"mask_folder": name}})) == 4
+    tagged(folder, "a.jpg", "x/b.jpg")
+    assert planned(folder, data={"root": "/moved", "options": {"mask_folder": name}}) == ["a.jpg", "x/b.jpg"]
+    assert planned(folder, data={"root": None, "options": {}}) == planned(folder, data={}) != ["a.jpg", "x/b.jpg"]
+
+
+def test_one_list_of_words_for_masks():
+    for word in words.MASK_WORDS:
+        assert word in words.PLACES and masks_among(["images/a.png", f"{word}/a.png"]) == {word: {f"{word}/a.png": "images/a.png"}}
 
 
 @pytest.mark.parametrize("image, mask", [("data/photos/a0.jpg", "a0.png"), ("images/a0.jpg", "val/a0.png"), ("a0.jpg", "a0.jpg.png"),

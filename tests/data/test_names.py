@@ -35,7 +35,7 @@ def doubts(*tags, of_folders=False, **counts):
         (("ring\nstar",), "several tags"),
         (("ring + star",), "several tags"),
         (("['ring', 'star']",), "several tags"),
-        (("ring:0.9",), "several tags"),
+        (("ring:0.9",), "looks like a score; write its name alone ('ring')"),
         (("ring；star",), "several tags"),
         (("ring、star",), "several tags"),
         (("ring\\\\star",), "several tags"),

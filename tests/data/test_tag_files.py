@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from lcrf_jax.data.files import names
 from lcrf_jax.data.files.tags import columns_not_read, looks_like_tags, read_classes, read_tag_file
 from lcrf_jax.data.sources.folder import FolderSource
 from lcrf_jax.data.sources.listing import scan_folder
@@ -112,3 +113,55 @@ def test_lists_of_classes_that_are_refused(tmp_path, text, message):
 def test_background_may_be_written_in_capitals(tmp_path):
     (tmp_path / "classes.txt").write_text("Background\ncat\nC#\n")
     assert read_classes(tmp_path / "classes.txt") == ("background", "cat", "C#")
+
+
+@pytest.mark.parametrize("text", [
+    'image,tags\n"a.jpg,ring"\n', '"image,tags"\n"a.jpg,ring"\n', 'image;tags\n"a.jpg;ring"\n', '"image\ttags"\na.jpg\tring\n',
+    'image,tags\n"a.jpg,ring",\n', '"image,tags"\na.jpg,ring\n',
+])  # fmt: skip
+def test_lines_that_are_quoted_as_a_whole_are_refused(tmp_path, text):
+    path = tmp_path / "tags.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"tags.csv, line \d: the whole line stands in quotes .*; remove them"):
+        read_tag_file(path)
+
+
+@pytest.mark.parametrize("text", ["image;tags\na.jpg;ring 0,9\n", "image\ttags\na.jpg\tstar:0,25,ring:0,9\n"])
+def test_scores_with_a_decimal_comma_are_no_tags(tmp_path, text):
+    path = tmp_path / "tags.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="line 2: .* looks like tags with scores; write names alone"):
+        read_tag_file(path)
+
+
+@pytest.mark.parametrize("form", ["{} 0.9", "{}:0.9", "{}: 0.93", "{} (0.5)", "{}=1.0", "{} .9", "{}_0.87", "{} 95%", "{}0.9"])
+def test_tags_with_scores_are_a_problem_and_no_classes(tmp_path, form):
+    (tmp_path / "tags.csv").write_text("image,tags\n" + "".join(f"{n}.jpg,{form.format(tag)}\n" for n, tag in enumerate(("ring", "star"))))
+    for n in range(2):
+        (tmp_path / f"{n}.jpg").touch()
+    problems = scan_folder(tmp_path).problems
+    assert len(problems) == 2 and "looks like a score; write its name alone ('ring')" in problems[0], problems
+    (tmp_path / "classes.txt").write_text("background\nring\nstar\n")
+    assert "unknown class" in scan_folder(tmp_path).problems[0] and "looks like a score" in scan_folder(tmp_path).problems[0]
+
+
+@pytest.mark.parametrize("score", ["0.9", ".25", "1.0", "95 %"])
+def test_a_score_is_no_tag(score):
+    assert "looks like a score; leave it out" in names.name_doubt(score, ["ring", score])
+
+
+@pytest.mark.parametrize("name, text", [
+    ("tags.json", '[{"image": "a.jpg", "tags": ["ring"], "scores": [0.2]}]'),
+    ("tags.jsonl", '{"image": "a.jpg", "tags": ["ring"], "scores": [0.2]}\n{"image": "b.jpg", "tags": []}\n'),
+    ("tags.json", '{"image": "a.jpg", "tags": ["ring"], "scores": [0.2]}'),
+])  # fmt: skip
+def test_names_in_json_that_are_not_read_are_told(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    assert columns_not_read(tmp_path / name) == f"{name}: columns that are not read: scores"
+    (tmp_path / name).write_text('{"image": ["ring"], "tags": [], "x.jpg": []}')  # three photographs
+    assert columns_not_read(tmp_path / name) == ""
+
+
+def test_names_that_end_with_numbers_have_no_score():
+    for name in ("PM 2.5", "part 1", "part 10", "chanel no.5", "F16", "boeing 737", "7.62 mm", "C-130", "class 1.5", "7", "1", "0", "100"):
+        assert not names._SCORE.fullmatch(name), name

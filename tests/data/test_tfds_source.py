@@ -10,6 +10,7 @@ from PIL import Image
 
 from lcrf_jax.data.example import Source
 from lcrf_jax.data.opening import open_source
+from lcrf_jax.machine.errors import SettingError
 
 NUM = {"train": 5, "test": 3}
 
@@ -115,3 +116,14 @@ def test_parts_of_splits_and_fingerprints(root):
 def test_what_is_refused(root, options, error, message):
     with pytest.raises(error, match=message):
         opened(root, **options)
+
+
+def test_parts_with_a_step_are_of_the_names_and_others_are_those_of_tensorflow_datasets(root):
+    whole, part, own = (opened(root, split) for split in ("train", "train[0::2]", "train[:2]"))
+    assert sorted(part.names) == ["im0.jpg", "im2.jpg", "im4.jpg"] and part.split == "train[0::2]"
+    assert [name for name in whole.names if name in part.names] == list(part.names)
+    assert own.names == whole.names[:2] and opened(root, "train[:2][0::2]").names == (min(own.names),)
+    with pytest.raises(FileNotFoundError, match=r"has no split 'tran' .*did you mean 'train'"):
+        opened(root, "tran[0::2]")
+    with pytest.raises(SettingError, match=r"expected NAME\[START::STEP\] with whole numbers"):
+        opened(root, "train[:80%:2]")

@@ -69,6 +69,8 @@ def test_what_is_not_understood_is_refused(cache, monkeypatch):
         assert_refused(run("cache", *arguments), "expected one of list and clean, got")
     for arguments in (("clean",), ("clean", "--all", "--older_than_days=3")):
         assert_refused(run("cache", *arguments), "either --older_than_days=30, or another number, or --all")
+    for flag in ("--all", "--dry_run", "--older_than_days=3"):
+        assert_refused(run("cache", "list", flag), f"list: {flag.split('=')[0]} would change nothing, list shows all; leave it out")
     monkeypatch.setenv("LCRF_JAX_CACHE_GB", "many")
     assert_refused(run("cache", "list"), "LCRF_JAX_CACHE_GB: expected the most gigabytes")
     monkeypatch.setenv("LCRF_JAX_CACHE", str(cache / "nowhere"))

@@ -1,7 +1,6 @@
 """Processes that are killed, that do not come, and that share a run: nothing is lost by it."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from programs import ROOT, TINY, finish, kill, run, start
-from small_runs import assert_same_trees, lines
+from small_runs import lines
 
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.runfolder.checkpoints import restore_params
@@ -22,7 +21,8 @@ SMALL = ("--config.data.options.num_train=24", "--config.data.options.num_val=4"
          "--config.network.widths=(16, 12)", "--config.class_maps.grid=6", "--config.class_maps.extra_sizes=()")
 
 SLOW_FIXTURES = ("of_a_pair",)
-SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)")  # 24
+# 24 steps; scored at the end of each round, and saved often enough for a kill to come between.
+SHARED_STEPS = ("train", TINY, *SMALL, "--config.epochs=(4,4)", "--config.eval_every_epochs=4", "--config.save_every_steps=4")
 
 
 @pytest.fixture(scope="module")
@@ -101,42 +101,12 @@ def digest_of(workdir):
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_change_no_bit(cache, tmp_path):
-    """Some while the program starts, some in the first round, in the posteriors, in the second round, in a save."""
-    arguments = ("train", TINY, *SMALL, "--config.epochs=(12,12)", "--config.save_every_steps=1",
-                 "--config.eval_every_epochs=2")  # 72 steps
-    whole = finish(start(*arguments, f"--workdir={tmp_path / 'whole'}"))
-    assert whole.code == 0, whole.err
-    begun = time.monotonic()
-    again = start(*arguments, f"--workdir={tmp_path / 'again'}")  # what the first has computed and compiled is there
-    while not (tmp_path / "again" / "last").is_dir() and again.poll() is None:
-        time.sleep(0.05)
-    kill(again)
-    length, rng, reached = time.monotonic() - begun, random.Random(0), [0]
-
-    def newest():
-        states = (tmp_path / "killed" / "last").glob("*")
-        return max((int(path.name) for path in states if path.name.isdigit()), default=0)
-
-    for number in range(20):
-        process = start(*arguments, f"--workdir={tmp_path / 'killed'}")
-        if number % 3 == 0:  # while it starts
-            time.sleep(rng.uniform(0.1, 1.1) * length)
-        else:  # one to three steps later, perhaps in a save
-            goal = reached[-1] + rng.randint(1, 3)
-            while newest() < goal and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.1))
-        assert process.poll() is None, f"the run ended by itself after {number} kills: {finish(process)}"
-        kill(process)
-        reached.append(newest())
-    print("newest state after each kill:", reached)
-    assert len(set(reached)) >= 5 and reached == sorted(reached)
-    last = finish(start(*arguments, f"--workdir={tmp_path / 'killed'}"))
-    assert last.code == 0, last.err
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
-    for which in ("best", "last"):
-        assert_same_trees(restore_params(tmp_path / "killed", which), restore_params(tmp_path / "whole", which))
+def test_a_finished_run_that_several_processes_start_again_is_scored_or_refused_by_all_of_them(of_a_pair):
+    """The first one decides alone whether it is finished: it reads the parameters, and the others do not wait for that."""
+    again = [*map(finish, pair(*SHARED_STEPS, f"--workdir={of_a_pair}"))]
+    assert [ended.code for ended in again] == [0, 0] and "is finished: all 24 steps are done; nothing is trained" in again[0].out, again
+    for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={of_a_pair}", "--config.seed=1")):
+        assert ended.code == 1 and "config.seed was 0, is 1" in ended.err, ended
 
 
 @pytest.mark.slow
@@ -166,11 +136,12 @@ def test_one_and_several_processes_train_the_same_network(cache, of_a_pair, tmp_
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), restore_params(other, "last"), one)
     assert [record["step"] for record in lines(of_a_pair)] == [record["step"] for record in lines(tmp_path / "1")]
     # Scores: the parameters of one run, counted by one process and by two.
-    alone = finish(start("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", num_devices=1))
+    alone = finish(start("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", "--parts=2", num_devices=1))
     assert alone.code == 0, alone.err
     counts = (tmp_path / "1" / "results_val_crf.json").read_text()
+    assert '"val[1::2]"' in counts
     (tmp_path / "1" / "results_val_crf.json").unlink()
-    for ended in map(finish, pair("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", num_devices=1)):
+    for ended in map(finish, pair("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", "--parts=2", num_devices=1)):
         assert ended.code == 0, ended.err
     assert (tmp_path / "1" / "results_val_crf.json").read_text() == counts
 

@@ -99,6 +99,8 @@ def test_other_data_has_files_of_its_own(tmp_path):
 def test_a_comparison_goes_on_where_its_data_has_moved(tmp_path):
     config = {"method": "sec", "data": OWN, "optimizer": {"learning_rate": 0.1}, "seed": 0}
     save_description(tmp_path, {"training": config})
+    reporting.check_same_settings(tmp_path, {**config, "optimizer": {"learning_rate": 0.2}})  # nothing was saved
+    (tmp_path / "last" / "3").mkdir(parents=True)
     reporting.check_same_settings(tmp_path, {**config, "data": {**OWN, "root": "/moved"}})
     with pytest.raises(ValueError, match=r"another setting of \['optimizer'\] \(config.optimizer.learning_rate was 0.1, is 0.2\)"):
         reporting.check_same_settings(tmp_path, {**config, "optimizer": {"learning_rate": 0.2}})
@@ -138,3 +140,14 @@ def test_evaluating_on_other_data_leaves_the_files_of_the_run(checkpoint, tmp_pa
     page = (checkpoint / new[1]).read_text()
     assert f"Data: folder {other}." in page and "Trained on other data: textures" in page
     assert load_description(checkpoint)["training"]["data"]["kind"] == "textures"
+
+
+def test_weights_that_a_finished_run_does_not_read_are_told(tmp_path, monkeypatch):
+    def no_data(config):
+        raise OSError("no data")
+
+    monkeypatch.setattr("lcrf_jax.train.beginning.check_start", lambda workdir, config: 6)
+    monkeypatch.setattr("lcrf_jax.train.splits.open_data", no_data)
+    ended = run("train", TINY, f"--workdir={tmp_path}", "--config.weights=/nowhere.safetensors")
+    assert "config.weights=/nowhere.safetensors is not read: the run holds the weights it was trained with" in ended.out
+    assert "is not read" not in run("train", TINY, f"--workdir={tmp_path}").out

@@ -44,3 +44,19 @@ def test_counts_beyond_32_bits_are_added_exactly(pair):
 
 def test_the_largest_of_a_pair(pair):
     assert processes.largest(0) == 1 and processes.largest(15) == 16
+
+
+@pytest.mark.parametrize("asked", [
+    lambda: processes.first_decides(lambda: 1), lambda: processes.largest(1), lambda: processes.total(np.ones(1)),
+    lambda: processes.from_first(np.ones(1)),
+], ids=["first_decides", "largest", "total", "from_first"])  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_the_first_decides_alone_asks_nobody(asked, count, monkeypatch):
+    """With several processes it would wait for ever; with one it is refused too, so that tests see it."""
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(processes, "_from_first", lambda answer: told.append(answer) or answer)
+    with pytest.raises(processes.NestedDecision, match="was called within what the first process decides alone"):
+        processes.first_decides(asked)
+    assert [*map(sorted, told)] == ([] if count == 1 else [["error"]])  # the others are told
+    assert processes.first_decides(lambda: 2) == 2

@@ -84,6 +84,24 @@ def test_an_interrupted_program_does_not_wait_for_what_xla_still_compiles(monkey
     assert ended == [143]
 
 
+@pytest.mark.parametrize("signum", signals.STOPPING)
+def test_a_signal_when_all_is_done_shows_no_traceback(monkeypatch, capfd, signum):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    signals.all_is_done()
+    before = signal.getsignal(signum)  # within another program nothing is changed
+    monkeypatch.setitem(sys.modules, "__main__", types.SimpleNamespace(__spec__=types.SimpleNamespace(name="experiments.train")))
+    signal.signal(signum, signal.SIG_DFL)
+    signals.all_is_done()
+    assert signal.getsignal(signum) not in (before, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+    time.sleep(0.02)
+    assert ended == [128 + signum] and capfd.readouterr().err == "all was done\n"
+    signal.signal(signum, signal.SIG_IGN)
+    signals.all_is_done()
+    assert signal.getsignal(signum) is signal.SIG_IGN
+
+
 BUSY = """
     import hashlib, os, runpy, signal, sys, time
     signals = runpy.run_path(sys.argv[1])  # without JAX, which takes seconds to import
@@ -127,3 +145,28 @@ def test_the_second_request_ends_what_does_not_come_back():
         process.send_signal(signal.SIGTERM)
         assert process.stderr.readline() == "stopped at once; what was saved before is kept\n"
     assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - asked < 30
+
+
+SWALLOWED = """
+    import gc, os, runpy, signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this in the background
+    signals = runpy.run_path(sys.argv[1])
+    signals["raise_on_termination"]()
+    def called_back(*_):
+        gc.callbacks.clear()
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(0.2)
+    gc.callbacks.append(called_back)
+    try:
+        gc.collect()
+        time.sleep(5)
+    except KeyboardInterrupt as error:
+        print("asked again", type(error).__name__)
+"""
+
+
+@pytest.mark.parametrize(("signum", "name"), [(signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "Interrupted")])
+def test_a_signal_within_a_callback_of_the_garbage_collector_is_not_lost(signum, name):
+    command = [sys.executable, "-c", textwrap.dedent(SWALLOWED), str(ROOT / "lcrf_jax" / "machine" / "signals.py"), str(int(signum))]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert (ended.stdout, ended.stderr) == (f"asked again {name}\n", "")

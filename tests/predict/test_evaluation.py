@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lcrf_jax.data.example import Example
+from lcrf_jax.data.parts import in_parts
 from lcrf_jax.metrics import mean_iou
 from lcrf_jax.predict import evaluation
 from lcrf_jax.predict.segmenter import Segmenter
@@ -18,6 +19,10 @@ class Flat:
 
     def __init__(self, labels, masks):
         self._labels, self._masks = labels, masks
+
+    @property
+    def names(self):
+        return [str(index) for index in range(len(self))]
 
     def __len__(self):
         return len(self._labels)
@@ -72,3 +77,39 @@ def test_evaluate_counts_every_pixel_that_is_not_void(batch_size):
         assert set(plain.flat) == {labels[i]} and set(refined.flat) == {(labels[i] + 1) % 3}
     given = evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=batch_size, use_tags=True)
     np.testing.assert_array_equal(given.plain, confusion_by_hand([0] * 5, masks))
+
+
+def parted(count=5):
+    """(labels, masks, the source in two parts): images 0, 2, 4 and 1, 3."""
+    rng = np.random.default_rng(1)
+    labels, masks = [0, 2, 1, 1, 0][:count], [rng.choice(np.uint8([0, 1, 2, 255]), (4, 5)) for _ in range(count)]
+    return labels, masks, in_parts(Flat(labels, masks), 2)
+
+
+def test_parts_are_counted_in_the_pass_over_the_split_and_add_up_to_it():
+    labels, masks, parts = parted()
+    scores = evaluation.evaluate(
+        grey_level_segmenter(), parts, crf=True, num_samples=2, batch_size=2, smooth=lambda image, found: (found + 2) % 3
+    )
+    whole = evaluation.evaluate(grey_level_segmenter(), parts.source, crf=True, num_samples=2, batch_size=2)
+    for name, shift in (("plain", 0), ("refined", 1), ("smoothed", 2)):
+        for k in (0, 1):
+            expected = confusion_by_hand([(label + shift) % 3 for label in labels[k::2]], masks[k::2])
+            np.testing.assert_array_equal(scores.parts[name][k], expected)
+        np.testing.assert_array_equal(scores.parts[name].sum(axis=0), getattr(scores, name))
+    assert scores.parts["plain"].shape == (2, 3, 3) and whole.parts["plain"].shape == (1, 3, 3) and set(whole.parts) == {"plain", "refined"}
+    for name in ("plain", "refined", "image_scores"):
+        np.testing.assert_array_equal(getattr(scores, name), getattr(whole, name))
+    assert len(scores.samples) == 2
+
+
+def test_the_parts_of_several_processes_add_up_to_those_of_one(monkeypatch):
+    _, _, parts = parted()
+    alone = evaluation.evaluate(grey_level_segmenter(), parts, crf=True, batch_size=2).parts
+    shares = []
+    for process in range(2):
+        monkeypatch.setattr(evaluation, "share", lambda length, process=process: (range(3), range(3, length))[process])
+        shares.append(evaluation.evaluate(grey_level_segmenter(), parts, crf=True, batch_size=2).parts)
+    for name, counts in alone.items():
+        assert shares[0][name].any() and shares[1][name].any()
+        np.testing.assert_array_equal(shares[0][name] + shares[1][name], counts)

@@ -76,8 +76,17 @@ def test_parameters_without_a_description_are_nobodys(tmp_path):
 def test_a_folder_in_which_nothing_was_saved_is_anybodys(tmp_path):
     begun(tmp_path, saved=["last", "best"])
     assert not has_parameters(tmp_path) and newest_step(tmp_path) == 0
-    assert check_description(tmp_path, description(seed=1)) == []
+    assert check_description(tmp_path, description()) == check_description(tmp_path, description(num_threads=4)) == []
     assert check_settings_of_run(tmp_path, description(seed=1)["training"]) == []
+    other = description(seed=1, network={"widths": [9]}) | {"class_names": ["background", "dog"]}
+    before = (tmp_path / "config.json").read_bytes()
+    [line] = check_description(tmp_path, other)
+    assert line.startswith(f"{tmp_path} holds no trained state: what an earlier start was to train is forgotten (config.network.widths was [8]")
+    assert "config.seed was 0, is 1; class_names differs)" in line and (tmp_path / "config.json").read_bytes() == before
+    assert save_description(tmp_path, with_segment(load_description(tmp_path), other, 0)) == [line]
+    now = load_description(tmp_path)
+    assert now["training"]["network"] == {"widths": [9]} and now["class_names"][1] == "dog"
+    assert [(segment["first_step"], segment["changed"]) for segment in now["segments"]] == [(1, {})]
 
 
 def test_settings_alone_tell_what_would_be_refused_later(tmp_path):

@@ -9,17 +9,16 @@ from __future__ import annotations
 import collections
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from lcrf_jax.data.files.finding import plain_name
-from lcrf_jax.data.files.tags import some
+from lcrf_jax.data.files.finding import plain_name, there
+from lcrf_jax.data.files.names import MASK_WORDS
+from lcrf_jax.data.files.tags import TAG_FILES, some
 
 EXACT = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".pnm")  # formats that keep labels as they are
-_WORDS = frozenset((
-    "mask", "masks", "label", "labels", "annotation", "annotations", "annot", "gt", "gts", "groundtruth", "groundtruths", "seg",
-    "segs", "segm", "segmentation", "segmentations", "segmentationclass", "segmentationclassaug", "segmentationclassraw",
-    "segmentationobject", "trimaps",
-))  # fmt: skip
+TRAINING_FILES = (*TAG_FILES, "classes.txt", "colours.csv", "train.txt", "val.txt")
 _OF_NO_WEIGHT = ("v", "new", "old", "final", "png", "all", "")
 _OTHER_SENSE = {"with", "without", "no", "non", "not", "wearing"}  # classes of pictures of faces
 _AFFIX = "masks?|labels?|seg|segmentation|gt|ground[ _-]?truth|annotation"
@@ -69,6 +68,35 @@ def masks_among(pictures: Sequence[str]) -> dict[str, dict[str, str]]:
     return dict(beside)
 
 
+def of_training(folder: Path) -> dict[str, Path]:
+    """The files that make a folder one for training: tag file, classes, colours and lists.
+
+    Args:
+      folder: any folder.
+    Returns:
+      dict from the names that they should have to those that are there.
+    """
+    return {name: path for name in TRAINING_FILES if (path := there(folder, name))}
+
+
+def folders_of_training(folder: Path, data: Mapping[str, Any]) -> set[str]:
+    """The folders that hold masks for training, whatever their names are.
+
+    Args:
+      folder: where photographs are looked for; if it is one for training, its folder ``masks`` and the one that was named are
+        such.
+      data: what a run was trained on, as in its configuration; the folder that it names is one too, wherever `folder` is. It
+        may be empty.
+    Returns:
+      Their real paths.
+    """
+    named, root = (data.get("options") or {}).get("mask_folder") or "masks", data.get("root")
+    found = [there(folder, name) for name in ("masks", named)] if of_training(folder) else []
+    if root:
+        found.append(there(Path(root).expanduser(), str(Path(named).expanduser())))
+    return {os.path.realpath(path) for path in found if path is not None and path.is_dir()}
+
+
 def told(masks: dict[str, dict[str, str]]) -> str:
     """One line on masks that are left out.
 
@@ -99,7 +127,7 @@ def left_out(pictures: Collection[str], masks: dict[str, dict[str, str]]) -> set
 
 
 def _is_word(name: str) -> bool:
-    return "".join(part for part in _parts(name) if part not in _OF_NO_WEIGHT) in _WORDS
+    return "".join(part for part in _parts(name) if part not in _OF_NO_WEIGHT) in MASK_WORDS
 
 
 def _parts(name: str) -> list[str]:
@@ -111,7 +139,7 @@ def _folder_of_masks(folder: str) -> str:
     folders = folder.split("/")
     for at, name in enumerate(folders):
         parts = _parts(name)
-        like = any(part in _WORDS or part.endswith(("masks", "annot", "labels")) for part in parts)
+        like = any(part in MASK_WORDS or part.endswith(("masks", "annot", "labels")) for part in parts)
         if _is_word(name) or like and not _OTHER_SENSE.intersection(parts):
             return "/".join(folders[: at + 1])
     return ""

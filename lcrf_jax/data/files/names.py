@@ -18,11 +18,12 @@ NO_TAG = frozenset((
     "nessuno",
 ))  # fmt: skip
 BACKGROUNDS = frozenset(("bg", "back ground", "backgrounds", "_background_", "__background__", "hintergrund"))
-MASK_PLACES = frozenset((
-    "mask", "masks", "label", "labels", "annotation", "annotations", "segmentationclass", "segmentationobject",
-    "gt", "groundtruth",
+MASK_WORDS = frozenset((  # folders of masks, and what is added to the name of a photograph for its mask
+    "mask", "masks", "label", "labels", "annotation", "annotations", "annot", "gt", "gts", "groundtruth", "groundtruths", "seg",
+    "segs", "segm", "segmentation", "segmentations", "segmentationclass", "segmentationclassaug", "segmentationclassraw",
+    "segmentationobject", "trimaps",
 ))  # fmt: skip
-PLACES = MASK_PLACES.union((
+PLACES = MASK_WORDS.union((
     "image", "images", "img", "imgs", "photo", "photos", "photographs", "picture", "pictures", "jpegimages", "data",
     "dataset", "train", "training", "val", "valid", "validation", "test", "testing", "raw", "processed", "originals", "thumbs",
     "thumbnails", "export", "exports", "jpegs", "jpgs", "jpg", "jpeg", "png", "pngs", "download", "downloads", "backup",
@@ -31,6 +32,7 @@ _ALSO_CLASSES = frozenset(("train", "raw", "processed"))
 _JOINTS = re.compile(r"[\s|/,;+&_.()!\u2013\u2014\u2022\u00b7\u060c\-]+")
 _BETWEEN = frozenset(("and", "und", "et"))
 _ODD = re.compile(r"[|/\\,;*~^@\[\]{}\"<>=:\u3001\u2022\u060c\x00-\x1f\x7f]|\w\s*\+\s*\w|(^|\s)#|^['`]|['`]$")
+_SCORE = re.compile(r"(.*[^\W\d_][\W_]*?|)[\W_]*((0|^|(?<=[\s:=]))[.,]\d+|1[.,]0+|\d+([.,]\d+)?\s*%)\W*")  # ring 0.9, ring: 95 %
 _IRREGULAR = {"men": "man", "women": "woman", "people": "person", "persons": "person", "children": "child", "mice": "mouse",
               "feet": "foot", "geese": "goose", "teeth": "tooth", "leaves": "leaf", "wolves": "wolf", "knives": "knife"}  # fmt: skip
 _ALPHABETS = "\u0590"  # the letters before it are Latin, Greek and Cyrillic: words in which a slip is one letter of many
@@ -157,6 +159,9 @@ def _odd_name(name: str, others: Collection[str], of_folders: bool) -> str | Non
             "name the folder 'background'" if of_folders else "leave it out, or write 'background'")  # fmt: skip
     if of_folders and _is_place(plain, [other for other in others if other != name]):
         return f"the folder {name!r} does not look like a class; write a tags.csv, or put a folder for each class into FOLDER"
+    if scored := _SCORE.fullmatch(unicodedata.normalize("NFKC", name)):
+        instead = f"write its name alone ({scored[1]!r})" if scored[1] else "leave it out"
+        return f"the tag {name!r} looks like a score; {instead}, and only tags whose score is high enough"
     if _is_odd(name):
         return f"the tag {name!r} looks like several tags or other text; {_apart(of_folders)}"
     return None

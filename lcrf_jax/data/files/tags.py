@@ -120,13 +120,23 @@ def columns_not_read(path: str | os.PathLike) -> str:
     Returns:
       The line, or an empty string; columns that number the rows are not worth a word.
     """
-    if _READERS.get(Path(path).suffix.lower()) is not _csv_rows:
-        return ""
+    others = _csv_others(path) if _READERS.get(Path(path).suffix.lower()) is _csv_rows else _json_others(path)
+    return f"{Path(path).name}: columns that are not read: {some(others, 6)}" if others else ""
+
+
+def _csv_others(path):
     text = re.sub(r"^sep=.\n", "", read_text(path))
     header = next(csv.reader([_header(text)], delimiter=_delimiter(text)), [])
     image, tags = _columns(header) or (0, 1)
-    others = [cell.strip() for at, cell in enumerate(header) if at not in (image, tags) and not _INDEX.fullmatch(cell.strip().lower())]
-    return f"{Path(path).name}: columns that are not read: {some(others, 6)}" if others else ""
+    return [cell.strip() for at, cell in enumerate(header) if at not in (image, tags) and not _INDEX.fullmatch(cell.strip().lower())]
+
+
+def _json_others(path):
+    """Names in the first object of a list or of JSON lines beside image and tags."""
+    text = read_text(path)
+    content = _parsed(_header(text) if Path(path).suffix.lower() == ".jsonl" else text, str(path))
+    first = content[0] if isinstance(content, list) and not isinstance(content, _Pairs) and content else content
+    return [name for name, _ in first if name not in ("image", "tags")] if _is_record(first) else []
 
 
 def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
@@ -228,16 +238,30 @@ def _csv_rows(path):
                 row.pop()
             if not any(row):
                 continue
+            if len(row) == 1 and _columns(row[0].split(delimiter)) or header is not None and _in_quotes(row, delimiter):
+                raise ValueError(f"{where}: the whole line stands in quotes ({row[0]!r}); remove them, or put quotes around single cells alone")
             if header is None:
                 header, columns = row, _columns(row) or _no_columns(row, where)
                 continue
             if len(row) != len(header):
                 raise ValueError(_wrong_columns(header, row, delimiter, where))
-            yield row[columns[0]], re.split(_WITHIN[delimiter], row[columns[1]]), where
+            yield row[columns[0]], _within(row[columns[1]], delimiter, where), where
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num + before}: not comma-separated text ({error})") from error
     if header is None:
         raise ValueError(f"{path} is empty; expected the header 'image,tags' and one row an image")
+
+
+def _in_quotes(row, delimiter):
+    """Whether a row is one cell that holds a line: an image, a delimiter and what follows."""
+    return not any(row[1:]) and re.fullmatch(rf".*\.\w{{2,4}}\s*{re.escape(delimiter)}.*", row[0]) is not None
+
+
+def _within(cell, delimiter, where):
+    """The tags of a cell."""
+    if "," in _WITHIN[delimiter] and re.search(r"[^\W\d_][\s:=_(]+(0,\d+|1,0+)\b", cell):
+        raise ValueError(f"{where}: {cell!r} looks like tags with scores; write names alone, separated by commas")
+    return re.split(_WITHIN[delimiter], cell)
 
 
 def _columns(header):
@@ -283,7 +307,7 @@ def _delimiter(text):
 
 def _json_rows(path):
     content = _parsed(read_text(path), str(path))
-    one = isinstance(content, _Pairs) and {name for name, _ in content} == {"image", "tags"} and isinstance(dict(content)["image"], str)
+    one = _is_record(content)
     if isinstance(content, _Pairs) and not one:
         for image, names in content:
             yield image, _names(names, f"{path}, {image!r}"), f"{path}, {image!r}"
@@ -309,6 +333,11 @@ def _parsed(text, where):
     except (json.JSONDecodeError, RecursionError) as error:
         place = f", line {error.lineno}" if "line" not in where and isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{where}{place}: not JSON ({error}); correct it") from error
+
+
+def _is_record(content):
+    """Whether an object tells of one photograph, and is not one of photographs of which one is called image."""
+    return isinstance(content, _Pairs) and {"image", "tags"} <= {name for name, _ in content} and isinstance(dict(content)["image"], str)
 
 
 def _record(record, where):

@@ -34,6 +34,7 @@ from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.sources.listing import Listing, scan_folder
 from lcrf_jax.data.sources.lists import SPLITS
 from lcrf_jax.machine.contents import content_digests
+from lcrf_jax.machine.errors import nearest
 
 
 class FolderSource:
@@ -132,7 +133,7 @@ def _no_split(found: Listing, split: str) -> str:
         return f"{found.root} has no masks and no list val.txt, so there is no split 'val'{near}"
     return (
         f"{found.root} has no photographs of the split {split!r}: the splits there are {', '.join(there) or 'none'}; "
-        f"write {split}.txt with a photograph a line{meant_path(found.root / f'{split}.txt')}"
+        f"write {split}.txt with a photograph a line{meant_path(found.root / f'{split}.txt') or nearest(split, found.splits)}"
     )
 
 

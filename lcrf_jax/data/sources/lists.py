@@ -24,6 +24,7 @@ TEST = "test"  # photographs that are never trained on, nor chosen by
 _NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), TEST: (TEST, "testing")}
 _LONGEST = 255  # bytes of a file name
 _SEVERAL = re.compile(r"\S.*?\.\w{2,4}\s*[,;].*\.\w{2,4}\s*[,;].*\.\w{2,4}")
+_LABELLED = re.compile(r"(?:(\S.*\.\w{2,4})[\s,;:]+(?:[-+]?\d+(?:[.,]\d+)?|[^\W\d][^/\\.]*)|(\S+)\s+(?:[-+]1|[01]))")  # x.jpg 3, x.jpg dog, x -1
 _TWO_COLUMNS = re.compile(r"(\S.*\.\w{2,4})[\s,;]+(/?\S.*\.\w{2,4})")
 
 
@@ -202,7 +203,7 @@ def set_aside(lines: Sequence[Line], images: Sequence[str], finder: PhotographFi
       Their increasing positions.
     """
     position = {name: at for at, name in enumerate(images)}
-    found = {position[name] for line in lines for name in finder.candidates(line.name) if name in position}
+    found = {position[name] for line in lines for name in finder.candidates(line.name) or _of_label(line, finder) if name in position}
     return np.array(sorted(found), np.int64)
 
 
@@ -240,7 +241,10 @@ def with_rest(
 def _listed(line: Line, finder: PhotographFinder, position: Mapping, missing: list, problems: list) -> str | None:
     """The photograph of a line that has tags."""
     candidates = finder.candidates(line.name)
-    if not candidates:
+    if not candidates and (owner := _of_label(line, finder)):
+        problems.append(f"{line.where}: a label stands behind the photograph in {line.name!r}; a list names photographs alone: write "
+                        f"{owner[0]}, and its tags into tags.csv")  # fmt: skip
+    elif not candidates:
         hint = finder.meant(line.name) if len(missing) < MOST_HINTS else ""
         missing.append(f"{line.where}: there is no photograph {line.name!r}{hint}; add it or remove the line")
     elif len(candidates) > 1:
@@ -250,6 +254,12 @@ def _listed(line: Line, finder: PhotographFinder, position: Mapping, missing: li
     else:
         return candidates[0]
     return None
+
+
+def _of_label(line: Line, finder: PhotographFinder) -> list[str]:
+    """The photograph of a line that has a label behind it: 'x.jpg 3', 'x.jpg dog'."""
+    labelled = _LABELLED.fullmatch(line.name)
+    return finder.candidates(labelled[1] or labelled[2]) if labelled else []
 
 
 def chosen_splits(

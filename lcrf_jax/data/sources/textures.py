@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from lcrf_jax.data.example import BACKGROUND, Example, tag_vector
 from lcrf_jax.data.sources.emblems import EMBLEMS, SUPERSAMPLING, drawn_emblem
+from lcrf_jax.machine.errors import nearest
 
 SPLITS = {"train": 0, "val": 1}
 MIN_VISIBLE = 0.6
@@ -67,7 +68,7 @@ class TexturesSource:
         masks: bool = False,
     ) -> None:
         if split not in SPLITS:
-            raise ValueError(f"textures have the splits {', '.join(SPLITS)}, got {split!r}")
+            raise ValueError(f"textures have the splits {', '.join(SPLITS)}, got {split!r}{nearest(split, SPLITS)}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be in 0 .. 2**32 - 1, got {seed}")
         if not 96 <= size <= 128:

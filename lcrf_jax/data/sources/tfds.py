@@ -20,6 +20,7 @@ from PIL import Image
 from lcrf_jax.data.example import BACKGROUND, VOID, Example
 from lcrf_jax.data.files.images import opened_as_rgb
 from lcrf_jax.machine.contents import content_digests
+from lcrf_jax.machine.errors import nearest
 
 MASK_MEANINGS = ("index", "trimap")
 
@@ -79,7 +80,7 @@ class TfdsSource:
                              "--file_format=array_record") from error  # fmt: skip
         except ValueError as error:  # of its many splits, and parts of them, it knows best
             known = ", ".join(builder.info.splits)
-            raise FileNotFoundError(f"{self._where} has no split {split!r} ({error}): there are {known}") from error
+            raise FileNotFoundError(f"{self._where} has no split {split!r} ({error}): there are {known}{nearest(split, builder.info.splits)}") from error
         self.class_names = (BACKGROUND, *(each for each in label.names if each != BACKGROUND))
         self._label_names = label.names
         self.split, self.masks = split, masks

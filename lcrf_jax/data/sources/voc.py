@@ -27,6 +27,7 @@ from lcrf_jax.data.files.masks import fit_mask, read_mask, refuse_black_and_whit
 from lcrf_jax.data.files.tags import columns_not_read, read_classes, read_tag_file, read_text, some
 from lcrf_jax.data.sources.mask_files import find_masks
 from lcrf_jax.machine.contents import content_digests
+from lcrf_jax.machine.errors import nearest
 
 
 class VocSource:
@@ -128,7 +129,7 @@ def check_folder(root: str | os.PathLike, split: str) -> Path:
         splits = sorted(path.stem for path in (folder / "ImageSets" / "Segmentation").glob("*.txt"))
         raise FileNotFoundError(
             f"{folder}/ImageSets/Segmentation has no {split}.txt: "
-            f"the splits there are {', '.join(splits) or 'none'}"
+            f"the splits there are {', '.join(splits) or 'none'}{nearest(split, splits)}"
         )
     return folder
 
