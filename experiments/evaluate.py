@@ -12,7 +12,7 @@ import time
 
 from absl import flags
 
-from experiments import reporting
+from experiments import class_map_scores, reporting
 from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
@@ -34,7 +34,7 @@ def main(argv):
     description = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)
     source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
-        reporting.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value, num_parts=_PARTS.value)
+        class_map_scores.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value, num_parts=_PARTS.value)
     else:
         reporting.evaluate_run(
             _CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started, data=data,

@@ -18,30 +18,22 @@ from absl import app, flags, logging
 from experiments.configs import base
 from experiments.run_report import data_in_words, write_run_report
 from lcrf_jax.data.parts import InParts, in_parts
-from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine import processes, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import SettingError, UserError, for_users
 from lcrf_jax.machine.files import write_whole
 from lcrf_jax.machine.progress import say, show
-from lcrf_jax.metrics import confusion_matrix, format_iou_table, iou_per_class, mean_iou
-from lcrf_jax.nets.inputs import square_image
-from lcrf_jax.nets.network import build_network
+from lcrf_jax.metrics import format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.pictures.palette import picture_grid
 from lcrf_jax.predict import evaluation
-from lcrf_jax.predict.outputs import restored_classifier
-from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, has_parameters, load_description
 from lcrf_jax.runfolder.digests import params_digest
-from lcrf_jax.train import preparation
-from lcrf_jax.train.class_maps import map_functions, mean_map
 from lcrf_jax.train.settings import check_names, check_settings
 from lcrf_jax.train.splits import checked_split
 
-CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
 NUM_PICTURES = 8
 
 
@@ -226,7 +218,7 @@ def part_counts(scored, matrices):
             for k, split in enumerate(scored.splits)}  # fmt: skip
 
 
-def _parts_table(parts):
+def parts_table(parts):
     """A line for each part: its images, and its mIoU by name."""
     if not parts:
         return ""
@@ -263,7 +255,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
         return
     table = format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined)
     report["parts"] = part_counts(scored, scores.parts) if scored is not source else {}
-    say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}{_parts_table(report['parts'])}")
+    say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}{parts_table(report['parts'])}")
     files = _files_of_scores(run_dir, source.split, data, own, crf=crf, tags_given=tags_given)
     _write_scores(files, scores, source, crf=crf, report=report, digest=params_digest(params))
     say(f"\npictures    {files.pictures}\nreport      {files.page} (for a browser)\nresults     {files.results}\n"
@@ -361,46 +353,3 @@ def _refined_before(path, plain):
         return np.array(before["refined"]["confusion"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
-    """Score the class maps of the run's tag classifier, tags given, at the best background level for the split.
-
-    Of several parts the level is the best one for the first, and all are scored at it.
-    """
-    scored = whole_or_parts(source, num_parts)
-    part_of = scored.numbers if isinstance(scored, InParts) else np.zeros(len(source), int)
-    if not tags_given:
-        raise ValueError("--cam needs --tags_given: without tags class maps say nothing of which classes are there")
-    description, params = load_description(run_dir), restore_params(run_dir)
-    if "classifier" not in params:
-        method = description["training"]["method"]
-        raise ValueError(f"{run_dir} is a run of {method} and has no tag classifier; give one of cam or latent_crf")
-    network, settings = build_network(description["network"]), description["training"]["class_maps"]
-    classifier = restored_classifier(params)
-    _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])
-    size, num_classes, logits = description["training"]["input_size"], len(source.class_names), []
-    matrices = np.zeros((len(CAM_LEVELS), num_parts, num_classes, num_classes), np.int64)
-    for part, example in zip(part_of, prefetched(source), strict=True):
-        square = square_image(example.image, size)[None]
-        others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
-        scores = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)[0]
-        logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
-        scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
-        scores = resized_map(scores, example.image.shape[:2])
-        for at, level in enumerate(CAM_LEVELS):
-            background = np.full((*scores.shape[:2], 1), level, np.float32)
-            labels = np.concatenate([background, scores], axis=-1).argmax(axis=-1)
-            matrices[at, part] += confusion_matrix(labels, example.mask, num_classes)
-    chosen_on = [mean_iou(matrix) for matrix in matrices[:, 0]]
-    best = int(np.argmax(np.nan_to_num(chosen_on)))
-    where = "this split" if num_parts == 1 else scored.splits[0]
-    say(preparation.precision_line(source.split, source, np.stack(logits)))
-    say("\nclass maps of the frozen tag classifier, tags given at test time")
-    say(f"mIoU by background level{'' if num_parts == 1 else f', {where}'}: "
-        + ", ".join(f"{level:g}: {miou:.3f}" for level, miou in zip(CAM_LEVELS, chosen_on, strict=True)))  # fmt: skip
-    say(f"{len(source)} images of {source.split}, level {CAM_LEVELS[best]:g}, the best on {where}")
-    table = format_iou_table(matrices[best].sum(axis=0), source.class_names)
-    say(f"{table}{_parts_table(part_counts(scored, {'mIoU': matrices[best]}))}")
-    if num_parts > 1:
-        say(f"\n{table.splitlines()[-1]}")

@@ -61,6 +61,10 @@ BOUND = {
         lambda maps, peaks, tags, salient: bound.class_evidence(
             maps, peaks, tags, background_level=0.2, saliency=salient, saliency_weight=2.0),
         "class_maps", "peaks", "tags", "saliency"),
+    "class_evidence, objectness": call(
+        lambda maps, peaks, tags, objects: bound.class_evidence(
+            maps, peaks, tags, background_level=0.2, objectness=objects, objectness_weight=1.0),
+        "class_maps", "peaks", "tags", "saliency"),
     "cue_evidence": call(bound.cue_evidence, "cues", "tags", confidence=0.9),
     "elbo": call(
         lambda logits, kernel, tags: bound.elbo(jax.random.key(0), logits, kernel, lambda z: bound.gwrp(z, tags)),
@@ -211,7 +215,7 @@ SCALES = (0.0, 1.0, 30.0, 1e4, 1e30)
 UNCHECKED = {
     ("logits", "block_groups"), ("probs", "ElboTerms"),  # of which only the size is taken, or the sum
 }  # fmt: skip
-MAPS = ("class_evidence", "class_evidence, saliency", "cam_log_probs", "localisation_cues")  # of a foreground class
+MAPS = ("class_evidence", "class_evidence, saliency", "class_evidence, objectness", "cam_log_probs", "localisation_cues")  # of a foreground class
 
 
 def spoilt(array, kind, position):

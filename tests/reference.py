@@ -233,13 +233,22 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.float64(x)))
 
 
-def class_evidence(class_maps, peaks, tags, background_level, sharpness, floor, saliency=None, saliency_weight=0.0):
+def class_evidence(
+    class_maps, peaks, tags, background_level, sharpness, floor, saliency=None, saliency_weight=0.0, objectness=None,
+    objectness_weight=0.0,
+):
     """[m, K] evidence of each pixel for each class, pixel by pixel."""
     rows, class_maps = [], np.asarray(class_maps, np.float64)
-    for scores, salient in zip(class_maps, np.full(len(class_maps), 0.5) if saliency is None else saliency):
+    for j, scores in enumerate(class_maps):
+        salient = 0.5 if saliency is None else saliency[j]
         row = [background_level**sharpness * np.exp(saliency_weight * (0.5 - salient))]
-        for score, peak, tag in zip(scores, peaks, tags[1:]):
-            row.append((min(max(score / peak, floor), 1.0) if tag else floor) ** sharpness)
+        ratios = [min(max(score / peak, floor), 1.0) for score, peak in zip(scores, peaks)]
+        present = [ratio for ratio, tag in zip(ratios, tags[1:]) if tag]
+        factor = 1.0
+        if objectness is not None and present:
+            factor = (max(objectness[j], 1e-4) / max(present) ** 0.75) ** (objectness_weight / len(present))
+        for ratio, tag in zip(ratios, tags[1:]):
+            row.append((min(max(ratio * factor, floor), 1.0) if tag else floor) ** sharpness)
         rows.append(np.array(row) / sum(row))
     return np.array(rows)
 

@@ -71,7 +71,8 @@ def get_config():
     config.objective.likelihood = "evidence"  # a name of lcrf_jax.bound.likelihoods; those below are its options
     config.objective.likelihood_options = options(
         # Of class_evidence; saliency_weight above 0 needs the classifier's gradient for every training image.
-        evidence=options(background_level=0.2, sharpness=2.0, floor=0.01, saliency_weight=0.0),
+        # objectness_weight is at most 1 as a rule; objectness is made with the class maps and costs nothing.
+        evidence=options(background_level=0.2, sharpness=2.0, floor=0.01, saliency_weight=0.0, objectness_weight=0.0),
         frozen_classifier=options(scale=1.0),
         gwrp=options(foreground_decay=0.996, background_decay=0.999),
         area=options(beta=20.0, foreground_share=0.1, background_share=0.3),
@@ -126,6 +127,7 @@ def get_config():
     config.baselines.cues.file = ""  # .npz with "ids" and "cues"; "" makes them of the tag classifier
     config.baselines.cues.foreground_level = 0.2
     config.baselines.cues.background_share = 0.1
+    config.baselines.cues.background_by = "gradient"  # of the tag classifier where it is least; or "objectness"
     config.baselines.saliency = ConfigDict()  # of stc
     config.baselines.saliency.image_size = 96
     config.baselines.saliency.contrast = 10.0
@@ -134,11 +136,13 @@ def get_config():
 
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the
     # mean-field posteriors of the training images under the round before, given their tags.
+    config.evidence_posterior = False  # the first round, too, learns from posteriors: of the CRF on the class maps' evidence
     config.epochs = (4, 4)
     config.rounds = 2  # of latent_crf: epochs has a number for each. Of other methods the sum of the epochs counts
     config.least_steps = 0  # of each round: with few images an epoch is several passes over them
     config.posterior = ConfigDict()
     config.posterior.unary_weight = 1.0
+    config.posterior.evidence_weight = 0.0  # of the class maps' log-evidence beside the network's log-probabilities
     config.posterior.tempering = 1.0  # the log-posterior is multiplied by it
     config.posterior.num_iterations = 10
     config.posterior.kernel = kernel(8.0, 80.0, 13.0, 2.0, 8.0)  # in pixels of the network's input
@@ -161,6 +165,8 @@ def get_config():
     config.inference.input_sizes = (320,)
     config.inference.mirror = True
     config.inference.max_side = 640  # photographs with a longer side are worked on at this one
+    # w: w (log p_k - max log p) is added to the log-probabilities of the foreground classes, p of the tag classifier.
+    config.inference.prior_weight = 0.0
     config.inference.unary_weight = 1.0
     config.inference.num_iterations = 10
     config.inference.kernel = kernel(8.0, 80.0, 13.0, 2.0, 3.0)  # in pixels of the photograph as it is worked on

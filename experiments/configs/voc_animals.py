@@ -20,11 +20,18 @@ def get_config():
     config.data.kind = "voc"
     config.data.val_split = "val[0::2]"  # best/ and settings are chosen on this half, val[1::2] is reported
     config.class_maps.extra_sizes = (448,)
-    config.objective.likelihood_options.evidence.background_level = 0.12
+    config.objective.likelihood_options.evidence.background_level = 0.3
+    config.objective.likelihood_options.evidence.objectness_weight = 1.0
     config.objective.likelihood_weight = 1.5
-    config.eval_every_epochs = 4
+    config.objective.estimator = "mean"
+    config.evidence_posterior = True
+    config.posterior.evidence_weight = 1.0
+    config.rounds, config.epochs = 3, (2, 2, 2)
+    config.optimizer.warmup_steps = 50
+    config.eval_every_epochs = 2
     config.posterior.kernel.bilateral_weight = 4.0
     config.posterior.kernel.bilateral_colour_width = 8.0
+    config.inference.prior_weight = 1.0
     config.inference.kernel.bilateral_weight = 4.0
     config.inference.kernel.bilateral_colour_width = 8.0
     return config

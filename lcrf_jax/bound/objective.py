@@ -121,6 +121,8 @@ def _pixel_evidence(record, options, cue_confidence):
     tags = record.tags
     if options.get("saliency_weight"):
         options = {**options, "saliency": record.gradient_saliency.reshape(-1)}
+    if options.get("objectness_weight"):
+        options = {**options, "objectness": record.objectness.reshape(-1)}
     evidence = class_evidence(_pixels(record.class_maps), record.peaks, tags, **options)
     if not cue_confidence:
         return evidence

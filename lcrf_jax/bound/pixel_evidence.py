@@ -19,6 +19,8 @@ from lcrf_jax.numerics import (
 LEAST_EVIDENCE = 1e-12
 """What is added to evidence before its logarithm is taken."""
 _DIVIDED = "look for a division by zero"
+_LEAST_OBJECTNESS = 1e-4
+_OF_MAPS = 0.75  # of the power of the strongest map that objectness takes the place of
 
 
 def class_evidence(
@@ -31,12 +33,22 @@ def class_evidence(
     floor: ArrayLike = 1e-3,
     saliency: ArrayLike | None = None,
     saliency_weight: ArrayLike = 0.0,
+    objectness: ArrayLike | None = None,
+    objectness_weight: ArrayLike = 0.0,
 ) -> jax.Array:
     r"""Per-pixel evidence e_k(x_j) from the class maps of a frozen classifier.
 
     .. math:: e_{jk} \propto \mathrm{clip}(c_{jk} / \max_i c_{ik}, \epsilon, 1)^\beta \text{ for present } k,
               \quad e_{j0} \propto \ell^\beta e^{w (1/2 - s_j)},
               \quad e_{jk} \propto \epsilon^\beta \text{ for absent } k
+
+    With objectness o the ratio r of each present class is multiplied, before it is clipped, by
+
+    .. math:: (o_j / \max_k r_{jk}^{3/4})^{v / n}, \quad n \text{ the number of present foreground classes.}
+
+    So in an image of one class the objectness says where the object is, since a class map is high at what tells classes
+    apart, a face, and not at the rest of the animal. In an image of several classes, where the most conspicuous object
+    need not be of the class, the maps count for more. Which class a pixel has is said by the maps alone.
 
     Args:
       class_maps: [m, K - 1] maps c of the foreground classes.
@@ -49,12 +61,14 @@ def class_evidence(
       saliency: [m] s in 0..1, such as `lcrf_jax.train.cues.saliency_rank`, or None for a background that is the same
         everywhere.
       saliency_weight: w >= 0; the log-odds of the background fall by it from the least to the most salient pixel.
+      objectness: [m] o in 0..1, such as `lcrf_jax.nets.objectness.objectness`, or None.
+      objectness_weight: v >= 0; 1 is usual, 0 leaves objectness out.
     Returns:
       [m, K] float32, positive, rows sum to one.
     Raises:
       ValueError: if the shapes do not fit, a map or peak is not finite, or a number is out of range.
     References:
-      Zhou et al. 2016, for the maps; the odds against the background are ours.
+      Zhou et al. 2016, for the maps; the odds against the background, and the way that objectness enters, are ours.
     Example:
       >>> import numpy as np
       >>> from lcrf_jax import class_evidence
@@ -70,23 +84,36 @@ def class_evidence(
     check_number("sharpness", sharpness, minimum=0, strict=True, remedy="1 is usual")
     check_share("floor", floor, "use a small positive number, say 1e-3")
     check_number("saliency_weight", saliency_weight, minimum=0, remedy="2 is usual, 0 leaves saliency out")
-    if saliency is None and (known_number(saliency_weight) or 0) > 0:
-        at = f"saliency_weight={saliency_weight}"
-        raise ValueError(f"saliency: expected [m] values for {at}, got None; or use weight 0")
-    if saliency is not None:
-        check_shape("saliency", saliency, (num_pixels,), "one value per pixel")
-        check_finite("saliency", saliency, "bring it to 0..1, such as by its ranks", minimum=0, maximum=1)
+    check_number("objectness_weight", objectness_weight, minimum=0, remedy="1 is usual, 0 leaves objectness out")
+    _check_beside("saliency", saliency, saliency_weight, num_pixels)
+    _check_beside("objectness", objectness, objectness_weight, num_pixels)
     check_finite("class_maps", class_maps, _DIVIDED)
     check_finite("peaks", peaks, _DIVIDED)
-    class_maps, peaks, salient = promote_together(class_maps, peaks, 0.5 if saliency is None else saliency)
+    class_maps, peaks, salient, objects = promote_together(
+        class_maps, peaks, 0.5 if saliency is None else saliency, 1.0 if objectness is None else objectness
+    )
     dtype = class_maps.dtype
     floor = jnp.asarray(floor, dtype)
     ratio = class_maps / jnp.maximum(peaks, 1e-6)
     ratio = jnp.where(tags[1:], jnp.clip(ratio, floor, 1.0), floor)
+    if objectness is not None:
+        share = jnp.asarray(objectness_weight, dtype) / jnp.maximum(tags[1:].sum(), 1).astype(dtype)
+        # The derivative of a power at 0 is infinite.
+        factor = (jnp.maximum(objects, _LEAST_OBJECTNESS) / ratio.max(axis=1) ** _OF_MAPS) ** share
+        ratio = jnp.where(tags[1:], jnp.clip(ratio * factor[:, None], floor, 1.0), floor)
     background = jnp.full((len(ratio), 1), background_level, dtype)
     log_odds = jnp.log(jnp.concatenate([background, ratio], axis=1)) * jnp.asarray(sharpness, dtype)
     log_odds = log_odds.at[:, 0].add(jnp.asarray(saliency_weight, dtype) * (0.5 - salient))
     return jax.nn.softmax(log_odds, axis=1)
+
+
+def _check_beside(name, values, weight, num_pixels):
+    """Refuse what stands beside the maps, one value of 0..1 for each pixel, if it is wanted and not there, or wrong."""
+    if values is None and (known_number(weight) or 0) > 0:
+        raise ValueError(f"{name}: expected [m] values for {name}_weight={weight}, got None; or use weight 0")
+    if values is not None:
+        check_shape(name, values, (num_pixels,), "one value per pixel")
+        check_finite(name, values, "bring it to 0..1, such as by its ranks", minimum=0, maximum=1)
 
 
 def cue_evidence(

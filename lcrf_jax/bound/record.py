@@ -29,6 +29,7 @@ class Record(NamedTuple):
       bias: [K - 1] of the tag classifier.
       pixel_evidence: [g, g, K] evidence of the round before, in the place of the class maps.
       gradient_saliency: [g, g, 1] rank of that of the tag classifier.
+      objectness: [g, g, 1] in 0..1, see `lcrf_jax.nets.objectness.objectness`.
       cues: [g, g] uint8 localisation cues, 255 for none.
       saliency: [g, g, 1] saliency of the image.
       chain: [g, g] uint8, where the Markov chain of the view stands.
@@ -48,6 +49,7 @@ class Record(NamedTuple):
     bias: Array | None = None
     pixel_evidence: Array | None = None
     gradient_saliency: Array | None = None
+    objectness: Array | None = None
     cues: Array | None = None
     saliency: Array | None = None
     chain: Array | None = None

@@ -21,22 +21,45 @@ def _mirror_mean(maps, mirrored):
     return (plain + other[:, :, ::-1]) / 2
 
 
-def _network_output(network, params, features, mirrored, log_probs_of_logits):
-    """The network's log-probabilities, averaged over mirroring."""
+def _network_output(network, params, features, mirrored, log_probs_of_logits, prior_weight):
+    """The network's log-probabilities, averaged over mirroring, times the prior of the image."""
     log_probs = log_probs_of_logits(network.logits(params["decoder"], params["backbone"], features))
-    return jax.nn.log_softmax(_mirror_mean(log_probs, mirrored), axis=-1) if mirrored else log_probs
+    if mirrored:
+        log_probs = jax.nn.log_softmax(_mirror_mean(log_probs, mirrored), axis=-1)
+    if not prior_weight:
+        return log_probs
+    prior = prior_weight * _log_prior(network, params, features, mirrored)
+    return jax.nn.log_softmax(log_probs + prior[:, None, None], axis=-1)
+
+
+def _log_prior(network, params, features, mirrored):
+    """[B, K] log p_k - max_k log p_k of the tag classifier, 0 for the background.
+
+    So nothing is said of how likely an object is at all, only of which class it has.
+    """
+    classifier = restored_classifier(params)
+    pooled = network.head(params["backbone"], features).mean(axis=(1, 2))
+    if mirrored:
+        pooled = sum(jnp.split(pooled, 2)) / 2
+    log_probs = jax.nn.log_sigmoid(pooled @ classifier.weights + classifier.bias)
+    return jnp.pad(log_probs - log_probs.max(axis=-1, keepdims=True), ((0, 0), (1, 0)))
 
 
 def _softmax(network, params, features, mirrored, options):
-    del options
-    return _network_output(network, params, features, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1))
+    prior_weight = options.get("prior_weight", 0.0)
+    return _network_output(
+        network, params, features, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1), prior_weight
+    )
 
 
 def _ilp(network, params, features, mirrored, options):
+    options = dict(options)
+    prior_weight = options.pop("prior_weight", 0.0)
+
     def one(logits):
         return ilp_log_probs(logits.reshape(-1, logits.shape[-1]), **options).reshape(logits.shape)
 
-    return _network_output(network, params, features, mirrored, jax.vmap(one))
+    return _network_output(network, params, features, mirrored, jax.vmap(one), prior_weight)
 
 
 def _class_maps(network, params, features, mirrored, options):

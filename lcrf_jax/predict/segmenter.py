@@ -94,7 +94,8 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
       description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
         "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
         "num_iterations" and "unary_weight". It may have "output", a key of `OUTPUTS` ("softmax" if left out), with
-        "output_options", and "max_side" (MAX_SIDE if left out).
+        "output_options", "prior_weight" (of the tag classifier's word on the whole image, 0 if left out) and "max_side"
+        (MAX_SIDE if left out).
       params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
 
     Returns:
@@ -106,8 +107,10 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     """
     network, settings = build_network(description["network"]), description["inference"]
     output, options = settings.get("output", "softmax"), settings.get("output_options", {})
-    wanted = "classifier" if output == "class_maps" else "decoder"
-    used = {name: params[name] for name in ("backbone", wanted)}
+    wanted = {"backbone", "classifier" if output == "class_maps" else "decoder"}
+    if settings.get("prior_weight") and output != "class_maps":
+        options, wanted = {**options, "prior_weight": settings["prior_weight"]}, wanted | {"classifier"}
+    used = {name: params[name] for name in sorted(wanted)}
     static = {"network": network, "mirrored": settings["mirror"]}
     placed = {None: jax.device_put(used)}
 

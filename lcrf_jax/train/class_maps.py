@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -16,6 +17,7 @@ from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.network import Network
+from lcrf_jax.nets.objectness import objectness
 from lcrf_jax.nets.tag_classifier import TagClassifier, fit_tag_classifier
 from lcrf_jax.train.features import CachedViews, in_batches, square_batches
 from lcrf_jax.train.spread import no_progress, over_devices
@@ -28,7 +30,9 @@ def _pooled(variables, s32, *, network):
 
 @functools.partial(jax.jit, static_argnames=("network", "grid"))
 def _maps_of_tap(variables, weights, s32, *, network, grid):
-    maps = network.head(variables, {"s32": s32}) @ weights
+    """[B, g, g, K]: the class maps, and the objectness last."""
+    head = network.head(variables, {"s32": s32})
+    maps = jnp.concatenate([head @ weights, objectness(s32, head)[..., None]], axis=-1)
     return jax.image.resize(maps, (len(maps), grid, grid, maps.shape[-1]), "linear")
 
 
@@ -43,10 +47,12 @@ class ClassMaps(NamedTuple):
     Attributes:
       maps: [N, g, g, K - 1] float16, averaged over scales and mirroring, without bias.
       peaks: [N, K - 1] float32, the maximum of each map.
+      objectness: [N, g, g] float16 in 0..1, averaged in the same way, see `lcrf_jax.nets.objectness.objectness`.
     """
 
     maps: np.ndarray
     peaks: np.ndarray
+    objectness: np.ndarray
 
 
 def pooled_head(network: Network, variables: Mapping[str, Any], s32: np.ndarray, batch_size: int = 64) -> np.ndarray:
@@ -68,7 +74,7 @@ def pooled_head(network: Network, variables: Mapping[str, Any], s32: np.ndarray,
 def map_functions(
     network: Network, variables: Mapping[str, Any], weights: ArrayLike, grid: int
 ) -> tuple[Callable[[ArrayLike], jax.Array], Callable[[ArrayLike], jax.Array]]:
-    """Jitted functions to class maps on a g x g grid: from a tap, and from images of any one size.
+    """Jitted functions to class maps and objectness on a g x g grid: from a tap, and from images of any one size.
 
     Args:
       network: lcrf_jax.nets.network.Network.
@@ -78,7 +84,7 @@ def map_functions(
 
     Returns:
       (function from the tap "s32" [B, h, w, C], function from images [B, S, S, 3] RGB 0..255), both to
-      [B, g, g, K - 1] float32, without bias.
+      [B, g, g, K] float32: the class maps without bias, and `lcrf_jax.nets.objectness.objectness` last.
     """
     given = jax.device_put((variables, weights))
     kinds = (_maps_of_tap, _maps_of_images)
@@ -142,14 +148,15 @@ def class_maps(
         records = square_batches(source, size, rows, progress)
         return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
 
-    key = {"kind": "class maps", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
+    key = {"kind": "class maps and objectness", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
     with cached_arrays(directory, key, len(source), about=about(source)) as cache:
         if cache.first < len(source):  # all at once
             plain = in_batches(from_tap, views.tap("s32", 0))
             mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
-            cache.write(maps=mean_map(plain, mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16))
+            every = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16)
+            cache.write(maps=every[..., :-1], objectness=every[..., -1])
     stored = cache.arrays["maps"]
-    return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)))
+    return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)), cache.arrays["objectness"])
 
 
 class MappedViews:

@@ -26,10 +26,12 @@ from lcrf_jax.predict.evaluation import evaluate
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import RunCheckpoints
 from lcrf_jax.runfolder.description import check_description, save_description
+from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.runfolder.metrics import MetricsWriter
 from lcrf_jax.runfolder.segments import with_segment
 from lcrf_jax.train.beginning import description_before, is_saved, refuse_changes, refuse_moved_rounds
-from lcrf_jax.train.posteriors import posterior_evidence
+from lcrf_jax.train.methods import begins_with_posteriors
+from lcrf_jax.train.posteriors import evidence_posterior, posterior_evidence
 from lcrf_jax.train.preparation import Prepared, inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
     TrainState,
@@ -235,9 +237,12 @@ def _newest_state(prepared, checkpoints, rounds, key, mesh):
 
 
 def _evidence_of(prepared, workdir, this, state, done):
-    """The evidence of a round after the first, from the state that the one before ended with; kept on disk."""
+    """The evidence of a round, if it is not made of the class maps in each step; kept on disk.
+
+    That of a round after the first is from the state that the one before ended with.
+    """
     if this.number == 0:
-        return None
+        return _first_evidence(prepared, workdir)
 
     config, method = prepared.config, prepared.plan.method
     posterior = method.posterior(config)
@@ -255,6 +260,19 @@ def _evidence_of(prepared, workdir, this, state, done):
                     "the folder and the settings of its rounds, or start again in a new one"
                 )
             cache.write(evidence=posterior_evidence(prepared, state.params, posterior))
+    return cache.arrays["evidence"]
+
+
+def _first_evidence(prepared, workdir):
+    """The posteriors of the class maps, for a first round that learns from them, or None."""
+    config, maps = prepared.config, prepared.maps
+    if not begins_with_posteriors(config):
+        return None
+    evidence = config["objective"]["likelihood_options"]["evidence"]
+    identity = {"round": 0, "posterior": config["posterior"], "evidence": evidence, "maps": params_digest({"peaks": maps.peaks})}
+    with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
+        if cache.first < cache.num_records:
+            cache.write(evidence=evidence_posterior(prepared))
     return cache.arrays["evidence"]
 
 

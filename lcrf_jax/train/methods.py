@@ -58,6 +58,7 @@ class Method(NamedTuple):
 INPUTS = {
     "class_maps": "class maps",
     "gradient_saliency": "class maps and gradient saliency",
+    "objectness": "class maps and objectness",
     "cues": "class maps and gradient saliency",
     "saliency": "image saliency",
     "masks": "masks",
@@ -180,7 +181,7 @@ def _thirds(config):
 
 
 def _unrefined(config):
-    return {**config["posterior"], "unary_weight": 1.0, "tempering": 1.0, "num_iterations": 0}
+    return {**config["posterior"], "unary_weight": 1.0, "evidence_weight": 0.0, "tempering": 1.0, "num_iterations": 0}
 
 
 def _evidence_inputs(config):
@@ -188,8 +189,13 @@ def _evidence_inputs(config):
     objective = config["objective"]
     if objective["likelihood"] != "evidence":
         return ()
-    saliency = objective["likelihood_options"]["evidence"].get("saliency_weight")
-    return (*(["gradient_saliency"] if saliency else []), *(["cues"] if objective["cue_confidence"] else []))
+    evidence = objective["likelihood_options"]["evidence"]
+    wanted = {
+        "objectness": evidence.get("objectness_weight"),
+        "gradient_saliency": evidence.get("saliency_weight"),
+        "cues": objective["cue_confidence"],
+    }
+    return tuple(name for name, weight in wanted.items() if weight)
 
 
 METHODS = {
@@ -245,7 +251,33 @@ def inputs_of(config: Mapping[str, Any]) -> tuple[str, ...]:
       ValueError: if the method is unknown.
     """
     method = method_of(config)
-    return (*method.inputs, *method.further_inputs(config))
+    # The prior of test time needs the classifier, and no more of it.
+    prior = config.get("inference", {}).get("prior_weight") and method.output != "class_maps"
+    return (*(("tag_classifier",) if prior else ()), *method.inputs, *method.further_inputs(config))
+
+
+def begins_with_posteriors(config: Mapping[str, Any]) -> bool:
+    """Whether the first round, too, learns from posteriors, those of the class maps under the CRF.
+
+    Args:
+      config: dict with "method", "objective" and "evidence_posterior"; without that, no.
+
+    Returns:
+      bool.
+
+    Raises:
+      SettingError: if it is asked for, and the likelihood is not the evidence of class maps alone.
+    """
+    if not config.get("evidence_posterior") or config["method"] != "latent_crf":
+        return False
+    objective = config["objective"]
+    others = [name for name, weight in objective["further_likelihoods"].items() if weight]
+    if objective["likelihood"] != "evidence" or others or objective["cue_confidence"]:
+        raise SettingError(
+            "evidence_posterior: posteriors of class maps take the place of objective.likelihood='evidence' alone, without "
+            "cue_confidence and further_likelihoods; set these to 0, or evidence_posterior=False"
+        )
+    return True
 
 
 def localisation(config: Mapping[str, Any]) -> str:
@@ -260,7 +292,9 @@ def localisation(config: Mapping[str, Any]) -> str:
     Raises:
       ValueError: if the method is unknown.
     """
-    inputs = inputs_of(config)
+    inputs = [name for name in inputs_of(config) if name in INPUTS]
+    if inputs and inputs[-1] == "cues" and config["baselines"]["cues"].get("background_by") == "objectness":
+        return INPUTS["objectness"]
     return INPUTS[inputs[-1]] if inputs else ""
 
 
@@ -315,7 +349,7 @@ def _tried(settings, num_classes):
     cells, maps = (4, 4), num_classes - 1
     shapes = Record(
         tags=(num_classes,), guide=(*cells, 3), mask=cells, class_maps=(*cells, maps), peaks=(maps,), bias=(maps,),
-        gradient_saliency=(*cells, 1), cues=cells, saliency=(*cells, 1), chain=cells,
+        gradient_saliency=(*cells, 1), objectness=(*cells, 1), cues=cells, saliency=(*cells, 1), chain=cells,
     )  # fmt: skip
     kinds = {"tags": jnp.bool_, "mask": jnp.uint8, "cues": jnp.uint8, "chain": jnp.uint8}
     record = Record(**{

@@ -15,7 +15,7 @@ from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.nets.weights import hub_commit
 from lcrf_jax.runfolder.description import library_versions
-from lcrf_jax.train.methods import Method, check_objective, inputs_of, make_objective, method_of
+from lcrf_jax.train.methods import Method, begins_with_posteriors, check_objective, inputs_of, make_objective, method_of
 from lcrf_jax.train.settings import check_settings, told_as_settings
 from lcrf_jax.train.step import check_batch_size, make_optimizer
 
@@ -117,6 +117,7 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
       ValueError: if it cannot be trained with; the message names the setting.
     """
     method, size = method_of(config), config["input_size"]
+    begins_with_posteriors(config)  # it refuses what does not go together
     network = build_network({**config["network"], "num_classes": len(class_names)})
     _check_input_sizes(config, network)
     rounds = planned_rounds(config, len(tags))

@@ -1,4 +1,4 @@
-"""Labels of the training images under a trained network: the evidence of the next round."""
+"""Labels of the training images given their tags: of class maps alone, or of a trained network, for the round after."""
 
 import functools
 from collections.abc import Mapping
@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from lcrf_jax.bound.pixel_evidence import class_evidence, log_evidence
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams
@@ -22,14 +24,15 @@ BATCH_SIZE = 32  # on each device
 def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, Any]) -> np.ndarray:
     """Mean-field posteriors of the training images under a trained network, given their tags.
 
-    The network's log-probabilities of the whole image and of its mirror image are averaged, classes that are not tagged
-    are excluded, and mean field runs on the grid of the logits.
+    The network's log-probabilities of the whole image and of its mirror image are averaged, the logarithm of the class maps'
+    evidence is added with its weight, classes that are not tagged are excluded, and mean field runs on the grid of the
+    logits.
 
     Args:
       prepared: Prepared; with cached features of at least the views 0 and 1, or with images.
       params: decoder parameters.
       settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations",
-        "unary_weight" and "tempering": the log-posterior is multiplied by it.
+        "unary_weight", "tempering" (the log-posterior is multiplied by it) and, if it is not 0, "evidence_weight".
 
     Returns:
       [N, g, g, K] float16, positive, summing to one over the classes.
@@ -38,10 +41,10 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
     stride, variables = prepared.plan.guide_stride, prepared.variables
     # The parameters are of all devices and processes; the rest is done by those of this one.
     params = jax.tree.map(np.asarray, params)
+    evidence_weight = settings.get("evidence_weight", 0.0)
     posterior, num_rows = over_devices(
-        _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, guide_ratio=network.stride // stride,
-        kernel_params=KernelParams(**settings["kernel"]).at_stride(network.stride),
-        **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
+        _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, evidence_weight=evidence_weight,
+        options=_evidence_options(prepared), **_grid_settings(prepared, settings),
     )
     of_images, _ = over_devices(
         _inputs_of_images, (variables,), len(tags), BATCH_SIZE, network=network, guide_stride=stride
@@ -58,33 +61,154 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
             records = list(pool.map(views.__getitem__, range(part.start, min(part.stop, len(tags)))))  # view 0 comes first
         return of_images(whole(np.stack([record.image for record in records])))
 
+    def found(part):
+        evidence = _evidence_arrays(prepared, part) if evidence_weight else {}
+        return posterior(*inputs(part), whole(tags[part]), whole(evidence))
+
+    return _in_parts(found, len(tags), num_rows, "posteriors")
+
+
+def evidence_posterior(prepared: Prepared) -> np.ndarray:
+    """Mean-field posteriors p(z | x, y) of the training images by class maps and the CRF, before there is a network.
+
+    The settings are those of `posterior_evidence`, with the logarithm of `class_evidence` in the place of the network's
+    log-probabilities.
+
+    Args:
+      prepared: Prepared, with class maps.
+
+    Returns:
+      [N, g, g, K] float16, positive, summing to one over the classes.
+    """
+    tags, settings = prepared.train.tags, prepared.config["posterior"]
+    posterior, num_rows = over_devices(
+        _posteriors_of_maps, (), len(tags), BATCH_SIZE, options=_evidence_options(prepared), **_grid_settings(prepared, settings)
+    )
+
+    def found(part):
+        given = (_guides(prepared, part), tags[part], _evidence_arrays(prepared, part))
+        return posterior(*(given if num_rows == BATCH_SIZE else padded_rows(given, num_rows)))
+
+    return _in_parts(found, len(tags), num_rows, "posteriors of class maps")
+
+
+def map_posteriors(
+    config: Mapping[str, Any], stride: int, images: np.ndarray, tags: ArrayLike, evidence: Mapping[str, ArrayLike]
+) -> jax.Array:
+    """What `evidence_posterior` makes of any images, for scoring it where there are masks.
+
+    Args:
+      config: the configuration of a run.
+      stride: pixels of the input per cell of the logits.
+      images: [B, S, S, 3] RGB 0..255, as the network sees them.
+      tags: [B, K] bool.
+      evidence: "class_maps" [B, g, g, K - 1], "peaks" [B, K - 1] and, as `class_evidence` takes them, "objectness" and
+        "saliency" [B, g, g].
+
+    Returns:
+      [B, g, g, K] float32.
+    """
+    options = config["objective"]["likelihood_options"]["evidence"]
+    return _posteriors_of_maps(
+        guide_image(images, stride), tags, evidence, options=tuple(sorted(options.items())),
+        **_mean_field_settings(config["posterior"], stride, stride),
+    )  # fmt: skip
+
+
+def _in_parts(found, count, num_rows, title):
+    """[N, ...] float16 of a function of a slice of the images."""
     rows = []
-    with image_progress("posteriors", len(tags)) as done:
-        for start in range(0, len(tags), num_rows):
-            part = slice(start, start + num_rows)
-            found = np.asarray(posterior(*inputs(part), whole(tags[part])), np.float16)
-            rows.append(found[: len(tags[part])])
+    with image_progress(title, count) as done:
+        for start in range(0, count, num_rows):
+            stop = min(start + num_rows, count)
+            rows.append(np.asarray(found(slice(start, stop)), np.float16)[: stop - start])
             done(len(rows[-1]))
     return np.concatenate(rows)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("network", "guide_ratio", "kernel_params", "unary_weight", "num_iterations", "tempering")
-)
+def _grid_settings(prepared, settings):
+    return _mean_field_settings(settings, prepared.network.stride, prepared.plan.guide_stride)
+
+
+def _mean_field_settings(settings, stride, guide_stride):
+    """The settings of mean field on the grid of the logits."""
+    return {
+        "guide_ratio": stride // guide_stride,
+        "kernel_params": KernelParams(**settings["kernel"]).at_stride(stride),
+        **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
+    }
+
+
+def _evidence_options(prepared):
+    """The keyword arguments of `class_evidence`, as a program is compiled for them."""
+    return tuple(sorted(prepared.config["objective"]["likelihood_options"]["evidence"].items()))
+
+
+def _evidence_arrays(prepared, part):
+    """What `class_evidence` takes of some of the images: maps, peaks and what stands beside them."""
+    maps, options = prepared.maps, dict(_evidence_options(prepared))
+    arrays = {"class_maps": maps.maps[part], "peaks": maps.peaks[part]}
+    if options.get("objectness_weight"):
+        arrays["objectness"] = maps.objectness[part]
+    if options.get("saliency_weight"):
+        arrays["saliency"] = prepared.gradient_saliency[part][..., 0]
+    return arrays
+
+
+def _guides(prepared, part):
+    """The guides of the whole images of a part."""
+    views = prepared.views
+    if prepared.config["cache"]["features"]:
+        return views.guide()[part]
+    with reading_threads() as pool:
+        records = list(pool.map(views.__getitem__, range(part.start, part.stop)))
+    return np.asarray(guide_image(np.stack([record.image for record in records]), prepared.plan.guide_stride))
+
+
+_STATIC = ("guide_ratio", "kernel_params", "unary_weight", "num_iterations", "tempering", "options")
+
+
+@functools.partial(jax.jit, static_argnames=("network", "evidence_weight", *_STATIC))
 def _posteriors(
-    params, variables, plain, mirrored, guide, present, *, network, guide_ratio, kernel_params, unary_weight,
-    num_iterations, tempering,
+    params, variables, plain, mirrored, guide, present, evidence, *, network, guide_ratio, evidence_weight, options,
+    unary_weight, tempering, **mean_field_settings,
 ):
     """[B, g, g, K] posteriors of the features of images and of their mirror images, given their tags [B, K]."""
 
-    def one(plain, mirrored, guide, present):
+    def one(plain, mirrored, guide, present, evidence):
         log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
-        unary = jnp.where(present, unary_weight * log_probs, -1e4).reshape(-1, log_probs.shape[-1])
-        posterior = mean_field(unary, dense_kernel(guide, kernel_params), num_iterations=num_iterations)
-        return jax.nn.softmax(tempering * posterior).reshape(log_probs.shape)
+        unary = unary_weight * log_probs.reshape(-1, log_probs.shape[-1])
+        if evidence_weight:
+            unary += evidence_weight * _log_evidence(evidence, present, options)
+        return jax.nn.softmax(tempering * _mean_field(unary, guide, present, **mean_field_settings)).reshape(log_probs.shape)
 
     both = [network.logits(params, variables, features) for features in (plain, mirrored)]
-    return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, guide_ratio), present))
+    return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, guide_ratio), present, evidence))
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _posteriors_of_maps(guide, present, evidence, *, guide_ratio, options, unary_weight, tempering, **mean_field_settings):
+    """[B, g, g, K] posteriors of class maps, given the tags [B, K]."""
+
+    def one(guide, present, evidence):
+        unary = unary_weight * _log_evidence(evidence, present, options)
+        posterior = jax.nn.softmax(tempering * _mean_field(unary, guide, present, **mean_field_settings))
+        return posterior.reshape(*evidence["class_maps"].shape[:2], -1)
+
+    return jax.lax.map(lambda row: one(*row), (guide_image(guide, guide_ratio), present, evidence))
+
+
+def _log_evidence(evidence, present, options):
+    """[m, K] of the class maps of an image, given its tags."""
+    beside = {name: values.reshape(-1) for name, values in evidence.items() if name not in ("class_maps", "peaks")}
+    maps = evidence["class_maps"].astype(jnp.float32)
+    cells = maps.reshape(-1, maps.shape[-1])
+    return log_evidence(class_evidence(cells, evidence["peaks"], present, **beside, **dict(options)))
+
+
+def _mean_field(unary, guide, present, *, kernel_params, num_iterations):
+    """[m, K] log-posteriors of the classes that are there."""
+    return mean_field(jnp.where(present, unary, -1e4), dense_kernel(guide, kernel_params), num_iterations=num_iterations)
 
 
 @functools.partial(jax.jit, static_argnames=("network", "guide_stride"))

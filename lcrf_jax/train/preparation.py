@@ -109,7 +109,7 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
         )
     prepared = prepared._replace(views=cached if config["cache"]["features"] else of_images)
     inputs = plan.inputs
-    if {"class_maps", "gradient_saliency", "cues"} & set(inputs):
+    if {"class_maps", "tag_classifier", "gradient_saliency", "cues"} & set(inputs):
         prepared = _with_class_maps(prepared, cached, whole.identity)
     if "saliency" in inputs:
         with image_progress("saliency", len(train)) as done:
@@ -159,7 +159,9 @@ def _cues(prepared):
     if settings["file"]:
         return read_cues(settings["file"], train.names, len(train.class_names), prepared.plan.grid)
     levels = {name: settings[name] for name in ("foreground_level", "background_share")}
-    return classifier_cues(prepared.maps, train.tags, _gradient_saliency(prepared), **levels)
+    by_objectness = settings.get("background_by") == "objectness"
+    saliency = prepared.maps.objectness if by_objectness else _gradient_saliency(prepared)
+    return classifier_cues(prepared.maps, train.tags, saliency, **levels)
 
 
 def _gradient_saliency(prepared):
@@ -213,6 +215,9 @@ def training_records(
             maps["class_maps"] = prepared.maps.maps
             constants = {"peaks": prepared.maps.peaks, "bias": np.broadcast_to(bias, prepared.maps.peaks.shape)}
         maps |= {name: getattr(prepared, name) for name in ("gradient_saliency", "cues", "saliency") if name in inputs}
+        if "objectness" in inputs:
+            assert prepared.maps is not None
+            maps["objectness"] = prepared.maps.objectness[..., None]
     if not maps:
         return prepared.views
     options = {key: value for key, value in prepared.config["views"].items() if key != "num_views"}

@@ -40,6 +40,7 @@ _RANGES = {
     "baselines.saliency.contrast": (0, True, False),
     "baselines.saliency.level": (0, True, False),
     "posterior.unary_weight": (0, True, False),
+    "posterior.evidence_weight": (0, True, False),
     "posterior.tempering": (0, False, False),
     "posterior.num_iterations": (0, True, True),
     "optimizer.learning_rate": (0, False, False),
@@ -48,12 +49,14 @@ _RANGES = {
     "optimizer.weight_decay": (0, True, False),
     "optimizer.clip_norm": (0, False, False),
     "inference.max_side": (1, True, True),
+    "inference.prior_weight": (0, True, False),
     "inference.unary_weight": (0, True, False),
     "inference.num_iterations": (0, True, True),
 }
 _KERNELS = ("objective.kernel", "posterior.kernel", "inference.kernel", "baselines.sec.kernel")
 # (least, greatest): areas are shares of the image.
 _PAIRS = {"views.scale_range": 1.0, "views.ratio_range": math.inf}
+_WORDS = {"data.on_bad_image": MODES, "baselines.cues.background_by": ("gradient", "objectness")}
 _SIZES = ("inference.input_sizes", "class_maps.extra_sizes")
 # Their entries depend on other settings, and are looked at where these are known.
 _FREE = ("data.options",)
@@ -91,9 +94,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
             f"data.val_split: expected another split than {flat['data.train_split']!r}, which is trained on: best/ would be chosen by "
             "its masks; experiments.evaluate --split scores it when the run is finished"
         )
-    mode = flat.get("data.on_bad_image", "error")
-    if mode not in MODES:
-        raise SettingError(f"data.on_bad_image: expected one of {', '.join(MODES)}, got {mode!r}{nearest(mode, MODES)}")
+    for name, words in _WORDS.items():
+        if name in flat and flat[name] not in words:
+            expected = ", ".join(words)
+            raise SettingError(f"{name}: expected one of {expected}, got {flat[name]!r}{nearest(flat[name], words)}")
 
 
 def check_names(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:

@@ -25,6 +25,32 @@ def test_class_evidence_equals_its_definition():
         np.testing.assert_allclose(value, reference.class_evidence(maps, peaks, tags, **options), rtol=1e-4)
 
 
+@pytest.mark.parametrize("tags", [[1, 1, 0], [1, 1, 1], [1, 0, 0]], ids=["one class", "two classes", "no class"])
+def test_objectness_takes_the_place_of_a_share_of_the_maps(tags):
+    rng, tags = np.random.default_rng(5), np.array(tags, bool)
+    maps, objects = rng.normal(1, 1, size=(12, 2)), np.linspace(0, 1, 12)
+    options = {"background_level": 0.3, "sharpness": 2.0, "floor": 1e-2}
+    value = jax.jit(lambda o: class_evidence(maps, maps.max(axis=0), tags, objectness=o, objectness_weight=0.8, **options))(objects)
+    expected = reference.class_evidence(maps, maps.max(axis=0), tags, objectness=objects, objectness_weight=0.8, **options)
+    np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-7)
+    without = class_evidence(maps, maps.max(axis=0), tags, **options)
+    unused = class_evidence(maps, maps.max(axis=0), tags, objectness=objects, **options)
+    np.testing.assert_allclose(unused, without, rtol=1e-6)
+    gradient = jax.grad(lambda m: jnp.log(class_evidence(m, m.max(axis=0), tags, objectness=objects, objectness_weight=1.0, **options)).sum())(maps)
+    assert np.isfinite(gradient).all()
+
+
+def test_objectness_that_cannot_be_is_refused():
+    maps, tags = np.ones((3, 1)), np.array([True, True])
+    for given, said in (
+        ({"objectness_weight": 1.0}, "objectness: expected .* got None"),
+        ({"objectness_weight": -1.0, "objectness": np.ones(3)}, "objectness_weight"),
+        ({"objectness": np.ones(2)}, "objectness.*one value per pixel"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            class_evidence(maps, maps.max(axis=0), tags, background_level=0.2, **given)
+
+
 def test_saliency_moves_the_background_of_class_evidence():
     _, tags, maps, _ = relaxed_case(5)
     options = {"background_level": 0.22, "sharpness": 2.5, "floor": 1e-2, "saliency_weight": 1.7}

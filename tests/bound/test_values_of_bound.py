@@ -114,6 +114,7 @@ FURTHER = [
     ("class_evidence", {"class_maps": MAPS.T}, r"peaks: expected shape \[6\], got \[2\]"),
     ("class_evidence", {"peaks": np.array([1.0, np.nan])}, r"peaks: .* got nan at \[1\]"),
     ("class_evidence", {"saliency": np.full(M, 2.0)}, r"saliency: expected numbers in 0..1, got 2.0 at \[0\]; bring it"),
+    ("class_evidence", {"objectness": np.full(M, 2.0)}, r"objectness: expected numbers in 0..1, got 2.0 at \[0\]; bring it"),
     ("class_evidence", {"saliency_weight": jnp.float32(1)}, r"saliency: expected \[m\] values"),
     ("class_evidence", {"floor": 0}, "floor: expected a finite number > 0"),
     ("cue_evidence", {"cues": INDICES * 1.0}, "cues: expected integers, got float64; give class indices"),

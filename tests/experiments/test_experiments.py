@@ -14,7 +14,7 @@ from absl import flags
 from PIL import Image
 from programs import CLASSES, ROOT, SHORT, SMALL, TINY, assert_refused, run
 
-from experiments import reporting
+from experiments import class_map_scores
 from experiments.configs import base, textures, tiny, voc_animals
 from lcrf_jax.bound.objective import latent_crf_objective
 from lcrf_jax.data.opening import open_source
@@ -120,7 +120,7 @@ def test_class_maps_are_scored_with_tags_given(checkpoint):
     ended = run("evaluate", f"--checkpoint={checkpoint}", "--cam", "--tags_given")
     assert ended.code == 0, ended.err
     levels = dict(re.findall(r"(0\.\d+): (0\.\d{3})", ended.out))
-    assert len(levels) == len(reporting.CAM_LEVELS) and score(ended.last_line) == max(map(float, levels.values()))
+    assert len(levels) == len(class_map_scores.CAM_LEVELS) and score(ended.last_line) == max(map(float, levels.values()))
     assert_refused(run("evaluate", f"--checkpoint={checkpoint}", "--cam"), "--cam needs --tags_given")
     both = run("evaluate", f"--checkpoint={checkpoint}", "--cam", "--tags_given", "--crf")
     assert_refused(both, "--cam and --crf")

@@ -112,7 +112,7 @@ def test_cues_of_all_images_are_those_of_each():
     rng = np.random.default_rng(1)
     maps, saliency = rng.normal(size=(3, GRID, GRID, K - 1)).astype(np.float16), rng.random((3, GRID, GRID))
     peaks = np.float32(maps).max(axis=(1, 2))
-    found = cues.classifier_cues(ClassMaps(maps, peaks), Source.tags, saliency, foreground_level=0.4, background_share=0.2)
+    found = cues.classifier_cues(ClassMaps(maps, peaks, saliency), Source.tags, saliency, foreground_level=0.4, background_share=0.2)
     assert found.dtype == np.uint8 and found.shape == (3, GRID, GRID)
     for i in range(3):
         expected = localisation_cues(np.float32(maps[i]).reshape(-1, K - 1), peaks[i], Source.tags[i], saliency[i].reshape(-1),

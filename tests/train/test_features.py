@@ -13,6 +13,7 @@ from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.nets import inputs, tag_classifier
 from lcrf_jax.nets.network import backbone_variables, build_network
+from lcrf_jax.nets.objectness import objectness
 from lcrf_jax.nets.tag_classifier import average_precision
 from lcrf_jax.train import class_maps, features
 
@@ -293,11 +294,12 @@ def some_weights(seed=0):
 
 
 def map_by_hand(image, grid):
-    """The class map of one square image, through the head of the backbone as the network has it."""
+    """The class maps and the objectness of one square image, through the head of the backbone as the network has it."""
     network, variables = network_and_variables()
     taps = network.features(variables, image[None])
-    maps = network.head(variables, taps) @ some_weights()
-    return np.asarray(jax.image.resize(maps, (1, grid, grid, NUM_CLASSES - 1), "linear"))[0]
+    head = network.head(variables, taps)
+    maps = jnp.concatenate([head @ some_weights(), objectness(taps["s32"], head)[..., None]], axis=-1)
+    return np.asarray(jax.image.resize(maps, (1, grid, grid, NUM_CLASSES), "linear"))[0]
 
 
 @pytest.mark.slow
@@ -306,19 +308,19 @@ def test_class_maps_are_averaged_over_sizes_and_mirroring(tmp_path):
     result = maps_of(tmp_path, source)
     assert result.maps.shape == (NUM_IMAGES, 8, 8, NUM_CLASSES - 1) and result.maps.dtype == np.float16
     np.testing.assert_array_equal(result.peaks, np.float32(result.maps).max(axis=(1, 2)))
-    views = ViewDataset(source, 2, SIZE)
     for index in (0, 4):
-        plain, mirrored = (map_by_hand(views[index + view * NUM_IMAGES].image, 8) for view in (0, 1))
+        plain, mirrored = (map_by_hand(ViewDataset(source, 2, SIZE)[index + view * NUM_IMAGES].image, 8) for view in (0, 1))
         larger = map_by_hand(inputs.square_image(source[index].image, 96), 8)
         expected = ((plain + mirrored[:, ::-1]) / 2 + larger) / 2
-        np.testing.assert_allclose(result.maps[index], expected, atol=3e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(result.maps[index], expected[..., :-1], atol=3e-3 * np.abs(expected).max())
+        np.testing.assert_allclose(result.objectness[index], expected[..., -1], atol=1e-2)
 
 
 def test_class_maps_of_one_view_and_one_size_are_those_of_the_whole_image(tmp_path):
     source = Pictures()
     result = maps_of(tmp_path, source, num_views=1, extra_sizes=())
     expected = map_by_hand(ViewDataset(source, 1, SIZE)[2].image, 8)
-    np.testing.assert_allclose(result.maps[2], expected, atol=3e-3 * np.abs(expected).max())
+    np.testing.assert_allclose(result.maps[2], expected[..., :-1], atol=3e-3 * np.abs(expected).max())
 
 
 def test_class_maps_are_kept_by_what_they_depend_on(one_device, tmp_path):
@@ -347,7 +349,7 @@ def test_the_maps_average_to_the_logits_of_the_classifier(tmp_path):
     seen = source.tags[:, 1:].any(axis=0)
     assert seen.any() and np.all(average_precision(scores, source.tags[:, 1:])[seen] == 1)
     from_tap, from_images = class_maps.map_functions(network, variables, classifier.weights, s32.shape[1])
-    logits = from_tap(s32).mean(axis=(1, 2)) + classifier.bias
+    logits = from_tap(s32)[..., :-1].mean(axis=(1, 2)) + classifier.bias
     np.testing.assert_allclose(logits, scores, rtol=1e-3, atol=1e-3)
     images = np.stack([ViewDataset(source, 1, SIZE)[i].image for i in range(NUM_IMAGES)])
     maps = from_tap(s32)

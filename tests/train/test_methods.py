@@ -15,6 +15,7 @@ from lcrf_jax import baselines
 from lcrf_jax.bound.record import Record
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.data.opening import open_source
+from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.metrics import mean_iou
 from lcrf_jax.predict import evaluation
 from lcrf_jax.predict.outputs import OUTPUTS
@@ -72,6 +73,9 @@ def test_cues_of_the_latent_crf_are_an_input_by_configuration():
     assert methods.inputs_of(config) == ("class_maps", "cues")
     assert methods.localisation(config) == methods.localisation(config_of("sec")) == "class maps and gradient saliency"
     assert methods.localisation(config_of("mil_ilp")) == ""
+    sec = config_of("sec")
+    sec["baselines"]["cues"]["background_by"] = "objectness"
+    assert methods.localisation(sec) == "class maps and objectness"
 
 
 def test_gradient_saliency_is_an_input_where_the_evidence_asks_for_it():
@@ -82,6 +86,33 @@ def test_gradient_saliency_is_an_input_where_the_evidence_asks_for_it():
     assert methods.localisation(config) == "class maps and gradient saliency"
     config["objective"]["likelihood"] = "gwrp"
     assert methods.inputs_of(config) == ("class_maps",), "what does not see the evidence"
+
+
+def test_objectness_is_an_input_where_the_evidence_asks_for_it():
+    config = config_of("latent_crf")
+    evidence = {**config["objective"]["likelihood_options"]["evidence"], "objectness_weight": 1.0}
+    config["objective"]["likelihood_options"] = {"evidence": evidence}
+    assert methods.inputs_of(config) == ("class_maps", "objectness")
+    assert methods.localisation(config) == "class maps and objectness"
+
+
+def test_the_prior_of_test_time_needs_the_classifier_and_tells_nothing_of_places():
+    for name, expected in (("mil_ilp", ("tag_classifier",)), ("cam", ("class_maps",)), ("latent_crf", ("tag_classifier", "class_maps"))):
+        config = config_of(name)
+        before = methods.localisation(config)
+        config["inference"] = {"prior_weight": 1.0}
+        assert methods.inputs_of(config) == expected and methods.localisation(config) == before
+
+
+def test_posteriors_of_class_maps_begin_a_run_of_the_latent_crf_alone():
+    config = config_of("latent_crf")
+    assert not methods.begins_with_posteriors(config)
+    config["evidence_posterior"] = True
+    assert methods.begins_with_posteriors(config)
+    assert not methods.begins_with_posteriors({**config, "method": "sec"})
+    for change in ({"likelihood": "gwrp"}, {"cue_confidence": 0.9}, {"further_likelihoods": {"area": 1.0}}):
+        with pytest.raises(SettingError, match="evidence_posterior: "):
+            methods.begins_with_posteriors({**config, "objective": {**config["objective"], **change}})
 
 
 @pytest.mark.slow

@@ -5,7 +5,74 @@ import numpy as np
 import pytest
 from small_runs import small_config
 
-from lcrf_jax.train import posteriors, preparation
+from lcrf_jax.bound.pixel_evidence import class_evidence
+from lcrf_jax.crf.exact import dense_kernel
+from lcrf_jax.crf.inference import mean_field
+from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.nets.inputs import guide_image
+from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.digests import params_digest
+from lcrf_jax.train import fit, posteriors, preparation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False], ids=["features", "images"])
+def test_posteriors_of_class_maps_are_mean_field_on_their_evidence(tmp_path, kept):
+    config = small_config(tmp_path, cache__features=kept, evidence_posterior=True)
+    evidence = {**config["objective"]["likelihood_options"]["evidence"], "objectness_weight": 1.0, "saliency_weight": 1.0}
+    config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
+    given = preparation.prepare(config)
+    found = posteriors.evidence_posterior(given)
+    tags, grid = given.train.tags, given.plan.grid
+    assert found.shape == (len(tags), grid, grid, tags.shape[1]) and found.dtype == np.float16
+    np.testing.assert_allclose(np.float32(found).sum(axis=-1), 1, atol=2e-3)
+    assert not found[~np.broadcast_to(tags[:, None, None], found.shape)].any(), "classes that are not tagged"
+    at = 5
+    image = given.views[at].image if not kept else None
+    guide = given.views.guide()[at : at + 1] if kept else guide_image(image[None], given.plan.guide_stride)
+    cells = np.float32(given.maps.maps[at]).reshape(-1, tags.shape[1] - 1)
+    beside = {"objectness": given.maps.objectness[at].reshape(-1), "saliency": given.gradient_saliency[at].reshape(-1)}
+    unary = np.log(class_evidence(cells, given.maps.peaks[at], tags[at], **beside, **evidence) + 1e-12)
+    params = KernelParams(**config["posterior"]["kernel"]).at_stride(given.network.stride)
+    kernel = dense_kernel(guide_image(guide, given.network.stride // given.plan.guide_stride)[0], params)
+    settings = config["posterior"]
+    expected = mean_field(np.where(tags[at], settings["unary_weight"] * unary, -1e4), kernel, num_iterations=settings["num_iterations"])
+    expected = jax.nn.softmax(settings["tempering"] * expected).reshape(grid, grid, -1)
+    np.testing.assert_allclose(np.float32(found[at]), expected, atol=2e-3)
+    if not kept:
+        fields = {"class_maps": given.maps.maps, "peaks": given.maps.peaks, "objectness": given.maps.objectness,
+                  "saliency": given.gradient_saliency[..., 0]}  # fmt: skip
+        of_image = posteriors.map_posteriors(
+            config, given.network.stride, image[None], tags[at : at + 1], {name: a[at : at + 1] for name, a in fields.items()}
+        )
+        np.testing.assert_allclose(of_image[0], np.float32(found[at]), atol=2e-3)
+
+
+@pytest.mark.slow
+def test_class_maps_keep_their_word_in_later_rounds(tmp_path):
+    """With all the weight on the evidence the posteriors are those of the class maps, whatever the network says."""
+    config = small_config(tmp_path, evidence_posterior=True)
+    given = preparation.prepare(config)
+    taps = {tap: given.views.tap(tap)[:1] for tap in given.network.taps}
+    params = given.network.init(jax.random.key(0), given.variables, taps)
+    alone = posteriors.evidence_posterior(given)
+    settings = {**config["posterior"], "unary_weight": 1e-6, "evidence_weight": 1.0}
+    np.testing.assert_allclose(np.float32(posteriors.posterior_evidence(given, params, settings)), np.float32(alone), atol=2e-3)
+    both = posteriors.posterior_evidence(given, params, {**settings, "unary_weight": 1.0})
+    without = posteriors.posterior_evidence(given, params, config["posterior"])
+    assert np.abs(np.float32(both) - np.float32(without)).max() > 0.01
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_with_posteriors_goes_on_to_the_same_bits(tmp_path):
+    config = small_config(tmp_path / "cache", evidence_posterior=True, inference__prior_weight=1.0)
+    given = preparation.prepare(config)
+    fit.train(given, tmp_path / "run")
+    first = params_digest(restore_params(tmp_path / "run"))
+    fit.train(given, tmp_path / "run")  # finished: left as it is
+    fit.train(given, tmp_path / "again")
+    assert params_digest(restore_params(tmp_path / "again")) == first
+    assert len(list((tmp_path / "run" / "posteriors").iterdir())) >= len(given.plan.rounds)
 
 
 @pytest.mark.slow

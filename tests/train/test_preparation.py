@@ -69,7 +69,7 @@ def test_settings_that_no_data_makes_right_are_refused_before_it_is_read(tmp_pat
 @pytest.mark.slow
 def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_to(cache, tmp_path):
     config = small_config(cache, objective__cue_confidence=0.9)
-    evidence = {**config["objective"]["likelihood_options"]["evidence"], "saliency_weight": 2.0}
+    evidence = {**config["objective"]["likelihood_options"]["evidence"], "saliency_weight": 2.0, "objectness_weight": 1.0}
     config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
     config["objective"]["further_likelihoods"] = {"gwrp": 3.0}
     given = preparation.prepare(config)
@@ -78,6 +78,7 @@ def test_the_latent_crf_learns_from_cues_and_gradient_saliency_where_it_is_told_
     record = preparation.training_records(given)[24 + 3]  # the mirror image of the fourth
     np.testing.assert_array_equal(record.gradient_saliency, given.gradient_saliency[3][:, ::-1])
     np.testing.assert_array_equal(record.cues, given.cues[3][:, ::-1])
+    np.testing.assert_array_equal(record.objectness[..., 0], np.float32(given.maps.objectness[3])[:, ::-1])
     assert record.class_maps is not None and record.peaks is not None
     later = preparation.training_records(given, np.full((24, 6, 6, 7), 1 / 7, np.float16))[0]
     assert later.cues is later.gradient_saliency is later.class_maps is None
@@ -93,6 +94,12 @@ def test_cues_come_from_the_classifier_or_from_a_file(cache, tmp_path):
     record = preparation.training_records(given)[24 + 3]
     np.testing.assert_array_equal(record.cues, given.cues[3][:, ::-1])
     np.savez(tmp_path / "cues.npz", ids=np.array(given.train.names), cues=np.full((24, 41, 41), 255, np.uint8))
+    config = small_config(cache, method="sec", epochs=(1,))
+    config["baselines"]["cues"]["background_by"] = "objectness"
+    others = preparation.prepare(config)
+    assert (others.cues != given.cues).any() and ((others.cues == 0).sum(axis=(1, 2)) > 0).any()
+    quiet = others.maps.objectness[others.cues == 0]
+    assert quiet.mean() < others.maps.objectness.mean(), "where objectness is least"
     config = small_config(cache, method="sec", epochs=(1,))
     config["baselines"]["cues"]["file"] = str(tmp_path / "cues.npz")
     assert (preparation.prepare(config).cues == 255).all()

@@ -1,0 +1,85 @@
+"""Scores of the tag classifier's maps, tags given: by a level, and as the labels that training begins with."""
+
+import numpy as np
+
+from experiments import reporting
+from lcrf_jax.data.parts import InParts
+from lcrf_jax.data.pipeline import prefetched
+from lcrf_jax.machine.progress import say
+from lcrf_jax.metrics import confusion_matrix, format_iou_table, mean_iou
+from lcrf_jax.nets.inputs import square_image
+from lcrf_jax.nets.network import build_network
+from lcrf_jax.predict.outputs import restored_classifier
+from lcrf_jax.predict.resizing import resized_map
+from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.runfolder.description import load_description
+from lcrf_jax.train import preparation
+from lcrf_jax.train.class_maps import map_functions, mean_map
+from lcrf_jax.train.methods import begins_with_posteriors
+from lcrf_jax.train.posteriors import map_posteriors
+
+CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
+
+
+def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
+    """Score the class maps of the run's tag classifier, tags given, at the best background level for the split.
+
+    Of several parts the level is the best one for the first, and all are scored at it.
+    """
+    scored = reporting.whole_or_parts(source, num_parts)
+    part_of = scored.numbers if isinstance(scored, InParts) else np.zeros(len(source), int)
+    if not tags_given:
+        raise ValueError("--cam needs --tags_given: without tags class maps say nothing of which classes are there")
+    description, params = load_description(run_dir), restore_params(run_dir)
+    if "classifier" not in params:
+        method = description["training"]["method"]
+        raise ValueError(f"{run_dir} is a run of {method} and has no tag classifier; give one of cam or latent_crf")
+    network, settings = build_network(description["network"]), description["training"]["class_maps"]
+    classifier = restored_classifier(params)
+    _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])
+    size, num_classes, logits = description["training"]["input_size"], len(source.class_names), []
+    matrices = np.zeros((len(CAM_LEVELS), num_parts, num_classes, num_classes), np.int64)
+    training, of_posteriors = description["training"], np.zeros((num_parts, num_classes, num_classes), np.int64)
+    evidence = training["objective"]["likelihood_options"]["evidence"]
+    posteriors_too = begins_with_posteriors(training) and not evidence.get("saliency_weight")
+    for part, example in zip(part_of, prefetched(source), strict=True):
+        square = square_image(example.image, size)[None]
+        others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
+        maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
+        if posteriors_too:
+            found = _map_posteriors(training, network.stride, square, example.tags[None], maps)
+            labels = resized_map(found, example.image.shape[:2]).argmax(axis=-1)
+            of_posteriors[part] += confusion_matrix(labels, example.mask, num_classes)
+        scores = maps[0, ..., :-1]
+        logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
+        scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
+        scores = resized_map(scores, example.image.shape[:2])
+        for at, level in enumerate(CAM_LEVELS):
+            background = np.full((*scores.shape[:2], 1), level, np.float32)
+            labels = np.concatenate([background, scores], axis=-1).argmax(axis=-1)
+            matrices[at, part] += confusion_matrix(labels, example.mask, num_classes)
+    chosen_on = [mean_iou(matrix) for matrix in matrices[:, 0]]
+    best = int(np.argmax(np.nan_to_num(chosen_on)))
+    where = "this split" if num_parts == 1 else scored.splits[0]
+    say(preparation.precision_line(source.split, source, np.stack(logits)))
+    say("\nclass maps of the frozen tag classifier, tags given at test time")
+    say(f"mIoU by background level{'' if num_parts == 1 else f', {where}'}: "
+        + ", ".join(f"{level:g}: {miou:.3f}" for level, miou in zip(CAM_LEVELS, chosen_on, strict=True)))  # fmt: skip
+    say(f"{len(source)} images of {source.split}, level {CAM_LEVELS[best]:g}, the best on {where}")
+    table = format_iou_table(matrices[best].sum(axis=0), source.class_names)
+    say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': matrices[best]}))}")
+    if posteriors_too:
+        say("\nposteriors of the class maps under the CRF, which the first round learns from, tags given")
+        table = format_iou_table(of_posteriors.sum(axis=0), source.class_names)
+        say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': of_posteriors}))}")
+    if num_parts > 1:
+        say(f"\n{table.splitlines()[-1]}")
+
+
+def _map_posteriors(training, stride, square, tags, maps):
+    """[g, g, K] posteriors of the class maps and the objectness [1, g, g, K] of an image, given its tags."""
+    class_maps, objectness = maps[..., :-1], maps[..., -1]
+    arrays = {"class_maps": class_maps, "peaks": class_maps.max(axis=(1, 2))}
+    if training["objective"]["likelihood_options"]["evidence"].get("objectness_weight"):
+        arrays["objectness"] = objectness
+    return np.asarray(map_posteriors(training, stride, square, tags, arrays))[0]

@@ -1,0 +1,27 @@
+"""Scores of class maps, and of what the first round is trained on."""
+
+import re
+
+import pytest
+from small_runs import small_config
+
+from experiments.class_map_scores import CAM_LEVELS, evaluate_cam
+from lcrf_jax.train import fit, preparation
+from lcrf_jax.train.splits import checked_split
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [True, False], ids=["posteriors", "maps"])
+def test_what_the_first_round_learns_from_is_scored_beside_the_maps(tmp_path, capsys, first):
+    config = small_config(tmp_path / "cache", evidence_posterior=first, epochs=(1,))
+    evidence = {**config["objective"]["likelihood_options"]["evidence"], "objectness_weight": float(first)}
+    config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
+    fit.train(preparation.prepare(config), tmp_path / "run")
+    capsys.readouterr()
+    evaluate_cam(tmp_path / "run", checked_split(config, "val", masks=True), tags_given=True, num_parts=2)
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"0\.\d+: 0\.\d{3}", shown)) == len(CAM_LEVELS)
+    assert ("posteriors of the class maps under the CRF" in shown) == first
+    assert shown.count("val[1::2]") == 1 + first
+    scores = [float(value) for value in re.findall(r"^mIoU +(0\.\d{3})", shown, re.MULTILINE)]
+    assert len(scores) == 2 + first and all(0 < score < 1 for score in scores)
