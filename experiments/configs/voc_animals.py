@@ -33,5 +33,6 @@ def get_config():
     config.posterior.kernel.bilateral_colour_width = 8.0
     config.inference.prior_weight = 1.0
     config.inference.kernel.bilateral_weight = 4.0
+    config.inference.kernel.bilateral_position_width = 40.0
     config.inference.kernel.bilateral_colour_width = 8.0
     return config
