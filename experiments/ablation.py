@@ -20,6 +20,7 @@ from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.metrics import metrics_history
 from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_folder
+from lcrf_jax.train.methods import begins_with_posteriors
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; made if it is not there.")
@@ -73,6 +74,8 @@ def varied(config, settings, seed):
     changed.seed = seed
     for name, value in settings.items():
         changed.objective[name] = value
+    if changed.objective.likelihood != "evidence":
+        changed.evidence_posterior = False  # there is nothing for the CRF to smooth before there is a network
     return changed.to_dict()
 
 
@@ -106,7 +109,9 @@ def main(argv):
     if preparation.open_data(config.to_dict())[1] is None:
         raise ValueError("there are no masks of a validation split to compare on; see config.data.val_split")
     for settings in chosen.values():
-        latent_crf_objective(varied(config, settings, 0)["objective"], stride=1, steps_per_epoch=1)
+        one = varied(config, settings, 0)
+        latent_crf_objective(one["objective"], stride=1, steps_per_epoch=1)
+        begins_with_posteriors(one)  # both refuse what does not go together, before anything is trained
     prepared = preparation.prepare(config.to_dict())
     rows = []
     for name, settings in chosen.items():

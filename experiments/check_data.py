@@ -17,9 +17,10 @@ from ml_collections import config_flags
 from experiments import reporting
 from lcrf_jax.data.check import equal_pictures, listed, mask_doubts, notes, read_all
 from lcrf_jax.data.parts import whole_of
+from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train import plan
-from lcrf_jax.train.splits import DEFAULT_VAL_SPLIT, open_split
+from lcrf_jax.train.splits import DEFAULT_VAL_SPLIT, open_split, refuse_shared
 
 _DATA = flags.DEFINE_string("data", None, "Folder of the photographs; sets config.data.root.")
 _CONFIG = config_flags.DEFINE_config_file(
@@ -48,6 +49,11 @@ def opened_splits(config):
                 problems.append(str(error))
         except ValueError as error:
             problems += [line.strip() for line in str(error).splitlines() if not re.search(r": \d+ problems:$", line)]
+    if len(sources) == 2:
+        try:
+            refuse_shared(*sources)
+        except SettingError as error:
+            problems.append(str(error))
     return sources, list(dict.fromkeys(problems))
 
 

@@ -33,7 +33,7 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     description, params = load_description(run_dir), restore_params(run_dir)
     if "classifier" not in params:
         method = description["training"]["method"]
-        raise ValueError(f"{run_dir} is a run of {method} and has no tag classifier; give one of cam or latent_crf")
+        raise ValueError(f"{run_dir} is a run of {method} and has no tag classifier; give one that has, such as one of cam, sec or latent_crf")
     network, settings = build_network(description["network"]), description["training"]["class_maps"]
     classifier = restored_classifier(params)
     _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])

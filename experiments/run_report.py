@@ -22,6 +22,10 @@ CURVES = {
 }
 
 
+def _per_cent(share):
+    return "-" if np.isnan(share) else f"{100 * share:.1f} %"
+
+
 def write_run_report(
     path, run_dir, description, segmenter, source, *, data, matrices, image_scores, used, tags_given, known_samples=None, parts=None
 ):
@@ -44,7 +48,7 @@ def write_run_report(
     names = segmenter.class_names
     scores = [(f"mIoU, {title}", f"{100 * mean_iou(matrix):.1f} %") for title, matrix in matrices.items()]
     own = description["training"]["data"]
-    scores += [(f"mIoU of {split}, {title}", f"{100 * mean_iou(part[name]):.1f} %") for split, part in (parts or {}).items()
+    scores += [(f"mIoU of {split}, {title}", _per_cent(mean_iou(part[name]))) for split, part in (parts or {}).items()
                for name, title in (("plain", "network"), ("refined", "refined")) if name in part]  # fmt: skip
     figures = [*scores, ("images", f"{len(source)} of {source.split}"), ("method", description["training"]["method"])]
     note = f"Supervision: {used}. Data: {data_in_words(data)}."

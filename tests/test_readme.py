@@ -7,6 +7,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,9 +17,22 @@ SCALING, FAULTS, PHOTOGRAPHS, ORIGINAL, EXPORT, CARD = (
 )
 
 
+@pytest.mark.slow
+def test_the_first_example_runs_as_printed(tmp_path, monkeypatch):
+    data = pytest.importorskip("skimage.data")
+    Image.fromarray(data.chelsea()).save(tmp_path / "photograph.jpg")
+    monkeypatch.chdir(tmp_path)
+    code, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)  # noqa: S102 (our own README)
+    found = names["found"]
+    assert found.labels.shape == found.confidence.shape == data.chelsea().shape[:2]
+    assert (found.labels == found.class_names.index("cat")).mean() > 0.5
+
+
 @pytest.mark.filterwarnings("error::DeprecationWarning")
 def test_the_library_example_runs():
-    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    *_, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 (our own README)
     assert names["gradient"].shape == (576, 4) and jnp.isfinite(names["gradient"]).all()
@@ -30,7 +44,7 @@ def test_the_library_example_runs():
 
 @pytest.mark.filterwarnings("error::DeprecationWarning")
 def test_the_example_of_the_dense_crf_runs_as_printed():
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, code, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {}
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102 (our own README)
     bright = names["image"][:, :, 0] == 200

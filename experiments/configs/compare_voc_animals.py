@@ -4,8 +4,8 @@
         --methods=all --seeds=3 --parts=2 --workdir=DIR
 
 Network, steps, class maps and the tag classifier's word at test time are the same for all methods. SEC's cues know background by
-objectness, as the evidence of the latent CRF does. What the compared methods set for themselves was chosen on val before there
-were halves of it (docs/comparison.md). No mask of a training photograph is seen. These are not VOC 2012 figures.
+objectness, as the evidence of the latent CRF does. What the compared methods set for themselves was chosen on all of val
+(docs/comparison.md). No mask of a training photograph is seen. These are not VOC 2012 figures.
 """
 
 from experiments.configs import voc_animals

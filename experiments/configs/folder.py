@@ -4,7 +4,7 @@
     python -m experiments.train --config=experiments/configs/folder.py --config.data.root=FOLDER --workdir=RUN
 
 The settings are those of voc_animals.py, which were chosen on photographs of animals and people, with at least 150 steps in
-each of the two rounds for a folder of few photographs. best/ is chosen on all of val, for masks of one's own are few; with many,
+each of the three rounds for a folder of few photographs. best/ is chosen on all of val, for masks of one's own are few; with many,
 --config.data.val_split='val[0::2]' leaves val[1::2] for a score that nothing was chosen by. docs/photographs.md has the whole way.
 """
 

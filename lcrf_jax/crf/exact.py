@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.crf.linear import is_sought, transposable
+from lcrf_jax.crf.linear import solved
 from lcrf_jax.crf.params import KernelParams, checked_params, colours, guide_features, position_features
 from lcrf_jax.numerics import check_count, check_finite, check_shape, promote_float, squared_distances
 
@@ -168,35 +168,20 @@ def _filtered_in_blocks(block_size, exp, features, values):
     return blocks.reshape(num_blocks * rows, -1)[:num_pixels]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _filtered(block_size, features, values):
+    """The filter, which has all derivatives in both arguments; none of them stores the kernel."""
     exp = _exp_of_negative if values.dtype == features.dtype == jnp.float32 else jnp.exp
     # A batch is done image by image: blocks of all images at once would not stay in the cache.
     blocks = jax.custom_batching.sequential_vmap(functools.partial(_filtered_in_blocks, block_size, exp))
-    exactly = functools.partial(_filtered_in_blocks, block_size, jnp.exp)
-    return _with_derivatives(blocks, exactly)(features, values)
 
+    def system(both):
+        x, y = jnp.split(both, 2)
+        return jnp.concatenate([x, y - _filtered_in_blocks(block_size, jnp.exp, features, x)])
 
-def _with_derivatives(blocks, exactly):
-    """The filter, its derivatives in both arguments; none of them stores the kernel."""
-
-    @jax.custom_jvp
-    def filtered(features, values):
-        return blocks(features, values)
-
-    @functools.partial(filtered.defjvp, symbolic_zeros=True)
-    def derivative(primals, tangents):
-        features, values = primals
-        total = jnp.zeros_like(values)
-        if is_sought(tangents[0]):
-            # Where nobody asks for the derivative in the features, nothing of it is traced.
-            total = jax.jvp(lambda moved: exactly(moved, values), (features,), (tangents[0],))[1]
-        if is_sought(tangents[1]):
-            # The kernel is symmetric, so the sum is its own transpose in the values.
-            product = functools.partial(filtered, features)
-            total = total + transposable(product, product, tangents[1])
-        return filtered(features, values), total
-
-    return filtered
+    # The kernel is symmetric, so the sum is its own transpose in the values.
+    product = functools.partial(blocks, features)
+    return solved(product, product, values, beside=features, system=system)
 
 
 def _exp_of_negative(x):

@@ -21,7 +21,7 @@ from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian
 from lcrf_jax.crf.forms import BilateralForm
 from lcrf_jax.crf.kernel import ImageKernel, SpatialGaussian
 from lcrf_jax.crf.lattice_building import default_capacity
-from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours, guide_features
+from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours, guide_features, static_width
 from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
 from lcrf_jax.numerics import check_shape, known_number
 
@@ -61,7 +61,7 @@ def _assembled(
     mask = jnp.ones(math.prod(grid), dtype) if counted is None else counted.astype(dtype)
     scale = mask
     if not _is_zero(params.gaussian_weight):
-        taps = jnp.asarray(gaussian_taps(params.gaussian_position_width), dtype)
+        taps = jnp.asarray(gaussian_taps(static_width(params, "gaussian_position_width")), dtype)
         if normalisation != "none":
             scale = inverse_root(separable_filter(mask.reshape(*grid, 1), taps).reshape(-1), mask)
         gaussian = SpatialGaussian(taps, scale.reshape(grid))
@@ -161,7 +161,7 @@ def anchor_image_kernel(
     if not _is_zero(params.bilateral_weight):
         bilateral = build_anchors(
             _guide(image, params)[:, 2:].reshape(image.shape),
-            position_width=params.bilateral_position_width,
+            position_width=static_width(params, "bilateral_position_width"),
             colour_width=1.0,
             num_anchors=num_anchors,
             valid=valid,

@@ -105,49 +105,57 @@ def linear_map(function: _Map, transpose: _Map, *, message: str) -> _Map:
     transpose = jax.custom_batching.sequential_vmap(transpose)
 
     @jax.custom_jvp
-    def mapped(structure, values):
-        return function(structure, values)
+    def same(structure, values):
+        del structure
+        return values
 
-    @functools.partial(mapped.defjvp, symbolic_zeros=True)
-    def derivative(primals, tangents):
-        structure, values = primals
+    @functools.partial(same.defjvp, symbolic_zeros=True)
+    def refuse(primals, tangents):
         _refuse_derivative(tangents[0], message)
-        tangent = jnp.zeros_like(values) if not is_sought(tangents[1]) else tangents[1]
-        return mapped(structure, values), transposable(
-            functools.partial(function, structure), functools.partial(transpose, structure), tangent
+        return primals[1], tangents[1]
+
+    @jax.jit
+    def mapped(structure, values):
+        return solved(
+            functools.partial(function, structure), functools.partial(transpose, structure), values,
+            beside=jax.tree.leaves(structure)[0],
+            system=functools.partial(same, structure), symmetric=True,
         )
 
     return mapped
 
 
-def transposable(function: Callable, transpose: Callable, values: jax.Array) -> jax.Array:
+def solved(
+    function: Callable, transpose: Callable, values: jax.Array, *, beside: jax.Array, system: Callable,
+    symmetric: bool = False,
+) -> jax.Array:
     """A linear function of values, which JAX can differentiate, transpose, and batch.
 
-    It is written as the solution x of I x = function(values), for which JAX has all of these rules. Such a solution
-    has the shape of the right-hand side, so where the numbers of rows differ both have a place in one array.
+    It is y in the solution (x, y) of x = values, y - function(x) = 0: for a linear system JAX has all of these rules. They
+    stay in a loop, where those of `jax.custom_jvp` are lost as soon as its derivative is differentiated. JAX wants both
+    parts in one array; the compiler takes them apart again.
 
     Args:
       function: linear, from [m, K] to [n, K].
       transpose: its transpose.
       values: [m, K].
+      beside: one of the arrays that the function is made of.
+      system: the left sides [m + n, K] of the system for (x, y) [m + n, K]. JAX differentiates it in what it has closed
+        over, and never runs it where nobody asks for that. The identity will do where it has closed over nothing, or
+        refuses.
+      symmetric: whether `system` is its own transpose.
     Returns:
       [n, K].
     """
-
-    def identity(values):
-        return values
-
+    # Inside `jax.shard_map` JAX has to see that the solution differs from device to device where the function does.
+    values = values + jnp.ravel(beside)[:0].sum().astype(values.dtype)
     rows, mapped_rows = len(values), jax.eval_shape(function, values).shape[0]
-    if rows == mapped_rows:
-        return jax.lax.custom_linear_solve(
-            identity, values, lambda _, given: function(given), lambda _, given: transpose(given)
-        )
 
     def forwards(_, given):
-        return jnp.pad(function(given[:rows]), ((rows, 0), (0, 0)))
+        return jnp.concatenate([given[:rows], given[rows:] + function(given[:rows])])
 
     def backwards(_, given):
-        return jnp.pad(transpose(given[rows:]), ((0, mapped_rows), (0, 0)))
+        return jnp.concatenate([given[:rows] + transpose(given[rows:]), given[rows:]])
 
     given = jnp.pad(values, ((0, mapped_rows), (0, 0)))
-    return jax.lax.custom_linear_solve(identity, given, forwards, backwards)[rows:]
+    return jax.lax.custom_linear_solve(system, given, forwards, backwards, symmetric=symmetric)[rows:]

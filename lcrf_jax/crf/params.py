@@ -31,6 +31,7 @@ from lcrf_jax.numerics import (
     check_shape,
     check_values,
     first_place,
+    known_number,
     promote_float,
 )
 
@@ -161,6 +162,27 @@ def checked_params(params: KernelParams) -> KernelParams:
         if np.ndim(width) == 0:
             check_number("bilateral_colour_width", width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
     return params
+
+
+def static_width(params: KernelParams, name: str) -> float:
+    """A position width that sets sizes of arrays.
+
+    Args:
+      params: a `KernelParams`.
+      name: of its field.
+    Returns:
+      The width.
+    Raises:
+      TypeError: if it is traced, as for a derivative in it.
+    """
+    width = getattr(params, name)
+    known = known_number(width)
+    if known is None:
+        raise TypeError(
+            f"{name}: expected a Python number, got {type(width).__name__}; it sets sizes of arrays, so it has no derivative "
+            "in this form: close over the parameters or pass them through static_argnums, or take dense_kernel"
+        )
+    return known
 
 
 def scaled(params: KernelParams, stride: float) -> KernelParams:

@@ -42,5 +42,6 @@ def _unit(vectors):
 def _stretched(values):
     """[B, h, w] from its least to its greatest value in each image, as 0..1."""
     least, greatest = (reduced(values, axis=(1, 2), keepdims=True) for reduced in (jnp.min, jnp.max))
-    stretched = (values - least) / jnp.maximum(greatest - least, _LEAST_RANGE)
-    return jnp.where(greatest - least > _LEAST_RANGE, stretched, 0.5)
+    bound = _LEAST_RANGE * jnp.maximum(1.0, jnp.abs(greatest))  # what rounding alone may do
+    stretched = (values - least) / jnp.maximum(greatest - least, bound)
+    return jnp.where(greatest - least <= bound, 0.5, stretched)

@@ -13,6 +13,7 @@ from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.images import opened_as_rgb, read_image
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
+from lcrf_jax.machine.errors import nearest
 from lcrf_jax.pictures.palette import palette
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
@@ -99,6 +100,7 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
       Model.
 
     Raises:
+      FileNotFoundError: if there is no such folder, file or model.
       lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, or its files are damaged.
       ValueError: if `which` is another word.
     """
@@ -107,6 +109,12 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
     given = pathlib.Path(checkpoint).expanduser()
     if not given.exists() and str(checkpoint) in shipped_models():
         given = SHIPPED / f"{checkpoint}.npz"
+    if not given.exists() and given.suffix != ".npz" and len(given.parts) == 1:
+        shipped = ", ".join(shipped_models()) or "none"
+        raise FileNotFoundError(
+            f"{checkpoint}: there is no such folder or file, and no model of this name comes with the package (those that do: {shipped})"
+            f"{nearest(str(checkpoint), shipped_models())}"
+        )
     if given.is_file() or given.suffix == ".npz":
         return Model(*load_compact(given))
     description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)

@@ -39,10 +39,9 @@ def _log_prior(network, params, features, mirrored):
     """
     classifier = restored_classifier(params)
     pooled = network.head(params["backbone"], features).mean(axis=(1, 2))
-    if mirrored:
-        pooled = sum(jnp.split(pooled, 2)) / 2
     log_probs = jax.nn.log_sigmoid(pooled @ classifier.weights + classifier.bias)
-    return jnp.pad(log_probs - log_probs.max(axis=-1, keepdims=True), ((0, 0), (1, 0)))
+    relative = jnp.pad(log_probs - log_probs.max(axis=-1, keepdims=True), ((0, 0), (1, 0)))
+    return sum(jnp.split(relative, 2)) / 2 if mirrored else relative  # as the mean of the two images' results
 
 
 def _softmax(network, params, features, mirrored, options):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,9 @@ from lcrf_jax.runfolder.digests import named_leaves, nested
 SHIPPED = pathlib.Path(__file__).parent / "models"
 _DESCRIPTION = "description"
 _BACKBONE = "backbone"
-# What is of the machine that trained, and no business of who gets the file.
-_OF_THE_MACHINE = (("data", "root"), ("cache", "directory"))
+# What tells of the machine that trained, and is no business of who gets the file: places, and segments with its name.
+_OF_THE_MACHINE = ("data.root", "cache.directory", "baselines.cues.file", "data.options.tags", "data.options.classes")
+_LEFT_OUT = ("data", "segments")
 
 
 def shipped_models() -> tuple[str, ...]:
@@ -49,17 +51,29 @@ def save_compact(path: str | os.PathLike, description: Mapping[str, Any], params
     wide = [name for name, leaf in leaves.items() if not (np.abs(leaf) <= np.finfo(np.float16).max).all()]
     if wide:
         raise CheckpointError(f"{wide[0]} has numbers above {np.finfo(np.float16).max:g} or none, which float16 does not hold")
-    kept = json.loads(json.dumps({name: value for name, value in description.items() if name != "data"}))
-    for group, name in _OF_THE_MACHINE:
-        if name in kept.get("training", {}).get(group, {}):
-            kept["training"][group][name] = ""
-    text = np.frombuffer(json.dumps(kept, sort_keys=True).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(_without_places(description), sort_keys=True).encode(), np.uint8)
 
     path = pathlib.Path(path)
     with (partial := path.with_name(f".{path.name}.partial")).open("wb") as file:
         np.savez_compressed(file, **{_DESCRIPTION: text}, **{name: leaf.astype(np.float16) for name, leaf in leaves.items()})  # type: ignore[arg-type]
     os.replace(partial, path)
     return path.stat().st_size
+
+
+def _without_places(description):
+    """A description that says nothing of where it was made; weights of a file are those that are installed."""
+    kept = json.loads(json.dumps({name: value for name, value in description.items() if name not in _LEFT_OUT}))
+    training = kept.get("training", {})
+    if not str(training.get("weights", "")).startswith(("hf:", "random")):
+        training["weights"] = ""
+    for path in _OF_THE_MACHINE:
+        *groups, name = path.split(".")
+        node = training
+        for group in groups:
+            node = node.get(group, {})
+        if node.get(name):
+            node[name] = ""
+    return kept
 
 
 def load_compact(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,7 +98,7 @@ def load_compact(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
             description = json.loads(stored[_DESCRIPTION].tobytes())
             leaves = {name: stored[name].astype(np.float32) for name in stored.files if name != _DESCRIPTION}
         missing = [name for name in (*FOR_INFERENCE, "backbone_sha256") if name not in description]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path}: expected a model as experiments.export --compact writes it, cannot read it as one ({error})") from error
     if missing:
         raise CheckpointError(f"{path}: the description has no {', '.join(missing)}; write the file anew")

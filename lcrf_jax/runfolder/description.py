@@ -97,7 +97,7 @@ def _check_description(run_dir, description, may_differ):
         return []
     old = load_description(run_dir)
     ignored = {*may_differ, "data", "segments"}
-    changed = sorted(key for key in old.keys() | new.keys() if key not in ignored and old.get(key) != new.get(key))
+    changed = sorted(key for key in old.keys() | new.keys() if key not in ignored and _differ(old.get(key), new.get(key)))
     if not has_parameters(run_dir):
         return _replaced(path.parent, old, new, changed)
     if changed:
@@ -105,6 +105,13 @@ def _check_description(run_dir, description, may_differ):
                               "one; use a new folder, or the settings this run was started with")
     check_data(run_dir, new.get("data", {}))
     return _setting_changes(path.parent, old, new["training"]) + _version_changes(path.parent, old, new)
+
+
+def _differ(old, new):
+    """Whether two entries differ by more than settings that the version before did not have, and that are off."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        new = {name: value for name, value in new.items() if name in old or value}
+    return old != new
 
 
 def check_data(run_dir: str | os.PathLike, data: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from lcrf_jax.runfolder.metrics import MetricsWriter
 from lcrf_jax.runfolder.segments import with_segment
 from lcrf_jax.train.beginning import description_before, is_saved, refuse_changes, refuse_moved_rounds
 from lcrf_jax.train.methods import begins_with_posteriors
-from lcrf_jax.train.posteriors import evidence_posterior, posterior_evidence
+from lcrf_jax.train.posteriors import posterior_evidence, posterior_of_maps
 from lcrf_jax.train.preparation import Prepared, inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
     TrainState,
@@ -251,10 +251,12 @@ def _evidence_of(prepared, workdir, this, state, done):
     posterior = method.posterior(config)
     identity = {
         "round": this.number,
-        "posterior": posterior,
+        "posterior": {name: value for name, value in posterior.items() if name != "evidence_weight" or value},
         "before": list(method.round_epochs(config)[: this.number]),
         "seed": config["seed"],
     }
+    if posterior.get("evidence_weight"):
+        identity["evidence"] = config["objective"]["likelihood_options"]["evidence"]
     with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
         if cache.first < cache.num_records:  # all at once
             if done != this.first_step:
@@ -275,7 +277,7 @@ def _first_evidence(prepared, workdir):
     identity = {"round": 0, "posterior": config["posterior"], "evidence": evidence, "maps": params_digest({"peaks": maps.peaks})}
     with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
         if cache.first < cache.num_records:
-            cache.write(evidence=evidence_posterior(prepared))
+            cache.write(evidence=posterior_of_maps(prepared))
     return cache.arrays["evidence"]
 
 

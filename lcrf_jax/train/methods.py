@@ -187,13 +187,14 @@ def _unrefined(config):
 def _evidence_inputs(config):
     """What the evidence of the latent CRF needs beside class maps."""
     objective = config["objective"]
-    if objective["likelihood"] != "evidence":
+    later = config.get("posterior", {}).get("evidence_weight")  # later rounds take the maps, whatever the first one takes
+    if objective["likelihood"] != "evidence" and not later:
         return ()
     evidence = objective["likelihood_options"]["evidence"]
     wanted = {
         "objectness": evidence.get("objectness_weight"),
         "gradient_saliency": evidence.get("saliency_weight"),
-        "cues": objective["cue_confidence"],
+        "cues": objective["likelihood"] == "evidence" and objective["cue_confidence"],
     }
     return tuple(name for name, weight in wanted.items() if weight)
 
@@ -245,7 +246,7 @@ def inputs_of(config: Mapping[str, Any]) -> tuple[str, ...]:
       config: dict with "method" and what the method's inputs depend on.
 
     Returns:
-      tuple of keys of INPUTS.
+      tuple of keys of INPUTS, and "tag_classifier" first where the prior of test time needs it.
 
     Raises:
       ValueError: if the method is unknown.
@@ -293,8 +294,11 @@ def localisation(config: Mapping[str, Any]) -> str:
       ValueError: if the method is unknown.
     """
     inputs = [name for name in inputs_of(config) if name in INPUTS]
-    if inputs and inputs[-1] == "cues" and config["baselines"]["cues"].get("background_by") == "objectness":
+    cues = config["baselines"]["cues"]
+    if inputs and inputs[-1] == "cues" and cues.get("background_by") == "objectness" and not cues["file"]:
         return INPUTS["objectness"]
+    if {"objectness", "gradient_saliency"} <= set(inputs):
+        return "class maps, objectness and gradient saliency"
     return INPUTS[inputs[-1]] if inputs else ""
 
 

@@ -35,7 +35,7 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
         "unary_weight", "tempering" (the log-posterior is multiplied by it) and, if it is not 0, "evidence_weight".
 
     Returns:
-      [N, g, g, K] float16, positive, summing to one over the classes.
+      [N, g, g, K] float16, >= 0, summing to one over the classes.
     """
     network, views, tags = prepared.network, prepared.views, prepared.train.tags
     stride, variables = prepared.plan.guide_stride, prepared.variables
@@ -68,7 +68,7 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
     return _in_parts(found, len(tags), num_rows, "posteriors")
 
 
-def evidence_posterior(prepared: Prepared) -> np.ndarray:
+def posterior_of_maps(prepared: Prepared) -> np.ndarray:
     """Mean-field posteriors p(z | x, y) of the training images by class maps and the CRF, before there is a network.
 
     The settings are those of `posterior_evidence`, with the logarithm of `class_evidence` in the place of the network's
@@ -78,7 +78,7 @@ def evidence_posterior(prepared: Prepared) -> np.ndarray:
       prepared: Prepared, with class maps.
 
     Returns:
-      [N, g, g, K] float16, positive, summing to one over the classes.
+      [N, g, g, K] float16, >= 0, summing to one over the classes.
     """
     tags, settings = prepared.train.tags, prepared.config["posterior"]
     posterior, num_rows = over_devices(
@@ -95,7 +95,7 @@ def evidence_posterior(prepared: Prepared) -> np.ndarray:
 def map_posteriors(
     config: Mapping[str, Any], stride: int, images: np.ndarray, tags: ArrayLike, evidence: Mapping[str, ArrayLike]
 ) -> jax.Array:
-    """What `evidence_posterior` makes of any images, for scoring it where there are masks.
+    """What `posterior_of_maps` makes of any images, for scoring it where there are masks.
 
     Args:
       config: the configuration of a run.
@@ -179,7 +179,7 @@ def _posteriors(
         log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
         unary = unary_weight * log_probs.reshape(-1, log_probs.shape[-1])
         if evidence_weight:
-            unary += evidence_weight * _log_evidence(evidence, present, options)
+            unary += evidence_weight * _log_evidence(evidence, present, options, guide.shape[:2])
         return jax.nn.softmax(tempering * _mean_field(unary, guide, present, **mean_field_settings)).reshape(log_probs.shape)
 
     both = [network.logits(params, variables, features) for features in (plain, mirrored)]
@@ -191,19 +191,24 @@ def _posteriors_of_maps(guide, present, evidence, *, guide_ratio, options, unary
     """[B, g, g, K] posteriors of class maps, given the tags [B, K]."""
 
     def one(guide, present, evidence):
-        unary = unary_weight * _log_evidence(evidence, present, options)
+        unary = unary_weight * _log_evidence(evidence, present, options, guide.shape[:2])
         posterior = jax.nn.softmax(tempering * _mean_field(unary, guide, present, **mean_field_settings))
-        return posterior.reshape(*evidence["class_maps"].shape[:2], -1)
+        return posterior.reshape(*guide.shape[:2], -1)
 
     return jax.lax.map(lambda row: one(*row), (guide_image(guide, guide_ratio), present, evidence))
 
 
-def _log_evidence(evidence, present, options):
-    """[m, K] of the class maps of an image, given its tags."""
-    beside = {name: values.reshape(-1) for name, values in evidence.items() if name not in ("class_maps", "peaks")}
-    maps = evidence["class_maps"].astype(jnp.float32)
-    cells = maps.reshape(-1, maps.shape[-1])
-    return log_evidence(class_evidence(cells, evidence["peaks"], present, **beside, **dict(options)))
+def _log_evidence(evidence, present, options, grid):
+    """[m, K] of the class maps of an image at the cells of a grid, given its tags."""
+
+    def cells(values):  # sampled as the views of records sample them
+        values = values.reshape(*values.shape[:2], -1).astype(jnp.float32)
+        if values.shape[:2] != tuple(grid):
+            values = jax.image.resize(values, (*grid, values.shape[-1]), "linear", antialias=False)
+        return values.reshape(-1, values.shape[-1])
+
+    beside = {name: cells(values)[:, 0] for name, values in evidence.items() if name not in ("class_maps", "peaks")}
+    return log_evidence(class_evidence(cells(evidence["class_maps"]), evidence["peaks"], present, **beside, **dict(options)))
 
 
 def _mean_field(unary, guide, present, *, kernel_params, num_iterations):

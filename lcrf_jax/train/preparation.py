@@ -124,7 +124,7 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
 
 
 def _with_class_maps(prepared, cached, views_identity):
-    """With the tag classifier and its maps."""
+    """With the tag classifier, and with its maps where they are needed."""
     config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
     features = {**_backbone_identity(prepared), "views": views_identity}
     # Hosts of different kinds would differ in the last bits.
@@ -135,6 +135,8 @@ def _with_class_maps(prepared, cached, views_identity):
         )
     )
     say(precision_line("training", train, scores))
+    if not {"class_maps", "gradient_saliency", "cues"} & set(prepared.plan.inputs):
+        return prepared._replace(classifier=classifier)
     identity = {**_classifier_identity(prepared, classifier), "views": views_identity}
     with image_progress("class maps", len(train) * len(config["class_maps"]["extra_sizes"])) as done:
         maps = class_maps(

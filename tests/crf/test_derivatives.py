@@ -112,11 +112,23 @@ def test_energy_in_the_image_and_the_colour_width(form):
     probs = jax.nn.softmax(draws(4)[0])
     along = np.random.default_rng(4).normal(size=IMAGE.shape)
     # Smooth but for the choice of the anchors, which a small step does not change.
-    check_every_mode(lambda image: pairwise_energy(probs, kernel_of(form, image)), jnp.asarray(IMAGE), along, second=False)
+    check_every_mode(lambda image: pairwise_energy(probs, kernel_of(form, image)), jnp.asarray(IMAGE), along, second=form != "anchors")
     params = functools.partial(PARAMS._replace)
     check_every_mode(
         lambda width: pairwise_energy(probs, kernel_of(form, params=params(bilateral_colour_width=width))),
-        jnp.array(30.0), jnp.array(1.0), second=False,
+        jnp.array(30.0), jnp.array(1.0), second=form != "anchors",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "name"), [
+    ("dense", "bilateral_position_width"), ("dense", "gaussian_position_width"), ("exact", "bilateral_position_width"),
+])
+def test_energy_in_a_position_width(form, name):
+    probs = jax.nn.softmax(draws(14)[0])
+    check_every_mode(
+        lambda width: pairwise_energy(probs, kernel_of(form, params=PARAMS._replace(**{name: width}))),
+        jnp.array(getattr(PARAMS, name)), jnp.array(1.0),
     )
 
 
@@ -140,7 +152,7 @@ def test_mean_field_in_the_logits(form, options):
     def function(logits, kernel):
         return jnp.vdot(jnp.exp(mean_field(logits, kernel, num_iterations=3, **OPTIONS[options])), cotangent)
 
-    check_every_mode(function, jnp.asarray(logits), along, kernel, second=options == "plain" and form == "dense", atol=1e-6)
+    check_every_mode(function, jnp.asarray(logits), along, kernel, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -154,7 +166,7 @@ def test_mean_field_in_the_weight(form, options):
         result = mean_field(logits, weighted(kernel, weight), num_iterations=3, **OPTIONS[options])
         return jnp.vdot(jnp.exp(result), cotangent)
 
-    check_every_mode(function, jnp.array(2.0), jnp.array(1.0), kernel, second=False, atol=1e-6)
+    check_every_mode(function, jnp.array(2.0), jnp.array(1.0), kernel, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -165,7 +177,7 @@ def test_mean_field_in_the_compatibility():
     def function(costs):
         return jnp.vdot(jnp.exp(mean_field(logits, kernel, num_iterations=3, compatibility=costs)), cotangent)
 
-    check_every_mode(function, jnp.asarray(1 - np.eye(CLASSES)), along + along.T, second=False, atol=1e-6)
+    check_every_mode(function, jnp.asarray(1 - np.eye(CLASSES)), along + along.T, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -178,8 +190,8 @@ def test_refine_with_its_defaults(form):
         log_probs = refine(IMAGE, logits.reshape(shape), PARAMS._replace(bilateral_weight=weight), form=form)
         return jnp.vdot(jnp.exp(log_probs), along.reshape(shape))
 
-    check_every_mode(function, jnp.asarray(logits), along, second=False, atol=1e-6)
-    check_every_mode(lambda w: function(logits, w), jnp.array(2.0), jnp.array(1.0), second=False, atol=1e-6)
+    check_every_mode(function, jnp.asarray(logits), along, atol=1e-6)
+    check_every_mode(lambda w: function(logits, w), jnp.array(2.0), jnp.array(1.0), atol=1e-6)
 
 
 @pytest.mark.slow

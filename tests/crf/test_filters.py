@@ -297,16 +297,30 @@ def test_bad_widths_are_told(make, width, value, name):
 
 
 @pytest.mark.slow
-def test_traced_widths_that_set_sizes_are_told():
+@pytest.mark.parametrize("trace", [
+    lambda function: jax.eval_shape(function, 3.0),
+    lambda function: jax.eval_shape(jax.grad(function), 3.0),
+    lambda function: jax.eval_shape(jax.jacfwd(function), 3.0),
+    lambda function: jax.eval_shape(jax.vmap(function), np.ones(2)),
+], ids=["jit", "grad", "jacfwd", "vmap"])
+def test_traced_widths_that_set_sizes_are_told(trace):
     def build(make, name):
-        return jax.eval_shape(lambda width: make(IMAGE, COARSE._replace(**{name: width})), 3.0)
+        def of_width(width):
+            return make(IMAGE, COARSE._replace(**{name: width})).apply(np.ones((IMAGE.shape[0] * IMAGE.shape[1], 1)))[0, 0]
+
+        return trace(of_width)
 
     for make in FORMS.values():
-        with pytest.raises(TypeError, match="static_argnums"):
+        with pytest.raises(TypeError, match="gaussian_position_width: .* no derivative .* static_argnums, or take dense_kernel"):
             build(make, "gaussian_position_width")
-        build(make, "bilateral_colour_width")
-    with pytest.raises(TypeError, match="position_width: expected a Python number.*block_size"):
+    with pytest.raises(TypeError, match="bilateral_position_width: .* no derivative .* dense_kernel"):
         build(anchor_image_kernel, "bilateral_position_width")
+    build(exact_image_kernel, "bilateral_position_width")
+
+
+def test_widths_of_colours_may_be_traced():
+    for make in FORMS.values():
+        jax.eval_shape(lambda width: make(IMAGE, COARSE._replace(bilateral_colour_width=width)), 3.0)  # noqa: B023
 
 
 def kernel_of_24_pixels():

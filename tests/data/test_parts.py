@@ -197,6 +197,12 @@ def test_check_data_reads_the_whole_of_a_split_of_which_a_part_is_chosen_on(voc)
     assert re.search(r"^vall\[1::2\] +2 +2 +0$", ended.out, re.MULTILINE)
 
 
+def test_check_data_tells_of_parts_that_share_photographs(voc):
+    arguments = ("--config=experiments/configs/voc_animals.py", f"--config.data.root={voc}")
+    ended = run("check_data", *arguments, "--config.data.train_split=val[0::2]", "--config.data.val_split=val[0::4]")
+    assert ended.code == 1 and re.search(r"share \d examples?", ended.out)
+
+
 def test_the_halves_of_the_configurations():
     config = {name: importlib.import_module(f"experiments.configs.{name}").get_config() for name in (
         "voc_animals", "compare_voc_animals", "folder", "compare_textures")}  # fmt: skip

@@ -15,6 +15,7 @@ from PIL import Image
 from programs import ROOT, run
 from small_segmenter import NETWORK, SETTINGS, parameters, picture, segmenter
 
+import lcrf_jax
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.predict.export import exported, image_function, squares
 from lcrf_jax.predict.segmenter import segment
@@ -152,6 +153,17 @@ def test_the_program_writes_the_file_and_says_what_it_is(checkpoint, tmp_path):
     Image.fromarray(image).save(tmp_path / "a.png")
     assert run("predict", f"--checkpoint={checkpoint}", f"--images={tmp_path / 'a.png'}", f"--out={tmp_path / 'masks'}").code == 0
     assert (found[0].argmax(axis=-1) == np.asarray(Image.open(tmp_path / "masks" / "a.png"))).mean() > 0.95
+
+
+def test_the_small_file_is_loaded_as_the_run_is(checkpoint, tmp_path):
+    ended = run("export", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'new' / 'model.npz'}", "--compact")
+    assert ended.code == 0, ended.err
+    assert float(ended.last_line.rsplit(" ", 1)[-1]) < 0.01
+    image = picture(0, 50, 70)
+    one, other = (lcrf_jax.load(where).segment(image, crf=False) for where in (checkpoint, tmp_path / "new" / "model.npz"))
+    np.testing.assert_allclose(one.probabilities, other.probabilities, atol=0.01)
+    refused = run("export", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'model.stablehlo'}", "--compact")
+    assert refused.code == 1 and "--compact: expected --out=NAME.npz" in refused.err
 
 
 @pytest.mark.parametrize(("flags", "message"), [

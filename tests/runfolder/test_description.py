@@ -53,6 +53,18 @@ def test_the_guard_covers_every_run_that_has_saved_anything(tmp_path, saved):
     assert (tmp_path / "config.json").read_bytes() == before
 
 
+def test_settings_that_the_version_before_did_not_have_make_no_other_model(tmp_path):
+    def with_inference(**settings):
+        return description() | {"inference": {"mirror": True} | settings}
+
+    save_description(tmp_path, with_inference())
+    (tmp_path / "last" / "3").mkdir(parents=True)
+    check_description(tmp_path, with_inference(prior_weight=0.0))
+    for other in ({"prior_weight": 1.0}, {"mirror": False}):
+        with pytest.raises(CheckpointError, match="another model: inference differ"):
+            check_description(tmp_path, with_inference(**other))
+
+
 def test_masks_may_be_confirmed_later_and_no_more(tmp_path):
     begun(tmp_path, saved=["last/3"])
     confirmed = description(data=DATA)

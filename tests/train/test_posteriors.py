@@ -16,13 +16,32 @@ from lcrf_jax.train import fit, posteriors, preparation
 
 
 @pytest.mark.slow
+def test_class_maps_on_another_grid_than_the_logits(tmp_path):
+    """They are brought to the cells of the logits, as the views of records bring them."""
+    config = small_config(tmp_path, evidence_posterior=True, class_maps__grid=9)
+    config["posterior"]["evidence_weight"] = 1.0
+    given = preparation.prepare(config)
+    found = posteriors.posterior_of_maps(given)
+    assert found.shape == (24, 6, 6, 7) and given.maps.maps.shape[1] == 9
+    settings = {**config["posterior"], "num_iterations": 0}
+    alone = posteriors.posterior_of_maps(given._replace(plan=given.plan._replace(config={**config, "posterior": settings})))
+    maps = jax.image.resize(np.float32(given.maps.maps[3]), (6, 6, 6), "linear", antialias=False).reshape(36, 6)
+    evidence = config["objective"]["likelihood_options"]["evidence"]
+    expected = np.where(given.train.tags[3], class_evidence(maps, given.maps.peaks[3], given.train.tags[3], **evidence), 0)
+    np.testing.assert_allclose(np.float32(alone[3]).reshape(36, 7), expected / expected.sum(axis=1, keepdims=True), atol=2e-3)
+    taps = {tap: given.views.tap(tap)[:1] for tap in given.network.taps}
+    params = given.network.init(jax.random.key(0), given.variables, taps)
+    assert posteriors.posterior_evidence(given, params, config["posterior"]).shape == found.shape
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False], ids=["features", "images"])
 def test_posteriors_of_class_maps_are_mean_field_on_their_evidence(tmp_path, kept):
     config = small_config(tmp_path, cache__features=kept, evidence_posterior=True)
     evidence = {**config["objective"]["likelihood_options"]["evidence"], "objectness_weight": 1.0, "saliency_weight": 1.0}
     config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
     given = preparation.prepare(config)
-    found = posteriors.evidence_posterior(given)
+    found = posteriors.posterior_of_maps(given)
     tags, grid = given.train.tags, given.plan.grid
     assert found.shape == (len(tags), grid, grid, tags.shape[1]) and found.dtype == np.float16
     np.testing.assert_allclose(np.float32(found).sum(axis=-1), 1, atol=2e-3)
@@ -55,7 +74,7 @@ def test_class_maps_keep_their_word_in_later_rounds(tmp_path):
     given = preparation.prepare(config)
     taps = {tap: given.views.tap(tap)[:1] for tap in given.network.taps}
     params = given.network.init(jax.random.key(0), given.variables, taps)
-    alone = posteriors.evidence_posterior(given)
+    alone = posteriors.posterior_of_maps(given)
     settings = {**config["posterior"], "unary_weight": 1e-6, "evidence_weight": 1.0}
     np.testing.assert_allclose(np.float32(posteriors.posterior_evidence(given, params, settings)), np.float32(alone), atol=2e-3)
     both = posteriors.posterior_evidence(given, params, {**settings, "unary_weight": 1.0})
