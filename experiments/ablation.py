@@ -48,10 +48,10 @@ VARIATIONS = {
         for name in ("frozen_classifier", "area", "gwrp", "log_mean_exp", "max_pool", "noisy_or")
     },
     "sampling": {
-        "temperature 0.2": {"temperature": 0.2},
-        "temperature 1 to 0.2": {"final_temperature": 0.2, "anneal_epochs": 2.0},
-        "4 samples": {"num_samples": 4},
-        "noise in blocks of 4x4": {"noise_block": 4},
+        "temperature 0.2": {"estimator": "gumbel_softmax", "temperature": 0.2},
+        "temperature 1 to 0.2": {"estimator": "gumbel_softmax", "final_temperature": 0.2, "anneal_epochs": 2.0},
+        "4 samples": {"estimator": "gumbel_softmax", "num_samples": 4},
+        "noise in blocks of 4x4": {"estimator": "gumbel_softmax", "noise_block": 4},
     },
 }
 

@@ -298,6 +298,12 @@ def test_public_functions_of_the_pure_rooms_are_not_jitted_and_have_no_reduction
     assert "reduction" not in arguments
 
 
+def test_test_files_have_names_of_their_own():
+    """They are no packages: of two with one name pytest collects one."""
+    names_of_files = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(set(names_of_files)) == len(names_of_files)
+
+
 def in_a_fresh_interpreter(code, folder):
     return subprocess.run([sys.executable, "-B", "-W", "error::DeprecationWarning:lcrf_jax", "-c",
                            textwrap.dedent(code)], cwd=folder, env={"PYTHONPATH": str(ROOT), "PATH": ""},

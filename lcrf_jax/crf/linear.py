@@ -114,15 +114,15 @@ def linear_map(function: _Map, transpose: _Map, *, message: str) -> _Map:
         _refuse_derivative(tangents[0], message)
         return primals[1], tangents[1]
 
-    @jax.jit
-    def mapped(structure, values):
-        return solved(
-            functools.partial(function, structure), functools.partial(transpose, structure), values,
-            beside=jax.tree.leaves(structure)[0],
-            system=functools.partial(same, structure), symmetric=True,
-        )
+    return functools.partial(_mapped, function, transpose, same)
 
-    return mapped
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _mapped(function, transpose, same, structure, values):
+    return solved(
+        functools.partial(function, structure), functools.partial(transpose, structure), values,
+        beside=jax.tree.leaves(structure)[0], system=functools.partial(same, structure), symmetric=True,
+    )  # fmt: skip
 
 
 def solved(

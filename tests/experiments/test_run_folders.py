@@ -32,7 +32,7 @@ def test_a_refused_start_is_told_at_once_and_changes_nothing(checkpoint, changes
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (("--config.epochs=3",), r"epochs: expected 1 number\(s\), .*write --config.epochs=2, or --config.rounds=2"),
+    (("--config.epochs=3,3",), r"epochs: expected 1 number\(s\), .*write --config.epochs=3, or --config.rounds=2"),
     (("--config.log_every_steps=0",), "log_every_steps: expected"),
     (("--config.data.on_bad_image=skipp",), "did you mean 'skip'"),
     (("--on_bad_image=skip",), "the source 'textures' has no files of single photographs"),
