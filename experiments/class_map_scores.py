@@ -62,16 +62,16 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     best = int(np.argmax(np.nan_to_num(chosen_on)))
     where = "this split" if num_parts == 1 else scored.splits[0]
     say(preparation.precision_line(source.split, source, np.stack(logits)))
+    if posteriors_too:
+        say("\nposteriors of the class maps under the CRF, which the first round learns from, tags given")
+        table = format_iou_table(of_posteriors.sum(axis=0), source.class_names)
+        say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': of_posteriors}))}")
     say("\nclass maps of the frozen tag classifier, tags given at test time")
     say(f"mIoU by background level{'' if num_parts == 1 else f', {where}'}: "
         + ", ".join(f"{level:g}: {miou:.3f}" for level, miou in zip(CAM_LEVELS, chosen_on, strict=True)))  # fmt: skip
     say(f"{len(source)} images of {source.split}, level {CAM_LEVELS[best]:g}, the best on {where}")
     table = format_iou_table(matrices[best].sum(axis=0), source.class_names)
     say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': matrices[best]}))}")
-    if posteriors_too:
-        say("\nposteriors of the class maps under the CRF, which the first round learns from, tags given")
-        table = format_iou_table(of_posteriors.sum(axis=0), source.class_names)
-        say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': of_posteriors}))}")
     if num_parts > 1:
         say(f"\n{table.splitlines()[-1]}")
 
