@@ -167,7 +167,8 @@ def test_ablation_trains_every_variation_once_and_compares_them(tmp_path):
         header, *rows = csv.reader(file)
     assert header == ["variation", "settings", "seed 0"]
     flag = "--config.objective."
-    assert [row[:2] for row in rows] == [["mean", f"{flag}estimator=mean"], ["temperature 0.2", f"{flag}temperature=0.2"]]
+    sampled = f"{flag}estimator=gumbel_softmax {flag}temperature=0.2"
+    assert [row[:2] for row in rows] == [["mean", f"{flag}estimator=mean"], ["temperature 0.2", sampled]]
     table = (tmp_path / "ablation.md").read_text(encoding="utf-8")
     for name, settings, value in rows:
         scores = [line["val/miou"] for line in metrics_history(folders[name]) if "val/miou" in line]
