@@ -47,8 +47,9 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
         others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
         maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
         if posteriors_too:
-            found = _map_posteriors(training, network.stride, square, example.tags[None], maps)
-            labels = resized_map(found, example.image.shape[:2]).argmax(axis=-1)
+            beside = {"class_maps": maps[..., :-1], "peaks": maps[..., :-1].max(axis=(1, 2)), "objectness": maps[..., -1]}
+            found = map_posteriors(training, network.stride, square, example.tags[None], beside)
+            labels = resized_map(np.asarray(found)[0], example.image.shape[:2]).argmax(axis=-1)
             of_posteriors[part] += confusion_matrix(labels, example.mask, num_classes)
         scores = maps[0, ..., :-1]
         logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
@@ -74,12 +75,3 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': matrices[best]}))}")
     if num_parts > 1:
         say(f"\n{table.splitlines()[-1]}")
-
-
-def _map_posteriors(training, stride, square, tags, maps):
-    """[g, g, K] posteriors of the class maps and the objectness [1, g, g, K] of an image, given its tags."""
-    class_maps, objectness = maps[..., :-1], maps[..., -1]
-    arrays = {"class_maps": class_maps, "peaks": class_maps.max(axis=(1, 2))}
-    if training["objective"]["likelihood_options"]["evidence"].get("objectness_weight"):
-        arrays["objectness"] = objectness
-    return np.asarray(map_posteriors(training, stride, square, tags, arrays))[0]

@@ -44,7 +44,7 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
     evidence_weight = settings.get("evidence_weight", 0.0)
     posterior, num_rows = over_devices(
         _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, evidence_weight=evidence_weight,
-        options=_evidence_options(prepared), **_grid_settings(prepared, settings),
+        options=_evidence_options(prepared.config), **_grid_settings(prepared, settings),
     )
     of_images, _ = over_devices(
         _inputs_of_images, (variables,), len(tags), BATCH_SIZE, network=network, guide_stride=stride
@@ -82,7 +82,7 @@ def posterior_of_maps(prepared: Prepared) -> np.ndarray:
     """
     tags, settings = prepared.train.tags, prepared.config["posterior"]
     posterior, num_rows = over_devices(
-        _posteriors_of_maps, (), len(tags), BATCH_SIZE, options=_evidence_options(prepared), **_grid_settings(prepared, settings)
+        _posteriors_of_maps, (), len(tags), BATCH_SIZE, options=_evidence_options(prepared.config), **_grid_settings(prepared, settings)
     )
 
     def found(part):
@@ -102,15 +102,15 @@ def map_posteriors(
       stride: pixels of the input per cell of the logits.
       images: [B, S, S, 3] RGB 0..255, as the network sees them.
       tags: [B, K] bool.
-      evidence: "class_maps" [B, g, g, K - 1], "peaks" [B, K - 1] and, as `class_evidence` takes them, "objectness" and
-        "saliency" [B, g, g].
+      evidence: "class_maps" [B, g, g, K - 1], "peaks" [B, K - 1] and, where the configuration gives them a weight,
+        "objectness" and "saliency" [B, g, g]; what it gives none is not looked at.
 
     Returns:
       [B, g, g, K] float32.
     """
-    options = config["objective"]["likelihood_options"]["evidence"]
+    options = _evidence_options(config)
     return _posteriors_of_maps(
-        guide_image(images, stride), tags, evidence, options=tuple(sorted(options.items())),
+        guide_image(images, stride), tags, {name: evidence[name] for name in _evidence_names(options)}, options=options,
         **_mean_field_settings(config["posterior"], stride, stride),
     )  # fmt: skip
 
@@ -139,20 +139,27 @@ def _mean_field_settings(settings, stride, guide_stride):
     }
 
 
-def _evidence_options(prepared):
+def _evidence_options(config):
     """The keyword arguments of `class_evidence`, as a program is compiled for them."""
-    return tuple(sorted(prepared.config["objective"]["likelihood_options"]["evidence"].items()))
+    return tuple(sorted(config["objective"]["likelihood_options"]["evidence"].items()))
+
+
+def _evidence_names(options):
+    """The arrays that `class_evidence` is given with these options: what has no weight is not made."""
+    weights = dict(options)
+    return ("class_maps", "peaks", *(name for name in ("objectness", "saliency") if weights.get(f"{name}_weight")))
 
 
 def _evidence_arrays(prepared, part):
     """What `class_evidence` takes of some of the images: maps, peaks and what stands beside them."""
-    maps, options = prepared.maps, dict(_evidence_options(prepared))
-    arrays = {"class_maps": maps.maps[part], "peaks": maps.peaks[part]}
-    if options.get("objectness_weight"):
-        arrays["objectness"] = maps.objectness[part]
-    if options.get("saliency_weight"):
-        arrays["saliency"] = prepared.gradient_saliency[part][..., 0]
-    return arrays
+    maps = prepared.maps
+    made = {
+        "class_maps": lambda: maps.maps[part],
+        "peaks": lambda: maps.peaks[part],
+        "objectness": lambda: maps.objectness[part],
+        "saliency": lambda: prepared.gradient_saliency[part][..., 0],
+    }
+    return {name: made[name]() for name in _evidence_names(_evidence_options(prepared.config))}
 
 
 def _guides(prepared, part):
