@@ -16,6 +16,8 @@ from lcrf_jax.crf.kernel import Kernel, as_kernel, filter_symmetric, in_one_prec
 from lcrf_jax.crf.linear import is_sought, is_tree_of_arrays, sought_parts
 from lcrf_jax.numerics import check_finite, check_logits, check_shape, check_values, entropy, first_place, promote_float
 
+LARGEST = 1e12  # of the values that an energy multiplies with each other and adds up over pairs, in float32
+
 KernelLike = ArrayLike | Kernel
 """What every function takes as its kernel: a dense matrix [m, m], or an object of `lcrf_jax.crf.kernel`."""
 
@@ -107,14 +109,15 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
 
     Args:
       probs: [m, K], or [H, W, K] on the grid of the kernel: probabilities, rows summing to 1 (not checked; the energy
-        is defined without that).
+        is defined without that, for values within +-1e12).
       kernel: [m, m] matrix or kernel object, of any normalisation.
       compatibility: [K, K] symmetric cost mu(a, b) of a pair with labels a and b; None is Potts, mu(a, b) = [a != b].
         Under jit its symmetric part is taken.
     Returns:
       Scalar, not divided by m.
     Raises:
-      ValueError: if `probs` is not [m, K], or kernel or compatibility do not fit it.
+      ValueError: if `probs` is not [m, K] or has a value that is not finite or beyond +-1e12, or kernel or compatibility
+        do not fit it.
     References:
       Krahenbuhl and Koltun 2011, eq. 3; Tang et al. 2018, the dense-CRF loss.
     Example:
@@ -127,7 +130,7 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
     kernel = as_kernel(kernel)
     given = probs
     probs, shape = pixels_of("probs", given, kernel)
-    check_finite("probs", given, "take the softmax of logits")
+    check_finite("probs", given, "take the softmax of logits", minimum=-LARGEST, maximum=LARGEST)
     compatibility = checked_compatibility(compatibility, shape[-1])
     kernel, probs = in_one_precision(kernel, probs)
     if compatibility is not None:

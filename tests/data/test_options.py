@@ -8,7 +8,7 @@ from lcrf_jax.machine.errors import SettingError
 
 
 def test_the_options_of_each_kind():
-    assert set(known_options("textures")) == {"seed", "size", "num_train", "num_val"}
+    assert set(known_options("textures")) == {"scene", "seed", "size", "num_train", "num_val"}
     assert {"tags", "classes", "mask_folder", "colours", "val_share", "split_seed"} < set(known_options("folder"))
     assert {"name", "image", "labels", "mask", "mask_meaning"} == set(known_options("tfds"))
     for kind in SOURCES:

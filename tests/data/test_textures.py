@@ -182,3 +182,43 @@ def test_unknown_kind_and_wrong_root():
         open_source("textures", "train", root="/data")
     with pytest.raises(ValueError, match="needs root"):
         open_source("folder", "train")
+
+
+@pytest.fixture(scope="module")
+def crowds():
+    source = TexturesSource("val", size=192, masks=True, scene="crowd")
+    return [source[i] for i in range(20)]
+
+
+def test_a_crowd_has_many_small_objects_and_some_are_cut_by_the_border(crowds):
+    objects, touching = [], []
+    for example in crowds:
+        assert example.image.shape == (192, 192, 3) and example.mask.shape == (192, 192)
+        np.testing.assert_array_equal(np.bincount(example.mask.ravel(), minlength=7) > 0, example.tags)
+        assert 1 <= example.tags[1:].sum() <= 3
+        border = np.concatenate([example.mask[0], example.mask[-1], example.mask[:, 0], example.mask[:, -1]])
+        touching.append(border.any())
+        objects.append((example.mask > 0).sum())
+    assert sum(touching) >= 10
+    assert np.median(objects) > 3 * np.pi / 4 * (0.33 * 112) ** 2, "several bodies each"
+    again = TexturesSource("val", size=192, masks=True, scene="crowd")[3]
+    np.testing.assert_array_equal(again.image, crowds[3].image)
+    assert TexturesSource("val", size=192, scene="crowd").fingerprint != TexturesSource("val", size=128).fingerprint
+
+
+def test_an_object_that_is_cut_through_its_emblem_is_background():
+    cut = 0
+    for index in range(20):
+        _image, labels, bodies = textures._crowd(np.random.default_rng(index), 160)
+        for label, body in zip(labels, bodies):
+            inside = body.emblem is not None and textures._emblem_within(body, textures._MARGIN, 160)
+            assert (label > 0) == inside
+            cut += body.emblem is not None and not inside
+    assert cut > 3
+
+
+def test_a_crowd_needs_room():
+    with pytest.raises(ValueError, match="160 to 256"):
+        TexturesSource("val", size=128, scene="crowd")
+    with pytest.raises(ValueError, match="few, crowd, got 'crowds'"):
+        TexturesSource("val", scene="crowds")

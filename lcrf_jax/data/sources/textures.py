@@ -5,7 +5,10 @@ body of arbitrary shape and colour that carries the emblem of its class; its mas
 distractor is a body without an emblem, and background. So neither marking only the emblem nor marking
 everything that looks like an object is right, as on photographs.
 
-An image depends on (seed, split, index) alone. Nothing is stored or downloaded.
+A crowd has five to nine small objects of one to three classes and two to four distractors instead, and the border of the image
+cuts some of them. What is cut through its emblem, or before it, is background: its class cannot be told.
+
+An image depends on (seed, split, index) and the kind of scene alone. Nothing is stored or downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from lcrf_jax.machine.errors import nearest
 
 SPLITS = {"train": 0, "val": 1}
 MIN_VISIBLE = 0.6
+SCENES = {"few": (96, 128), "crowd": (160, 256)}  # smallest and largest side of an image, so that emblems stay visible
 _OBJECT_SEED = 0x7E47
+_MARGIN = 20  # of a crowd, cut off on every side
+_CROWD_UNIT = 112  # the bodies of a crowd have the pixels of the smaller ones among few on an image of this side
 
 
 class Body(NamedTuple):
@@ -37,7 +43,7 @@ class Body(NamedTuple):
 
 
 # An image has to be made before its tags are known. So the tags are kept for all sources of a process: for each (seed,
-# split, size) the tags of its images by their index.
+# split, size, scene) the tags of its images by their index.
 _KNOWN_TAGS: dict[tuple, dict[int, np.ndarray]] = {}
 
 
@@ -47,10 +53,11 @@ class TexturesSource:
     Args:
       split: ``train`` or ``val``; the two never share an image.
       seed: 0 <= seed < 2**32; with another seed all images are others.
-      size: side of the square images in pixels, 96 to 128.
+      size: side of the square images in pixels, 96 to 128, of crowds 160 to 256.
       num_train: number of training images, at least 1.
       num_val: number of held-out images, at least 1.
       masks: whether examples carry masks. The images are the same either way.
+      scene: ``few`` or ``crowd``, see the module.
     Raises:
       ValueError: if an argument is out of its range.
     """
@@ -66,20 +73,25 @@ class TexturesSource:
         num_train: int = 2000,
         num_val: int = 500,
         masks: bool = False,
+        scene: str = "few",
     ) -> None:
+        if scene not in SCENES:
+            raise ValueError(f"scene must be one of {', '.join(SCENES)}, got {scene!r}{nearest(scene, SCENES)}")
+        smallest, largest = SCENES[scene]
         if split not in SPLITS:
             raise ValueError(f"textures have the splits {', '.join(SPLITS)}, got {split!r}{nearest(split, SPLITS)}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be in 0 .. 2**32 - 1, got {seed}")
-        if not 96 <= size <= 128:
-            raise ValueError(f"size must be 96 to 128 pixels, so that emblems stay visible, got {size}")
+        if not smallest <= size <= largest:
+            raise ValueError(f"size must be {smallest} to {largest} pixels, so that emblems stay visible, got {size}")
         if num_train < 1 or num_val < 1:
             raise ValueError(f"num_train and num_val must be at least 1, got {num_train} and {num_val}")
         self.split = split
         self.masks = masks
         self._seed, self._size = int(seed), int(size)
         self._length = int({"train": num_train, "val": num_val}[split])
-        self._known_tags = _KNOWN_TAGS.setdefault((self._seed, split, self._size), {})
+        self._scene = scene
+        self._known_tags = _KNOWN_TAGS.setdefault((self._seed, split, self._size, scene), {})
 
     def __len__(self) -> int:
         return self._length
@@ -89,9 +101,10 @@ class TexturesSource:
             raise IndexError(f"index {index} is outside the {self._length} images of textures/{self.split}")
         words = [_OBJECT_SEED, self._seed, SPLITS[self.split], int(index)]
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))
-        image, labels, bodies = _scene(rng, self._size)
+        crowd = self._scene == "crowd"
+        image, labels, bodies = (_crowd if crowd else _scene)(rng, self._size)
         tags = tag_vector([self.class_names[label] for label in labels if label], self.class_names)
-        mask = _mask(bodies, labels, self._size) if self.masks else None
+        mask = _mask(bodies, labels, self._size, _MARGIN if crowd else 0) if self.masks else None
         self._known_tags[index] = tags
         return Example(self._name(index), image, tags.copy(), mask)
 
@@ -117,7 +130,8 @@ class TexturesSource:
     def fingerprint(self) -> tuple:
         """Tells one set of images from another: the settings, and a hash of the first image for the generator."""
         first = hashlib.sha256(self[0].image.tobytes()).hexdigest()
-        return ("textures", self._seed, self.split, self._size, self._length, self.masks, first)
+        kind = () if self._scene == "few" else (self._scene,)
+        return ("textures", *kind, self._seed, self.split, self._size, self._length, self.masks, first)
 
 
 # --- the scene ------------------------------------------------------------------------------------
@@ -130,28 +144,63 @@ def _scene(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[int], 
     wanted = [int(label) for label in 1 + rng.choice(len(EMBLEMS), num_objects)] + [0] * num_distractors
     first = wanted.pop(0)
     rng.shuffle(wanted)
+    largest = 0.6 - 0.05 * len(wanted)
+    labels, bodies = _placed(rng, [first, *wanted], size, size, largest)
+    return _painted(rng, bodies, size), labels, bodies
+
+
+def _crowd(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[int], list[Body]]:
+    """As `_scene`, of many small bodies; those are in pixels of the image with its margin, which is cut off."""
+    room = size + 2 * _MARGIN
+    kinds = 1 + rng.permutation(len(EMBLEMS))[: 1 + int(rng.choice(3, p=(0.35, 0.4, 0.25)))]
+    wanted = [int(label) for label in rng.choice(kinds, rng.integers(5, 10))] + [0] * int(rng.integers(2, 5))
+    first = wanted.pop(0)
+    rng.shuffle(wanted)
+    labels, bodies = _placed(rng, [first, *wanted], room, _CROWD_UNIT, 0.5)
+    labels = [label if _emblem_within(body, _MARGIN, size) else 0 for label, body in zip(labels, bodies)]
+    return _painted(rng, bodies, room)[_MARGIN:-_MARGIN, _MARGIN:-_MARGIN], labels, bodies
+
+
+def _emblem_within(body: Body, margin: int, size: int) -> bool:
+    """Whether the body has an emblem that is wholly in the image once the margin is cut off."""
+    if body.emblem is None:
+        return False
+    top, left, drawing = body.emblem
+    starts, stops = np.array((body.top + top, body.left + left)), np.array(drawing.shape)
+    return bool((starts >= margin).all() and (starts + stops <= margin + size).all())
+
+
+def _placed(
+    rng: np.random.Generator, wanted: list[int], room: int, unit: int, largest: float
+) -> tuple[list[int], list[Body]]:
+    """Labels and bodies that found a place on [room, room] pixels, from back to front."""
     labels: list[int] = []
     bodies: list[Body] = []
-    owner = np.full((size, size), -1, np.int8)
-    for label in [first, *wanted]:
-        body = _place(rng, size, len(wanted) + 1, label, bodies, owner)
+    owner = np.full((room, room), -1, np.int8)
+    for label in wanted:
+        body = _place(rng, unit, largest, label, bodies, owner)
         if body is not None:
             owner[_window(body)][body.cover > 0.5] = len(bodies)
             labels.append(label)
             bodies.append(body)
+    return labels, bodies
+
+
+def _painted(rng: np.random.Generator, bodies: list[Body], size: int) -> np.ndarray:
+    """[size, size, 3] uint8 image of the bodies on a background."""
     canvas, palette = _background(rng, size)
     for body in bodies:
         _paint(rng, canvas, body, palette)
     canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(rng.uniform(1.5, 4.0))
-    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8), labels, bodies
+    return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-def _mask(bodies: list[Body], labels: list[int], size: int) -> np.ndarray:
-    """[size, size] uint8 class indices: the whole bodies, the nearer over the farther."""
-    mask = np.zeros((size, size), np.uint8)
+def _mask(bodies: list[Body], labels: list[int], size: int, margin: int = 0) -> np.ndarray:
+    """[size, size] uint8 class indices: the whole bodies, the nearer over the farther, without the margin."""
+    mask = np.zeros((size + 2 * margin,) * 2, np.uint8)
     for body, label in zip(bodies, labels):
         mask[_window(body)][body.cover > 0.5] = label
-    return mask
+    return mask[margin : margin + size, margin : margin + size].copy()
 
 
 def _window(body: Body) -> tuple[slice, slice]:
@@ -161,18 +210,18 @@ def _window(body: Body) -> tuple[slice, slice]:
 
 
 def _place(
-    rng: np.random.Generator, size: int, num_bodies: int, label: int, bodies: list[Body], owner: np.ndarray
+    rng: np.random.Generator, unit: int, largest: float, label: int, bodies: list[Body], owner: np.ndarray
 ) -> Body | None:
-    """A new body that leaves every earlier one visible, or None where none was found."""
+    """A new body of .33 to `largest` of the unit that leaves every earlier one visible, or None where none was found."""
+    size = len(owner)
     areas = [int((body.cover > 0.5).sum()) for body in bodies]
-    largest = 0.6 - 0.05 * (num_bodies - 1)
     for _ in range(12):
-        diameter = size * rng.uniform(0.33, largest)
+        diameter = unit * rng.uniform(0.33, largest)
         cover, rim = _shape(rng, diameter)
         height, width = cover.shape
         if height > size or width > size:
             continue
-        emblem = drawn_emblem(rng, label, cover, size) if label else None
+        emblem = drawn_emblem(rng, label, cover, unit) if label else None
         if label and emblem is None:
             continue
         for _ in range(4):
