@@ -6,6 +6,7 @@ import re
 import griffe
 from latex2mathml.converter import convert
 
+SECTION = re.compile(r"\n+(Args|Attributes|Returns|Yields|Raises|References|Examples?):\n")
 EQUATION = re.compile(r"^( *)\.\. math::(.*\n(?:\1 +\S.*\n|\n(?=\1 +\S))*)", re.MULTILINE)
 
 
@@ -33,6 +34,7 @@ def as_markdown(docstring: str) -> str:
       The same with MathML for `.. math::`, and examples as doctests.
     """
     text = EQUATION.sub(lambda found: f"\n{mathml(found[2])}\n\n", docstring + "\n").rstrip()
+    text = SECTION.sub(lambda found: f"\n\n{found[1]}:\n", text)  # griffe wants a blank line before each
     return re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
 
 

@@ -25,8 +25,8 @@ def reference_of(room: str) -> str:
     """
     path = ROOT / "lcrf_jax" / room
     if not path.is_dir():
-        return f"# {room}\n\n::: lcrf_jax.{room}\n    options:\n      show_root_heading: false\n"
-    head = f"# {room}\n\n::: lcrf_jax.{room}\n    options:\n      show_root_heading: false\n"
+        return f"# {room}\n\n::: lcrf_jax.{room}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
+    head = f"# {room}\n\n::: lcrf_jax.{room}\n    options:\n      show_root_heading: false\n      show_root_toc_entry: false\n"
     if room in EXPORTED:
         names = re.search(r"__all__ = \[(.*?)\]", (path / "__init__.py").read_text(encoding="utf-8"), re.DOTALL)[1]
         members = "".join(f"        - {name}\n" for name in re.findall(r'"(\w+)"', names))

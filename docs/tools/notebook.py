@@ -40,7 +40,7 @@ def run_cell(source: str, names: dict, filename: str) -> list[dict]:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(ast.Module(body, []), filename, "exec"), names)  # noqa: S102 (our own notebook)
-        value = None if last is None else eval(compile(last, filename, "eval"), names)  # noqa: S307
+        value = None if last is None else eval(compile(last, filename, "eval"), names)
     outputs = [{"output_type": "stream", "name": "stdout", "text": printed.getvalue().splitlines(keepends=True)}]
     return (outputs if printed.getvalue() else []) + ([] if value is None else [_shown(value)])
 
