@@ -49,7 +49,7 @@ lint: $(READY)
 
 # Its environment has no JAX: the reference is read from the sources. What is built fetches nothing.
 docs: $(DOCS_READY)
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 	@echo 'site/index.html opens in any browser; its search needs a server: python3 -m http.server --directory site'
 
 $(DOCS_READY): docs/tools/requirements.txt

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRINTED_IN = [
     path
-    for pattern in ("*.md", "docs/*.md", "Makefile", ".github/**/*.yml", "lcrf_jax/**/*.py", "experiments/**/*.py")
+    for pattern in ("*.md", "docs/*.md", "docs/*.ipynb", "Makefile", ".github/**/*.yml", "lcrf_jax/**/*.py", "experiments/**/*.py")
     for path in sorted(ROOT.glob(pattern))
 ]
 OPTIONS = {"-r", "--quiet", "--disable-pip-version-check", "--no-build-isolation"}

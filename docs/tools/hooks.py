@@ -1,5 +1,6 @@
 """Pages that are made and not written: the reference of each room, the notebook, and CONTRIBUTING.md."""
 
+import ast
 import base64
 import json
 import pathlib
@@ -38,6 +39,40 @@ def reference_of(room: str) -> str:
         f"\n## {module.removeprefix(f'lcrf_jax.{room}.')}\n\n::: {module}\n    options:\n      show_root_heading: false\n      heading_level: 3\n"
         for module in modules
     )
+
+
+def flags_of(source: str) -> list[tuple[str, str]]:
+    """The flags that a program defines.
+
+    Args:
+      source: its text.
+
+    Returns:
+      (name, what it is for) of each, in their order.
+    """
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and "DEFINE_" in ast.unparse(node.func)]
+    texts = [[part.value for part in (*call.args, *(k.value for k in call.keywords)) if isinstance(part, ast.Constant)] for call in calls]
+    named = [[text for text in found if isinstance(text, str)] for found in texts]
+    return [(found[0], max(found[1:], key=len, default="")) for found in named if found]
+
+
+def programs() -> str:
+    """The page of the programs: what each says of itself, and its flags.
+
+    Returns:
+      Markdown.
+    """
+    head = "`python -m experiments.NAME`, in your clone. `--help` shows the flags with their defaults; "
+    parts = [f"# Programs\n\n{head}`--config.NAME=VALUE` are the [settings](../settings.md).\n"]
+    for path in sorted((ROOT / "experiments").glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        if f"python -m experiments.{path.stem} " not in source:  # parts of other programs
+            continue
+        described = (ast.get_docstring(ast.parse(source)) or "").splitlines()
+        lines = [line if line.startswith("    ") else re.sub(r"([\[*_<])", r"\\\1", line) for line in described]
+        rows = "".join(f"| `--{name}` | {text.replace('|', chr(92) + '|')} |\n" for name, text in flags_of(source))
+        parts.append(f"## {path.stem}\n\n" + "\n".join(lines) + "\n" + (f"\n| flag | |\n|---|---|\n{rows}" if rows else ""))
+    return "\n".join(parts)
 
 
 def _output(output: dict, name: str, assets: dict[str, bytes]) -> str:
@@ -83,6 +118,7 @@ def on_files(files: Files, config) -> Files:
     """
     made: dict[str, str | bytes] = {f"reference/{room}.md": reference_of(room) for room in ROOMS}
     made["reference/index.md"] = "# The API\n\n::: lcrf_jax\n    options:\n      show_root_heading: false\n      members: [load]\n"
+    made["reference/programs.md"] = programs()
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     made["contributing.md"] = contributing.replace("](docs/", "](")
     pictures: dict[str, bytes] = {}
