@@ -78,6 +78,11 @@ def test_the_blocks_of_a_page_are_python_and_name_what_is_there(page):
                 assert all(hasattr(module, alias.name) for alias in node.names)
 
 
+def test_every_page_with_blocks_is_run_by_a_test():
+    tests = "".join((ROOT / "tests" / name).read_text(encoding="utf-8") for name in ("test_readme.py", "docs/test_running_pages.py"))
+    assert {page for page in PAGES if blocks(page) and f'"{page}"' not in tests} == {"docs/methods.md"}  # below
+
+
 def test_the_new_method_of_its_page_is_one():
     """The page of a method to be added: the loss, and its line in the dict."""
     import jax
