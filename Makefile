@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 VENV := .venv
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 RUN := runs/demo
 
 .DEFAULT_GOAL := help
@@ -13,7 +15,7 @@ PYTEST := $(VENV)/bin/python -m pytest -q $(if $(CI),--durations=20)
 SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # Where it is set, as in some containers, every process would compile all of its Python anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help demo test test-all test-slow test-default-flags lint clean
+.PHONY: help demo test test-all test-slow test-default-flags lint docs clean
 
 help:
 	@echo 'make demo    set up .venv, train on the embedded data from tags alone, evaluate, draw'
@@ -22,7 +24,8 @@ help:
 	@echo 'make test-slow  the slow ones alone'
 	@echo 'make test-default-flags  the tests of the pure functions, compiled as users have it'
 	@echo 'make lint    set up .venv, run the linter and the type checker'
-	@echo 'make clean   remove .venv, the caches and the run of the demo'
+	@echo 'make docs    set up .venv-docs, build the documentation as a site in site/'
+	@echo 'make clean   remove .venv, the caches, the site and the run of the demo'
 	@echo 'PYTHON=/path/to/python3.12 chooses the Python (3.11 or newer) that .venv is made with.'
 
 demo: $(READY)
@@ -44,8 +47,18 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# Its environment has no JAX: the reference is read from the sources. What is built fetches nothing.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
+	@echo 'site/index.html opens in any browser; its search needs a server: python3 -m http.server --directory site'
+
+$(DOCS_READY): docs/tools/requirements.txt
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r docs/tools/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(RUN) .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) site $(RUN) .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 # The stamp is written last: an interrupted or failed installation starts over, a finished one is not repeated.
 $(READY): requirements.txt
