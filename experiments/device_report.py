@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
-from experiments import measuring
+from . import measuring
 
 VERSIONS = ("jax", "jaxlib", "numpy", "flax", "optax", "lcrf_jax")
 # Environment variables that change what a device computes or how fast.

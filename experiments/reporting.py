@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.configs import base
-from experiments.run_report import data_in_words, write_run_report
 from lcrf_jax.data.parts import InParts, in_parts
 from lcrf_jax.machine import processes, signals
 from lcrf_jax.machine.cache import default_directory
@@ -33,6 +31,10 @@ from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, has
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.settings import check_names, check_settings
 from lcrf_jax.train.splits import checked_split
+
+from . import configuring
+from .configs import base
+from .run_report import data_in_words, write_run_report
 
 NUM_PICTURES = 8
 
@@ -66,6 +68,7 @@ def run(main, *, join=join_processes, keep_compiled=True):
         try:
             join()
             signals.raise_on_termination()  # JAX has its own handler once the processes are joined
+            configuring.settle()
             if keep_compiled:
                 with contextlib.suppress(OSError):  # no home; who needs the cache is told so
                     keep_programs(default_directory())
@@ -85,9 +88,11 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def parsed(argv):
         try:
-            return app.parse_flags_with_usage(last_of_each(argv))
-        except (AttributeError, KeyError, TypeError, OSError) as error:
-            sys.exit(f"error: the flags or the configuration are wrong: {error}")
+            return app.parse_flags_with_usage(configuring.with_paths(last_of_each(argv)))
+        except SettingError as error:
+            sys.exit(f"error: {error}")
+        except (AttributeError, KeyError, TypeError, OSError, ImportError) as error:
+            sys.exit(f"error: {configuring.explained(argv, error) or f'the flags or the configuration are wrong: {error}'}")
 
     logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=parsed)
