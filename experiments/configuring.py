@@ -69,10 +69,8 @@ def found(value):
     if path in names():
         return f"{CONFIGS / path}.py{colon}{rest}"
     name = pathlib.Path(path).stem
-    near = f"; --config={name} is one that comes with the programs" if name in names() else nearest(name, names())
-    raise SettingError(
-        f"--config={value}: there is no such file and no configuration of this name{near}. There are {', '.join(names())}"
-    )
+    near = f"; did you mean --config={name}?" if name in names() else nearest(name, names())
+    raise SettingError(f"--config={value}: there is no such file, and no configuration of this name among {', '.join(names())}{near}")
 
 
 def with_paths(argv):
@@ -117,7 +115,7 @@ def explained(argv, error):
     groups = {name.rpartition(".")[0] for name in known}
     for name in given:
         if name not in known and name not in groups and not any(group.startswith(f"{name}.") for group in groups):
-            return f"config.{name}: there is no such setting{nearest(name, known)}; --print_config prints all"
+            return f"config.{name}: there is no such setting{nearest(name, known) or '; --print_config prints all'}"
     return None
 
 
@@ -144,21 +142,23 @@ def settle():
 
 def follow_input_size(config, before, given):
     """Settings in pixels and cells of the input follow a change of its size, but for those that were given too."""
-    size, stride = config.input_size, config.network.last_stride
+    size = config.input_size
     if not isinstance(size, int) or size < 1 or size == before:
         return
-    values = base.at_input_size(config, before)
-    changed = {name: value for name, value in values.items() if not any(f"{name}.".startswith(f"{one}.") for one in given)}
-    changes = []
-    for name, value in changed.items():
+    changes, widths = [], False
+    for name, value in base.at_input_size(config, before).items():
         group, _, last = name.rpartition(".")
         holder = _at(config, group)
-        if holder is not None and last in holder and holder[last] != value:
-            changes.append(f"{name} {_text(holder[last])} -> {_text(value)}")
-            holder[last] = value
+        if holder is None or holder.get(last) in (None, value) or any(f"{name}.".startswith(f"{one}.") for one in given):
+            continue
+        holder[last] = value
+        if group.endswith("kernel"):
+            widths = True
+        else:
+            changes.append(f"{name}={_text(value)}")
+    changes += [f"widths of kernels on the input x {size / before:.3g}"] if widths else []
     if changes:
-        say(f"input_size {before} -> {size}, a multiple of {stride} is best; what follows from it, where you do not set it yourself: "
-            + ", ".join(changes))  # fmt: skip
+        say(f"input_size {before} -> {size}, and with it, where you set nothing else: {', '.join(changes)}")
 
 
 def _at(config, dotted):

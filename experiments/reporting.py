@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 
+from lcrf_jax.command import COMMANDS
 from lcrf_jax.data.parts import InParts, in_parts
 from lcrf_jax.machine import processes, signals
 from lcrf_jax.machine.cache import default_directory
@@ -80,7 +81,7 @@ def run(main, *, join=join_processes, keep_compiled=True):
                     _leave(traceback.format_exc())
                 raise
             logging.debug("traceback", exc_info=True)
-            _leave(f"error: {error}")
+            _leave(as_called(f"error: {error}"))
         except KeyboardInterrupt as request:
             show(str(request) or "interrupted; what was saved before is kept", sys.stderr)
             code = 128 + getattr(request, "signum", signal.SIGINT)
@@ -95,7 +96,18 @@ def run(main, *, join=join_processes, keep_compiled=True):
             sys.exit(f"error: {configuring.explained(argv, error) or f'the flags or the configuration are wrong: {error}'}")
 
     logging.set_verbosity(logging.WARNING)
+    program = sys.modules["__main__"]
+    program.__doc__ = program.__doc__ and as_called(program.__doc__)  # what --help shows
     app.run(guarded, flags_parser=parsed)
+
+
+def as_called(text):
+    """A text that names programs and configurations, with the names that they have where they are installed."""
+    if not __package__.startswith("lcrf_jax."):
+        return text
+    commands = {module: name for name, (module, _) in COMMANDS.items()}
+    text = re.sub(r"python -m experiments\.(\w+)", lambda found: f"lcrf {commands.get(found[1], found[1])}", text)
+    return re.sub(r"\bexperiments/configs/(\w+)\.py", r"\1", text)
 
 
 def last_of_each(argv):

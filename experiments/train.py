@@ -62,7 +62,7 @@ def trained(config, workdir):
         f"logits {prepared.plan.grid} x {prepared.plan.grid}; {fit.num_trainable(prepared):,} trainable weights"
     )
     fit.train(prepared, workdir)
-    say(total_line(prepared.plan.cache_directory))
+    say(reporting.as_called(total_line(prepared.plan.cache_directory)))
     return prepared.train, prepared.val
 
 

@@ -35,10 +35,10 @@ def at_input_size(config, before):
     Returns:
       dict from the dotted names of the settings to their new values.
     """
-    share, stride = config.input_size / before, config.network.last_stride
+    share = config.input_size / before
 
     def size_of(size):
-        return config.input_size if size == before else max(round(size * share / stride), 1) * stride
+        return config.input_size if size == before else max(round(size * share / 32), 1) * 32  # a multiple that every backbone takes
 
     values = {
         "inference.input_sizes": tuple(map(size_of, config.inference.input_sizes)),
