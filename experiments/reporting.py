@@ -17,7 +17,7 @@ from absl import app, flags, logging
 
 from lcrf_jax.command import COMMANDS
 from lcrf_jax.data.parts import InParts, in_parts
-from lcrf_jax.machine import processes, signals
+from lcrf_jax.machine import processes, progress, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import SettingError, UserError, for_users
@@ -66,6 +66,8 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def guarded(argv):
         signals.raise_on_termination()
+        if flags.FLAGS["progress"].present:
+            os.environ[progress.VARIABLE] = flags.FLAGS.progress  # of the processes that this one starts, too
         try:
             join()
             signals.raise_on_termination()  # JAX has its own handler once the processes are joined
@@ -95,6 +97,8 @@ def run(main, *, join=join_processes, keep_compiled=True):
         except (AttributeError, KeyError, TypeError, OSError, ImportError) as error:
             sys.exit(f"error: {configuring.explained(argv, error) or f'the flags or the configuration are wrong: {error}'}")
 
+    if "progress" not in flags.FLAGS:
+        flags.DEFINE_enum("progress", None, progress.WAYS, "A bar or lines of text (auto), lines, JSON lines, or none (quiet).")
     logging.set_verbosity(logging.WARNING)
     program = sys.modules["__main__"]
     program.__doc__ = program.__doc__ and as_called(program.__doc__)  # what --help shows

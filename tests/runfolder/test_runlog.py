@@ -185,4 +185,4 @@ def test_a_bar_on_a_terminal_shows_terms_and_speed():
         progress.message("a line of its own")
     text = stream.getvalue()
     assert "\r" in text and "fit" in text and "4/4" in text
-    assert "2.0 images/s, loss 0.5" in text and "a line of its own\n" in text
+    assert "loss 0.5, 2.0 images/s" in text and "a line of its own\n" in text
