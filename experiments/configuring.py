@@ -136,7 +136,7 @@ def settle():
     if "input_size" in given:
         follow_input_size(config, _loaded(flags.FLAGS["config"].config_filename).input_size, given)
     if flags.FLAGS.print_config:
-        print(printed(config))
+        say(printed(config))
         sys.exit(0)
 
 

@@ -94,6 +94,9 @@ def run(main, *, join=join_processes, keep_compiled=True):
             return app.parse_flags_with_usage(configuring.with_paths(last_of_each(argv)))
         except SettingError as error:
             sys.exit(f"error: {error}")
+        except BrokenPipeError:  # --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         except (AttributeError, KeyError, TypeError, OSError, ImportError) as error:
             sys.exit(f"error: {configuring.explained(argv, error) or f'the flags or the configuration are wrong: {error}'}")
 

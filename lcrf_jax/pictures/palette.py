@@ -17,7 +17,7 @@ _STRIP_PIXELS = 1 << 20
 # Bright colours that stay apart for readers who do not tell red from green, or blue from yellow: the first seven by hand, then
 # each the one of a grid in RGB that is farthest from all before it, least of four views (as it is, and without each kind of cone).
 _BRIGHT = (
-    "e69f00 56b4e9 00b27d f0e442 3c6ee6 eb5a28 e178be a5ff96 87ffd2 b44b3c b43ca5 69c369 694bff 4b96f0 c32d78 78ffff 87e15a 4bd2b4 "
+    "56b4e9 e69f00 00b27d f0e442 e178be 3c6ee6 eb5a28 a5ff96 87ffd2 b44b3c b43ca5 69c369 694bff 4b96f0 c32d78 78ffff 87e15a 4bd2b4 "
     "87f0a5 c33c1e 00874b 78a53c 00e1f0 ff96a5"
 )
 _GOLDEN = 0.61803398875
@@ -77,7 +77,7 @@ def overlay(
       image: [H, W, 3] uint8 RGB.
       labels: [H, W] class indices in 0..255, 255 is void.
       alpha: share of the class colour inside a region, 0..1; the outline has all of it.
-      outline: its width in pixels, inside the region; 0 draws none, None a three hundredth of the longer side, at least 1.
+      outline: its width in pixels, inside the region; 0 draws none, None a two hundredth of the longer side, at least 1.
       colours: [256, 3] uint8 RGB of the classes; None is `bright_palette`.
     Returns:
       [H, W, 3] uint8 RGB, a new array.
@@ -90,7 +90,7 @@ def overlay(
                          "the mask with nearest neighbours")
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha in 0..1, got {alpha}")
-    width = max(round(max(labels.shape) / 300), 1) if outline is None else outline
+    width = max(round(max(labels.shape) / 200), 1) if outline is None else outline
     if width < 0:
         raise ValueError(f"expected an outline of 0 pixels or more, got {outline}; 0 draws none")
     edges, result = _thick(_edges(labels), labels, width), np.empty_like(image)

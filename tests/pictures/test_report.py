@@ -38,8 +38,8 @@ def test_overlay_by_hand():
     drawn = overlay(image, labels, alpha=0.5)
     assert drawn.dtype == np.uint8
     np.testing.assert_array_equal(drawn[:, :3], 100)
-    np.testing.assert_array_equal(drawn[:, 3], np.broadcast_to([230, 159, 0], (4, 3)))
-    np.testing.assert_array_equal(drawn[:, 4:], np.broadcast_to([165, 130, 50], (4, 2, 3)))
+    np.testing.assert_array_equal(drawn[:, 3], np.broadcast_to([86, 180, 233], (4, 3)))
+    np.testing.assert_array_equal(drawn[:, 4:], np.broadcast_to([93, 140, 166], (4, 2, 3)))
     np.testing.assert_array_equal(image, 100)
 
 
@@ -86,7 +86,7 @@ def test_the_grid_has_a_column_for_what_there_is(tmp_path):
     assert (230, 159, 0) in colours and (86, 180, 233) in colours
     only_cat = picture_grid(rows[1:], tmp_path / "cat.png", class_names=NAMES, cell=100)
     legend = np.asarray(Image.open(only_cat))[-32:]
-    assert (legend == (230, 159, 0)).all(axis=-1).any() and not (legend == (86, 180, 233)).all(axis=-1).any()
+    assert (legend == (86, 180, 233)).all(axis=-1).any() and not (legend == (230, 159, 0)).all(axis=-1).any()
 
 
 def test_the_picture_in_the_grid_is_the_image(tmp_path):
