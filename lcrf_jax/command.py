@@ -11,8 +11,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import lcrf_jax
-
 # What one calls it: (module of experiments, what it does), in the order of use.
 COMMANDS = {
     "check": ("check_data", "read photographs, tags and masks, and tell what is wrong"),
@@ -88,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given or given[0] in ("--help", "-h", "-help", "--helpshort", "--helpfull"):
         _print(usage())
     elif given[0] in ("--version", "-V", "version"):
-        _print(f"lcrf_jax {lcrf_jax.__version__}")
+        _print(f"lcrf_jax {sys.modules[__package__].__version__}")
     else:
         _run(given)
 

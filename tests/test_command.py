@@ -2,9 +2,11 @@
 
 import ast
 import configparser
+import os
 import pathlib
 import re
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -120,3 +122,11 @@ def test_the_package_has_its_names_before_they_are_imported():
     assert ended.stdout == "False True\n"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         lcrf_jax.nothing  # noqa: B018
+
+
+def test_a_reader_who_has_gone_ends_the_list_without_a_traceback():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as target:
+        ended = subprocess.run([sys.executable, "-m", "lcrf_jax.command"], cwd=ROOT, stdout=target, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGPIPE and ended.stderr == ""

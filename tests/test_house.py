@@ -53,9 +53,9 @@ def imported(path, root=ROOT):
 
 
 def imported_at_once(path):
-    """First names of what importing a file imports, the standard library left out: not what its functions import."""
+    """First names of what importing a file imports, but for its own package and the standard library: not what its functions import."""
     body = ast.parse(path.read_text(), str(path)).body
-    nodes = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    nodes = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)]
     found = {alias.name if isinstance(node, ast.Import) else node.module for node in nodes for alias in node.names}
     return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names)
 
