@@ -151,7 +151,8 @@ def follow_input_size(config, before, given):
         holder = _at(config, group)
         if holder is None or holder.get(last) in (None, value) or any(f"{name}.".startswith(f"{one}.") for one in given):
             continue
-        holder[last] = value
+        with holder.ignore_type():  # a width may be written as a whole number
+            holder[last] = value
         if group.endswith("kernel"):
             widths = True
         else:

@@ -13,6 +13,7 @@ import sys
 import pytest
 
 import lcrf_jax
+from experiments import beginning
 from lcrf_jax import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -130,3 +131,10 @@ def test_a_reader_who_has_gone_ends_the_list_without_a_traceback():
     with os.fdopen(writing, "w") as target:
         ended = subprocess.run([sys.executable, "-m", "lcrf_jax.command"], cwd=ROOT, stdout=target, stderr=subprocess.PIPE, text=True, check=False)
     assert ended.returncode == 128 + signal.SIGPIPE and ended.stderr == ""
+
+
+@pytest.mark.parametrize(("called", "answers"), [("/usr/bin/lcrf", True), ("lcrf", True), ("/usr/bin/pytest", False), ("lcrf.py", False)])
+def test_signals_are_answered_while_the_command_imports(monkeypatch, called, answers):
+    monkeypatch.setattr(sys, "argv", [called, "train"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", called, "train"])
+    assert beginning._is_program() == answers

@@ -93,6 +93,15 @@ def test_what_follows_from_the_input_size(capsys):
     assert config.to_dict() == before and capsys.readouterr().out == ""
 
 
+def test_widths_that_are_whole_numbers_follow_too():
+    config = tiny.get_config()
+    config.objective.kernel = base.kernel(1, 81, 13, 1, 3)
+    config.input_size = 64
+    configuring.follow_input_size(config.lock(), 96, ["input_size"])
+    assert config.objective.kernel.bilateral_position_width == 54.0 and config.objective.kernel.gaussian_position_width == 2.0
+    assert config.is_locked and config.is_type_safe
+
+
 def test_sizes_of_the_input_are_those_that_every_backbone_takes():
     config = base.get_config()
     config.input_size = 250
