@@ -191,7 +191,7 @@ def test_ablation_trains_every_variation_once_and_compares_them(tmp_path):
 def ablation():
     """What experiments/ablation.py defines, without its flags."""
     before = set(flags.FLAGS)
-    defined = runpy.run_path(str(ROOT / "experiments" / "ablation.py"), run_name="ablation")
+    defined = runpy.run_module("experiments.ablation", run_name="ablation")
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
     return defined
