@@ -24,7 +24,7 @@ help:
 	@echo 'make test-default-flags  the tests of the pure functions, compiled as users have it'
 	@echo 'make lint    set up .venv, run the linter and the type checker'
 	@echo 'make clean   remove .venv, the caches and the run of the demo'
-	@echo 'All of them install the package too: .venv/bin/lcrf lists the programs.'
+	@echo 'All but help and clean install the package too: .venv/bin/lcrf lists its programs.'
 	@echo 'PYTHON=/path/to/python3.12 chooses the Python (3.11 or newer) that .venv is made with.'
 
 demo: $(INSTALLED)
