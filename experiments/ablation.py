@@ -12,9 +12,7 @@ import csv
 import statistics
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiments import measuring, reporting
 from lcrf_jax.bound.objective import latent_crf_objective
 from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.metrics import metrics_history
@@ -22,7 +20,9 @@ from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import begins_with_posteriors
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
+from . import configuring, measuring, reporting
+
+_CONFIG = configuring.define("config")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; made if it is not there.")
 _VARIATIONS = flags.DEFINE_list("variations", ["terms"], "Groups or names of variations, or all.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds, from 0 on.", lower_bound=1)
@@ -139,5 +139,5 @@ def write_table(workdir, rows, source):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    configuring.require("workdir")
     reporting.run(main)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 
+PACKAGES = ("experiments.", "lcrf_jax.experiments.")
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
@@ -23,10 +24,12 @@ def answer_signals():
 
 
 def _is_program():
-    """Whether Python was called as `python -m experiments.NAME`, and is at its beginning."""
+    """Whether Python was called as `lcrf NAME` or `python -m experiments.NAME`, and is at its beginning."""
+    if os.path.basename(sys.argv[0] if sys.argv else "") == "lcrf":
+        return True
     called = getattr(sys, "orig_argv", [])
     return sys.argv[:1] == ["-m"] and any(
-        flag.startswith("-") and flag.endswith("m") and name.startswith("experiments.") for flag, name in itertools.pairwise(called)
+        flag.startswith("-") and flag.endswith("m") and name.startswith(PACKAGES) for flag, name in itertools.pairwise(called)
     )
 
 

@@ -26,10 +26,16 @@ import tempfile
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 from PIL import Image
 
-from experiments import (
+from lcrf_jax.crf.image_kernels import FORMS
+from lcrf_jax.data.files.images import read_image
+from lcrf_jax.machine.progress import say
+from lcrf_jax.train.fit import num_trainable
+from lcrf_jax.train.preparation import prepare
+
+from . import (
+    configuring,
     crf_measurements,
     device_checks,
     device_measurements,
@@ -38,12 +44,7 @@ from experiments import (
     reporting,
     train_measurements,
 )
-from experiments.measuring import Report, Timing, number, per_cent
-from lcrf_jax.crf.image_kernels import FORMS
-from lcrf_jax.data.files.images import read_image
-from lcrf_jax.machine.progress import say
-from lcrf_jax.train.fit import num_trainable
-from lcrf_jax.train.preparation import prepare
+from .measuring import Report, Timing, number, per_cent
 
 _AGAINST = flags.DEFINE_enum("against", None, sorted(crf_measurements.PEERS), "Another implementation to compare with.")
 _IMAGE = flags.DEFINE_string("image", None, "Photograph; by default the astronaut of scikit-image.")
@@ -59,7 +60,7 @@ _REPETITIONS = flags.DEFINE_integer("repetitions", 7, "Most repetitions of a tim
 _FRESH = flags.DEFINE_bool(
     "fresh_processes", True, "Measure each row in a process of its own, as peak memory needs it."
 )
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Of train: the configuration.", lock_config=True)
+_CONFIG = configuring.define("config", text="Of train: the configuration, a name or a file.")
 _OUT = flags.DEFINE_string("out", None, "File to write the tables to, as Markdown. Of device: folder of its two files.")
 _SECONDS = flags.DEFINE_float("seconds", 240.0, "Of device: time it may take; what does not fit is left out.", lower_bound=1)
 
@@ -125,7 +126,7 @@ def crf(report):
 def train(report):
     """The train step; the last line, which says what it costs to lose nothing."""
     if _CONFIG.value is None:
-        raise ValueError("bench train needs --config=FILE, such as experiments/configs/textures.py")
+        raise ValueError("bench train needs a configuration, such as --config=textures")
     prepared = prepare(_CONFIG.value.to_dict())
     config, repetitions = prepared.config, _REPETITIONS.value
     step = train_measurements.step(prepared, repetitions)
@@ -207,7 +208,7 @@ class _Measurer:
     def __call__(self, job, size, **arguments):
         arguments = {**self._common, "size": size, **arguments}
         if _FRESH.value:
-            return measuring.in_fresh_process("experiments.crf_measurements", job, arguments)
+            return measuring.in_fresh_process("crf_measurements", job, arguments)
         return crf_measurements.JOBS[job](**arguments)
 
 

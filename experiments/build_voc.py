@@ -12,9 +12,10 @@ its published md5 first. Neither TensorFlow nor a network is needed.
 
 from absl import flags, logging
 
-from experiments import reporting
 from lcrf_jax.data.sources.devkit import LISTS, TAGS_FROM, archive_problem
 from lcrf_jax.machine.progress import say
+
+from . import reporting
 
 _DEVKIT = flags.DEFINE_string("devkit", None, "The folder VOCdevkit.")
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of data sets; this one is made in its voc_weak.")

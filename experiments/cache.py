@@ -16,10 +16,11 @@ import time
 
 from absl import flags
 
-from experiments import reporting
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.entries import PROGRAMS, bound_in_bytes, entries, remove, size_text
 from lcrf_jax.machine.progress import say
+
+from . import reporting
 
 _DIRECTORY = flags.DEFINE_string("directory", None, "Folder of the cache, where it is not the usual one.")
 _OLDER = flags.DEFINE_float("older_than_days", None, "clean: what was last used before that.", lower_bound=0.0)

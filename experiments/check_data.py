@@ -12,9 +12,7 @@ import sys
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
-from experiments import reporting
 from lcrf_jax.data.check import equal_pictures, listed, mask_doubts, notes, read_all
 from lcrf_jax.data.parts import whole_of
 from lcrf_jax.machine.errors import SettingError
@@ -22,10 +20,10 @@ from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.train import plan
 from lcrf_jax.train.splits import DEFAULT_VAL_SPLIT, open_split, refuse_shared
 
+from . import configuring, reporting
+
 _DATA = flags.DEFINE_string("data", None, "Folder of the photographs; sets config.data.root.")
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "experiments/configs/folder.py", "Configuration, see experiments/configs.", lock_config=True
-)
+_CONFIG = configuring.define("config", "folder")
 
 MOST_TOGETHER = 12
 FEW = 10

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from experiments import reporting
 from lcrf_jax.data.parts import InParts
 from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine.progress import say
@@ -17,6 +16,8 @@ from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
 from lcrf_jax.train.methods import begins_with_posteriors
 from lcrf_jax.train.posteriors import map_posteriors
+
+from . import reporting
 
 CAM_LEVELS = tuple(level / 20 for level in range(2, 15))
 

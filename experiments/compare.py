@@ -19,10 +19,7 @@ import time
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
-from experiments import comparison_tables, measuring, reporting
-from experiments.run_report import common_settings, data_in_words, write_comparison_report
 from lcrf_jax.baselines import majority_labels
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import picture_table
@@ -37,7 +34,10 @@ from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import METHODS, localisation
 from lcrf_jax.train.splits import checked_split, data_identity, open_data, refuse_shared
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
+from . import comparison_tables, configuring, measuring, reporting
+from .run_report import common_settings, data_in_words, write_comparison_report
+
+_CONFIG = configuring.define("config")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs and tables; made if it is not there.")
 _METHODS = flags.DEFINE_list("methods", ["all"], f"Methods, or all: {', '.join(METHODS)}.")
 _PARTS = flags.DEFINE_integer("parts", 1, "Score the parts SPLIT[0::N], SPLIT[1::N], ... of val by themselves as well.", lower_bound=1)
@@ -257,5 +257,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    configuring.require("workdir")
     reporting.run(main)

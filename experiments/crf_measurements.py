@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import lcrf_jax
-from experiments import measuring
 from lcrf_jax.crf.exact import filter_exact, gaussian_kernel
 from lcrf_jax.crf.image_kernels import FORMS
 from lcrf_jax.crf.params import guide_features
+
+from . import measuring
 
 # Pixels up to which a form is measured: the time of the exact one is quadratic.
 MOST_PIXELS = {"exact": 100 * 100, "anchors": 500 * 375, "lattice": math.inf}

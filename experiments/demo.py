@@ -14,8 +14,9 @@ import contextlib
 
 from absl import flags
 
-from experiments import photograph_page, photograph_server, reporting
 from lcrf_jax.machine.progress import say
+
+from . import photograph_page, photograph_server, reporting
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 lets everybody in the network in.")

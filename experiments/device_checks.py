@@ -15,9 +15,6 @@ import numpy as np
 import optax
 
 import lcrf_jax
-from experiments.configs import base, tiny
-from experiments.crf_measurements import network_like
-from experiments.device_report import Check, Part
 from lcrf_jax.bound.likelihoods import EXPECTATIONS, IMAGE_LIKELIHOODS, TAG_LIKELIHOODS
 from lcrf_jax.crf.image_kernels import FORMS
 from lcrf_jax.machine.errors import UserError
@@ -26,6 +23,10 @@ from lcrf_jax.nets.vgg import VGG16, preprocess
 from lcrf_jax.train import fit
 from lcrf_jax.train.methods import METHODS
 from lcrf_jax.train.preparation import prepare
+
+from .configs import base, tiny
+from .crf_measurements import network_like
+from .device_report import Check, Part
 
 # Sums in another order, in float32. The CRF asks for products in full float32 everywhere.
 TOLERANCES = {"exact": 1e-4, "anchors": 1e-3, "lattice": 1e-3}

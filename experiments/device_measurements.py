@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import lcrf_jax
-from experiments import measuring, train_measurements
-from experiments.configs import textures
-from experiments.crf_measurements import NUM_ITERATIONS, network_like, params_at
-from experiments.device_checks import picture, prepared_quietly, tiny_config
-from experiments.device_report import Budget, Found, first_line
 from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.train.fit import planned_bytes
+
+from . import measuring, train_measurements
+from .configs import textures
+from .crf_measurements import NUM_ITERATIONS, network_like, params_at
+from .device_checks import picture, prepared_quietly, tiny_config
+from .device_report import Budget, Found, first_line
 
 NUM_CLASSES, GRID_OF, REPETITIONS = 21, 321, 7
 SIZES = ((41, 41), (81, 81), (161, 161), (321, 321), (375, 500))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
-from experiments import measuring
+from . import measuring
 
 VERSIONS = ("jax", "jaxlib", "numpy", "flax", "optax", "lcrf_jax")
 # Environment variables that change what a device computes or how fast.
@@ -246,7 +246,7 @@ def description(argv: list[str], seconds: float) -> dict[str, Any]:
         "host": f"{measuring.machine()}; {platform.platform()}",
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in VERSIONS},
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": " ".join(["python -m experiments.bench", *argv]),
+        "command": " ".join([f"python -m {__package__}.bench", *argv]),
         "seconds": seconds,
         "flags": {name: value for name, value in sorted(os.environ.items()) if name.startswith(SETTINGS)},
     }

@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import estimator_measurements as measurements
-from experiments import measuring, reporting
 from lcrf_jax.bound.estimators import ESTIMATORS, expected_log_prob
 from lcrf_jax.bound.likelihoods import EXPECTATIONS
 from lcrf_jax.bound.sampling import block_groups
 from lcrf_jax.machine.progress import say
+
+from . import estimator_measurements as measurements
+from . import measuring, reporting
 
 LIKELIHOODS = ("evidence", "max_pool", "area", "gwrp")
 

@@ -12,8 +12,9 @@ import time
 
 from absl import flags
 
-from experiments import class_map_scores, reporting
 from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
+
+from . import class_map_scores, reporting
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _DATA = flags.DEFINE_string("data", None, "Folder of other data, of prepared data sets for tfds; by default that of the run.")

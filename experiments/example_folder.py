@@ -11,10 +11,11 @@ import pathlib
 from absl import flags
 from PIL import Image
 
-from experiments import reporting
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import save_index_png
+
+from . import reporting
 
 _OUT = flags.DEFINE_string("out", None, "Folder to write; made if it is not there.")
 _NUM = flags.DEFINE_integer("num", 60, "Number of images.", lower_bound=20)

@@ -29,7 +29,6 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import reporting
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import palette
@@ -38,6 +37,8 @@ from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.compact import load_compact, save_compact
 from lcrf_jax.runfolder.description import FOR_INFERENCE, library_versions, load_description
 from lcrf_jax.runfolder.digests import params_digest
+
+from . import reporting
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _OUT = flags.DEFINE_string("out", None, "File to write; its description is written beside it, as OUT.json.")

@@ -19,7 +19,8 @@ import jax
 
 from lcrf_jax.machine.progress import say
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Where Python finds this package; where it is installed, that is anywhere.
+ROOT = pathlib.Path(__file__).resolve().parent.parent if __package__ == "experiments" else None
 MEGABYTE = 1e6
 _LEAST_REPETITIONS = 3
 _STATUS = pathlib.Path("/proc/self/status")
@@ -102,11 +103,11 @@ class CompilationCount:
 
 
 def in_fresh_process(module, job, arguments):
-    """The result of a job of a module, run by a process of its own: memory and compilations are those of the job.
+    """The result of a job of a module beside this one, run by a process of its own: memory and compilations are those of the job.
 
     The module is run as a program that hands its table of jobs to `serve`.
     """
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", f"{__package__}.{module}"]
     text = json.dumps([job, arguments])
     ended = subprocess.run(command, input=text, cwd=ROOT, capture_output=True, text=True, check=False)
     if ended.returncode:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.images import opened_as_rgb
-from lcrf_jax.pictures.palette import index_picture, overlay, palette
+from lcrf_jax.pictures.palette import bright_palette, index_picture, overlay
 from lcrf_jax.pictures.report import data_url, templates
 from lcrf_jax.predict.refinement import adjustable_refinement
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence, working_size
@@ -207,7 +207,7 @@ class Labeller:
 
 def shown(names, image, labels, confidence):
     """What the page shows: pictures as data URLs, and the classes with area and confidence."""
-    colours = palette(len(names))
+    colours = bright_palette(len(names))
     counts, sums = class_statistics(labels, confidence, len(names))
     grey = Image.fromarray(np.uint8(np.round(255 * confidence.astype(np.float32))))
     return {
@@ -218,7 +218,7 @@ def shown(names, image, labels, confidence):
         ],
         "photograph": data_url(Image.fromarray(image), "JPEG"),
         "overlay": data_url(Image.fromarray(overlay(image, labels)), "JPEG"),
-        "mask": data_url(index_picture(labels), "PNG"),
+        "mask": data_url(index_picture(labels, bright_palette(256)), "PNG"),
         "confidence": data_url(grey, "JPEG"),
     }  # fmt: skip
 

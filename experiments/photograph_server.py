@@ -11,7 +11,7 @@ import re
 import socket
 import urllib.parse
 
-from experiments.photograph_page import Refused, page
+from .photograph_page import Refused, page
 
 OWN_HEADER = ("X-Requested-With", "lcrf_jax")
 EVERYWHERE = ("0.0.0.0", "::", "")

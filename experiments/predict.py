@@ -33,7 +33,6 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import prediction_plan, predictions, reporting
 from lcrf_jax.machine import processes
 from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
@@ -44,6 +43,8 @@ from lcrf_jax.predict.segmenter import segment_batch
 from lcrf_jax.predict.tiling import segment_in_tiles
 from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 from lcrf_jax.runfolder.digests import params_digest
+
+from . import prediction_plan, predictions, reporting
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _IMAGES = flags.DEFINE_multi_string("images", None, "File, folder, or pattern in quotes; may be given several times.")

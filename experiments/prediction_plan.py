@@ -9,12 +9,13 @@ import re
 import types
 from typing import NamedTuple
 
-from experiments.predictions import SETTINGS_FILE
 from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken
 from lcrf_jax.data.files.mask_names import folders_of_training, left_out, masks_among, of_training, told
 from lcrf_jax.data.files.tags import read_text
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
+
+from .predictions import SETTINGS_FILE
 
 
 class Outputs(NamedTuple):

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 
-from experiments.configs import base
-from experiments.run_report import data_in_words, write_run_report
+from lcrf_jax.command import COMMANDS
 from lcrf_jax.data.parts import InParts, in_parts
-from lcrf_jax.machine import processes, signals
+from lcrf_jax.machine import processes, progress, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import SettingError, UserError, for_users
@@ -33,6 +32,10 @@ from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, has
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.settings import check_names, check_settings
 from lcrf_jax.train.splits import checked_split
+
+from . import configuring
+from .configs import base
+from .run_report import data_in_words, write_run_report
 
 NUM_PICTURES = 8
 
@@ -63,9 +66,12 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def guarded(argv):
         signals.raise_on_termination()
+        if flags.FLAGS["progress"].present:
+            os.environ[progress.VARIABLE] = flags.FLAGS.progress  # of the processes that this one starts, too
         try:
             join()
             signals.raise_on_termination()  # JAX has its own handler once the processes are joined
+            configuring.settle()
             if keep_compiled:
                 with contextlib.suppress(OSError):  # no home; who needs the cache is told so
                     keep_programs(default_directory())
@@ -77,7 +83,7 @@ def run(main, *, join=join_processes, keep_compiled=True):
                     _leave(traceback.format_exc())
                 raise
             logging.debug("traceback", exc_info=True)
-            _leave(f"error: {error}")
+            _leave(as_called(f"error: {error}"))
         except KeyboardInterrupt as request:
             show(str(request) or "interrupted; what was saved before is kept", sys.stderr)
             code = 128 + getattr(request, "signum", signal.SIGINT)
@@ -85,12 +91,30 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def parsed(argv):
         try:
-            return app.parse_flags_with_usage(last_of_each(argv))
-        except (AttributeError, KeyError, TypeError, OSError) as error:
-            sys.exit(f"error: the flags or the configuration are wrong: {error}")
+            return app.parse_flags_with_usage(configuring.with_paths(last_of_each(argv)))
+        except SettingError as error:
+            sys.exit(f"error: {error}")
+        except BrokenPipeError:  # --help | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        except (AttributeError, KeyError, TypeError, OSError, ImportError) as error:
+            sys.exit(f"error: {configuring.explained(argv, error) or f'the flags or the configuration are wrong: {error}'}")
 
+    if "progress" not in flags.FLAGS:
+        flags.DEFINE_enum("progress", None, progress.WAYS, "A bar or lines of text (auto), lines, JSON lines, or none (quiet).")
     logging.set_verbosity(logging.WARNING)
+    program = sys.modules["__main__"]
+    program.__doc__ = program.__doc__ and as_called(program.__doc__)  # what --help shows
     app.run(guarded, flags_parser=parsed)
+
+
+def as_called(text):
+    """A text that names programs and configurations, with the names that they have where they are installed."""
+    if not __package__.startswith("lcrf_jax."):
+        return text
+    commands = {module: name for name, (module, _) in COMMANDS.items()}
+    text = re.sub(r"python -m experiments\.(\w+)", lambda found: f"lcrf {commands.get(found[1], found[1])}", text)
+    return re.sub(r"\bexperiments/configs/(\w+)\.py", r"\1", text)
 
 
 def last_of_each(argv):

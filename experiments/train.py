@@ -13,9 +13,7 @@ import functools
 import time
 
 from absl import flags
-from ml_collections import config_flags
 
-from experiments import reporting
 from lcrf_jax.data.check import MODES
 from lcrf_jax.machine.entries import total_line
 from lcrf_jax.machine.progress import say
@@ -24,7 +22,9 @@ from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_start
 from lcrf_jax.train.splits import data_identity, open_data
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, see experiments/configs.", lock_config=True)
+from . import configuring, reporting
+
+_CONFIG = configuring.define("config")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is not there.")
 _ON_BAD_IMAGE = flags.DEFINE_enum(
     "on_bad_image", None, MODES, "What to do with photographs that cannot be read; sets config.data.on_bad_image."
@@ -62,10 +62,10 @@ def trained(config, workdir):
         f"logits {prepared.plan.grid} x {prepared.plan.grid}; {fit.num_trainable(prepared):,} trainable weights"
     )
     fit.train(prepared, workdir)
-    say(total_line(prepared.plan.cache_directory))
+    say(reporting.as_called(total_line(prepared.plan.cache_directory)))
     return prepared.train, prepared.val
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    configuring.require("workdir")
     reporting.run(main)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import measuring
 from lcrf_jax.runfolder.checkpoints import RunCheckpoints
 from lcrf_jax.train import fit
+
+from . import measuring
 
 
 class Step(NamedTuple):

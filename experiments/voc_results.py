@@ -19,8 +19,6 @@ import tarfile
 import numpy as np
 from absl import flags
 
-from experiments import reporting
-from experiments.predictions import SETTINGS_FILE
 from lcrf_jax.data.example import VOID
 from lcrf_jax.data.files.images import image_size
 from lcrf_jax.data.files.masks import read_mask
@@ -29,6 +27,9 @@ from lcrf_jax.data.sources.devkit import CLASSES, listed
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.pictures.palette import index_picture
+
+from . import reporting
+from .predictions import SETTINGS_FILE
 
 _MASKS = flags.DEFINE_string("masks", None, "Folder that experiments.predict has written.")
 _LIST = flags.DEFINE_string("list", None, "List of the images, such as test.txt of the development kit.")

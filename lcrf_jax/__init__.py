@@ -35,43 +35,8 @@ import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from lcrf_jax.baselines import (
-    ccnn_distribution,
-    ccnn_loss,
-    em_adapt_labels,
-    ilp_log_probs,
-    label_cross_entropy,
-    localisation_cues,
-    mil_lse_loss,
-    saliency_target,
-    sec_loss,
-    soft_cross_entropy,
-)
-from lcrf_jax.baselines.saliency import barrier_saliency
-from lcrf_jax.bound import likelihoods
-from lcrf_jax.bound.chains import gibbs
-from lcrf_jax.bound.estimators import (
-    ElboTerms,
-    elbo,
-    expected_log_prob,
-    gumbel_softmax_likelihood,
-    mean_likelihood,
-    reinforce_likelihood,
-    straight_through_likelihood,
-)
-from lcrf_jax.bound.pixel_evidence import class_evidence, cue_evidence, log_evidence
-from lcrf_jax.bound.sampling import block_groups, categorical, gumbel_softmax, straight_through
-from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
-from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
-from lcrf_jax.crf.feature_kernels import feature_kernel, volume_features
-from lcrf_jax.crf.image_kernels import anchor_image_kernel, exact_image_kernel, image_kernel, lattice_image_kernel
-from lcrf_jax.crf.inference import MeanFieldPosterior, mean_field, mean_field_posterior, refine, refined_posterior
-from lcrf_jax.crf.loss import dense_crf_loss
-from lcrf_jax.crf.params import KernelParams, guide_features
-from lcrf_jax.metrics import ConfusionCounts, confusion_matrix, format_iou_table, iou_per_class, mean_iou
-from lcrf_jax.numerics import checked_under_jit
-
 if TYPE_CHECKING:
+    from lcrf_jax.names import *
     from lcrf_jax.predict.model import Model
 
 # Names that said too little at the top level: (where they are now, what to write). They work for one release more.
@@ -81,16 +46,27 @@ _LIKELIHOODS = (
 )  # fmt: skip
 _MOVED = {name: ("lcrf_jax.bound.likelihoods", f"lcrf_jax.likelihoods.{name}") for name in _LIKELIHOODS}
 _MOVED["scaled"] = ("lcrf_jax.crf.params", "params.at_stride(stride)")
+_ROOMS = ("numerics", "crf", "bound", "metrics", "baselines")
 
 
 def __getattr__(name: str) -> Any:
-    """Names that have moved: found, with a word once."""
+    """Public names and pure rooms, imported at their first use; names that have moved are found, with a word once."""
+    if name in _ROOMS:
+        return importlib.import_module(f"lcrf_jax.{name}")
+    if name in __all__:
+        found = globals()[name] = getattr(importlib.import_module("lcrf_jax.names"), name)
+        return found
     if name not in _MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, better = _MOVED[name]
     warnings.warn(f"lcrf_jax.{name} has moved: write {better}", DeprecationWarning, stacklevel=2)
     found = globals()[name] = getattr(importlib.import_module(module), name)
     return found
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__, *_ROOMS})
 
 
 def load(checkpoint: str | os.PathLike, *, which: str = "best") -> "Model":

@@ -5,6 +5,8 @@ import pathlib
 import re
 from typing import NamedTuple
 
+from lcrf_jax.command import module_of
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -42,10 +44,12 @@ def run_page(page, names=None):
 
 
 def commands():
-    """Every `python -m experiments.PROGRAM ...` that stands in a block of a page, continued lines joined."""
+    """Every `python -m experiments.PROGRAM ...` and `lcrf PROGRAM ...` that stands in a block of a page, continued lines joined."""
     found = []
     for page, text in PAGES.items():
-        lines = re.findall(r"^ {4,}.*?python -m (experiments\.\w+)[ ]*(.*)$", text.replace("\\\n", " "), re.MULTILINE)
+        text = text.replace("\\\n", " ")
+        lines = re.findall(r"^ {4,}.*?python -m (experiments\.\w+)[ ]*(.*)$", text, re.MULTILINE)
+        lines += [(f"experiments.{module_of(name)}", rest) for name, rest in re.findall(r"^ {4,}lcrf ([\w-]+)[ ]*(.*)$", text, re.MULTILINE)]
         found += [Command(page, *line) for line in lines]
     return found
 

@@ -17,7 +17,7 @@ PRINTED_IN = [
     for pattern in ("*.md", "docs/*.md", "docs/*.ipynb", "Makefile", ".github/**/*.yml", "lcrf_jax/**/*.py", "experiments/**/*.py")
     for path in sorted(ROOT.glob(pattern))
 ]
-OPTIONS = {"-r", "--quiet", "--disable-pip-version-check", "--no-build-isolation"}
+OPTIONS = {"-r", "--no-deps", "--editable", "--quiet", "--disable-pip-version-check", "--no-build-isolation"}
 
 
 def printed_installs():

@@ -104,3 +104,7 @@ def test_pip_installs_the_core_without_the_rest(tmp_path):
     ended = subprocess.run(program, cwd=copy, capture_output=True, text=True, check=False)
     assert ended.returncode == 1 and ended.stderr.count("\n") == 1
     assert ended.stderr.endswith("pip install '.[train]' in your clone\n")
+    ended = subprocess.run([tmp_path / "new/bin/lcrf", "train"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and ended.stderr.startswith("error: the programs need absl, ") and ended.stderr.count("\n") == 1
+    listed = subprocess.run([tmp_path / "new/bin/lcrf"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert listed.returncode == 0 and "lcrf COMMAND" in listed.stdout and listed.stderr == ""

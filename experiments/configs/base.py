@@ -23,6 +23,35 @@ def kernel(
     )
 
 
+def at_input_size(config, before):
+    """What is in pixels or cells of the network's input, for the input size of a configuration in the place of another one.
+
+    A configuration of your own may set them all: ``config.update_from_flattened_dict(base.at_input_size(config, 320))``.
+
+    Args:
+      config: with the new input_size.
+      before: the input size that its other settings are for.
+
+    Returns:
+      dict from the dotted names of the settings to their new values.
+    """
+    share = config.input_size / before
+
+    def size_of(size):
+        return config.input_size if size == before else max(round(size * share / 32), 1) * 32  # a multiple that every backbone takes
+
+    values = {
+        "inference.input_sizes": tuple(map(size_of, config.inference.input_sizes)),
+        "class_maps.extra_sizes": tuple(map(size_of, config.class_maps.extra_sizes)),
+        "class_maps.grid": max(round(config.class_maps.grid * share), 1),
+    }
+    kernels = {"objective": config.objective.kernel, "posterior": config.posterior.kernel, "baselines.sec": config.baselines.sec.kernel}
+    for name, widths in kernels.items():
+        for width in ("bilateral_position_width", "gaussian_position_width"):
+            values[f"{name}.kernel.{width}"] = round(widths[width] * share, 3)
+    return values
+
+
 def get_config():
     """The defaults."""
     config = ConfigDict()

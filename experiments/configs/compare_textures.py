@@ -7,7 +7,7 @@ hour on two cores. What the compared methods set for themselves is as for the ph
 it was chosen here.
 """
 
-from experiments.configs import compare_voc_animals, textures
+from lcrf_jax.experiments.configs import compare_voc_animals, textures
 
 INPUT_SIZE = 160
 

@@ -8,7 +8,7 @@ objectness, as the evidence of the latent CRF does. What the compared methods se
 (docs/comparison.md). No mask of a training photograph is seen. These are not VOC 2012 figures.
 """
 
-from experiments.configs import voc_animals
+from lcrf_jax.experiments.configs import voc_animals
 
 
 def get_config():

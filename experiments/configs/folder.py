@@ -8,7 +8,7 @@ each of the three rounds for a folder of few photographs. best/ is chosen on all
 --config.data.val_split='val[0::2]' leaves val[1::2] for a score that nothing was chosen by. docs/photographs.md has the whole way.
 """
 
-from experiments.configs import base, voc_animals
+from lcrf_jax.experiments.configs import base, voc_animals
 
 
 def get_config():

@@ -10,7 +10,7 @@ the test split is scored, on the trimaps of the data set.
 References: Parkhi et al. 2012, Cats and Dogs.
 """
 
-from experiments.configs import base, voc_animals
+from lcrf_jax.experiments.configs import base, voc_animals
 
 
 def get_config():

@@ -8,7 +8,7 @@ Evidence, rounds, likelihood, prior and weights are those of the photographs. Le
 of the image or of the network's input. textures.py has the settings that were chosen for the embedded set.
 """
 
-from experiments.configs import base, voc_animals
+from lcrf_jax.experiments.configs import base, voc_animals
 
 SCENES = {  # side of the images and of the network's input, training and held-out images
     "few": (128, 192, 2000, 500),
@@ -22,17 +22,11 @@ def get_config(scene="few"):
         raise ValueError(f"recipe_textures.py: expected one of {', '.join(SCENES)} after the colon, got {scene!r}")
     size, input_size, num_train, num_val = SCENES[scene]
     config = voc_animals.get_config()
-    of_input, of_image = input_size / config.input_size, size / config.input_size
+    of_image = size / config.input_size
     config.data.kind, config.data.root = "textures", ""
     config.data.options = base.options(scene=scene, seed=0, size=size, num_train=num_train, num_val=num_val)
-    for kernel, scale in (
-        (config.objective.kernel, of_input), (config.posterior.kernel, of_input), (config.inference.kernel, of_image)
-    ):  # fmt: skip
-        kernel.bilateral_position_width *= scale
-    for kernel in (config.objective.kernel, config.posterior.kernel):
-        kernel.gaussian_position_width *= of_input
-    config.class_maps.grid = input_size // 8
-    config.class_maps.extra_sizes = tuple(32 * round(of_input * extra / 32) for extra in config.class_maps.extra_sizes)
-    config.input_size, config.inference.input_sizes = input_size, (input_size,)
+    config.inference.kernel.bilateral_position_width *= of_image
+    before, config.input_size = config.input_size, input_size
+    config.update_from_flattened_dict(base.at_input_size(config, before))
     config.least_steps = 150
     return config

@@ -7,7 +7,7 @@ Time: 3 minutes on two CPU cores; 0.7 GB of cached features. Expected mIoU on va
 refined .924. Class maps with tags given reach .543.
 """
 
-from experiments.configs import base
+from lcrf_jax.experiments.configs import base
 
 
 def get_config():

@@ -5,7 +5,7 @@
 The mIoU is about 0.11: random features tell no class from another, and all is called background.
 """
 
-from experiments.configs import base
+from lcrf_jax.experiments.configs import base
 
 
 def get_config():

@@ -11,7 +11,7 @@ Of the original are network, data and bound. Not published, and ours: everything
 optimiser, likelihood and schedule were chosen on other photographs (voc_animals.py).
 """
 
-from experiments.configs import base
+from lcrf_jax.experiments.configs import base
 
 
 def get_config():

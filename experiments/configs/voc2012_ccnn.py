@@ -8,7 +8,7 @@ Nobody has run this configuration on VOC 2012 yet. The paper trains all of
 VGG16.
 """
 
-from experiments.configs import voc2012_sec
+from lcrf_jax.experiments.configs import voc2012_sec
 
 
 def get_config():

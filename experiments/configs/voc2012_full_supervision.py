@@ -7,7 +7,7 @@ Expected time on one H100: 10 to 20 minutes, an estimate on paper (docs/original
 configuration on VOC 2012 yet. It has masks: an upper bound, not a method of the table.
 """
 
-from experiments.configs import voc2012_sec
+from lcrf_jax.experiments.configs import voc2012_sec
 
 
 def get_config():

@@ -8,7 +8,7 @@ Nobody has run this configuration on VOC 2012 yet. The paper's network is
 another one (Overfeat, 400 x 400).
 """
 
-from experiments.configs import voc2012_sec
+from lcrf_jax.experiments.configs import voc2012_sec
 
 
 def get_config():

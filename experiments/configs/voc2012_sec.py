@@ -11,7 +11,7 @@ start at random, where SEC trains all of VGG16 from its ImageNet weights by SGD;
 --config.baselines.cues.file=FILE takes others, such as the published ones.
 """
 
-from experiments.configs import base, voc2012
+from lcrf_jax.experiments.configs import base, voc2012
 
 
 def get_config():

@@ -8,7 +8,7 @@ Nobody has run this configuration on VOC 2012 yet. The paper's first network is 
 on 40,000 simple images from elsewhere; here it is the images of train_aug with a single tag.
 """
 
-from experiments.configs import voc2012_sec
+from lcrf_jax.experiments.configs import voc2012_sec
 
 
 def get_config():

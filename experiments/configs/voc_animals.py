@@ -11,7 +11,7 @@ other work; 2.1 GB of cached features. Expected mIoU on val[1::2] after the last
 were chosen on val[0::2], the other settings on all of val; no mask of a training photograph was seen. These are not VOC 2012 figures.
 """
 
-from experiments.configs import base
+from lcrf_jax.experiments.configs import base
 
 
 def get_config():

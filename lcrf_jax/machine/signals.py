@@ -227,7 +227,7 @@ def all_is_done() -> None:
 
 def _runs_by_itself():
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return spec is not None and spec.name.startswith("experiments.")
+    return spec is not None and spec.name.startswith(("experiments.", "lcrf_jax.experiments."))
 
 
 def _flush():

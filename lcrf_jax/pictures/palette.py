@@ -1,5 +1,10 @@
-"""Pictures of masks: the VOC palette, overlays, palette PNGs and a grid to look at."""
+"""Pictures of masks: two palettes, overlays, palette PNGs and a grid to look at.
 
+Index PNGs have the colours of PASCAL VOC, as other programs expect it. Those are dark, and half of them look alike to many
+readers, so that what is laid over photographs has `bright_palette`.
+"""
+
+import colorsys
 import os
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 VOID = 255
 _STRIP_PIXELS = 1 << 20
+# Bright colours that stay apart for readers who do not tell red from green, or blue from yellow: the first seven by hand, then
+# each the one of a grid in RGB that is farthest from all before it, least of four views (as it is, and without each kind of cone).
+_BRIGHT = (
+    "56b4e9 e69f00 00b27d f0e442 e178be 3c6ee6 eb5a28 a5ff96 87ffd2 b44b3c b43ca5 69c369 694bff 4b96f0 c32d78 78ffff 87e15a 4bd2b4 "
+    "87f0a5 c33c1e 00874b 78a53c 00e1f0 ff96a5"
+)
+_GOLDEN = 0.61803398875
 INK, PAPER, FAINT = (30, 34, 40), (255, 255, 255), (236, 238, 241)
 
 
@@ -33,15 +45,40 @@ def palette(num_classes: int) -> np.ndarray:
     return colours.astype(np.uint8)
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.55) -> np.ndarray:
-    """An image with its mask laid over it in colour, and a line round every region.
+def bright_palette(num_classes: int) -> np.ndarray:
+    """Colours of the classes that can be read on photographs, the first 24 also by readers who are blind to some colours.
+
+    Args:
+      num_classes: number of colours, 1..256.
+    Returns:
+      [num_classes, 3] uint8 RGB; class 0 is black, and 255 (void) a pale ivory, as in `palette`.
+    Raises:
+      ValueError: if num_classes is not in 1..256.
+    """
+    colours = palette(num_classes)  # black, ivory and the check
+    chosen = [bytes.fromhex(text) for text in _BRIGHT.split()]
+    for label in range(1, min(num_classes, VOID)):
+        if label <= len(chosen):
+            colours[label] = list(chosen[label - 1])
+        else:
+            shares = colorsys.hls_to_rgb(label * _GOLDEN % 1, (0.45, 0.6, 0.75)[label % 3], 0.85)
+            colours[label] = np.round(255 * np.array(shares))
+    return colours
+
+
+def overlay(
+    image: np.ndarray, labels: np.ndarray, alpha: float = 0.5, *, outline: int | None = None, colours: np.ndarray | None = None
+) -> np.ndarray:
+    """An image with its mask laid over it in colour, and an outline round every region.
 
     Background keeps the image as it is; void is mixed with ivory.
 
     Args:
       image: [H, W, 3] uint8 RGB.
       labels: [H, W] class indices in 0..255, 255 is void.
-      alpha: share of the class colour inside a region, 0..1; the line has all of it.
+      alpha: share of the class colour inside a region, 0..1; the outline has all of it.
+      outline: its width in pixels, inside the region; 0 draws none, None a two hundredth of the longer side, at least 1.
+      colours: [256, 3] uint8 RGB of the classes; None is `bright_palette`.
     Returns:
       [H, W, 3] uint8 RGB, a new array.
     Raises:
@@ -53,14 +90,19 @@ def overlay(image: np.ndarray, labels: np.ndarray, alpha: float = 0.55) -> np.nd
                          "the mask with nearest neighbours")
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha in 0..1, got {alpha}")
-    edges, result = _edges(labels), np.empty_like(image)
-    colours = palette(256).astype(np.float32)
+    width = max(round(max(labels.shape) / 200), 1) if outline is None else outline
+    if width < 0:
+        raise ValueError(f"expected an outline of 0 pixels or more, got {outline}; 0 draws none")
+    edges, result = _thick(_edges(labels), labels, width), np.empty_like(image)
+    wanted = (bright_palette(256) if colours is None else np.asarray(colours)).astype(np.float32)
+    if wanted.shape[1:] != (3,) or len(wanted) <= labels.max():
+        raise ValueError(f"expected colours [256, 3], one for each label, got {list(wanted.shape)}")
     shares = np.where(np.arange(256) == 0, 0, np.float32(alpha))
     step = max(1, _STRIP_PIXELS // labels.shape[1])
     for start in range(0, len(labels), step):  # in little memory for large images
         rows = slice(start, start + step)
         share = np.where(edges[rows] & (labels[rows] != 0), np.float32(1), shares[labels[rows]])[..., None]
-        result[rows] = np.round(image[rows] * (1 - share) + colours[labels[rows]] * share)
+        result[rows] = np.round(image[rows] * (1 - share) + wanted[labels[rows]] * share)
     return result
 
 
@@ -78,18 +120,19 @@ def save_index_png(path: str | os.PathLike, labels: np.ndarray) -> None:
     index_picture(labels).save(path, format="PNG")
 
 
-def index_picture(labels: np.ndarray) -> Image.Image:
-    """A mask as a Pillow image of class indices with the VOC palette.
+def index_picture(labels: np.ndarray, colours: np.ndarray | None = None) -> Image.Image:
+    """A mask as a Pillow image of class indices.
 
     Args:
       labels: [H, W] class indices in 0..255, 255 is void.
+      colours: [256, 3] uint8 RGB to show them in; None is the palette of VOC.
     Returns:
       PIL.Image.Image of mode P.
     Raises:
       ValueError: if labels has another shape, dtype or range.
     """
     picture = Image.fromarray(_checked_labels(labels))
-    picture.putpalette(palette(256).tobytes())
+    picture.putpalette((palette(256) if colours is None else colours).tobytes())
     return picture
 
 
@@ -196,6 +239,21 @@ def _edges(labels):
     return edges
 
 
+def _thick(edges, labels, width):
+    """Edges that reach `width` pixels into the objects, whose own edge is the first of them."""
+    if not width:
+        return np.zeros_like(edges)
+    edges &= labels != 0
+    for _ in range(width - 1):
+        wider = edges.copy()
+        wider[1:] |= edges[:-1]
+        wider[:-1] |= edges[1:]
+        wider[:, 1:] |= edges[:, :-1]
+        wider[:, :-1] |= edges[:, 1:]
+        edges = wider & (labels != 0)
+    return edges
+
+
 def _cell_picture(row, at, cell):
     """One picture of the grid, its longest side `cell`."""
     image = _checked_image(row[0])
@@ -242,7 +300,7 @@ def _legend(present, class_names, width):
     legend = Image.new("RGB", (width, y + line_height), PAPER)
     draw = ImageDraw.Draw(legend)
     for label, name, left, upper in places:
-        colour = tuple(int(part) for part in palette(256)[label])
+        colour = tuple(int(part) for part in bright_palette(256)[label])
         draw.rectangle((left, upper + 4, left + swatch, upper + 4 + swatch), fill=colour, outline=INK)
         draw.text((left + swatch + 6, upper + 4 + swatch / 2), name, fill=INK, font=font, anchor="lm")
     return legend

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lcrf_jax.pictures.palette import overlay, palette
+from lcrf_jax.pictures.palette import bright_palette, overlay
 
 if TYPE_CHECKING:
     import jinja2
@@ -189,7 +189,7 @@ def _part(name, **values):
 
 
 def _colours():
-    return [tuple(colour) for colour in palette(256).tolist()]
+    return [tuple(colour) for colour in bright_palette(256).tolist()]
 
 
 def _bars(values):
@@ -209,7 +209,7 @@ def _card(sample):
     photograph, layers = Image.fromarray(sample.image).resize(small, Image.Resampling.LANCZOS), {}
     for title, labels in sample.layers.items():
         labels = np.asarray(Image.fromarray(np.asarray(labels, np.uint8)).resize(small, Image.Resampling.NEAREST))
-        layers[title] = Image.fromarray(overlay(np.asarray(photograph), labels, alpha=0.6))
+        layers[title] = Image.fromarray(overlay(np.asarray(photograph), labels))
     return {
         "name": sample.name, "caption": sample.caption, "width": small[0], "height": small[1],
         "photograph": data_url(photograph, "JPEG", quality=85),

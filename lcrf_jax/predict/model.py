@@ -14,7 +14,7 @@ from lcrf_jax.data.files.images import opened_as_rgb, read_image
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import nearest
-from lcrf_jax.pictures.palette import palette
+from lcrf_jax.pictures.palette import bright_palette, overlay, save_index_png
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
@@ -31,7 +31,13 @@ class Labelling(NamedTuple):
       probabilities: [h, w, K] float32, of all classes. h x w is H x W, but smaller for a photograph with a side above
         `Model.max_side`; `lcrf_jax.predict.resizing.resized_map` enlarges it.
       class_names: names of the K classes, background first.
-      palette: [K, 3] uint8 RGB, the colour of each class.
+      palette: [K, 3] uint8 RGB, the colour of each class in the overlay.
+      image: [H, W, 3] uint8 RGB, the photograph.
+
+    Example:
+      >>> found = lcrf_jax.load("animals").segment("photo.jpg")  # doctest: +SKIP
+      >>> found.overlay().save("overlay.jpg")  # doctest: +SKIP
+      >>> found.save("mask.png")  # doctest: +SKIP
     """
 
     labels: np.ndarray
@@ -39,6 +45,44 @@ class Labelling(NamedTuple):
     probabilities: np.ndarray
     class_names: tuple[str, ...]
     palette: np.ndarray
+    image: np.ndarray
+
+    def overlay(self, *, alpha: float = 0.5, outline: int | None = None) -> Image.Image:
+        """The photograph with the classes laid over it in colour, and an outline round each.
+
+        Args:
+          alpha: share of the colour, 0..1.
+          outline: width of the outline in pixels; 0 draws none, None goes by the size of the photograph.
+
+        Returns:
+          PIL.Image.Image; a notebook shows it, and ``.save("overlay.jpg")`` writes it.
+
+        Raises:
+          ValueError: if alpha or outline is out of range.
+        """
+        return Image.fromarray(overlay(self.image, self.labels, alpha, outline=outline))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the labels as a PNG of class indices, which viewers show in the colours of PASCAL VOC.
+
+        Args:
+          path: file NAME.png; its folder must be there.
+
+        Raises:
+          ValueError: if the name ends otherwise: a JPEG would change the indices.
+          OSError: if it cannot be written.
+        """
+        path = pathlib.Path(path).expanduser()
+        if path.suffix.lower() != ".png":
+            raise ValueError(f"{path}: expected a name that ends with .png, which keeps class indices as they are; "
+                             "overlay().save(...) writes pictures of other kinds")  # fmt: skip
+        save_index_png(path, self.labels)
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        shares = ", ".join(f"{self.class_names[k]} {100 * counts[k] / counts.sum():.3g} %" for k in np.argsort(-counts) if counts[k])
+        return f"<Labelling, {height} x {width}: {shares}; mean confidence {self.confidence.astype(np.float32).mean():.2f}>"
 
 
 class Model:
@@ -53,8 +97,11 @@ class Model:
         self.description = description
         self.segmenter = make_segmenter(description, params)
         self.class_names = self.segmenter.class_names
-        self.palette = palette(len(self.class_names))
+        self.palette = bright_palette(len(self.class_names))
         self.max_side = self.segmenter.max_side
+
+    def __repr__(self) -> str:
+        return f"<Model of {len(self.class_names)} classes: {', '.join(self.class_names)}>"
 
     def segment(
         self,
@@ -78,10 +125,11 @@ class Model:
           ValueError: if the image cannot be read, has another shape or type, or a tag is no class.
         """
         given = None if tags is None else tag_vector(tags, self.class_names)
-        result = segment(self.segmenter, as_rgb(image), crf=crf, tags=given)
+        photograph = as_rgb(image)
+        result = segment(self.segmenter, photograph, crf=crf, tags=given)
         labels, confidence = labels_and_confidence(result.best_log_probs, result.size)
         probabilities = interpolated_probs(result.best_log_probs, result.best_log_probs.shape[:2])
-        return Labelling(labels, confidence, probabilities, self.class_names, self.palette)
+        return Labelling(labels, confidence, probabilities, self.class_names, self.palette, photograph)
 
 
 def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:

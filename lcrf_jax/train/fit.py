@@ -292,7 +292,9 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
     # The names of the images of the last steps, for a message.
     recent = collections.deque(maxlen=config["log_every_steps"] + config["max_skipped_in_a_row"])
     metrics = {}
+    finished = first
     with Progress(this.last_step, first_step=first, title=title) as bar:
+        bar.waiting("compiling")
         for step in range(first + 1, this.last_step + 1):
             batch = next(batches)
             recent.append((step, batch.name))
@@ -306,7 +308,11 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
                 shown = {name: float(value) for name, value in metrics.items()}
                 _check_skipped(state, step, recent, config["max_skipped_in_a_row"])
                 outputs.writer.write(step, {f"train/{name}": value for name, value in shown.items()})
-            bar.update(num_images=config["batch_size"], metrics=shown)
+            now_finished = step - 1 if shown is None else step  # this one may still be under way
+            if now_finished > finished:
+                newly = now_finished - finished
+                bar.update(num_images=newly * config["batch_size"], metrics=shown, num_steps=newly)
+                finished = now_finished
             if scoring:
                 _validate(prepared, state.params, step, outputs, bar)
             signum = _asked_to_stop(outputs.stop, shown is not None)

@@ -89,7 +89,7 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
     plan = resolved_plan(config, train.class_names, train.tags)
     network, size = plan.network, config["input_size"]
     variables, digest = backbone_variables(network.description, config.get("weights", ""))
-    say(f"backbone {network.description['backbone']}, weights sha256 {digest}")
+    say(f"backbone {network.description['backbone']}, weights sha256 {digest[:12]}")
     for name, commit in hub_commit(config.get("weights", "")).items():
         say(f"weights of {name} at {commit}; --config.weights={name}@{commit} keeps to them")
     of_images = ViewDataset(train, size=size, **config["views"])

@@ -77,7 +77,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
             if name in flat:
                 check_number(
                     name, flat[name], minimum=least, strict=not included, whole=whole,
-                    remedy="experiments/configs/base.py says what it means",
+                    remedy="--print_config says what it means",
                 )  # fmt: skip
         for name in _KERNELS:
             if (kernel := _at(config, name)) is not None:
@@ -113,7 +113,7 @@ def check_names(config: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     names = flat_settings(dict(known))
     for name in flat_settings(dict(config)):
         if name not in names and not any(name.startswith(f"{free}.") for free in _FREE):
-            raise SettingError(f"config.{name}: there is no such setting{nearest(name, names)}; experiments/configs/base.py has all")
+            raise SettingError(f"config.{name}: there is no such setting{nearest(name, names) or '; --print_config prints all'}")
 
 
 @contextlib.contextmanager

@@ -197,10 +197,10 @@ def test_without_scikit_image_it_says_what_to_do(monkeypatch):
 @pytest.mark.slow
 def test_a_job_runs_in_a_process_of_its_own(photo, tmp_path):
     arguments = {"photo": photo, "size": (3, 4), "num_classes": 3, "grid_of": 321, "path": str(tmp_path / "exact.npz")}
-    seconds = measuring.in_fresh_process("experiments.crf_measurements", "reference", arguments)
+    seconds = measuring.in_fresh_process("crf_measurements", "reference", arguments)
     assert seconds > 0 and np.load(arguments["path"])["raw"].shape == (12, 3)
     with pytest.raises(ChildProcessError, match="measuring reference with .*failed .exit code 1(.|\n)*nowhere.png"):
-        measuring.in_fresh_process("experiments.crf_measurements", "reference", arguments | {"photo": "nowhere.png"})
+        measuring.in_fresh_process("crf_measurements", "reference", arguments | {"photo": "nowhere.png"})
 
 
 def loop_reference(photo, size, num_classes):

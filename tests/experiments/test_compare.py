@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
-from programs import ROOT, run
+from programs import run
 
 from experiments import comparison_tables
 from lcrf_jax.data.opening import open_source
@@ -165,7 +165,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, arguments, message):
 def program():
     """What experiments/compare.py defines, without its flags."""
     before = set(flags.FLAGS)
-    defined = runpy.run_path(str(ROOT / "experiments" / "compare.py"), run_name="compare")
+    defined = runpy.run_module("experiments.compare", run_name="compare")
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
     return defined

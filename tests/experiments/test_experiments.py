@@ -191,7 +191,7 @@ def test_ablation_trains_every_variation_once_and_compares_them(tmp_path):
 def ablation():
     """What experiments/ablation.py defines, without its flags."""
     before = set(flags.FLAGS)
-    defined = runpy.run_path(str(ROOT / "experiments" / "ablation.py"), run_name="ablation")
+    defined = runpy.run_module("experiments.ablation", run_name="ablation")
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
     return defined
@@ -221,9 +221,9 @@ def test_scores_of_several_seeds_are_a_mean_and_a_standard_deviation(ablation):
     (["train", TINY], "flag --workdir=None: Flag --workdir must have a value"),
     (["train", TINY, "--workdir=x", "--cnofig.seed=1"], "Unknown command line flag 'cnofig.seed'"),
     (["train", TINY, "--workdir=x", "seed=1"], r"error: unknown arguments \['seed=1'\]"),
-    (["train", TINY, "--workdir=x", "--config.epoch=1"], "error: the flags or the configuration .*epoch"),
+    (["train", TINY, "--workdir=x", "--config.epoch=1"], r"error: config.epoch: there is no such setting; did you mean 'epochs'\?"),
     (["train", TINY, "--workdir=x", "--config.batch_size=abc"], "config.batch_size=abc: invalid literal"),
-    (["train", "--config=nothing.py", "--workdir=x"], r"error: .*Failed loading config file (.|\n)*nothing\.py"),
+    (["train", "--config=nothing.py", "--workdir=x"], r"error: --config=nothing\.py: there is no such file, and no configuration of this name among base, "),
     (["train", TINY, "--workdir=x", "--config.method=crf"], "error: method: expected one of"),
     (["train", TINY, "--workdir=x", "--config.data.kind=folder"], "error: "),
     (["train", TINY, "--workdir=x", "--config.data.root=nowhere"], "error: textures .*no folder"),

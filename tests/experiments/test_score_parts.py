@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 from absl import flags
-from programs import ROOT, SMALL, TINY, assert_refused, run
+from programs import SMALL, TINY, assert_refused, run
 
 from experiments import comparison_tables, reporting
 from lcrf_jax.data.opening import open_source
@@ -115,7 +115,7 @@ def test_results_of_before_make_the_tables_of_before():
 def program():
     """What experiments/compare.py defines, without its flags."""
     before = set(flags.FLAGS)
-    defined = runpy.run_path(str(ROOT / "experiments" / "compare.py"), run_name="compare")
+    defined = runpy.run_module("experiments.compare", run_name="compare")
     for name in set(flags.FLAGS) - before:
         delattr(flags.FLAGS, name)
     return defined

@@ -38,8 +38,8 @@ def test_overlay_by_hand():
     drawn = overlay(image, labels, alpha=0.5)
     assert drawn.dtype == np.uint8
     np.testing.assert_array_equal(drawn[:, :3], 100)
-    np.testing.assert_array_equal(drawn[:, 3], np.broadcast_to([128, 0, 0], (4, 3)))
-    np.testing.assert_array_equal(drawn[:, 4:], np.broadcast_to([114, 50, 50], (4, 2, 3)))
+    np.testing.assert_array_equal(drawn[:, 3], np.broadcast_to([86, 180, 233], (4, 3)))
+    np.testing.assert_array_equal(drawn[:, 4:], np.broadcast_to([93, 140, 166], (4, 2, 3)))
     np.testing.assert_array_equal(image, 100)
 
 
@@ -83,10 +83,10 @@ def test_the_grid_has_a_column_for_what_there_is(tmp_path):
     four = picture_grid(refined, tmp_path / "four.png", class_names=NAMES, cell=100)
     assert Image.open(four).size[0] == 4 * 100 + 5 * 8
     colours = {tuple(colour) for colour in three.reshape(-1, 3)}
-    assert (128, 0, 0) in colours and (0, 128, 0) in colours
+    assert (230, 159, 0) in colours and (86, 180, 233) in colours
     only_cat = picture_grid(rows[1:], tmp_path / "cat.png", class_names=NAMES, cell=100)
     legend = np.asarray(Image.open(only_cat))[-32:]
-    assert (legend == (128, 0, 0)).all(axis=-1).any() and not (legend == (0, 128, 0)).all(axis=-1).any()
+    assert (legend == (86, 180, 233)).all(axis=-1).any() and not (legend == (230, 159, 0)).all(axis=-1).any()
 
 
 def test_the_picture_in_the_grid_is_the_image(tmp_path):

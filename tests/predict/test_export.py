@@ -206,7 +206,7 @@ WITH_NOTHING_BESIDE = """
             module.__file__ for name, module in list(sys.modules.items()) if name.partition(".")[0] in ("lcrf_jax", "experiments") and getattr(module, "__file__", None)]
         nodes = [node for file in files for node in ast.parse(open(file).read()).body]
         roots = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        roots |= {node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+        roots |= {node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
         of_roots = {root: owners for root, owners in metadata.packages_distributions().items() if root in roots}
         assert {"jax", "numpy", "flax", "jax2onnx", "onnxruntime"} <= set(of_roots), of_roots
         for root, owners in of_roots.items():

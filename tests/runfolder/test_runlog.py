@@ -2,6 +2,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import types
@@ -185,4 +186,59 @@ def test_a_bar_on_a_terminal_shows_terms_and_speed():
         progress.message("a line of its own")
     text = stream.getvalue()
     assert "\r" in text and "fit" in text and "4/4" in text
-    assert "2.0 images/s, loss 0.5" in text and "a line of its own\n" in text
+    assert "loss 0.5, 2.0 images/s" in text and "a line of its own\n" in text
+
+
+def test_speed_and_time_left_are_those_of_the_steps_after_the_first_which_compiles():
+    stream, clock = Terminal(), Clock()
+    with Progress(1000, stream=stream, clock=clock) as progress:
+        progress.waiting("compiling")
+        clock.now += 100
+        for _ in range(11):
+            progress.update(num_images=4, metrics={"kl": 7.0, "loss": 0.25})
+            clock.now += 2
+        progress._bar.refresh()
+    text = stream.getvalue()
+    assert "0/1000, compiling" in text
+    assert "11/1000, loss 0.25, 2.0 images/s, 32:58 left" in text and "kl" not in text
+
+
+def test_at_80_columns_the_bar_is_a_bar(monkeypatch):
+    stream, clock = Terminal(), Clock()
+    monkeypatch.setenv("COLUMNS", "80")
+    metrics = {name: 1.25 for name in ("entropy", "gradient_norm", "log_likelihood", "pairwise_energy", "skipped_steps", "loss")}
+    with Progress(875, stream=stream, clock=clock, title="round 1") as progress:
+        progress._bar.ncols, progress._bar.dynamic_ncols = 80, None
+        for _ in range(400):
+            clock.now += 7
+            progress.update(num_images=16, metrics=metrics)
+        progress._bar.refresh()
+    line = stream.getvalue().rsplit("\r", 1)[-1].rstrip("\n")
+    assert len(line) <= 80 and len(re.search(r"\|(.*)\|", line)[1]) >= 10
+    assert line.endswith("400/875, loss 1.25, 2.3 images/s, 55:25 left")
+
+
+def test_ways_of_progress(monkeypatch):
+    def shown(way):
+        monkeypatch.setenv("LCRF_JAX_PROGRESS", way)
+        stream, clock = Terminal(), Clock()
+        with Progress(2, stream=stream, clock=clock) as progress:
+            for _ in range(2):
+                clock.now += 20
+                progress.update(num_images=4, metrics={"loss": 0.5, "kl": math.nan})
+            progress.message("mIoU 0.5")
+        return stream.getvalue()
+
+    assert shown("quiet") == ""
+    assert shown("lines").splitlines() == ["train 1/2  0.2 images/s, loss 0.5, kl nan", "train 2/2  0.2 images/s, loss 0.5, kl nan", "mIoU 0.5"]
+    lines = [json.loads(line) for line in shown("json").splitlines()]
+    assert lines[1] == {"title": "train", "step": 2, "steps": 2, "images_per_second": 0.2, "seconds_left": 0.0, "loss": 0.5, "kl": None}
+    assert lines[2] == {"title": "train", "message": "mIoU 0.5"}
+    with pytest.raises(ValueError, match="LCRF_JAX_PROGRESS: expected one of auto, lines, json, quiet, got 'loud'"):
+        shown("loud")
+
+
+def test_where_there_is_nothing_to_do_nothing_is_said():
+    stream = io.StringIO()
+    Progress(0, stream=stream, title="predict").close()
+    assert stream.getvalue() == ""
