@@ -8,6 +8,7 @@ A network is described by a dict that JSON can hold, which is stored with every 
      "widths": [512, 512, 256, 512], "dropout": 0.0, "num_classes": 21}
 """
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -75,12 +76,17 @@ def _pointwise_head(activation):
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 TAPS = ("head", "s32", "s16", "s8", "s4")
-_LITE0_INPUT = (efficientnet_lite.preprocess, "(x - 127) / 128")
+_LITE_INPUT = (efficientnet_lite.preprocess, "(x - 127) / 128")
+
+
+def _lite(size):
+    module = functools.partial(efficientnet_lite.EfficientNetLite, size)
+    return Backbone(module, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu6))
+
+
 BACKBONES = {
-    "efficientnet_lite0": Backbone(
-        efficientnet_lite.EfficientNetLite0, *_LITE0_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu6)
-    ),
-    "small": Backbone(SmallBackbone, *_LITE0_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu), weights="random"),
+    **{f"efficientnet_lite{size}": _lite(size) for size in range(len(efficientnet_lite.SIZES))},
+    "small": Backbone(SmallBackbone, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu), weights="random"),
     "vgg16": Backbone(
         vgg.VGG16, vgg.preprocess, f"(x / 255 - {vgg.MEAN}) / {vgg.STD}", (8, 16, 32), 1,
         lambda variables, features: features["s32"].astype(jnp.float32),
