@@ -1,10 +1,15 @@
 """The names of every network in published files, one table for each naming."""
 
+from typing import NamedTuple
+
 from lcrf_jax.nets.efficientnet_lite import stages
-from lcrf_jax.nets.naming import Layer, Part
+from lcrf_jax.nets.naming import Array, Dense, Layer, Part
+from lcrf_jax.nets.resnet import STAGES as RESNET_STAGES
 from lcrf_jax.nets.vgg import BLOCKS
+from lcrf_jax.nets.vision_transformer import Variant
 
 _VGG16_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+_RESNET_EPSILON = 1e-5
 
 
 def vgg16_layers() -> list[Part]:
@@ -65,3 +70,108 @@ def _bottleneck(ours, pairs):
     """The layers of a block from the published convolutions and norms of its two or three."""
     kinds = ("expand", "depthwise", "project")[-len(pairs) :]
     return [Layer(ours + kind, *pair, kind == "depthwise") for kind, pair in zip(kinds, pairs, strict=True)]
+
+
+def resnet50_layers() -> list[Part]:
+    """The convolutions of ResNet-50, as torchvision and timm name them.
+
+    Returns:
+      List of Layer.
+    """
+    layers: list[Part] = [Layer("stem", "conv1", "bn1", epsilon=_RESNET_EPSILON)]
+    for stage, (count, _) in enumerate(RESNET_STAGES):
+        for block in range(count):
+            theirs = f"layer{stage + 1}.{block}."
+            pairs = {f"conv{at}": (f"conv{at}", f"bn{at}") for at in (1, 2, 3)}
+            if block == 0:
+                pairs["shortcut"] = ("downsample.0", "downsample.1")
+            layers += [
+                Layer(f"stage{stage}_block{block}/{ours}", theirs + convolution, theirs + norm, epsilon=_RESNET_EPSILON)
+                for ours, (convolution, norm) in pairs.items()
+            ]
+    return layers
+
+
+class TransformerNames(NamedTuple):
+    """What the arrays of a vision transformer are called in one naming.
+
+    Attributes:
+      class_token, positions, registers, patches, first, last: names of the arrays and prefixes of the layers outside the
+        blocks; `first` and `last` are the layer norms before the first and after the last block.
+      block: prefix of a block, with {} for its number from 0.
+      norm1, qkv, out, norm2, up, down: prefixes within a block; `qkv` is one, or those of queries, keys and values.
+      scale1, scale2: names of the vectors of the layer scale.
+      leading: axes of length 1 in front of class token and positions; there is one more before the class token if they have.
+    """
+
+    class_token: str
+    positions: str
+    registers: str
+    patches: str
+    first: str
+    last: str
+    block: str
+    norm1: str
+    qkv: tuple[str, ...]
+    out: str
+    norm2: str
+    up: str
+    down: str
+    scale1: str
+    scale2: str
+    leading: int = 1
+
+
+# Of the files of DINOv2's own hub, and of timm, which names its registers otherwise and leaves out their positions.
+HUB_NAMES = TransformerNames(
+    "cls_token", "pos_embed", "register_tokens", "patch_embed.proj", "norm_pre", "norm",
+    "blocks.{}.", "norm1", ("attn.qkv",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2", "ls1.gamma", "ls2.gamma",
+)  # fmt: skip
+DINOV2_NAMES = TransformerNames(
+    "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens",
+    "embeddings.patch_embeddings.projection", "", "layernorm", "encoder.layer.{}.", "norm1",
+    tuple(f"attention.attention.{name}" for name in ("query", "key", "value")), "attention.output.dense", "norm2",
+    "mlp.fc1", "mlp.fc2", "layer_scale1.lambda1", "layer_scale2.lambda1",
+)  # fmt: skip
+CLIP_NAMES = TransformerNames(
+    "vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding.weight", "",
+    "vision_model.embeddings.patch_embedding", "vision_model.pre_layrnorm", "vision_model.post_layernorm",
+    "vision_model.encoder.layers.{}.", "layer_norm1", tuple(f"self_attn.{name}_proj" for name in "qkv"),
+    "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2", "", "", leading=0,
+)  # fmt: skip
+
+
+def transformer_parts(variant: Variant, names: TransformerNames) -> list[Part]:
+    """The arrays of a vision transformer in one naming.
+
+    Args:
+      variant: Variant.
+      names: TransformerNames.
+
+    Returns:
+      List of parts.
+    """
+    parts: list[Part] = [
+        Array("class_token", names.class_token, 2 * names.leading),
+        Array("positions", names.positions, names.leading),
+        Layer("patches", names.patches, biased=not variant.normalised_first),
+        *_layer_norm("norm", names.last),
+    ]
+    if variant.registers:
+        parts.append(Array("registers", names.registers, 1))
+    if variant.normalised_first:
+        parts += _layer_norm("norm_first", names.first)
+    for number in range(variant.depth):
+        ours, theirs = f"block{number + 1}/", names.block.format(number)
+        parts += _layer_norm(f"{ours}norm1", theirs + names.norm1)
+        parts.append(Dense(f"{ours}qkv", tuple(theirs + name for name in names.qkv)))
+        parts.append(Dense(f"{ours}out", (theirs + names.out,)))
+        parts += _layer_norm(f"{ours}norm2", theirs + names.norm2)
+        parts += [Dense(f"{ours}up", (theirs + names.up,)), Dense(f"{ours}down", (theirs + names.down,))]
+        if variant.layer_scale:
+            parts += [Array(f"{ours}scale1", theirs + names.scale1), Array(f"{ours}scale2", theirs + names.scale2)]
+    return parts
+
+
+def _layer_norm(ours, theirs):
+    return [Array(f"{ours}/scale", f"{theirs}.weight"), Array(f"{ours}/bias", f"{theirs}.bias")]

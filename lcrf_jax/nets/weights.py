@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict
 from lcrf_jax.nets import tables
 from lcrf_jax.nets.naming import Part, best_table, converted
 from lcrf_jax.nets.pretrained import file_digest, read_state
+from lcrf_jax.nets.vision_transformer import VARIANTS
 
 HUB = "hf:"
 HUB_FILE = "model.safetensors"
@@ -108,9 +109,26 @@ def _lite(size):
     )
 
 
+def _transformer(name, repository, *namings):
+    """How a vision transformer is published."""
+    parts = (functools.partial(tables.transformer_parts, VARIANTS[name], naming) for naming in namings)
+    return Published(tuple(parts), repository)
+
+
+_DINOV2 = (tables.HUB_NAMES, tables.DINOV2_NAMES)
 PUBLISHED = {
     **{f"efficientnet_lite{size}": _lite(size) for size in range(5)},
     "vgg16": Published((tables.vgg16_layers,), "timm/vgg16.tv_in1k"),
+    "resnet50": Published((tables.resnet50_layers,), "timm/resnet50.a1_in1k"),
+    "dinov2_vits14": _transformer("dinov2_vits14", "facebook/dinov2-small", *_DINOV2),
+    "dinov2_vitb14": _transformer("dinov2_vitb14", "facebook/dinov2-base", *_DINOV2),
+    "dinov2_vits14_reg": _transformer("dinov2_vits14_reg", "facebook/dinov2-with-registers-small", *_DINOV2),
+    "dinov2_vitb14_reg": _transformer("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base", *_DINOV2),
+    "clip_vitb16": _transformer(
+        "clip_vitb16", "timm/vit_base_patch16_clip_224.openai", tables.CLIP_NAMES, tables.HUB_NAMES
+    ),
+    "augreg_vits16": _transformer("augreg_vits16", "timm/vit_small_patch16_224.augreg_in21k", tables.HUB_NAMES),
+    "augreg_vitb16": _transformer("augreg_vitb16", "timm/vit_base_patch16_224.augreg_in21k", tables.HUB_NAMES),
 }
 
 

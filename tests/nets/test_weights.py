@@ -30,7 +30,6 @@ from lcrf_jax.nets.weights import (
 )
 from lcrf_jax.train.plan import resolved_plan
 
-
 LITE0 = PUBLISHED["efficientnet_lite0"].package
 
 
