@@ -2,7 +2,7 @@
 
     python -m venv torch_env && torch_env/bin/pip install torch torchvision timm transformers safetensors
     torch_env/bin/python docs/parity.py write FOLDER     # makes weight files, and what PyTorch finds with them
-    .venv/bin/python docs/parity.py compare FOLDER       # loads them here, and prints the table of docs/backbones.md
+    PYTHONPATH=. .venv/bin/python docs/parity.py compare FOLDER     # loads them here, and prints the table of docs/backbones.md
 
 PyTorch is needed for the first step alone, in an environment of its own.
 """

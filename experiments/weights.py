@@ -22,7 +22,7 @@ from flax.traverse_util import flatten_dict
 from experiments import reporting
 from lcrf_jax.machine.progress import say
 from lcrf_jax.nets.network import BACKBONES
-from lcrf_jax.nets.weights import hub_commit, load_weights, parameter_shapes
+from lcrf_jax.nets.weights import hub_commit, load_weights
 
 _BACKBONE = flags.DEFINE_string("backbone", None, "Its name, as in config.network.backbone.")
 _SOURCE = flags.DEFINE_string("source", "", "As config.weights: a file, hf:REPOSITORY@REVISION, random; nothing for a package.")
@@ -54,17 +54,15 @@ def module_of(backbone, last_stride, size):
     return backbone.module(last_stride=last_stride)
 
 
-def operations(module, size):
+def operations(module, variables, size):
     """Floating-point operations of a forward pass, as XLA counts them before it optimises."""
     image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    costs = jax.jit(module.apply).lower(variables, image).cost_analysis()
-    return float(costs["flops"])
+    return float(jax.jit(module.apply).lower(variables, image).cost_analysis()["flops"])
 
 
-def number_of_weights(module):
-    """Of all parameters together."""
-    return sum(int(np.prod(shape)) for shape in parameter_shapes(module).values())
+def number_of_weights(variables):
+    """Of all parameters together; arrays or their shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables))
 
 
 def show_sizes():
@@ -72,10 +70,10 @@ def show_sizes():
     say("| backbone | last stride | parameters, millions | side | GFLOP |\n|---|---|---|---|---|")
     for name, backbone in BACKBONES.items():
         last_stride = usual_stride(backbone)
-        module = backbone.module(last_stride=last_stride)
-        for size in (nearest(backbone, 320), nearest(backbone, 518)):
-            costs = operations(module, size) / 1e9
-            say(f"| `{name}` | {last_stride} | {number_of_weights(module) / 1e6:.2f} | {size} | {costs:.1f} |")
+        module, size = backbone.module(last_stride=last_stride), nearest(backbone, 320)
+        variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+        costs = operations(module, variables, size) / 1e9
+        say(f"| `{name}` | {last_stride} | {number_of_weights(variables) / 1e6:.2f} | {size} | {costs:.1f} |")
 
 
 def nearest(backbone, size):
@@ -130,8 +128,8 @@ def main(argv):
     for name, commit in hub_commit(source).items():
         say(f"{name} at {commit}")
     show_shapes(variables)
-    say(f"{number_of_weights(module):,} parameters")
-    say(f"picture of {size} x {size}, last stride {last_stride}, {backbone.normalisation}: {operations(module, size) / 1e9:.2f} GFLOP")
+    say(f"{number_of_weights(variables):,} parameters")
+    say(f"picture of {size} x {size}, last stride {last_stride}, {backbone.normalisation}: {operations(module, variables, size) / 1e9:.2f} GFLOP")
     show_forward(backbone, module, variables, size)
 
 

@@ -126,6 +126,8 @@ def test_a_size_that_cannot_be_halved_is_rounded_up(vgg16_variables):
 
 def test_a_torch_file_and_a_safetensors_file_give_the_same(vgg16_variables, tmp_path):
     path = tmp_path / "vgg16.pth"
+    path.write_bytes(zip_bytes(views_of({"features.0.bias": np.arange(3.0)})))
+    assert np.array_equal(read_state(path.rename(tmp_path / "pytorch_model.bin"))["features.0.bias"], [0, 1, 2])
     path.write_bytes(zip_bytes(views_of(vgg16_state())))
     other, digest = load_weights("vgg16", VGG16(), str(path))
     assert digest == file_digest(path)
