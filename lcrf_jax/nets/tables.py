@@ -133,12 +133,17 @@ DINOV2_NAMES = TransformerNames(
     tuple(f"attention.attention.{name}" for name in ("query", "key", "value")), "attention.output.dense", "norm2",
     "mlp.fc1", "mlp.fc2", "layer_scale1.lambda1", "layer_scale2.lambda1",
 )  # fmt: skip
-CLIP_NAMES = TransformerNames(
-    "vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding.weight", "",
-    "vision_model.embeddings.patch_embedding", "vision_model.pre_layrnorm", "vision_model.post_layernorm",
-    "vision_model.encoder.layers.{}.", "layer_norm1", tuple(f"self_attn.{name}_proj" for name in "qkv"),
-    "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2", "", "", leading=0,
+# Of a file with the image tower alone, as transformers writes it today; in files of the whole of CLIP all have a prefix.
+CLIP_TOWER_NAMES = TransformerNames(
+    "embeddings.class_embedding", "embeddings.position_embedding.weight", "", "embeddings.patch_embedding",
+    "pre_layrnorm", "post_layernorm", "encoder.layers.{}.", "layer_norm1",
+    tuple(f"self_attn.{name}_proj" for name in "qkv"), "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2", "", "",
+    leading=0,
 )  # fmt: skip
+_OUTER = ("class_token", "positions", "patches", "first", "last", "block")
+CLIP_NAMES = CLIP_TOWER_NAMES._replace(
+    **{field: f"vision_model.{getattr(CLIP_TOWER_NAMES, field)}" for field in _OUTER}
+)
 
 
 def transformer_parts(variant: Variant, names: TransformerNames) -> list[Part]:

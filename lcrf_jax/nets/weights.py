@@ -116,6 +116,7 @@ def _transformer(name, repository, *namings):
 
 
 _DINOV2 = (tables.HUB_NAMES, tables.DINOV2_NAMES)
+_CLIP = (tables.HUB_NAMES, tables.CLIP_NAMES, tables.CLIP_TOWER_NAMES)
 PUBLISHED = {
     **{f"efficientnet_lite{size}": _lite(size) for size in range(5)},
     "vgg16": Published((tables.vgg16_layers,), "timm/vgg16.tv_in1k"),
@@ -124,9 +125,7 @@ PUBLISHED = {
     "dinov2_vitb14": _transformer("dinov2_vitb14", "facebook/dinov2-base", *_DINOV2),
     "dinov2_vits14_reg": _transformer("dinov2_vits14_reg", "facebook/dinov2-with-registers-small", *_DINOV2),
     "dinov2_vitb14_reg": _transformer("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base", *_DINOV2),
-    "clip_vitb16": _transformer(
-        "clip_vitb16", "timm/vit_base_patch16_clip_224.openai", tables.CLIP_NAMES, tables.HUB_NAMES
-    ),
+    "clip_vitb16": _transformer("clip_vitb16", "timm/vit_base_patch16_clip_224.openai", *_CLIP),
     "augreg_vits16": _transformer("augreg_vits16", "timm/vit_small_patch16_224.augreg_in21k", tables.HUB_NAMES),
     "augreg_vitb16": _transformer("augreg_vitb16", "timm/vit_base_patch16_224.augreg_in21k", tables.HUB_NAMES),
 }

@@ -17,7 +17,8 @@ TINY = {
     "clip": Variant(8, 4, 4, 3, depth=2, normalised_first=True, quick_gelu=True, epsilon=1e-5),
     "augreg": Variant(8, 2, 4, 3, depth=2),
 }
-NAMES = {"dinov2": tables.DINOV2_NAMES, "dinov2_reg": tables.DINOV2_NAMES, "clip": tables.CLIP_NAMES}
+NAMES = [("dinov2", tables.DINOV2_NAMES), ("dinov2_reg", tables.DINOV2_NAMES), ("clip", tables.CLIP_NAMES),
+         ("clip", tables.CLIP_TOWER_NAMES)]  # fmt: skip
 
 
 def tiny_state(name, seed=0):
@@ -49,7 +50,7 @@ def renamed(state, names, variant):
     for name, array in state.items():
         if name in ("cls_token", "pos_embed", "register_tokens"):
             theirs = {"cls_token": names.class_token, "pos_embed": names.positions, "register_tokens": names.registers}[name]
-            clip = names is tables.CLIP_NAMES
+            clip = names.leading == 0
             found[theirs] = array.reshape(-1) if clip and name == "cls_token" else array[0] if clip else array
             continue
         field = name.rpartition(".")[2]
@@ -70,11 +71,11 @@ def renamed(state, names, variant):
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_naming_gives_the_same_parameters(name):
+@pytest.mark.parametrize(("name", "names"), NAMES)
+def test_every_naming_gives_the_same_parameters(name, names):
     parts, shapes, state = tiny_state(name)
-    others = tables.transformer_parts(TINY[name], NAMES[name])
-    theirs = renamed(state, NAMES[name], TINY[name])
+    others = tables.transformer_parts(TINY[name], names)
+    theirs = renamed(state, names, TINY[name])
     assert best_table([parts, others], state) is parts and best_table([parts, others], theirs) is others
     one, other = converted(state, parts, shapes), converted(theirs, others, shapes)
     assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
