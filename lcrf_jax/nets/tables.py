@@ -140,9 +140,13 @@ CLIP_TOWER_NAMES = TransformerNames(
     tuple(f"self_attn.{name}_proj" for name in "qkv"), "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2", "", "",
     leading=0,
 )  # fmt: skip
-_OUTER = ("class_token", "positions", "patches", "first", "last", "block")
 CLIP_NAMES = CLIP_TOWER_NAMES._replace(
-    **{field: f"vision_model.{getattr(CLIP_TOWER_NAMES, field)}" for field in _OUTER}
+    class_token=f"vision_model.{CLIP_TOWER_NAMES.class_token}",
+    positions=f"vision_model.{CLIP_TOWER_NAMES.positions}",
+    patches=f"vision_model.{CLIP_TOWER_NAMES.patches}",
+    first=f"vision_model.{CLIP_TOWER_NAMES.first}",
+    last=f"vision_model.{CLIP_TOWER_NAMES.last}",
+    block=f"vision_model.{CLIP_TOWER_NAMES.block}",
 )
 
 
