@@ -329,7 +329,7 @@ def depthwise_conv(x, kernel, stride, dilation):
     return conv(x, np.transpose(kernel, (2, 0, 1))[:, None], stride, dilation, groups=x.shape[-1])
 
 
-def efficientnet_lite0(state, x, last_stride=32):
+def efficientnet_lite(state, x, repeats=(1, 2, 2, 3, 3, 4, 1), last_stride=32):
     """Taps of one image [H, W, 3] from a published state dict: convolution, batch norm, ReLU6 in turn."""
 
     def normalised(x, name):
@@ -341,12 +341,14 @@ def efficientnet_lite0(state, x, last_stride=32):
         return np.minimum(np.maximum(x, 0), 6)
 
     x = relu6(normalised(conv(x, state["_conv_stem.weight"], 2), "_bn0"))
-    first_of_stage = {1: 2, 3: 2, 5: 2, 8: 1, 11: 2, 15: 1}
+    starts = np.cumsum((0, *repeats))
+    first_of_stage = dict(zip(starts[:7], (1, 2, 2, 2, 1, 2, 1)))
+    tap_of_block = dict(zip(starts[[2, 3, 5, 7]] - 1, ("s4", "s8", "s16", "s32")))
     taps, dilation = {}, 1
-    for block in range(16):
+    for block in range(starts[-1]):
         name, inputs = f"_blocks.{block}.", x
         stride = first_of_stage.get(block, 1)
-        if block == 11 and last_stride == 16:
+        if block == starts[5] and last_stride == 16:
             stride = 1
         if block:
             x = relu6(normalised(conv(x, state[name + "_expand_conv.weight"]), name + "_bn0"))
@@ -355,9 +357,9 @@ def efficientnet_lite0(state, x, last_stride=32):
         x = normalised(conv(x, state[name + "_project_conv.weight"]), name + "_bn2")
         if x.shape == inputs.shape:
             x = x + inputs
-        if block == 11 and last_stride == 16:
+        if block == starts[5] and last_stride == 16:
             dilation = 2
-        tap = {2: "s4", 4: "s8", 10: "s16", 15: "s32"}.get(block)
+        tap = tap_of_block.get(block)
         if tap:
             taps[tap] = x
     taps["head"] = relu6(normalised(conv(x, state["_conv_head.weight"]), "_bn1"))

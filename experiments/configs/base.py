@@ -67,7 +67,7 @@ def get_config():
     config.data.on_bad_image = "error"  # or "skip": photographs that cannot be read are named and left out
 
     config.network = ConfigDict()
-    config.network.backbone = "efficientnet_lite0"  # or vgg16, small
+    config.network.backbone = "efficientnet_lite0"  # or another of docs/backbones.md, or small
     config.network.last_stride = 16
     config.network.taps = ("head", "s16", "s8")
     config.network.widths = (192, 128, 96)

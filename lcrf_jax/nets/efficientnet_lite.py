@@ -1,10 +1,11 @@
-"""EfficientNet-Lite0 as a frozen feature extractor.
+"""EfficientNet-Lite 0 to 4 as frozen feature extractors.
 
 Batch normalisation is folded into the convolutions when the weights are read (`lcrf_jax.nets.pretrained`), so
 the network is convolutions, biases and ReLU6 alone: no running statistics, no train/eval switch, nothing that
 could be updated by accident.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -23,6 +24,20 @@ class Stage(NamedTuple):
     width: int
 
 
+class Size(NamedTuple):
+    """A published size, against Lite0.
+
+    Attributes:
+      width: factor of the channels of every stage.
+      depth: factor of the blocks of every stage but the first and the last.
+      resolution: side in pixels of the images that the published weights were trained on.
+    """
+
+    width: float
+    depth: float
+    resolution: int
+
+
 STAGES = (
     Stage(1, 3, 1, 1, 16),
     Stage(2, 3, 2, 6, 24),
@@ -32,11 +47,48 @@ STAGES = (
     Stage(4, 5, 2, 6, 192),
     Stage(1, 3, 1, 6, 320),
 )
+SIZES = (Size(1.0, 1.0, 224), Size(1.0, 1.1, 240), Size(1.1, 1.2, 260), Size(1.2, 1.4, 280), Size(1.4, 1.8, 300))
 
 STEM_WIDTH = 32
 HEAD_WIDTH = 1280
 TAP_AFTER_STAGE = {"s4": 1, "s8": 2, "s16": 4, "s32": 6}
-TAP_WIDTHS = {tap: STAGES[stage].width for tap, stage in TAP_AFTER_STAGE.items()}
+
+
+def stages(size: int) -> tuple[Stage, ...]:
+    """The stages of a size: those of Lite0, wider and deeper.
+
+    Args:
+      size: 0 to 4.
+
+    Returns:
+      Tuple of Stage. Widths are rounded to a multiple of 8 that is at most a tenth smaller, numbers of blocks upwards.
+    """
+    width, depth, _ = SIZES[size]
+    last = len(STAGES) - 1
+    return tuple(
+        stage._replace(
+            repeats=stage.repeats if at in (0, last) else math.ceil(depth * stage.repeats),
+            width=_multiple_of_8(width * stage.width),
+        )
+        for at, stage in enumerate(STAGES)
+    )
+
+
+def _multiple_of_8(channels):
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest + 8 if nearest < 0.9 * channels else nearest
+
+
+def tap_widths(size: int = 0) -> dict[str, int]:
+    """The channels of the taps but the head's.
+
+    Args:
+      size: 0 to 4.
+
+    Returns:
+      dict from tap to int.
+    """
+    return {tap: stages(size)[stage].width for tap, stage in TAP_AFTER_STAGE.items()}
 
 
 def preprocess(image: ArrayLike) -> jax.Array:
@@ -169,21 +221,23 @@ class InvertedBottleneck(nn.Module):
         return x + inputs if self.stride == 1 and channels == self.width else x
 
 
-class EfficientNetLite0(nn.Module):
-    """EfficientNet-Lite0 with taps at strides 4, 8, 16 and 32, and the 1280-channel head.
+class EfficientNetLite(nn.Module):
+    """An EfficientNet-Lite with taps at strides 4, 8, 16 and 32, and the 1280-channel head.
 
     Attributes:
+      size: 0 to 4.
       last_stride: 32 as published, or 16: the last two stages then keep the grid of stride 16 and use
         dilation 2, and the taps "s32" and "head" lie on that finer grid.
 
     Call with [B, H, W, 3] preprocessed images (`preprocess`); H and W are best multiples of 32. Returns a
-    dict from tap to array: "s4": [B, H/4, W/4, 24], "s8": 40 channels, "s16": 112, "s32": 320,
-    "head": [B, H/32, W/32, 1280].
+    dict from tap to array: "s4": [B, H/4, W/4, C], "s8", "s16", "s32", with C as `tap_widths` says (24, 40, 112, 320 of
+    Lite0), and "head": [B, H/32, W/32, 1280].
 
     References:
       Tan and Le 2019; the Lite variants of 2020 (no squeeze-excite, ReLU6, fixed stem and head).
     """
 
+    size: int = 0
     last_stride: int = 32
 
     @nn.compact
@@ -193,7 +247,7 @@ class EfficientNetLite0(nn.Module):
         taps: dict[str, jax.Array] = {}
         pads = [same_padding(n, 3, 2) for n in x.shape[1:3]]
         x = jax.nn.relu6(nn.Conv(STEM_WIDTH, (3, 3), strides=(2, 2), padding=pads, name="stem")(x))
-        for index, stage in enumerate(STAGES):
+        for index, stage in enumerate(stages(self.size)):
             dilated = self.last_stride == 16 and index >= 5
             for block in range(stage.repeats):
                 stride = stage.stride if block == 0 and not dilated else 1

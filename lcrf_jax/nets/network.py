@@ -8,7 +8,9 @@ A network is described by a dict that JSON can hold, which is stored with every 
      "widths": [512, 512, 256, 512], "dropout": 0.0, "num_classes": 21}
 """
 
+import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.nets import efficientnet_lite, vgg
+from lcrf_jax.nets import efficientnet_lite, vgg, vision_transformer
 from lcrf_jax.nets.decoder import Decoder
 from lcrf_jax.nets.original import LargeField, OriginalDecoder
+from lcrf_jax.nets.resnet import ResNet50
 from lcrf_jax.nets.weights import load_weights
 
 
@@ -36,6 +39,7 @@ class Backbone(NamedTuple):
       head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32"
         alone.
       weights: the source of the weights if the user names none.
+      taps: names of the taps, the deepest first.
     """
 
     module: Callable[..., nn.Module]
@@ -45,6 +49,7 @@ class Backbone(NamedTuple):
     size_step: int
     head: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
     weights: str = ""
+    taps: tuple[str, ...] = ("head", "s32", "s16", "s8", "s4")
 
 
 class SmallBackbone(nn.Module):
@@ -74,18 +79,36 @@ def _pointwise_head(activation):
 
 
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-TAPS = ("head", "s32", "s16", "s8", "s4")
-_LITE0_INPUT = (efficientnet_lite.preprocess, "(x - 127) / 128")
+_LITE_INPUT = (efficientnet_lite.preprocess, "(x - 127) / 128")
+
+
+def _lite(size):
+    module = functools.partial(efficientnet_lite.EfficientNetLite, size)
+    return Backbone(module, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu6))
+
+
+def _transformer(variant):
+    return Backbone(
+        functools.partial(vision_transformer.VisionTransformer, variant),
+        functools.partial(vision_transformer.preprocess, variant),
+        f"(x / 255 - {variant.mean}) / {variant.std}", (variant.patch,), variant.patch, _deepest,
+        taps=vision_transformer.taps_of(variant),
+    )  # fmt: skip
+
+
+def _deepest(variables, features):
+    """Head of a backbone that has none: the deepest tap."""
+    return features["s32"].astype(jnp.float32)
+
+
+_IMAGENET_INPUT = (vgg.preprocess, f"(x / 255 - {vgg.MEAN}) / {vgg.STD}")
 BACKBONES = {
-    "efficientnet_lite0": Backbone(
-        efficientnet_lite.EfficientNetLite0, *_LITE0_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu6)
-    ),
-    "small": Backbone(SmallBackbone, *_LITE0_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu), weights="random"),
-    "vgg16": Backbone(
-        vgg.VGG16, vgg.preprocess, f"(x / 255 - {vgg.MEAN}) / {vgg.STD}", (8, 16, 32), 1,
-        lambda variables, features: features["s32"].astype(jnp.float32),
-    ),
-}  # fmt: skip
+    **{f"efficientnet_lite{size}": _lite(size) for size in range(len(efficientnet_lite.SIZES))},
+    "small": Backbone(SmallBackbone, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu), weights="random"),
+    "vgg16": Backbone(vgg.VGG16, *_IMAGENET_INPUT, (8, 16, 32), 1, _deepest),
+    "resnet50": Backbone(ResNet50, *_IMAGENET_INPUT, (8, 16, 32), 1, _deepest),
+    **{name: _transformer(variant) for name, variant in vision_transformer.VARIANTS.items()},
+}
 
 
 class _DecoderKind(NamedTuple):
@@ -93,13 +116,13 @@ class _DecoderKind(NamedTuple):
 
     module: Callable[..., nn.Module]
     least_taps: int
-    most_taps: int
+    most_taps: float
     num_widths: Callable[[int], int]
 
 
 DECODERS = {
-    "skip": _DecoderKind(Decoder, 1, len(TAPS), lambda taps: taps),
-    "original": _DecoderKind(OriginalDecoder, 2, len(TAPS), lambda taps: 2 * (taps - 1)),
+    "skip": _DecoderKind(Decoder, 1, math.inf, lambda taps: taps),
+    "original": _DecoderKind(OriginalDecoder, 2, math.inf, lambda taps: 2 * (taps - 1)),
     "large_field": _DecoderKind(LargeField, 1, 1, lambda taps: 2),
 }
 
@@ -162,8 +185,9 @@ def _check_description(description):
     if name not in DECODERS:
         raise ValueError(f"network.decoder: expected one of {sorted(DECODERS)}, got {name!r}")
     taps, widths = tuple(description["taps"]), tuple(description["widths"])
-    if not taps or [tap for tap in TAPS if tap in taps] != list(taps):
-        raise ValueError(f"network.taps: expected some of {TAPS}, in this order, got {taps}")
+    there = _backbone(description).taps
+    if not taps or [tap for tap in there if tap in taps] != list(taps):
+        raise ValueError(f"network.taps: expected some of {there}, in this order, got {taps}")
     decoder = DECODERS[name]
     if not decoder.least_taps <= len(taps) <= decoder.most_taps:
         number = {1: "one tap", 2: "two taps or more"}[decoder.least_taps]
@@ -176,7 +200,7 @@ def _check_description(description):
     last_stride, dropout = description["last_stride"], description["dropout"]
     last_strides = _backbone(description).last_strides
     if last_stride not in last_strides:
-        expected = f"{', '.join(map(str, last_strides[:-1]))} or {last_strides[-1]}"
+        expected = " or ".join(filter(None, [", ".join(map(str, last_strides[:-1])), str(last_strides[-1])]))
         raise ValueError(f"network.last_stride: expected {expected}, got {last_stride}")
     if not 0 <= dropout < 1:
         raise ValueError(f"network.dropout: expected a share of at least 0 and below 1, got {dropout}")
@@ -190,8 +214,8 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
     Args:
       description: dict with "backbone" (a key of `BACKBONES`), "last_stride" (32, or 16 for a dilated last
-        stage; see the backbone), "taps" from coarse to fine, some of "head", "s32", "s16", "s8", "s4", "widths" (one for
-        each tap, or as its decoder says), "dropout" and "num_classes"; and "decoder", a key of `DECODERS`, "skip" if
+        stage; see the backbone), "taps" from coarse to fine, some of those of the backbone ("head", "s32", "s16", "s8", "s4";
+        of a vision transformer "head", "s32", "block11" and so on), "widths" (one for each tap, or as its decoder says), "dropout" and "num_classes"; and "decoder", a key of `DECODERS`, "skip" if
         left out, and "compute_dtype", the type of the products within convolutions, "float32" (if left out) or
         "bfloat16". Parameters, normalisation, features and logits are float32 in any case.
 
@@ -210,7 +234,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
         description["num_classes"], taps, widths, dropout, dtype
     )
     # The head has four times the channels of s32 and is cheap to compute from it.
-    kept = tuple(tap for tap in TAPS[1:] if tap in taps or tap == "s32")
+    kept = tuple(tap for tap in backbone.taps[1:] if tap in taps or tap == "s32")
 
     def features(variables, images):
         cast = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
@@ -228,8 +252,8 @@ def build_network(description: Mapping[str, Any]) -> Network:
         taken = inputs(variables, features)
         return decoder.apply({"params": params}, taken, train=key is not None, rngs=rngs)
 
-    finest = 32 if taps[-1] == "head" else int(taps[-1][1:])
-    stride = min(finest, description["last_stride"])
+    finest = taps[-1][1:]  # the digits of "s8"; "head" and the blocks of a transformer lie on the last grid
+    stride = min(int(finest) if finest.isdigit() else 32, description["last_stride"])
     return Network(dict(description), kept, features, backbone.head, init, logits, stride, backbone.size_step)
 
 

