@@ -19,10 +19,11 @@ import numpy as np
 from absl import flags
 from flax.traverse_util import flatten_dict
 
-from experiments import reporting
 from lcrf_jax.machine.progress import say
 from lcrf_jax.nets.network import BACKBONES
 from lcrf_jax.nets.weights import hub_commit, load_weights
+
+from . import reporting
 
 _BACKBONE = flags.DEFINE_string("backbone", None, "Its name, as in config.network.backbone.")
 _SOURCE = flags.DEFINE_string("source", "", "As config.weights: a file, hf:REPOSITORY@REVISION, random; nothing for a package.")

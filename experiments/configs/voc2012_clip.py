@@ -7,7 +7,7 @@ Expected time on one H100: see docs/backbones.md, an estimate on paper. Nobody h
 score is claimed. The tag classifier is fitted on patch tokens as for every backbone; CLIP's texts are not used.
 """
 
-from experiments.configs import base, voc2012, voc2012_dinov2
+from lcrf_jax.experiments.configs import base, voc2012, voc2012_dinov2
 
 
 def get_config():

@@ -9,7 +9,7 @@ score is claimed. Settings of the objective are those of voc2012.py, with widths
 --config.network.backbone=dinov2_vits14 --config.weights=hf:facebook/dinov2-small is the smaller one.
 """
 
-from experiments.configs import base, voc2012
+from lcrf_jax.experiments.configs import base, voc2012
 
 
 def get_config():

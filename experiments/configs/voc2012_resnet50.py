@@ -7,7 +7,7 @@ Expected time on one H100: see docs/backbones.md, an estimate on paper. Nobody h
 score is claimed. The last stage is dilated to stride 16; logits lie at stride 8.
 """
 
-from experiments.configs import base, voc2012, voc2012_dinov2
+from lcrf_jax.experiments.configs import base, voc2012, voc2012_dinov2
 
 
 def get_config():

@@ -31,10 +31,10 @@ def test_the_first_example_runs_as_printed(page, photograph, capsys):
     assert found.labels.shape == found.confidence.shape == photograph.shape[:2]
     assert (found.labels == found.class_names.index("cat")).mean() > 0.5
     if page == "README.md":
-        assert "cat " in capsys.readouterr().out
+        assert "cat " in capsys.readouterr().out and pathlib.Path("overlay.jpg").is_file()
         with Image.open("mask.png") as mask:
             np.testing.assert_array_equal(np.asarray(mask), found.labels)
-            assert mask.getpalette()[:9] == found.palette[:3].ravel().tolist()
+            assert mask.mode == "P"
 
 
 def test_the_page_of_the_dense_crf():
