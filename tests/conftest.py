@@ -56,7 +56,7 @@ def pytest_addoption(parser):
 
 
 # The files that take longest, in front: no process is left alone with one of them at the end.
-FIRST = ("process_faults", "derivatives", "methods", "every_function_of_crf", "faults", "voc2012", "compare", "export",
+FIRST = ("process_faults", "derivatives", "kills", "methods", "every_function_of_crf", "faults", "voc2012", "compare", "export",
          "energy", "mean_field", "runs", "training", "experiments", "predict_program", "gibbs", "objectives", "objective_estimators")
 
 
