@@ -56,8 +56,8 @@ def pytest_addoption(parser):
 
 
 # The files that take longest, in front: no process is left alone with one of them at the end.
-FIRST = ("process_faults", "derivatives", "methods", "every_function_of_crf", "faults", "voc2012", "compare", "export",
-         "energy", "mean_field", "running_pages", "runs", "training", "experiments", "predict_program", "gibbs", "objectives", "objective_estimators")
+FIRST = ("process_faults", "derivatives", "kills", "methods", "every_function_of_crf", "faults", "voc2012", "compare", "export", "energy",
+         "mean_field", "running_pages", "runs", "training", "experiments", "predict_program", "gibbs", "objectives", "objective_estimators")
 
 
 @pytest.hookimpl(tryfirst=True)

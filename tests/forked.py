@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from typing import NamedTuple
 
-from programs import ROOT
+from programs import ROOT, flags_for
 
 _PARENT = """
     import json, os, runpy, sys
@@ -19,10 +20,11 @@ _PARENT = """
     import lcrf_jax.predict.evaluation, lcrf_jax.train.fit, lcrf_jax.train.preparation
     import experiments.predictions, experiments.run_report, experiments.configs.base
 
-    def child(program, arguments, cache, told):
+    def child(program, arguments, environment, told):
         stream = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(stream, 1), os.dup2(stream, 2)
-        os.environ["LCRF_JAX_CACHE"], sys.argv = cache, [f"experiments/{program}.py", *arguments]
+        os.environ.update(environment)  # XLA reads its flags with the first device
+        sys.argv = [f"experiments/{program}.py", *arguments]
         runpy.run_module(f"experiments.{program}", run_name="__main__", alter_sys=True)
 
     for line in sys.stdin:
@@ -51,15 +53,26 @@ class Forked(NamedTuple):
         """Its exit code, or None."""
         return self.parent.code_of(self.pid, wait=False)
 
-    def finish(self):
-        """Its exit code when it has ended by itself."""
-        return self.parent.code_of(self.pid, wait=True)
+    def finish(self, timeout=600):
+        """Its exit code when it has ended by itself; what does not end is killed."""
+        until = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                self.kill()
+                raise TimeoutError(f"{self.told.name} did not end within {timeout} s: {self.text}")
+            time.sleep(0.01)
+        return code
 
     def kill(self):
         """Its exit code after SIGKILL, which comes too late for one that has ended."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
-        return self.finish()
+        return self.parent.code_of(self.pid, wait=True)
+
+    @property
+    def text(self):
+        """What it has told so far, on both streams."""
+        return self.told.read_text()
 
 
 class Parent:
@@ -67,14 +80,14 @@ class Parent:
 
     def __init__(self, folder):
         self._folder, self._codes = folder, {}
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        self._process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(_PARENT)], cwd=ROOT, text=True, env=environment,
+        self._process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(_PARENT)], cwd=ROOT, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
-    def start(self, program, *arguments, cache):
+    def start(self, program, *arguments, cache, num_devices=1):
         """`python -m experiments.PROGRAM ARGUMENTS` with a cache of its own."""
         told = self._folder / f"{program} {len(self._codes)}.txt"
-        pid = self._ask([program, [*map(str, arguments)], str(cache), str(told)])
+        environment = {"LCRF_JAX_CACHE": str(cache), "XLA_FLAGS": flags_for(num_devices)}
+        pid = self._ask([program, [*map(str, arguments)], environment, str(told)])
         self._codes[pid] = None
         return Forked(self, pid, told)
 

@@ -40,14 +40,14 @@ class Programs:
 
     def finished(self, command):
         process = self._parent.start(*command, cache=self.cache)
-        assert process.finish() == 0, process.told.read_text()
+        assert process.finish() == 0, process.text
 
     def seconds_until(self, command, there):
         """How long a program takes until something is there; it is killed then."""
         since, process = time.monotonic(), self._parent.start(*command, cache=self.cache)
         while not there() and process.poll() is None:
             time.sleep(0.01)
-        assert process.kill() in (0, -signal.SIGKILL), process.told.read_text()
+        assert process.kill() in (0, -signal.SIGKILL), process.text
         return time.monotonic() - since
 
     def killed(self, command, count, moment):
@@ -57,7 +57,7 @@ class Programs:
             process = self._parent.start(*command, cache=self.cache)
             moment(done, process)
             code = process.kill()
-            assert code in (0, -signal.SIGKILL), process.told.read_text()
+            assert code in (0, -signal.SIGKILL), process.text
             done += code != 0
         print(f"{count} kills of {command[0]}, {time.monotonic() - since:.0f} s", flush=True)
 

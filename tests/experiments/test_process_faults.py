@@ -1,5 +1,6 @@
 """Processes that are killed, that do not come, and that share a run: nothing is lost by it."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -10,8 +11,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from forked import Parent
 from PIL import Image
-from programs import ROOT, TINY, finish, kill, run, start
+from programs import ROOT, TINY, run
 from small_runs import lines
 
 from lcrf_jax.data.opening import open_source
@@ -31,6 +33,29 @@ def cache(tmp_path_factory):
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("LCRF_JAX_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="module")
+def start(cache, tmp_path_factory):
+    """Starts a program in a moment."""
+    with Parent(tmp_path_factory.mktemp("told")) as parent:
+        yield functools.partial(parent.start, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def pair(start):
+    """Starts two joined processes of a program."""
+
+    def both(program, *arguments, num_devices=2):
+        joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
+        return [start(program, *arguments, *joined, f"--process_id={i}", num_devices=num_devices) for i in range(2)]
+
+    return both
+
+
+def assert_end_well(*processes):
+    for process in processes:
+        assert process.finish() == 0, process.text
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -81,18 +106,11 @@ def free_port():
         return server.getsockname()[1]
 
 
-def pair(program, *arguments, num_devices=2):
-    """Two joined processes of a program."""
-    joined = ("--distributed", f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2")
-    return [start(program, *arguments, *joined, f"--process_id={i}", num_devices=num_devices) for i in range(2)]
-
-
 @pytest.fixture(scope="module")
-def of_a_pair(cache, tmp_path_factory):
+def of_a_pair(pair, tmp_path_factory):
     """The run of two processes with two devices each that nothing has interrupted."""
     workdir = tmp_path_factory.mktemp("pair")
-    for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={workdir}")):
-        assert ended.code == 0, ended.err
+    assert_end_well(*pair(*SHARED_STEPS, f"--workdir={workdir}"))
     return workdir
 
 
@@ -101,65 +119,63 @@ def digest_of(workdir):
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_several_processes_start_again_is_scored_or_refused_by_all_of_them(of_a_pair):
+def test_a_finished_run_that_several_processes_start_again_is_scored_or_refused_by_all_of_them(pair, of_a_pair):
     """The first one decides alone whether it is finished: it reads the parameters, and the others do not wait for that."""
-    again = [*map(finish, pair(*SHARED_STEPS, f"--workdir={of_a_pair}"))]
-    assert [ended.code for ended in again] == [0, 0] and "is finished: all 24 steps are done; nothing is trained" in again[0].out, again
-    for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={of_a_pair}", "--config.seed=1")):
-        assert ended.code == 1 and "config.seed was 0, is 1" in ended.err, ended
+    again = pair(*SHARED_STEPS, f"--workdir={of_a_pair}")
+    assert_end_well(*again)
+    assert "is finished: all 24 steps are done; nothing is trained" in again[0].text
+    for process in pair(*SHARED_STEPS, f"--workdir={of_a_pair}", "--config.seed=1"):
+        assert process.finish() == 1 and "config.seed was 0, is 1" in process.text, process.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_the_program_leaves_cleanly_on_a_signal(cache, tmp_path, signum):
+def test_the_program_leaves_cleanly_on_a_signal(start, tmp_path, signum):
     arguments = ("train", TINY, *SMALL, "--config.rounds=1", "--config.epochs=(40,)", f"--workdir={tmp_path}")
-    process = start(*arguments)
+    process = start(*arguments, num_devices=4)
     while not (tmp_path / "last" / "2").exists():
-        assert process.poll() is None, finish(process)
+        assert process.poll() is None, process.text
         time.sleep(0.05)
-    process.send_signal(signum)
-    ended = finish(process)
-    assert ended.code == 128 + signum and "saved after step" in ended.err and "Traceback" not in ended.err
-    step = int(ended.err.rsplit("saved after step ", 1)[1].split(";")[0])
+    os.kill(process.pid, signum)
+    assert process.finish() == 128 + signum, process.text
+    assert "saved after step" in process.text and "Traceback" not in process.text
+    step = int(process.text.rsplit("saved after step ", 1)[1].split(";")[0])
     assert str(step) in os.listdir(tmp_path / "last")
-    other = finish(start(*arguments[:-2], "--config.epochs=(40,)", f"--workdir={tmp_path}", "--config.seed=1"))
-    assert other.code == 1 and "config.seed was 0, is 1" in other.err
+    other = start(*arguments, "--config.seed=1", num_devices=4)
+    assert other.finish() == 1 and "config.seed was 0, is 1" in other.text
 
 
-def test_one_and_several_processes_train_the_same_network(cache, of_a_pair, tmp_path):
+def test_one_and_several_processes_train_the_same_network(start, pair, of_a_pair, tmp_path):
     """24 steps on one device, on four of one process, and on two of each of two processes."""
     for number in (1, 4):
-        ended = finish(start(*SHARED_STEPS, f"--workdir={tmp_path / str(number)}", num_devices=number))
-        assert ended.code == 0, ended.err
+        assert_end_well(start(*SHARED_STEPS, f"--workdir={tmp_path / str(number)}", num_devices=number))
     one = restore_params(tmp_path / "1", "last")
     for other in (tmp_path / "4", of_a_pair):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), restore_params(other, "last"), one)
     assert [record["step"] for record in lines(of_a_pair)] == [record["step"] for record in lines(tmp_path / "1")]
     # Scores: the parameters of one run, counted by one process and by two.
-    alone = finish(start("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", "--parts=2", num_devices=1))
-    assert alone.code == 0, alone.err
+    scored = ("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", "--parts=2")
+    assert_end_well(start(*scored))
     counts = (tmp_path / "1" / "results_val_crf.json").read_text()
     assert '"val[1::2]"' in counts
     (tmp_path / "1" / "results_val_crf.json").unlink()
-    for ended in map(finish, pair("evaluate", f"--checkpoint={tmp_path / '1'}", "--crf", "--parts=2", num_devices=1)):
-        assert ended.code == 0, ended.err
+    assert_end_well(*pair(*scored, num_devices=1))
     assert (tmp_path / "1" / "results_val_crf.json").read_text() == counts
 
 
-def test_a_pair_that_lost_one_of_its_processes_goes_on_to_the_same_bits(cache, of_a_pair, tmp_path):
+def test_a_pair_that_lost_one_of_its_processes_goes_on_to_the_same_bits(pair, of_a_pair, tmp_path):
     both = pair(*SHARED_STEPS, f"--workdir={tmp_path}")
     while not (tmp_path / "last" / "4").exists():
-        assert both[0].poll() is None, finish(both[0])
+        assert both[0].poll() is None, both[0].text
         time.sleep(0.05)
-    kill(both[0])
-    assert finish(both[1], timeout=120).code != 0
-    for ended in map(finish, pair(*SHARED_STEPS, f"--workdir={tmp_path}")):
-        assert ended.code == 0, ended.err
+    both[0].kill()
+    assert both[1].finish(timeout=120) != 0
+    assert_end_well(*pair(*SHARED_STEPS, f"--workdir={tmp_path}"))
     assert digest_of(tmp_path) == digest_of(of_a_pair)
 
 
 @pytest.mark.slow
-def test_two_processes_label_500_photographs_though_one_is_killed(tiny_run, cache, tmp_path):
+def test_two_processes_label_500_photographs_though_one_is_killed(tiny_run, start, tmp_path):
     checkpoint, photos, masks = tiny_run[0], tmp_path / "photos", tmp_path / "masks"
     source = open_source("textures", "val", seed=2, size=96, num_train=1, num_val=25)
     images = [source[i].image for i in range(25)]
@@ -169,7 +185,7 @@ def test_two_processes_label_500_photographs_though_one_is_killed(tiny_run, cach
         Image.fromarray(images[i % 25][: 60 + i % 30]).save(path)
     arguments = ("predict", f"--checkpoint={checkpoint}", f"--images={photos}/**/*.jpg", f"--out={masks}",
                  "--num_processes=2")  # fmt: skip
-    first, second = (start(*arguments, f"--process_id={i}", num_devices=1) for i in range(2))
+    first, second = (start(*arguments, f"--process_id={i}") for i in range(2))
     shares = sorted(photos.glob("*/*.jpg"))[::2], sorted(photos.glob("*/*.jpg"))[1::2]
 
     def done(share):
@@ -178,12 +194,11 @@ def test_two_processes_label_500_photographs_though_one_is_killed(tiny_run, cach
     while min(map(done, shares)) < 20:
         assert first.poll() is None and second.poll() is None
         time.sleep(0.02)
-    kill(first)
+    first.kill()
     before = {path: path.stat().st_mtime_ns for path in masks.glob("*/*.png")}
-    again = finish(start(*arguments, "--process_id=0", num_devices=1))
-    ended = finish(second)
-    assert again.code == ended.code == 0, again.err + ended.err
-    assert "250 of them are the share of this process" in again.out and "were done before" in again.out
+    again = start(*arguments, "--process_id=0")
+    assert_end_well(again, second)
+    assert "250 of them are the share of this process" in again.text and "were done before" in again.text
     found = sorted(masks.glob("**/*"))
     assert sum(path.suffix == ".png" for path in found) == 500
     assert not [path for path in found if path.name.startswith(".")]

@@ -63,7 +63,7 @@ def test_the_function_is_the_segmentation_of_each_image(input_sizes, mirror):
 def test_with_refinement_the_function_is_the_refined_segmentation(noisy):
     images = batch(3, 2, 64, 64)
     if noisy:  # its lattice has more vertices than usual
-        images = np.random.default_rng(0).integers(0, 256, (1, 192, 128, 3)).astype(np.uint8)
+        images = np.random.default_rng(0).integers(0, 256, (1, 128, 64, 3)).astype(np.uint8)
     refined = np.asarray(jax.jit(image_function(description(mirror=False), parameters(), crf=True))(images))
     assert np.isfinite(refined).all()
     for image, found in zip(images, refined):

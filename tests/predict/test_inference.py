@@ -111,7 +111,7 @@ def test_refinement_of_a_padded_image_is_that_of_the_image(size):
 
 @pytest.mark.slow
 def test_noise_that_needs_many_lattice_vertices_is_refined_all_the_same():
-    image = np.random.default_rng(0).integers(0, 256, (256, 192, 3)).astype(np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (128, 64, 3)).astype(np.uint8)
     unary = segment(segmenter(), image, crf=False).log_probs
     assert np.isnan(segmenter().refine(unary, image, np.ones(image.shape[:2], bool))).all()
     result = segment(segmenter(), image, crf=True)

@@ -102,7 +102,7 @@ def programs(tmp_path_factory):
                 inference__input_sizes=(32,), epochs=(1, 1), views__num_views=2, cache__features=kept)
             config["data"]["options"] |= {"num_train": 8, "num_val": 2}
             config["objective"]["likelihood_options"]["evidence"]["saliency_weight"] = 0.5  # of the classifier's gradient
-            fit.train(preparation.prepare(config), folder / name)
+            fit.train(preparation.prepare(config), folder / name, devices=jax.devices()[:1])
         load(folder / name).segment(np.full((30, 40, 3), 90, np.uint8), crf=True)
     return texts
 
