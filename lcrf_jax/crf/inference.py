@@ -9,7 +9,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.assembly import grown_capacity
-from lcrf_jax.crf.coarse import CoarseGrid, check_coarse, checked_coarse_iterations, coarse_grid, default_coarse_iterations
+from lcrf_jax.crf.coarse import (
+    CoarseGrid,
+    check_coarse,
+    checked_coarse_iterations,
+    coarse_grid,
+    default_coarse_iterations,
+)
 from lcrf_jax.crf.energy import KernelLike, checked_compatibility, kl_to_prior
 from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
