@@ -20,7 +20,7 @@ from lcrf_jax.numerics import check_count, check_shape, known_number
 _LEAST_WIDTH = 2.0
 # Pixels from which on the coarse grid is the default of `refine`, and iterations that it leaves to the pixels there.
 _LEAST_PIXELS = 96**2
-_FINE_ITERATIONS = 5
+_FINE_ITERATIONS = 4
 
 
 class CoarseGrid(NamedTuple):
@@ -202,7 +202,7 @@ def default_coarse_iterations(
       params: `KernelParams` in pixels of the image.
       form: of the kernel.
     Returns:
-      Their number: all but 5 for a lattice from 96 x 96 pixels on, whose widths are two pixels or more; otherwise 0.
+      Their number: all but 4 for a lattice from 96 x 96 pixels on, whose widths are two pixels or more; otherwise 0.
     """
     widths = params.bilateral_position_width, params.gaussian_position_width
     narrow = any(known is not None and known < _LEAST_WIDTH for known in map(known_number, widths))

@@ -47,6 +47,7 @@ def picture(height=5, width=8, classes=3, seed=0):
     return image, (2 * rng.normal(size=(height, width, classes))).astype(np.float32)
 
 
+@pytest.mark.slow_except("3-2")
 @pytest.mark.parametrize(("of_coarse", "of_fine"), [(3, 2), (2, 0)])
 def test_the_iterations_are_those_of_the_loops(of_coarse, of_fine):
     image, logits = picture()
@@ -81,6 +82,7 @@ def test_means_are_over_the_pixels_that_count():
     np.testing.assert_allclose(averaged(values[:1], counted[:1] * 0 + 1)[:, :, 0], [[2.0, 10.0]])
 
 
+@pytest.mark.slow
 def test_one_pixel_cannot_forbid_what_another_forces():
     logits = np.where(np.arange(2) == np.indices((4, 4)).sum(axis=0)[..., None] % 2, 0.0, -np.inf)
     found = refine(np.zeros((4, 4, 3), np.uint8), logits, PARAMS, num_iterations=3, coarse_iterations=2)
@@ -88,6 +90,7 @@ def test_one_pixel_cannot_forbid_what_another_forces():
     assert not np.isnan(found).any()
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     image, logits = picture(5, 7)
     padding = ((0, 3), (0, 4), (0, 0))
@@ -98,6 +101,7 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(np.exp(found[:5, :7]), np.exp(expected), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_coarse_iterations_are_the_usual_ones_and_the_number_counts_both():
     image, logits = picture()
     kernel, coarse = exact_image_kernel(image, PARAMS), coarse_grid(image, PARAMS, form="exact")
@@ -132,7 +136,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(("size", "form", "params", "expected"), [
-    (128 * 128, "lattice", KernelParams(), 5), (500 * 375, "lattice", KernelParams(), 5),
+    (128 * 128, "lattice", KernelParams(), 6), (500 * 375, "lattice", KernelParams(), 6),
     (90 * 90, "lattice", KernelParams(), 0), (128 * 128, "exact", KernelParams(), 0),
     (128 * 128, "anchors", KernelParams(), 0), (128 * 128, "lattice", KernelParams().at_stride(2), 0),
 ])
@@ -146,6 +150,7 @@ def in_float64(run):
         return run()
 
 
+@pytest.mark.slow
 def test_the_derivative_is_that_of_the_value():
     image, logits = picture(4, 5)
     direction = np.random.default_rng(5).normal(size=logits.shape)
