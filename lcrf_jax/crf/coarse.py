@@ -101,7 +101,8 @@ def averaged(values: jax.Array, counted: jax.Array) -> jax.Array:
     weights = counted[:, :, None].astype(values.dtype)
     # Where a pixel does not count its values may be anything.
     sums = _sums_of_cells(jnp.where(weights > 0, values, 0))
-    return sums / jnp.maximum(_sums_of_cells(weights), 1)
+    # Without the barrier XLA on CPU averages again for every use.
+    return jax.lax.optimization_barrier(sums / jnp.maximum(_sums_of_cells(weights), 1))
 
 
 def _sums_of_cells(values):

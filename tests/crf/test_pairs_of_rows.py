@@ -39,8 +39,8 @@ def test_the_rows_are_those_of_the_gaussian(height, width):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_sum_and_variance_of_a_row_are_those_of_the_gaussian(width):
-    rows = matrix_of(61, width)[30:32]  # an even and an odd one
-    apart = np.arange(61) - np.array([[30], [31]])
+    rows = matrix_of(101, width)[50:52]  # an even and an odd one
+    apart = np.arange(101) - np.array([[50], [51]])
     np.testing.assert_allclose(rows.sum(axis=1), np.sqrt(2 * np.pi) * width, rtol=2e-3)
     np.testing.assert_allclose((rows * apart).sum(axis=1), 0, atol=1e-4)
     np.testing.assert_allclose((rows * apart**2).sum(axis=1) / rows.sum(axis=1), width**2, rtol=1e-2)
