@@ -34,7 +34,7 @@ ALL_PIXELS = 161 * 161
 SAMPLE = 4096
 
 
-def refined_labels(image, log_probs, coarse_iterations=None):
+def refined_labels(image, log_probs, coarse_iterations=0):
     """[H, W] uint8, the labels after refinement, by default as the library does it; 255 where it gave NaN."""
     refined = lcrf_jax.refined_posterior(
         image, log_probs, PARAMS, num_iterations=NUM_ITERATIONS, coarse_iterations=coarse_iterations
@@ -321,7 +321,7 @@ def parity(photo, size, num_classes, unaries, peer=None):
     labels, results = jax.jit(refined_labels, static_argnames="coarse_iterations"), {}
     for unary, log_probs, (without, including) in zip(unaries, grids, truths, strict=True):
         found = {"lcrf_jax": np.asarray(labels(image, log_probs))}
-        for number in COARSE:
+        for number in COARSE[1:]:
             found[f"lcrf_jax, {number} coarse iterations"] = np.asarray(labels(image, log_probs, coarse_iterations=number))
         if peer is not None:
             found[peer] = peer_function(peer, image, log_probs)()

@@ -1,6 +1,6 @@
 """The coarse grid of an image, on which the first iterations of mean field can be made: one cell for 2 x 2 pixels.
 
-An iteration there costs a quarter of one at the pixels. What goes back to the pixels is the *message*, the sum over
+An iteration there costs less than one at the pixels. What goes back to the pixels is the *message*, the sum over
 neighbours that is added to the unary, and not q itself: edges that the unary has between pixels stay where they are.
 """
 
@@ -14,13 +14,7 @@ from jax.typing import ArrayLike
 from lcrf_jax.crf.image_kernels import image_kernel
 from lcrf_jax.crf.kernel import ImageKernel
 from lcrf_jax.crf.params import KernelParams, checked_params, colours
-from lcrf_jax.numerics import check_count, check_shape, known_number
-
-# Widths in pixels of the image below which a grid of two pixels does not hold a Gaussian any more.
-_LEAST_WIDTH = 2.0
-# Pixels from which on the coarse grid is the default of `refine`, and iterations that it leaves to the pixels there.
-_LEAST_PIXELS = 96**2
-_FINE_ITERATIONS = 4
+from lcrf_jax.numerics import check_count, check_shape
 
 
 class CoarseGrid(NamedTuple):
@@ -190,23 +184,3 @@ def check_coarse(coarse: CoarseGrid | None, coarse_iterations: int, num_pixels: 
             f"coarse: expected the coarse grid of {num_pixels} pixels, as in the unary, got one of {coarse.counted.size}; "
             "make it of the same image"
         )
-
-
-def default_coarse_iterations(
-    num_iterations: int, num_pixels: int, params: KernelParams, form: str
-) -> int:
-    """How many iterations `refine` makes on the coarse grid if nobody says: where labels stay as close to the exact ones.
-
-    Args:
-      num_iterations: all iterations.
-      num_pixels: H * W, static.
-      params: `KernelParams` in pixels of the image.
-      form: of the kernel.
-    Returns:
-      Their number: all but 4 for a lattice from 96 x 96 pixels on, whose widths are two pixels or more; otherwise 0.
-    """
-    widths = params.bilateral_position_width, params.gaussian_position_width
-    narrow = any(known is not None and known < _LEAST_WIDTH for known in map(known_number, widths))
-    if form != "lattice" or num_pixels < _LEAST_PIXELS or narrow:
-        return 0
-    return max(0, num_iterations - _FINE_ITERATIONS)

@@ -9,13 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.assembly import grown_capacity
-from lcrf_jax.crf.coarse import (
-    CoarseGrid,
-    check_coarse,
-    checked_coarse_iterations,
-    coarse_grid,
-    default_coarse_iterations,
-)
+from lcrf_jax.crf.coarse import CoarseGrid, check_coarse, checked_coarse_iterations, coarse_grid
 from lcrf_jax.crf.energy import KernelLike, checked_compatibility, kl_to_prior
 from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
@@ -71,8 +65,8 @@ def mean_field(
     stationary point of `kl_to_prior` minus the expected unary, if the kernel is symmetric. Self-pairs are left
     out.
 
-    The first updates can be made on a coarse grid, at a quarter of their cost: on the image averaged over 2 x 2 pixels, with
-    half the widths and the mean of the log-probabilities. Their last message, enlarged, is added to the unary, and the others
+    The first updates can be made on a coarse grid, where they cost less: on the image averaged over 2 x 2 pixels, with half
+    the widths and the mean of the log-probabilities. Their last message, enlarged, is added to the unary, and the others
     go on from there at the pixels. Large regions settle sooner so (docs/engine.md, "Coarse to fine").
 
     Labels that are improbable everywhere can be dropped: the time is about in proportion to the labels that remain.
@@ -216,7 +210,7 @@ def refine(
     capacity: int | None = None,
     colour_max: float | None = 255.0,
     drop_below: ArrayLike | None = 1e-3,
-    coarse_iterations: int | None = None,
+    coarse_iterations: int = 0,
 ) -> jax.Array:
     """Mean field of the dense CRF on an image at its own size, with a network's output as the unary.
 
@@ -238,7 +232,7 @@ def refine(
       drop_below: labels less probable than this at every pixel are left out of the iterations, see
         `mean_field`; None keeps all.
       coarse_iterations: static number of updates on the image averaged over 2 x 2 pixels, the first ones of
-        `num_iterations`, see `mean_field`; 0 makes all at the pixels, None is `default_coarse_iterations`.
+        `num_iterations`, see `mean_field`; 6 of 10 pay on photographs with many probable labels (docs/engine.md).
     Returns:
       [H, W, K] log-probabilities; their argmax are the labels. Inside jit they are those of the unary if the image
       needed more lattice vertices than the capacity, which takes strong noise or very small widths:
@@ -271,7 +265,7 @@ def refined_posterior(
     capacity: int | None = None,
     colour_max: float | None = 255.0,
     drop_below: ArrayLike | None = 1e-3,
-    coarse_iterations: int | None = None,
+    coarse_iterations: int = 0,
 ) -> MeanFieldPosterior:
     """`refine`, and what happened, see `MeanFieldPosterior`.
 
@@ -285,7 +279,7 @@ def refined_posterior(
       capacity: static number of lattice vertices; None chooses.
       colour_max: the value of full colour in `image`: 255, or 1.
       drop_below: labels less probable than this at every pixel are left out; None keeps all.
-      coarse_iterations: static number of updates on the coarse grid, the first ones; None chooses.
+      coarse_iterations: static number of updates on the coarse grid, the first ones.
     Returns:
       A `MeanFieldPosterior` with log_probs [H, W, K].
     Raises:
@@ -315,8 +309,6 @@ def _refined(
     if form is None:
         # Exact costs more than a lattice beyond 48 x 48; for an image that is refined once that is worth it up to here.
         form = "exact" if height * width <= _EXACT_PIXELS else default_form(height * width, num_channels=channels)
-    if coarse_iterations is None:
-        coarse_iterations = default_coarse_iterations(num_iterations, height * width, params, form)
     of_coarse = checked_coarse_iterations(coarse_iterations, num_iterations)
     options = {"form": form, "colour_max": colour_max, "measured": measured}
     options |= {"num_iterations": num_iterations, "coarse_iterations": of_coarse}

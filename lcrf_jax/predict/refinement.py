@@ -29,7 +29,7 @@ def refined_by_lattice(
     num_iterations: int,
     unary_weight: float,
     capacity: int | None = None,
-    coarse_iterations: int | None = None,
+    coarse_iterations: int = 0,
 ) -> jax.Array:
     """Log-probabilities after mean field on the image.
 
@@ -41,7 +41,7 @@ def refined_by_lattice(
       num_iterations: of mean field.
       unary_weight: factor of the network's log-probabilities.
       capacity: vertices that the kernel's lattice may have; None takes the usual number.
-      coarse_iterations: those of mean field on the image at half its resolution; None chooses, see
+      coarse_iterations: the first ones of mean field, on the image at half its resolution, see
         `lcrf_jax.crf.inference.refine`.
 
     Returns:
@@ -81,9 +81,7 @@ def adjustable_refinement(
     numbers = {**kernel, "unary_weight": changed.get("unary_weight", inference["unary_weight"])}
     numbers = {name: np.float32(value) for name, value in numbers.items()}
     num_iterations = changed.get("num_iterations", inference["num_iterations"])
-    coarse_iterations = inference.get("coarse_iterations")
-    if coarse_iterations is not None:
-        coarse_iterations = min(coarse_iterations, num_iterations)
+    coarse_iterations = min(inference.get("coarse_iterations", 0), num_iterations)
 
     def refine(log_probs, image, valid, capacity=None):
         return _refined_by(

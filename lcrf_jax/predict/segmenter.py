@@ -93,8 +93,8 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     Args:
       description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
         "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
-        "num_iterations" and "unary_weight". It may have "coarse_iterations" (the first ones of these are made on the image
-        at half its resolution; left to `lcrf_jax.crf.inference.refine` if it is not there), "output", a key of `OUTPUTS`
+        "num_iterations" and "unary_weight". It may have "coarse_iterations" (so many of these are made on the image at half
+        its resolution first, see `lcrf_jax.crf.inference.refine`; 0 if left out), "output", a key of `OUTPUTS`
         ("softmax" if left out), with "output_options", "prior_weight" (of the tag classifier's word on the whole image, 0 if
         left out) and "max_side" (MAX_SIDE if left out).
       params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
@@ -133,7 +133,7 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
         kernel_params=KernelParams(**settings["kernel"]),
         num_iterations=settings["num_iterations"],
         unary_weight=settings["unary_weight"],
-        coarse_iterations=settings.get("coarse_iterations"),
+        coarse_iterations=settings.get("coarse_iterations", 0),
     )
     return Segmenter(
         tuple(description["class_names"]), tuple(settings["input_sizes"]), network_features, log_probs_of, enlarged_grid,

@@ -7,7 +7,7 @@ import pytest
 import reference
 from compiled import compiled
 
-from lcrf_jax.crf.coarse import averaged, coarse_grid, default_coarse_iterations, enlarged
+from lcrf_jax.crf.coarse import averaged, coarse_grid, enlarged
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, exact_image_kernel, image_kernel
 from lcrf_jax.crf.inference import mean_field, mean_field_posterior, refine, refined_posterior
@@ -133,16 +133,6 @@ def test_what_does_not_fit_is_refused():
         jax.jit(lambda n: refine(image, logits, coarse_iterations=n))(2)
     with pytest.raises(ValueError, match="valid"):
         coarse_grid(image, PARAMS, valid=np.ones((4, 8), bool))
-
-
-@pytest.mark.parametrize(("size", "form", "params", "expected"), [
-    (128 * 128, "lattice", KernelParams(), 6), (500 * 375, "lattice", KernelParams(), 6),
-    (90 * 90, "lattice", KernelParams(), 0), (128 * 128, "exact", KernelParams(), 0),
-    (128 * 128, "anchors", KernelParams(), 0), (128 * 128, "lattice", KernelParams().at_stride(2), 0),
-])
-def test_the_default_leaves_small_images_and_narrow_kernels_alone(size, form, params, expected):
-    assert default_coarse_iterations(10, size, params, form) == expected
-    assert default_coarse_iterations(3, size, params, form) == 0
 
 
 def in_float64(run):
