@@ -39,6 +39,7 @@ class _Arguments(NamedTuple):
     tolerance: Any
     drop_below: Any
     coarse: CoarseGrid | None
+    of_cells: jax.Array | None
 
 
 class _Level(NamedTuple):
@@ -68,7 +69,8 @@ def iterated(
       `Iterated`.
     """
     coarse = coarse if num_iterations[0] else None
-    arguments = _Arguments(log_unary, kernel, compatibility, tolerance, drop_below, coarse)
+    of_cells = None if coarse is None else _unary_of_cells(log_unary, coarse)
+    arguments = _Arguments(log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells)
     run = functools.partial(_run, num_iterations, measured)
     if sum(num_iterations) == 0:
         return Iterated(log_unary, jnp.int32(0), jnp.zeros((), log_unary.dtype))
@@ -77,6 +79,13 @@ def iterated(
     if not is_tree_of_arrays(arguments):
         return run(arguments, for_derivative=True)  # JAX cannot look into the kernel
     return _with_derivative(run, in_turn=drop_below is not None)(arguments)
+
+
+def _unary_of_cells(log_unary, coarse):
+    """[h w, K] the means of the log-probabilities over the cells, normalised."""
+    # One pixel of a cell must not forbid what another one forces.
+    finite = jnp.maximum(log_unary, _LEAST_LOG_PROB).reshape(*coarse.counted.shape, -1)
+    return jax.nn.log_softmax(averaged(finite, coarse.counted).reshape(-1, log_unary.shape[1]), axis=-1)
 
 
 def _with_derivative(run, in_turn):
@@ -104,15 +113,11 @@ def _with_derivative(run, in_turn):
 
 
 def _run(num_iterations, measured, arguments, for_derivative=False):
-    log_unary, kernel, compatibility, tolerance, drop_below, coarse = arguments
+    log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells = arguments
     updates = functools.partial(_updates, for_derivative=for_derivative, compatibility=compatibility, tolerance=tolerance)
     iterate = functools.partial(_coarse_to_fine, updates, num_iterations, measured)
     levels = [_Level(log_unary, kernel, None)]
     if coarse is not None:
-        # One pixel of a cell must not forbid what another one forces.
-        finite = jnp.maximum(log_unary, _LEAST_LOG_PROB).reshape(*coarse.counted.shape, -1)
-        of_cells = averaged(finite, coarse.counted)
-        of_cells = jax.nn.log_softmax(of_cells.reshape(-1, log_unary.shape[1]), axis=-1)
         levels.insert(0, _Level(of_cells, coarse.kernel, coarse.counted))
     if drop_below is None:
         return iterate(levels)
