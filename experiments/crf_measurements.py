@@ -28,14 +28,18 @@ NUM_ITERATIONS = 10
 BATCH = 4
 CELL = 8
 FAILED = 255
+# Iterations on the coarse grid, of those of mean field, that are compared with each other.
+COARSE = (0, 5, 6, 7)
 # Up to this many pixels the exact sum is taken at every one of them, beyond at a sample.
 ALL_PIXELS = 161 * 161
 SAMPLE = 4096
 
 
-def refined_labels(image, log_probs):
-    """[H, W] uint8, the labels after refinement as the library does it by default; 255 where it gave NaN."""
-    refined = lcrf_jax.refined_posterior(image, log_probs, PARAMS, num_iterations=NUM_ITERATIONS)
+def refined_labels(image, log_probs, coarse_iterations=0):
+    """[H, W] uint8, the labels after refinement, by default as the library does it; 255 where it gave NaN."""
+    refined = lcrf_jax.refined_posterior(
+        image, log_probs, PARAMS, num_iterations=NUM_ITERATIONS, coarse_iterations=coarse_iterations
+    )
     return jnp.where(refined.overflowed, FAILED, refined.log_probs.argmax(-1)).astype(jnp.uint8)
 
 
@@ -273,6 +277,19 @@ def refinement(photo, size, num_classes, unaries, repetitions, peer=None):
     return {"compile": compile_seconds, "unaries": results}
 
 
+def coarse_to_fine(photo, size, num_classes, unary, repetitions):
+    """By iterations on the coarse grid: timings, all in turns, and labels that differ from those without any."""
+    jax.block_until_ready(jnp.ones(1) + 1)
+    image, log_probs = inputs(photo, size, num_classes, unary)
+    programs = [jax.jit(functools.partial(refined_labels, coarse_iterations=number)) for number in COARSE]
+    calls = [lambda program=program: np.asarray(program(image, log_probs)) for program in programs]
+    found = [call() for call in calls]
+    if np.any(np.equal(found, FAILED)):
+        raise ValueError("refinement gave NaN: has the lattice overflowed?")
+    differing = [float(np.mean(labels != found[0])) for labels in found]
+    return {"timings": measuring.timings(calls, repetitions, budget=3.0), "differing": differing}
+
+
 def recompilations(photo, size, num_classes):
     """Programs that JAX compiles for a first and for a second photograph of the same size."""
     labels, count, counts = jax.jit(refined_labels), measuring.CompilationCount(), []
@@ -302,9 +319,11 @@ def parity(photo, size, num_classes, unaries, peer=None):
     # One product of the kernel for both conventions and all unaries.
     both = jax.vmap(jax.vmap(exact, (None, 0)), (0, None))
     truths = np.asarray(jax.jit(both)(grids.reshape(len(unaries), -1, num_classes), diagonals)).reshape(-1, 2, *size)
-    labels, results = jax.jit(refined_labels), {}
+    labels, results = jax.jit(refined_labels, static_argnames="coarse_iterations"), {}
     for unary, log_probs, (without, including) in zip(unaries, grids, truths, strict=True):
         found = {"lcrf_jax": np.asarray(labels(image, log_probs))}
+        for number in COARSE[1:]:
+            found[f"lcrf_jax, {number} coarse iterations"] = np.asarray(labels(image, log_probs, coarse_iterations=number))
         if peer is not None:
             found[peer] = peer_function(peer, image, log_probs)()
         found["exact mean field with self-pairs"] = including
@@ -318,6 +337,7 @@ JOBS = {
     "reference": reference,
     "form": form,
     "refinement": refinement,
+    "coarse_to_fine": coarse_to_fine,
     "recompilations": recompilations,
     "parity": parity,
 }

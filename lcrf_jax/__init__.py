@@ -99,9 +99,11 @@ __all__ = [  # noqa: RUF022 - by room
     # numerics
     "checked_under_jit",
     # crf
+    "CoarseGrid",
     "KernelParams",
     "MeanFieldPosterior",
     "anchor_image_kernel",
+    "coarse_grid",
     "dense_crf_loss",
     "dense_kernel",
     "exact_image_kernel",

@@ -30,6 +30,7 @@ from lcrf_jax.bound.estimators import (
 )
 from lcrf_jax.bound.pixel_evidence import class_evidence, cue_evidence, log_evidence
 from lcrf_jax.bound.sampling import block_groups, categorical, gumbel_softmax, straight_through
+from lcrf_jax.crf.coarse import CoarseGrid, coarse_grid
 from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
 from lcrf_jax.crf.exact import dense_kernel, filter_exact, gaussian_kernel
 from lcrf_jax.crf.feature_kernels import feature_kernel, volume_features

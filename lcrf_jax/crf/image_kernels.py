@@ -20,9 +20,10 @@ from lcrf_jax.crf.assembly import assembled, inverse_root, with_room
 from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian
 from lcrf_jax.crf.forms import BilateralForm
 from lcrf_jax.crf.kernel import ImageKernel, SpatialGaussian
+from lcrf_jax.crf.lattice import Lattice
 from lcrf_jax.crf.lattice_building import default_capacity
 from lcrf_jax.crf.params import KernelParams, check_image_shape, checked_params, colours, guide_features, static_width
-from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
+from lcrf_jax.crf.spatial import LEAST_WIDTH_OF_PAIRS, gaussian_taps, taps_of_pairs
 from lcrf_jax.numerics import check_shape, known_number
 
 # Sizes of the lattice's cells in widths, rows and columns and then every channel: finer ones are slower and no closer
@@ -30,6 +31,9 @@ from lcrf_jax.numerics import check_shape, known_number
 _POSITION_CELL, _COLOUR_CELL = 0.2, 0.5
 # Pixels up to which the exact form is the default; the measurements are in docs/engine.md.
 _EXACT_PIXELS = 48**2
+# Pixels from which on the spatial Gaussian beside a lattice is filtered by pairs of rows: one per cent off, which is
+# far less than the lattice is.
+_PAIRS_PIXELS = 96**2
 # Channels up to which a lattice is close to the exact sum.
 _LATTICE_CHANNELS = 5
 
@@ -61,10 +65,13 @@ def _assembled(
     mask = jnp.ones(math.prod(grid), dtype) if counted is None else counted.astype(dtype)
     scale = mask
     if not _is_zero(params.gaussian_weight):
-        taps = jnp.asarray(gaussian_taps(static_width(params, "gaussian_position_width")), dtype)
+        width = static_width(params, "gaussian_position_width")
+        by_pairs = isinstance(bilateral, Lattice) and len(mask) >= _PAIRS_PIXELS and width >= LEAST_WIDTH_OF_PAIRS
+        row_taps = jnp.asarray(taps_of_pairs(width), dtype) if by_pairs else None
+        gaussian = SpatialGaussian(jnp.asarray(gaussian_taps(width), dtype), mask.reshape(grid), row_taps)
         if normalisation != "none":
-            scale = inverse_root(separable_filter(mask.reshape(*grid, 1), taps).reshape(-1), mask)
-        gaussian = SpatialGaussian(taps, scale.reshape(grid))
+            scale = inverse_root(gaussian.filtered(mask.reshape(*grid, 1)).reshape(-1), mask)
+            gaussian = gaussian._replace(scale=scale.reshape(grid))
     row_scales = None if kernel.row_scales is None else (kernel.row_scales[0], scale)
     weight = jnp.asarray(params.gaussian_weight, dtype)
     return kernel._replace(gaussian=gaussian, gaussian_weight=weight, row_scales=row_scales)
@@ -184,8 +191,8 @@ def lattice_image_kernel(
 
     Row sums are the lattice's own, so that its constant cancels in the normalisations 'symmetric' and 'row';
     with 'none' values are some tens of per cent too small. The spatial Gaussian is separable and cut off at
-    four widths. A lattice that overflowed would be silently wrong, so everything this kernel touches is NaN
-    then.
+    four widths; from 96 x 96 pixels and a width of 3 on it is filtered by pairs of rows, to one per cent. A
+    lattice that overflowed would be silently wrong, so everything this kernel touches is NaN then.
 
     Args:
       image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lcrf_jax.crf.coarse import CoarseGrid, averaged, enlarged
 from lcrf_jax.crf.energy import times_compatibility
 from lcrf_jax.crf.kernel import Kernel
 from lcrf_jax.crf.linear import is_tree_of_arrays, sought_parts
 from lcrf_jax.numerics import varying_like
+
+_LEAST_LOG_PROB = -1e4
 
 
 class Iterated(NamedTuple):
@@ -35,11 +38,21 @@ class _Arguments(NamedTuple):
     compatibility: jax.Array | None
     tolerance: Any
     drop_below: Any
+    coarse: CoarseGrid | None
+    of_cells: jax.Array | None
+
+
+class _Level(NamedTuple):
+    """A grid, and the updates that are made on it."""
+
+    log_unary: jax.Array
+    kernel: Any
+    counted: jax.Array | None
 
 
 def iterated(
-    log_unary: jax.Array, kernel: Kernel, compatibility: jax.Array | None, *, num_iterations: int, tolerance: Any,
-    drop_below: Any, measured: bool,
+    log_unary: jax.Array, kernel: Kernel, compatibility: jax.Array | None, *, num_iterations: tuple[int, int],
+    tolerance: Any, drop_below: Any, coarse: CoarseGrid | None, measured: bool,
 ) -> Iterated:
     """The updates of mean field, see `lcrf_jax.crf.inference.mean_field`.
 
@@ -47,22 +60,32 @@ def iterated(
       log_unary: [m, K] normalised unary.
       kernel: kernel object.
       compatibility: [K, K] symmetric, or None for Potts.
-      num_iterations: static number of updates, >= 0.
-      tolerance: stop at such a change, or None.
+      num_iterations: static numbers of updates on the coarse grid and at the pixels, >= 0.
+      tolerance: stop at such a change, or None; each grid by itself.
       drop_below: leave labels out that are less probable everywhere, or None.
+      coarse: the coarse grid, or None if no update is made there.
       measured: static, whether the change is wanted also without a tolerance.
     Returns:
       `Iterated`.
     """
-    arguments = _Arguments(log_unary, kernel, compatibility, tolerance, drop_below)
+    coarse = coarse if num_iterations[0] else None
+    of_cells = None if coarse is None else _unary_of_cells(log_unary, coarse)
+    arguments = _Arguments(log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells)
     run = functools.partial(_run, num_iterations, measured)
-    if num_iterations == 0:
+    if sum(num_iterations) == 0:
         return Iterated(log_unary, jnp.int32(0), jnp.zeros((), log_unary.dtype))
     if tolerance is None and drop_below is None:
         return run(arguments)
     if not is_tree_of_arrays(arguments):
         return run(arguments, for_derivative=True)  # JAX cannot look into the kernel
     return _with_derivative(run, in_turn=drop_below is not None)(arguments)
+
+
+def _unary_of_cells(log_unary, coarse):
+    """[h w, K] the means of the log-probabilities over the cells, normalised."""
+    # One pixel of a cell must not forbid what another one forces.
+    finite = jnp.maximum(log_unary, _LEAST_LOG_PROB).reshape(*coarse.counted.shape, -1)
+    return jax.nn.log_softmax(averaged(finite, coarse.counted).reshape(-1, log_unary.shape[1]), axis=-1)
 
 
 def _with_derivative(run, in_turn):
@@ -90,14 +113,36 @@ def _with_derivative(run, in_turn):
 
 
 def _run(num_iterations, measured, arguments, for_derivative=False):
-    log_unary, kernel, compatibility, tolerance, drop_below = arguments
-    iterate = functools.partial(_all_labels, num_iterations, measured, for_derivative, compatibility, tolerance)
+    log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells = arguments
+    updates = functools.partial(_updates, for_derivative=for_derivative, compatibility=compatibility, tolerance=tolerance)
+    iterate = functools.partial(_coarse_to_fine, updates, num_iterations, measured)
+    levels = [_Level(log_unary, kernel, None)]
+    if coarse is not None:
+        levels.insert(0, _Level(of_cells, coarse.kernel, coarse.counted))
     if drop_below is None:
-        return iterate(log_unary, kernel)
-    return _few_labels(iterate, drop_below, log_unary, kernel)
+        return iterate(levels)
+    return _few_labels(iterate, drop_below, levels)
 
 
-def _all_labels(num_iterations, measured, for_derivative, compatibility, tolerance, log_unary, kernel):
+def _coarse_to_fine(updates, num_iterations, measured, levels):
+    """The updates on the coarse grid, if there is one, and those at the pixels."""
+    of_coarse, of_fine = num_iterations
+    log_unary, kernel, _ = levels[-1]
+    if len(levels) == 1:
+        return updates(of_fine, measured, log_unary, kernel, log_unary)
+    below, coarse_kernel, counted = levels[0]
+    first = updates(of_coarse, measured and of_fine == 0, below, coarse_kernel, below)
+    message = (first.logits - below).reshape(*coarse_kernel.grid, -1)
+    # Without the barrier XLA on CPU enlarges once for each of the two uses in softmax.
+    message = jax.lax.optimization_barrier(enlarged(message, counted).reshape(log_unary.shape))
+    if of_fine == 0:
+        return first._replace(logits=log_unary + message)
+    result = updates(of_fine, measured, log_unary, kernel, log_unary + message)
+    return result._replace(num_iterations=first.num_iterations + result.num_iterations)
+
+
+def _updates(num_iterations, measured, log_unary, kernel, start, *, for_derivative, compatibility, tolerance):
+    """Updates on one grid, from the logits `start` on."""
     signed = getattr(kernel, "signed", False)
     row_sums = jnp.maximum(kernel.apply(jnp.ones_like(log_unary[:, :1])), 0) if signed else None
 
@@ -121,7 +166,7 @@ def _all_labels(num_iterations, measured, for_derivative, compatibility, toleran
     unknown = varying_like(jnp.array(jnp.nan, log_unary.dtype), log_unary)
     if tolerance is None:
         before = num_iterations - 1 if measured else num_iterations
-        logits = jax.lax.fori_loop(0, before, lambda iteration, logits: updated(iteration, logits)[1], log_unary)
+        logits = jax.lax.fori_loop(0, before, lambda iteration, logits: updated(iteration, logits)[1], start)
         number, change = jnp.int32(num_iterations), unknown
         if measured:
             _, change, logits = step((before, unknown, logits))
@@ -130,40 +175,42 @@ def _all_labels(num_iterations, measured, for_derivative, compatibility, toleran
     def unfinished(state):
         return (state[0] < num_iterations) & ~(state[1] <= tolerance)
 
-    start = (varying_like(jnp.int32(0), log_unary), unknown, log_unary)
+    state = (varying_like(jnp.int32(0), log_unary), unknown, start)
     if for_derivative:
         # Of a loop of static length JAX can take every derivative.
         def step_or_stay(_, state):
             goes_on = unfinished(state)
             return jax.tree.map(lambda new, old: jnp.where(goes_on, new, old), step(state), state)
 
-        number, change, logits = jax.lax.fori_loop(0, num_iterations, step_or_stay, start)
+        number, change, logits = jax.lax.fori_loop(0, num_iterations, step_or_stay, state)
     else:
-        number, change, logits = jax.lax.while_loop(unfinished, step, start)
+        number, change, logits = jax.lax.while_loop(unfinished, step, state)
     return Iterated(logits, number, change)
 
 
-def _few_labels(iterate, drop_below, log_unary, kernel):
+def _few_labels(iterate, drop_below, levels):
     """Mean field on the labels that matter, in the smallest of the static sizes that holds them."""
+    log_unary = levels[-1].log_unary
     num_classes = log_unary.shape[1]
     sizes = [2**i for i in range(2, num_classes.bit_length()) if 2**i <= 0.6 * num_classes] + [num_classes]
-    if len(sizes) == 1 or not hasattr(kernel, "largest_row_sums"):
-        return iterate(log_unary, kernel)
-    positive, negative = kernel.largest_row_sums()
-    lowest = jnp.minimum(drop_below, 1 / (math.e * positive)) * jnp.exp(-negative)
-    peaks = jnp.exp(log_unary.max(axis=0))
+    if len(sizes) == 1 or not all(hasattr(level.kernel, "largest_row_sums") for level in levels):
+        return iterate(levels)
+    positive, negative = map(jnp.stack, zip(*(level.kernel.largest_row_sums() for level in levels), strict=True))
+    lowest = jnp.minimum(drop_below, 1 / (math.e * positive.max())) * jnp.exp(-negative.max())
+    # The mean of log-probabilities over a cell, normalised, may be above what any of its pixels has.
+    peaks = jnp.exp(jnp.stack([level.log_unary.max(axis=0) for level in levels]).max(axis=0))
     num_kept = jnp.sum(~(peaks <= lowest))
     ordered = jnp.argsort(-peaks)
 
     def with_labels(size):
-        def of_kept(log_unary, kernel):
+        def of_kept(levels):
             if size == num_classes:
-                return iterate(log_unary, kernel)
+                return iterate(levels)
             kept = ordered[:size]
-            result = iterate(log_unary[:, kept], kernel)
-            return result._replace(logits=log_unary.at[:, kept].set(result.logits))
+            result = iterate([level._replace(log_unary=level.log_unary[:, kept]) for level in levels])
+            return result._replace(logits=levels[-1].log_unary.at[:, kept].set(result.logits))
 
         return of_kept
 
     smallest = jnp.searchsorted(jnp.array(sizes), num_kept)
-    return jax.lax.switch(smallest, [with_labels(size) for size in sizes], log_unary, kernel)
+    return jax.lax.switch(smallest, [with_labels(size) for size in sizes], levels)

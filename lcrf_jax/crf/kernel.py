@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.forms import BilateralForm, Kernel
-from lcrf_jax.crf.spatial import separable_filter
+from lcrf_jax.crf.spatial import filter_by_pairs, own_weight_by_pairs, separable_filter
 from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, promote_float
 
 # Those of the bilateral and of the spatial Gaussian, one or two each, and the values themselves.
@@ -24,10 +24,23 @@ class SpatialGaussian(NamedTuple):
     Attributes:
       taps: [2 r + 1] the Gaussian in one dimension.
       scale: [H, W] factors s of diag(s) K diag(s).
+      row_taps: weights between pairs of rows, with which it is filtered in half the time, see
+        `lcrf_jax.crf.spatial.filter_by_pairs`; None filters the rows themselves.
     """
 
     taps: jax.Array
     scale: jax.Array
+    row_taps: jax.Array | None = None
+
+    def filtered(self, grid: jax.Array) -> jax.Array:
+        """The Gaussian without its factors times values [H, W, K], self-pairs included."""
+        if self.row_taps is None:
+            return separable_filter(grid, self.taps)
+        return filter_by_pairs(grid, self.row_taps, self.taps)
+
+    def own_weight(self) -> float | jax.Array:
+        """The weight of each pixel's own value in `filtered`."""
+        return 1.0 if self.row_taps is None else own_weight_by_pairs(self.row_taps)
 
 
 class ImageKernel(NamedTuple):
@@ -180,7 +193,8 @@ def _joined(parts, scale):
 def _spatial_sum(gaussian, values):
     height, width = gaussian.scale.shape
     grid = gaussian.scale[:, :, None] * values.reshape(height, width, -1)
-    filtered = gaussian.scale[:, :, None] * (separable_filter(grid, gaussian.taps) - grid)
+    own = grid if gaussian.row_taps is None else gaussian.own_weight() * grid
+    filtered = gaussian.scale[:, :, None] * (gaussian.filtered(grid) - own)
     return filtered.reshape(values.shape)
 
 

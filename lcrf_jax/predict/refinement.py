@@ -17,7 +17,9 @@ from lcrf_jax.predict.resizing import padded_to
 MAX_VERTICES_PER_PIXEL = 6  # of a lattice over two positions and three colours
 
 
-@functools.partial(jax.jit, static_argnames=("kernel_params", "num_iterations", "unary_weight", "capacity"))
+@functools.partial(
+    jax.jit, static_argnames=("kernel_params", "num_iterations", "unary_weight", "capacity", "coarse_iterations")
+)
 def refined_by_lattice(
     log_probs: jax.Array,
     image: jax.Array | np.ndarray,
@@ -27,6 +29,7 @@ def refined_by_lattice(
     num_iterations: int,
     unary_weight: float,
     capacity: int | None = None,
+    coarse_iterations: int = 0,
 ) -> jax.Array:
     """Log-probabilities after mean field on the image.
 
@@ -38,16 +41,19 @@ def refined_by_lattice(
       num_iterations: of mean field.
       unary_weight: factor of the network's log-probabilities.
       capacity: vertices that the kernel's lattice may have; None takes the usual number.
+      coarse_iterations: the first ones of mean field, on the image at half its resolution, see
+        `lcrf_jax.crf.inference.refine`.
 
     Returns:
       [h, w, K] float32. All are NaN if the lattice needs more vertices than the capacity.
     """
-    return _refined(image, unary_weight * log_probs, kernel_params, num_iterations, valid, capacity)
+    return _refined(image, unary_weight * log_probs, kernel_params, num_iterations, valid, capacity, coarse_iterations)
 
 
-def _refined(image, unary, kernel_params, num_iterations, valid, capacity):
+def _refined(image, unary, kernel_params, num_iterations, valid, capacity, coarse_iterations):
     posterior = refined_posterior(
-        image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity
+        image, unary, kernel_params, num_iterations=num_iterations, valid=valid, capacity=capacity,
+        coarse_iterations=coarse_iterations,
     )
     return jnp.where(posterior.overflowed, jnp.nan, posterior.log_probs)
 
@@ -75,17 +81,19 @@ def adjustable_refinement(
     numbers = {**kernel, "unary_weight": changed.get("unary_weight", inference["unary_weight"])}
     numbers = {name: np.float32(value) for name, value in numbers.items()}
     num_iterations = changed.get("num_iterations", inference["num_iterations"])
+    coarse_iterations = min(inference.get("coarse_iterations", 0), num_iterations)
 
     def refine(log_probs, image, valid, capacity=None):
         return _refined_by(
-            log_probs, image, valid, numbers, width=width, num_iterations=num_iterations, capacity=capacity or own_capacity
+            log_probs, image, valid, numbers, width=width, num_iterations=num_iterations, capacity=capacity or own_capacity,
+            coarse_iterations=coarse_iterations,
         )
 
     return refine
 
 
-@functools.partial(jax.jit, static_argnames=("width", "num_iterations", "capacity"))
-def _refined_by(log_probs, image, valid, numbers, *, width, num_iterations, capacity):
+@functools.partial(jax.jit, static_argnames=("width", "num_iterations", "capacity", "coarse_iterations"))
+def _refined_by(log_probs, image, valid, numbers, *, width, num_iterations, capacity, coarse_iterations):
     kernel = {name: value for name, value in numbers.items() if name != "unary_weight"}
     kernel_params = KernelParams(**kernel, gaussian_position_width=width)
-    return _refined(image, numbers["unary_weight"] * log_probs, kernel_params, num_iterations, valid, capacity)
+    return _refined(image, numbers["unary_weight"] * log_probs, kernel_params, num_iterations, valid, capacity, coarse_iterations)

@@ -12,29 +12,50 @@ _SIZE_STEP = 64
 _STRIP_PIXELS = 1 << 20
 
 
-def labels_and_confidence(log_probs: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable class of every pixel and its probability, in little memory for large images.
+def labels_of(log_probs: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The most probable class of every pixel, in little memory for large images.
 
     Args:
       log_probs: [h, w, K] log-probabilities.
       size: (H, W) in pixels; where it differs from (h, w) the log-probabilities are interpolated, bilinearly.
 
     Returns:
+      [H, W] uint8.
+    """
+    labels = np.empty(size, np.uint8)
+    for strip, values in _strips(log_probs, size):
+        labels[strip] = values.argmax(axis=-1)
+    return labels
+
+
+def labels_and_confidence(log_probs: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable class of every pixel and its probability, in little memory for large images.
+
+    Args:
+      log_probs: [h, w, K] log-probabilities.
+      size: (H, W) in pixels, as for `labels_of`.
+
+    Returns:
       ([H, W] uint8, [H, W] float16 in 0..1).
     """
     labels, confidence = np.empty(size, np.uint8), np.empty(size, np.float16)
+    for strip, values in _strips(log_probs, size):
+        best = values.argmax(axis=-1)
+        labels[strip] = best
+        top = np.take_along_axis(values, best[..., None], axis=-1)
+        confidence[strip] = 1 / np.exp(values - top).sum(axis=-1)
+    return labels, confidence
+
+
+def _strips(log_probs, size):
+    """Slices of rows, and the log-probabilities there."""
     columns = None if log_probs.shape[1] == size[1] else _neighbours(log_probs.shape[1], size[1])
     rows = None if log_probs.shape[0] == size[0] else _neighbours(log_probs.shape[0], size[0])
     step = max(1, _STRIP_PIXELS // size[1])
     for start in range(0, size[0], step):
         strip = slice(start, min(start + step, size[0]))
         values = log_probs[strip] if rows is None else _interpolated(log_probs, [part[strip] for part in rows], 0)
-        values = values if columns is None else _interpolated(values, columns, 1)
-        best = values.argmax(axis=-1)
-        labels[strip] = best
-        top = np.take_along_axis(values, best[..., None], axis=-1)
-        confidence[strip] = 1 / np.exp(values - top).sum(axis=-1)
-    return labels, confidence
+        yield strip, values if columns is None else _interpolated(values, columns, 1)
 
 
 def class_statistics(

@@ -19,7 +19,7 @@ from lcrf_jax.predict.refinement import MAX_VERTICES_PER_PIXEL, refined_by_latti
 from lcrf_jax.predict.resizing import (
     enlarged_grid,
     interpolation_weights,
-    labels_and_confidence,
+    labels_of,
     padded_image,
     padded_to,
     working_image,
@@ -79,12 +79,12 @@ class Segmentation(NamedTuple):
     @property
     def labels(self) -> np.ndarray:
         """[H, W] uint8, the most probable class of every pixel, after refinement where there was one."""
-        return labels_and_confidence(self.best_log_probs, self.size)[0]
+        return labels_of(self.best_log_probs, self.size)
 
     @property
     def network_labels(self) -> np.ndarray:
         """[H, W] uint8, the most probable class of every pixel before refinement."""
-        return labels_and_confidence(self.log_probs, self.size)[0]
+        return labels_of(self.log_probs, self.size)
 
 
 def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) -> Segmenter:
@@ -93,9 +93,10 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     Args:
       description: dict with "network" (see `lcrf_jax.nets.network`), "class_names" and "inference": "input_sizes",
         "mirror" (average over the mirrored image), "kernel" (fields of `KernelParams`, in pixels of the image),
-        "num_iterations" and "unary_weight". It may have "output", a key of `OUTPUTS` ("softmax" if left out), with
-        "output_options", "prior_weight" (of the tag classifier's word on the whole image, 0 if left out) and "max_side"
-        (MAX_SIDE if left out).
+        "num_iterations" and "unary_weight". It may have "coarse_iterations" (so many of these are made on the image at half
+        its resolution first, see `lcrf_jax.crf.inference.refine`; 0 if left out), "output", a key of `OUTPUTS`
+        ("softmax" if left out), with "output_options", "prior_weight" (of the tag classifier's word on the whole image, 0 if
+        left out) and "max_side" (MAX_SIDE if left out).
       params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
 
     Returns:
@@ -132,6 +133,7 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
         kernel_params=KernelParams(**settings["kernel"]),
         num_iterations=settings["num_iterations"],
         unary_weight=settings["unary_weight"],
+        coarse_iterations=settings.get("coarse_iterations", 0),
     )
     return Segmenter(
         tuple(description["class_names"]), tuple(settings["input_sizes"]), network_features, log_probs_of, enlarged_grid,

@@ -74,6 +74,12 @@ def volume(image, values, form, params):
     return crf.mean_field(values, kernel, num_iterations=2)
 
 
+def coarse_to_fine(image, logits, form, params):
+    form = "exact" if form == "dense" else form
+    kernel, coarse = crf.image_kernel(image, params, form=form), crf.coarse_grid(image, params, form=form)
+    return crf.mean_field(logits, kernel, num_iterations=3, coarse=coarse, coarse_iterations=2)
+
+
 EVERY = {
     "anchor_image_kernel": Call(of_image(crf.anchor_image_kernel), ("image",), False),
     "dense_crf_loss": Call(
@@ -93,11 +99,12 @@ EVERY = {
         of_kernel(lambda u, k: crf.mean_field(u, k, num_iterations=3, tolerance=1e-3, drop_below=1e-3)), ("image", "logits")),
     "mean_field_posterior": Call(of_kernel(lambda u, k: crf.mean_field_posterior(u, k, num_iterations=3)), ("image", "logits")),
     "pairwise_energy": Call(of_kernel(crf.pairwise_energy), ("image", "probs")),
+    "coarse_grid": Call(coarse_to_fine, ("image", "logits")),
     "refine": Call(refined(crf.refine), ("image", "logits")),
     "refined_posterior": Call(refined(crf.refined_posterior), ("image", "logits")),
 }
 # Covered by those above: made by them, or one of their steps.
-PARTS = {"DenseKernel", "ImageKernel", "KernelParams", "KernelSum", "MeanFieldPosterior", "guide_features", "image_kernel",
+PARTS = {"CoarseGrid", "DenseKernel", "ImageKernel", "KernelParams", "KernelSum", "MeanFieldPosterior", "guide_features", "image_kernel",
          "volume_features"}
 KINDS = ("nan", "inf", "-inf", "negative", "huge", "batch", "flat", "channels first", "empty", "words", "one more", "complex")
 IN_VALUE = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "negative": -1.0, "huge": 3e38}

@@ -7,6 +7,7 @@ import reference
 from cases import logits_and_kernel
 from pictures import COARSE, case_of
 
+from lcrf_jax.crf.coarse import coarse_grid
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, default_form, image_kernel
 from lcrf_jax.crf.inference import mean_field, refine
@@ -16,15 +17,19 @@ from lcrf_jax.crf.params import KernelParams
 PROBS = ([0.6, 0.4, 1e-6], [0.4, 0.35, 0.25], [0.501, 0.498, 0.001])
 
 
-def flips(image, form, position_width, colour_width, *, tried=PROBS):
+def flips(image, form, position_width, colour_width, *, tried=PROBS, coarse_iterations=0):
     """How many pixels change their label where all have one distribution, for weak and strong kernels and near ties."""
     height, width, _ = image.shape
     params = KernelParams(1.0, position_width, colour_width, 1.0, 3.0)
 
     @jax.jit
     def labels(image, probs, weight, gaussian_weight):
-        kernel = image_kernel(image, params._replace(bilateral_weight=weight, gaussian_weight=gaussian_weight), form=form)
-        return mean_field(jax.numpy.log(jax.numpy.tile(probs, (height * width, 1))), kernel).argmax(-1)
+        weighted = params._replace(bilateral_weight=weight, gaussian_weight=gaussian_weight)
+        kernel, coarse = image_kernel(image, weighted, form=form), None
+        if coarse_iterations:
+            coarse = coarse_grid(image, weighted, form=form)
+        unary = jax.numpy.log(jax.numpy.tile(probs, (height * width, 1)))
+        return mean_field(unary, kernel, coarse=coarse, coarse_iterations=coarse_iterations).argmax(-1)
 
     found = 0
     for probs in tried:
@@ -53,6 +58,14 @@ def test_pixels_that_all_have_one_distribution_keep_their_label(size, widths, fo
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("size", "widths", "form"), PAIRS)
+@pytest.mark.parametrize("coarse_iterations", [5, 10])
+def test_so_they_do_where_iterations_are_made_on_the_coarse_grid(size, widths, form, coarse_iterations):
+    image = picture_with_rare_colours(size + 1, size + 8)
+    assert flips(image, form, *WIDTHS[widths], coarse_iterations=coarse_iterations) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", [(3.0, 3.0), (80.0, 13.0)])
 def test_so_do_those_of_a_large_picture(widths):
     assert flips(picture_with_rare_colours(200, 264), "lattice", *widths, tried=PROBS[2:]) == 0
@@ -71,6 +84,26 @@ def dropped_too_far(kernel, num_pixels, allowed=1e-3, seed=0):
     # The kernel is an argument: the compiler would compute with constants.
     run = jax.jit(lambda unary, kernel, steps: mean_field(unary, kernel, num_iterations=steps), static_argnums=2)
     return max(float(np.exp(run(unary, kernel, steps)[:, 7].max())) for steps in (1, 2, 10)), peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("weight", [1.0, 40.0])
+def test_so_it_does_where_iterations_are_made_on_the_coarse_grid(weight, form):
+    image, params = picture_with_rare_colours(24, 24), KernelParams(weight, 20.0, 10.0, 3.0, 3.0)
+    kernel, coarse = image_kernel(image, params, form=form), coarse_grid(image, params, form=form)
+    rows = max(float(each.largest_row_sums()[0]) for each in (kernel, coarse.kernel))
+    peak = min(1e-3, 1 / (np.e * rows))
+    rng = np.random.default_rng(0)
+    # Rows of one cell are alike: so the mean of their log-probabilities is no higher than they are.
+    unary = np.repeat(np.repeat(rng.dirichlet(np.full(40, 0.3), size=(12, 12)).clip(1e-8), 2, axis=0), 2, axis=1)
+    unary[:, :, 7] = 0
+    unary *= (1 - peak) / unary.sum(axis=-1, keepdims=True)
+    unary[:, :, 7] = peak
+    run = jax.jit(lambda unary, kernel, coarse, of_coarse: mean_field(
+        unary, kernel, coarse=coarse, coarse_iterations=of_coarse), static_argnums=3)
+    for of_coarse in (1, 5, 10):
+        assert float(np.exp(run(np.log(unary), kernel, coarse, of_coarse)[:, :, 7].max())) <= 2.72 * peak * (1 + 1e-4)
 
 
 @pytest.mark.slow_except("40.0-exact")

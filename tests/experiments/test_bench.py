@@ -132,7 +132,7 @@ def test_the_tables_are_written_as_markdown(finished):
     assert f"tables      {path}" in out
     text = path.read_text()
     assert text.startswith("Machine: ") and re.search(r"^\| 16x12 \| exact \|( [\d.() /]+ \|){13}$", text, re.MULTILINE)
-    assert len(re.findall(r"^(?:\| ---: )+\|$", text, re.MULTILINE)) == 4
+    assert len(re.findall(r"^(?:\| ---: )+\|$", text, re.MULTILINE)) == 5
 
 
 @pytest.fixture
@@ -147,6 +147,7 @@ def canned(monkeypatch):
         "reference": 0.0,
         "form": times | others,
         "refinement": {"compile": 1.0, "unaries": unaries},
+        "coarse_to_fine": {"timings": [(4.0, 1.0, 3.0), (2.0, 1.0, 3.0)] * 2, "differing": [0.0, 0.01] * 2},
         "recompilations": [1, 0],
         "parity": {name: {"lcrf_jax": [0.0, 0.0]} for name in unaries},
     }
@@ -171,6 +172,7 @@ def test_without_against_no_comparison_is_made(canned, photo):
     assert code == 0, err
     assert last_line(out) == "no comparison was made: see --against" and "pydensecrf2 ms" not in out
     assert re.search(r"^2000x1500 ", out, re.MULTILINE)
+    assert re.search(rf"^ *5 +every class +{TIME} +1.00 +2.00$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

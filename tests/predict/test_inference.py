@@ -292,6 +292,8 @@ def test_labels_and_confidence_at_another_size(size, monkeypatch):
     np.testing.assert_array_equal(labels, probs.argmax(axis=-1))
     np.testing.assert_allclose(confidence, probs.max(axis=-1), atol=1e-3)
     assert labels.dtype == np.uint8 and confidence.dtype == np.float16
+    np.testing.assert_array_equal(resizing.labels_of(log_probs, size), labels)
+    assert resizing.labels_of(log_probs, size).dtype == np.uint8
     np.testing.assert_allclose(resizing.interpolated_probs(log_probs, size), probs, atol=1e-5)
 
 
