@@ -14,6 +14,7 @@ from lcrf_jax.crf.linear import is_tree_of_arrays, sought_parts
 from lcrf_jax.numerics import varying_like
 
 _LEAST_LOG_PROB = -1e4
+_IMPOSSIBLE = -1e9  # a logit whose probability is 0, and which stays finite
 
 
 class Iterated(NamedTuple):
@@ -121,7 +122,7 @@ def _run(num_iterations, measured, arguments, for_derivative=False):
         levels.insert(0, _Level(of_cells, coarse.kernel, coarse.counted))
     if drop_below is None:
         return iterate(levels)
-    return _few_labels(iterate, drop_below, levels)
+    return _few_labels(iterate, drop_below, levels, for_derivative)
 
 
 def _coarse_to_fine(updates, num_iterations, measured, levels):
@@ -188,8 +189,12 @@ def _updates(num_iterations, measured, log_unary, kernel, start, *, for_derivati
     return Iterated(logits, number, change)
 
 
-def _few_labels(iterate, drop_below, levels):
-    """Mean field on the labels that matter, in the smallest of the static sizes that holds them."""
+def _few_labels(iterate, drop_below, levels, for_derivative):
+    """Mean field on the labels that matter, in the smallest of the static sizes that holds them.
+
+    For derivatives it is made of all labels, of which the others have no probability: JAX cannot transpose the tangents of a
+    batch through a choice that each of its images makes for itself.
+    """
     log_unary = levels[-1].log_unary
     num_classes = log_unary.shape[1]
     sizes = [2**i for i in range(2, num_classes.bit_length()) if 2**i <= 0.6 * num_classes] + [num_classes]
@@ -201,6 +206,13 @@ def _few_labels(iterate, drop_below, levels):
     peaks = jnp.exp(jnp.stack([level.log_unary.max(axis=0) for level in levels]).max(axis=0))
     num_kept = jnp.sum(~(peaks <= lowest))
     ordered = jnp.argsort(-peaks)
+    smallest = jnp.searchsorted(jnp.array(sizes), num_kept)
+    if for_derivative:
+        rank = jnp.zeros(num_classes, int).at[ordered].set(jnp.arange(num_classes))
+        kept = rank < jnp.array(sizes)[smallest]
+        alone = [level._replace(log_unary=jnp.where(kept, level.log_unary, _IMPOSSIBLE)) for level in levels]
+        result = iterate(alone)
+        return result._replace(logits=jnp.where(kept, result.logits, log_unary))
 
     def with_labels(size):
         def of_kept(levels):
@@ -212,5 +224,4 @@ def _few_labels(iterate, drop_below, levels):
 
         return of_kept
 
-    smallest = jnp.searchsorted(jnp.array(sizes), num_kept)
     return jax.lax.switch(smallest, [with_labels(size) for size in sizes], levels)

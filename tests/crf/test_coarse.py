@@ -1,6 +1,5 @@
 """Mean field whose first iterations are made on the image averaged over 2 x 2 pixels."""
 
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -169,14 +168,13 @@ def test_a_batch_is_a_loop_under_every_transformation(form):
     def refined(image, logits, drop_below=1e-3):
         return refine(image, logits, PARAMS, form=form, num_iterations=3, coarse_iterations=2, drop_below=drop_below)
 
-    every_label = functools.partial(refined, drop_below=None)
     batch = jax.jit(jax.vmap(refined))(images, logits)
     for each, image, unary in zip(batch, images, logits, strict=True):
         np.testing.assert_allclose(np.exp(each), np.exp(refined(image, unary)), atol=2e-5)
     weights = np.random.default_rng(3).normal(size=logits.shape).astype(np.float32)
 
     def total(logits):
-        return jnp.sum(jnp.exp(jax.vmap(every_label)(images, logits)) * weights)
+        return jnp.sum(jnp.exp(jax.vmap(refined)(images, logits)) * weights)
 
     gradient = jax.jit(jax.grad(total))(logits)
     along = jax.jit(lambda x, t: jax.jvp(total, (x,), (t,))[1])(logits, weights)

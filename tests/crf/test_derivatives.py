@@ -14,7 +14,7 @@ from lcrf_jax.crf.inference import mean_field, mean_field_posterior, refine
 from lcrf_jax.crf.loss import dense_crf_loss
 from lcrf_jax.crf.params import KernelParams
 
-HEIGHT, WIDTH, CLASSES = 5, 6, 6
+HEIGHT, WIDTH, CLASSES = 5, 6, 8
 PARAMS = KernelParams(2.0, 3.0, 30.0, 1.5, 1.5)
 FORMS = ("dense", "exact", "anchors", "lattice")
 IMAGE = reference.smooth_image(1, HEIGHT, WIDTH).astype(np.float64)
@@ -38,7 +38,7 @@ def weighted(kernel, weight):
 def draws(seed):
     """Logits in which two of the classes are improbable everywhere, and a direction."""
     rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(HEIGHT * WIDTH, CLASSES)) - np.array([0, 0, 0, 0, 12, 12])
+    logits = rng.normal(size=(HEIGHT * WIDTH, CLASSES)) - np.array([0, 0, 0, 0, 12, 12, 12, 12])
     return logits, rng.normal(size=logits.shape)
 
 
