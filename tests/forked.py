@@ -83,10 +83,11 @@ class Parent:
         self._process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(_PARENT)], cwd=ROOT, text=True,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
-    def start(self, program, *arguments, cache, num_devices=1):
-        """`python -m experiments.PROGRAM ARGUMENTS` with a cache of its own."""
+    def start(self, program, *arguments, cache, num_devices=1, compiled_well=False):
+        """`python -m experiments.PROGRAM ARGUMENTS` with a cache of its own; compiled as users have it, for long work."""
         told = self._folder / f"{program} {len(self._codes)}.txt"
-        environment = {"LCRF_JAX_CACHE": str(cache), "XLA_FLAGS": flags_for(num_devices)}
+        flags = f"--xla_force_host_platform_device_count={num_devices}" if compiled_well else flags_for(num_devices)
+        environment = {"LCRF_JAX_CACHE": str(cache), "XLA_FLAGS": flags}
         pid = self._ask([program, [*map(str, arguments)], environment, str(told)])
         self._codes[pid] = None
         return Forked(self, pid, told)

@@ -185,6 +185,7 @@ def test_two_processes_label_500_photographs_though_one_is_killed(tiny_run, star
         Image.fromarray(images[i % 25][: 60 + i % 30]).save(path)
     arguments = ("predict", f"--checkpoint={checkpoint}", f"--images={photos}/**/*.jpg", f"--out={masks}",
                  "--num_processes=2")  # fmt: skip
+    start = functools.partial(start, compiled_well=True)
     first, second = (start(*arguments, f"--process_id={i}") for i in range(2))
     shares = sorted(photos.glob("*/*.jpg"))[::2], sorted(photos.glob("*/*.jpg"))[1::2]
 
