@@ -207,7 +207,7 @@ WITH_NOTHING_BESIDE = """
         nodes = [node for file in files for node in ast.parse(open(file).read()).body]
         roots = {alias.name.partition(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         roots |= {node.module.partition(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-        of_roots = {root: owners for root, owners in metadata.packages_distributions().items() if root in roots}
+        of_roots = {root: owners for root, owners in metadata.packages_distributions().items() if root in roots - {"lcrf_jax"}}
         assert {"jax", "numpy", "flax", "jax2onnx", "onnxruntime"} <= set(of_roots), of_roots
         for root, owners in of_roots.items():
             assert named & {re.sub("[-_.]+", "-", owner).lower() for owner in owners}, f"{root} is not required"
