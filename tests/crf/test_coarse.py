@@ -1,6 +1,5 @@
 """Mean field whose first iterations are made on the image averaged over 2 x 2 pixels."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,11 +208,11 @@ def test_where_either_lattice_overflows_the_labels_are_those_of_the_unary():
     kernel = image_kernel(image, params, form="lattice", capacity=24 * 24 * 6)
 
     @jax.jit
-    def run(image):
+    def run(image, kernel):
         tight = coarse_grid(image, params, form="lattice", capacity=needed - 1)
         return mean_field_posterior(logits, kernel, num_iterations=4, coarse=tight, coarse_iterations=2)
 
-    found = run(image)
+    found = run(image, kernel)
     assert found.overflowed and found.num_iterations == 0
     np.testing.assert_allclose(found.log_probs, jax.nn.log_softmax(logits), atol=1e-5)
     grown = refined_posterior(image, logits, params, form="lattice", num_iterations=4, coarse_iterations=2)
