@@ -65,6 +65,7 @@ def test_four_images_with_a_bad_label_are_bad_together_and_whatever_is_added():
         np.asarray(many.sum(axis=0))
 
 
+@pytest.mark.slow
 def test_a_batch_made_by_vmap_is_merged_over_its_axis():
     rng = np.random.default_rng(0)
     labels, truth = rng.integers(0, 3, (2, 5, 11)), rng.integers(0, 3, (2, 5, 11))

@@ -23,6 +23,12 @@ class CoarseGrid(NamedTuple):
     Attributes:
       kernel: the kernel of the image averaged over 2 x 2 pixels, h x w cells, with half the widths.
       counted: [H, W] 1 for a pixel of the image that counts, 0 for another.
+    Example:
+      >>> import numpy as np
+      >>> from lcrf_jax import KernelParams, coarse_grid
+      >>> coarse = coarse_grid(np.zeros((5, 8, 3), np.uint8), KernelParams())
+      >>> coarse.kernel.grid, coarse.counted.shape
+      ((3, 4), (5, 8))
     """
 
     kernel: ImageKernel

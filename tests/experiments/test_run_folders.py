@@ -64,6 +64,7 @@ def test_a_fault_of_the_house_keeps_its_traceback(checkpoint, monkeypatch):
         run("evaluate", f"--checkpoint={checkpoint}")
 
 
+@pytest.mark.slow
 def test_scores_are_printed_before_files_are_written(tiny_run, tmp_path):
     """What cannot be written is named, and the others are there."""
     folder = shutil.copytree(tiny_run[0], tmp_path / "run")

@@ -213,6 +213,7 @@ def test_the_sizes_are_the_published_ones():
     assert len(SIZES) == len(PUBLISHED_SIZES)
 
 
+@pytest.mark.slow
 def test_widths_of_the_taps_of_a_larger_size():
     taps = jax.eval_shape(
         lambda x: EfficientNetLite(4, last_stride=16).init_with_output(jax.random.key(0), x)[0], jnp.zeros((1, 64, 64, 3))
