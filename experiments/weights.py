@@ -22,6 +22,7 @@ from flax.traverse_util import flatten_dict
 from lcrf_jax.machine.progress import say
 from lcrf_jax.nets.network import BACKBONES
 from lcrf_jax.nets.weights import hub_commit, load_weights
+from lcrf_jax.train.step import count_parameters
 
 from . import reporting
 
@@ -61,11 +62,6 @@ def operations(module, variables, size):
     return float(jax.jit(module.apply).lower(variables, image).cost_analysis()["flops"])
 
 
-def number_of_weights(variables):
-    """Of all parameters together; arrays or their shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables))
-
-
 def show_sizes():
     """The table of docs/backbones.md."""
     say("| backbone | last stride | parameters, millions | side | GFLOP |\n|---|---|---|---|---|")
@@ -74,7 +70,7 @@ def show_sizes():
         module, size = backbone.module(last_stride=last_stride), nearest(backbone, 320)
         variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
         costs = operations(module, variables, size) / 1e9
-        say(f"| `{name}` | {last_stride} | {number_of_weights(variables) / 1e6:.2f} | {size} | {costs:.1f} |")
+        say(f"| `{name}` | {last_stride} | {count_parameters(variables) / 1e6:.2f} | {size} | {costs:.1f} |")
 
 
 def nearest(backbone, size):
@@ -129,7 +125,7 @@ def main(argv):
     for name, commit in hub_commit(source).items():
         say(f"{name} at {commit}")
     show_shapes(variables)
-    say(f"{number_of_weights(variables):,} parameters")
+    say(f"{count_parameters(variables):,} parameters")
     say(f"picture of {size} x {size}, last stride {last_stride}, {backbone.normalisation}: {operations(module, variables, size) / 1e9:.2f} GFLOP")
     show_forward(backbone, module, variables, size)
 

@@ -1,15 +1,16 @@
 """The command `lcrf`: `lcrf NAME` runs the program that `python -m experiments.NAME` runs in a clone.
 
-What lists the programs imports nothing but the standard library, and answers at once.
+What lists the programs imports neither JAX nor a program, and answers at once.
 """
 
-import difflib
 import importlib.util
 import os
 import runpy
 import signal
 import sys
 from collections.abc import Sequence
+
+from lcrf_jax.machine.errors import nearest
 
 # What one calls it: (module of experiments, what it does), in the order of use.
 COMMANDS = {
@@ -67,9 +68,8 @@ def module_of(command: str) -> str:
     name = command if command in modules else command.replace("-", "_")
     if name in modules:
         return modules[name]
-    near = difflib.get_close_matches(command, list(modules), n=1, cutoff=0.6)
-    question = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no command {command!r}: {question}lcrf --help lists them")
+    question = nearest(command, modules).removeprefix("; ")
+    raise ValueError(f"there is no command {command!r}: {f'{question} ' if question else ''}lcrf --help lists them")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

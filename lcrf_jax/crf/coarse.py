@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.crf.image_kernels import image_kernel
+from lcrf_jax.crf.image_kernels import image_kernel, prepared_image
 from lcrf_jax.crf.kernel import ImageKernel
-from lcrf_jax.crf.params import KernelParams, checked_params, colours
-from lcrf_jax.numerics import check_count, check_shape
+from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.numerics import check_count
 
 
 class CoarseGrid(NamedTuple):
@@ -70,14 +70,8 @@ def coarse_grid(
       >>> mean_field(np.zeros((5, 8, 2)), kernel, coarse=coarse, coarse_iterations=7).shape
       (5, 8, 2)
     """
-    checked_params(params)
-    image = colours(image, colour_max=colour_max)
-    grid = image.shape[:2]
-    if valid is None:
-        counted = jnp.ones(grid, image.dtype)
-    else:
-        check_shape("valid", valid, grid, "give one boolean per pixel of the image")
-        counted = jnp.asarray(valid).astype(bool).astype(image.dtype)
+    image, pixels = prepared_image(image, params, normalisation, valid, colour_max)
+    counted = jnp.ones(image.shape[:2], image.dtype) if pixels is None else pixels.reshape(image.shape[:2]).astype(image.dtype)
     sums = _sums_of_cells(counted[:, :, None])
     if capacity is not None:  # one for the pixels may be more than the cells can ever need
         capacity = min(capacity, sums.size * (image.shape[-1] + 3))

@@ -116,7 +116,7 @@ def exact_image_kernel(
       >>> kernel.apply(np.ones((48, 2))).shape
       (48, 2)
     """
-    image, counted = _prepared(image, params, normalisation, valid, colour_max)
+    image, counted = prepared_image(image, params, normalisation, valid, colour_max)
     bilateral = None
     if not _is_zero(params.bilateral_weight):
         guide = _guide(image, params)
@@ -163,7 +163,7 @@ def anchor_image_kernel(
       >>> kernel.apply(np.ones((48, 2))).shape
       (48, 2)
     """
-    image, counted = _prepared(image, params, normalisation, valid, colour_max)
+    image, counted = prepared_image(image, params, normalisation, valid, colour_max)
     bilateral = None
     if not _is_zero(params.bilateral_weight):
         bilateral = build_anchors(
@@ -218,7 +218,7 @@ def lattice_image_kernel(
       >>> kernel.apply(np.ones((48, 2))).shape
       (48, 2)
     """
-    image, counted = _prepared(image, params, normalisation, valid, colour_max)
+    image, counted = prepared_image(image, params, normalisation, valid, colour_max)
     bilateral = None
     if not _is_zero(params.bilateral_weight):
         guide = _guide(image, params)
@@ -297,10 +297,23 @@ def image_kernel(
     return FORMS[form](image, params, normalisation=normalisation, valid=valid, colour_max=colour_max, **options)
 
 
-def _prepared(
+def prepared_image(
     image: ArrayLike, params: KernelParams, normalisation: str, valid: ArrayLike | None, colour_max: float | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The image in 0..255 as floats, and which of its pixels count [m], or None; everything is checked."""
+    """What a kernel is made of, once everything is checked.
+
+    Args:
+      image: [H, W, C] colours, see `lcrf_jax.crf.params.colours`.
+      params: `KernelParams`.
+      normalisation: one of `lcrf_jax.crf.exact.NORMALISATIONS`.
+      valid: [H, W] booleans, or None for all.
+      colour_max: the value of full colour in `image`, or None.
+    Returns:
+      The image in 0..255 as floats, and which of its pixels count [m], or None.
+    Raises:
+      ValueError: if one of them does not fit.
+      TypeError: if one of them is of another kind.
+    """
     checked_params(params)
     if normalisation not in NORMALISATIONS:
         raise ValueError(f"normalisation: expected one of {sorted(NORMALISATIONS)}, got {normalisation!r}")
