@@ -2,12 +2,12 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from environments import copied_clone, new_environment, pip
 from test_house import CORE, PURE_MODULES, module_of
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -79,22 +79,12 @@ def test_a_program_says_what_is_missing(tmp_path):
 @pytest.mark.slow
 def test_pip_installs_the_core_without_the_rest(tmp_path):
     """In a new environment, from a copy of the clone."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "new"], check=True)
-    new = tmp_path / "new/bin/python"
-    pip = [sys.executable, "-m", "pip", "--python", new, "--disable-pip-version-check"]
-    probe = [*pip, "download", "--quiet", "--no-deps", "--retries=1", f"--dest={tmp_path}", "setuptools"]
-    reached = subprocess.run(probe, capture_output=True, text=True, check=False)
-    if reached.returncode:
-        pytest.skip(f"no package index can be reached: {reached.stderr.strip().splitlines()[-1]}")
-    copy = tmp_path / "clone"
-    copy.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("lcrf_jax", "experiments"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    installed = subprocess.run([*pip, "install", "--quiet", "--no-compile", "."], cwd=copy, capture_output=True, text=True, check=False)
+    new, copy = new_environment(tmp_path), copied_clone(tmp_path)
+    installed = pip(new, "install", "--quiet", "--no-compile", ".", cwd=copy)
     assert installed.returncode == 0, installed.stderr
-    listed = subprocess.run([*pip, "list", "--format=freeze"], capture_output=True, text=True, check=True).stdout
+    listing = pip(new, "list", "--format=freeze")
+    assert listing.returncode == 0, listing.stderr
+    listed = listing.stdout
     there = {line.partition("==")[0].lower().replace("_", "-") for line in listed.splitlines()}
     assert there >= {"lcrf-jax", "jax", "numpy", "einops"}
     assert not there & {name.replace("_", "-") for name in HEAVY}

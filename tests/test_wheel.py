@@ -2,13 +2,12 @@
 
 import os
 import pathlib
-import shutil
 import subprocess
-import sys
 import sysconfig
 import zipfile
 
 import pytest
+from environments import copied_clone, new_environment, pip
 from programs import SHORT
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -22,26 +21,11 @@ def get_config():
 """
 
 
-def pip(python, *arguments, **options):
-    command = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """(wheel, folder of the programs of an environment that has it)."""
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "new"], check=True)
-    new = folder / "new/bin/python"
-    reached = pip(new, "download", "--quiet", "--no-deps", "--retries=1", f"--dest={folder / 'probe'}", "setuptools")
-    if reached.returncode:
-        pytest.skip(f"no package index can be reached: {reached.stderr.strip().splitlines()[-1]}")
-    copy = folder / "clone"
-    copy.mkdir()
-    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("lcrf_jax", "experiments"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    new, copy = new_environment(folder), copied_clone(folder)
     built = pip(new, "wheel", "--quiet", "--no-deps", f"--wheel-dir={folder}", ".", cwd=copy)
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("*.whl")
