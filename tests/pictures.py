@@ -33,9 +33,15 @@ def picture():
 
 
 @functools.cache
+def builder(form, normalisation):
+    """A function from a picture to its kernel, compiled once."""
+    return jax.jit(functools.partial(image_kernel, params=COARSE, form=form, normalisation=normalisation))
+
+
+@functools.cache
 def case_of(form, normalisation):
     """The kernel of the picture, what it and its symmetric part are as matrices, and what it should be."""
-    kernel = jax.jit(lambda image: image_kernel(image, COARSE, form=form, normalisation=normalisation))(picture())
+    kernel = builder(form, normalisation)(picture())
     matrix, symmetric = matrices(kernel, np.eye(PIXELS))
     dense = reference.dense_kernel(picture(), COARSE, normalisation)
     return Case(form, normalisation, kernel, np.float64(matrix), np.float64(symmetric), dense)

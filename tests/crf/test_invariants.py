@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import reference
 from cases import logits_and_kernel
-from pictures import COARSE, case_of
+from pictures import COARSE, PIXELS, builder, matrices, picture
 
 from lcrf_jax.crf.coarse import coarse_grid
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, default_form, image_kernel
 from lcrf_jax.crf.inference import mean_field, refine
-from lcrf_jax.crf.kernel import DenseKernel
+from lcrf_jax.crf.kernel import DenseKernel, ImageKernel
 from lcrf_jax.crf.params import KernelParams
 
 PROBS = ([0.6, 0.4, 1e-6], [0.4, 0.35, 0.25], [0.501, 0.498, 0.001])
@@ -115,6 +115,19 @@ def test_a_label_that_may_be_dropped_stays_below_the_bound_in_every_form(weight,
     grown, peak = dropped_too_far(kernel, 24 * 24)
     assert grown <= 2.72 * peak * (1 + 1e-4)
 
+@pytest.mark.slow_except("anchors")
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_no_message_is_beyond_what_weights_that_are_not_negative_can_give(form):
+    kernel = builder(form, "symmetric")(picture())
+    alone = np.full(PIXELS, 1e-6)
+    alone[PIXELS // 2] = 1 - 1e-6
+    unary = np.log(np.stack([alone, 1 - alone], axis=1)).astype(np.float32)
+    iterate = jax.jit(lambda unary, kernel: (mean_field(unary, kernel, num_iterations=1), kernel.apply(np.ones((PIXELS, 1), np.float32))))
+    after, rows = map(np.float64, iterate(unary, kernel))
+    change = (after[:, 0] - after[:, 1]) - (unary[:, 0] - unary[:, 1])
+    assert (np.abs(change) <= rows[:, 0] * (1 + 1e-4) + 1e-5).all()
+    assert np.abs(change).max() > 0.1
+
 
 @pytest.mark.parametrize("least", [0.0, -0.4])
 def test_and_with_a_matrix_that_has_entries_of_either_sign(least):
@@ -127,11 +140,17 @@ def test_and_with_a_matrix_that_has_entries_of_either_sign(least):
 @pytest.mark.slow_except("lattice")
 @pytest.mark.parametrize("form", FORMS)
 def test_the_row_sums_are_those_of_the_matrices(form):
-    case = case_of(form, "symmetric")
-    sums, negative = jax.jit(type(case.kernel).largest_row_sums)(case.kernel)
-    expected = max(case.matrix.sum(axis=1).max(), case.matrix.sum(axis=0).max())
-    np.testing.assert_allclose(sums, expected, rtol=1e-4)
-    assert negative == 0
+    sums_of = jax.jit(ImageKernel.largest_row_sums)
+    largest = set()
+    for image in (picture(), np.flipud(picture())):  # one order of a lattice's directions has the larger sums in each
+        kernel = builder(form, "symmetric")(image)
+        sums, negative = sums_of(kernel)
+        matrix = np.asarray(matrices(kernel, np.eye(PIXELS))[0])
+        of_orders = matrix.sum(axis=1).max(), matrix.sum(axis=0).max()
+        np.testing.assert_allclose(sums, max(of_orders), rtol=1e-4)
+        assert negative == 0
+        largest.add(int(np.argmax(of_orders)))
+    assert form != "lattice" or largest == {0, 1}
 
 
 def test_the_row_sums_of_a_matrix_by_hand():
