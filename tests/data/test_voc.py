@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcrf_jax.data.files.images import image_size, read_image
+from lcrf_jax.data.files.images import image_size, opened, read_image
 from lcrf_jax.data.files.masks import read_mask
 from lcrf_jax.data.files.tags import read_classes
 from lcrf_jax.data.opening import open_source
@@ -296,6 +296,8 @@ def test_files_that_are_not_images(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-700])
     with pytest.raises(ValueError, match="cut.jpg is damaged or cut short"):
         read_image(tmp_path / "cut.jpg")
+    with pytest.raises(ValueError, match=r"whole.jpg is damaged or cut short \(at 417: no data\); copy"), opened(tmp_path / "whole.jpg"):
+        raise OSError("at 417:\n  no data\n")
     Image.new("1", (16_000, 11_000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match="huge.png.*16000x11000 pixels"):
         read_image(tmp_path / "huge.png")

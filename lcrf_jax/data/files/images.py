@@ -224,7 +224,8 @@ def _source(image: Image.Image) -> str | io.BytesIO:
 
 
 def _damaged(path: Path, error: Exception) -> str:
-    return f"{path} is damaged or cut short ({error or type(error).__name__}); copy it again"
+    said = " ".join(str(error).split())  # some decoders say it in several lines
+    return f"{path} is damaged or cut short ({said or type(error).__name__}); copy it again"
 
 
 def _orientation(image: Image.Image) -> int:
