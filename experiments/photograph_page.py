@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+import pathlib
 import threading
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lcrf_jax.data.example import tag_vector
+from lcrf_jax.data.files.finding import files_below
 from lcrf_jax.data.files.images import opened_as_rgb
 from lcrf_jax.pictures.palette import bright_palette, index_picture, overlay
 from lcrf_jax.pictures.report import data_url, templates
@@ -16,22 +19,24 @@ from lcrf_jax.predict.refinement import adjustable_refinement
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence, working_size
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 
-SLIDER = ("name", "title", "least", "greatest", "step")
+SLIDER = ("name", "title", "least", "greatest", "step", "meaning")
 # Of the refinement, each with what SLIDER names.
 SLIDERS = (
-    ("bilateral_weight", "weight of position and colour", 0.0, 20.0, 0.5),
-    ("bilateral_position_width", "width of position, pixels", 5.0, 160.0, 5.0),
-    ("bilateral_colour_width", "width of colour", 2.0, 60.0, 1.0),
-    ("gaussian_weight", "weight of position alone", 0.0, 20.0, 0.5),
-    ("unary_weight", "weight of the network", 0.1, 5.0, 0.1),
-    ("num_iterations", "iterations of mean field", 5, 20, 5),
-)
+    ("bilateral_weight", "weight of position and colour", 0.0, 20.0, 0.5,
+     "how strongly near pixels of like colour pull each other to one class"),
+    ("bilateral_position_width", "width of position, pixels", 5.0, 160.0, 5.0, "how far apart they may be"),
+    ("bilateral_colour_width", "width of colour", 2.0, 60.0, 1.0, "how unlike their colours, from 0 to 255, may be"),
+    ("gaussian_weight", "weight of position alone", 0.0, 20.0, 0.5, "how strongly neighbours of any colour do: more smooths"),
+    ("unary_weight", "weight of the network", 0.1, 5.0, 0.1, "how much the network's own opinion counts"),
+    ("num_iterations", "iterations of mean field", 5, 20, 5, "how often all pixels are updated"),
+)  # fmt: skip
 
 
 # The only decoders that an uploaded file meets; Pillow has forty more, some of which start other programs.
 FORMATS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "BMP": "image/bmp", "TIFF": "image/tiff",
            "GIF": "image/gif"}  # fmt: skip
 MOST_SIDE = 16_000  # pixels; what the page shows are JPEG files, which have at most 65,500
+MOST_EXAMPLES, THUMBNAIL_SIDE = 6, 160
 MOST_WAITING = 8  # photographs at once, each with its file in memory
 
 
@@ -70,7 +75,7 @@ def slider_values(given):
     if unknown:
         raise Refused(f"unknown setting {unknown[0][:40]!r}; there are crf, tag, {', '.join(known)}")
     values = {}
-    for name, title, least, greatest, _ in SLIDERS:
+    for name, title, least, greatest, *_ in SLIDERS:
         if name in given:
             try:
                 value = float(given[name])
@@ -223,12 +228,55 @@ def shown(names, image, labels, confidence):
     }  # fmt: skip
 
 
-def page(labeller, max_bytes):
+class Example(NamedTuple):
+    """A photograph that the page offers: its name, the bytes of its file, and a small picture of it as a data URL."""
+
+    name: str
+    content: bytes
+    thumbnail: str
+
+
+def examples_of(folder, *, max_bytes, max_pixels):
+    """The first photographs of a folder that the page takes, at most MOST_EXAMPLES.
+
+    Args:
+      folder: where they are, at any depth; "" for none.
+      max_bytes, max_pixels: larger ones are passed over.
+
+    Returns:
+      list of Example.
+
+    Raises:
+      ValueError: if there is none; the message tells of the last that could not be taken.
+    """
+    if not folder:
+        return []
+    root, found, why = pathlib.Path(folder).expanduser(), [], "there is no photograph"
+    for name in sorted(files_below(root).photographs) if root.is_dir() else []:
+        try:
+            content = (root / name).read_bytes()
+            if len(content) > max_bytes:
+                raise Refused(f"it has more than {max_bytes / 1e6:g} MB")
+            image = Image.fromarray(decoded(content, max_pixels)[0])
+        except (Refused, OSError) as error:
+            why = f"{name}: {error}"
+            continue
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        found.append(Example(pathlib.Path(name).name, content, data_url(image, "JPEG", quality=85)))
+        if len(found) == MOST_EXAMPLES:
+            break
+    if not found:
+        raise ValueError(f"--examples: expected a folder of photographs, got {folder} ({why})")
+    return found
+
+
+def page(labeller, max_bytes, examples=()):
     """The HTML of the page.
 
     Args:
       labeller: Labeller.
       max_bytes: largest upload.
+      examples: what `examples_of` gives.
 
     Returns:
       str.
@@ -239,5 +287,6 @@ def page(labeller, max_bytes):
         "classes": list(labeller.class_names[1:]),
         "formats": list(FORMATS.values()),
         "max_bytes": max_bytes,
+        "examples": [{"name": example.name, "thumbnail": example.thumbnail} for example in examples],
     }
     return templates(__package__).get_template("photograph_page.html.jinja").render(facts=facts)

@@ -105,7 +105,7 @@ def is_own_page(origin, host, allowed):
     return place.removesuffix(_PORTS[scheme]) == own or urllib.parse.urlsplit(f"//{place}").hostname in allowed
 
 
-def make_app(labeller, *, max_bytes, host="127.0.0.1", allowed=()):
+def make_app(labeller, *, max_bytes, host="127.0.0.1", allowed=(), examples=()):
     """The web application. All that it answers but the page is JSON; errors are {"error": message}.
 
     Args:
@@ -113,6 +113,7 @@ def make_app(labeller, *, max_bytes, host="127.0.0.1", allowed=()):
       max_bytes: largest upload.
       host: that the server listens on.
       allowed: names that the page answers to beside those of this machine.
+      examples: what `photograph_page.examples_of` gives; everybody who sees the page can have them.
 
     Returns:
       flask.Flask.
@@ -143,7 +144,13 @@ def make_app(labeller, *, max_bytes, host="127.0.0.1", allowed=()):
 
     @app.get("/")
     def _page():
-        return page(labeller, max_bytes)
+        return page(labeller, max_bytes, examples)
+
+    @app.get("/examples/<int:number>")
+    def _example(number):
+        if number >= len(examples):
+            flask.abort(404)
+        return flask.Response(examples[number].content, mimetype="application/octet-stream")
 
     @app.post("/segment")
     def _segment():

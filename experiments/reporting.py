@@ -26,9 +26,9 @@ from lcrf_jax.machine.progress import say, show
 from lcrf_jax.metrics import format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.pictures.palette import picture_grid
 from lcrf_jax.predict import evaluation
+from lcrf_jax.predict.model import trained
 from lcrf_jax.predict.segmenter import make_segmenter
-from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import FOR_INFERENCE, effective_changes, has_parameters, load_description
+from lcrf_jax.runfolder.description import effective_changes, has_parameters
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.settings import check_names, check_settings
 from lcrf_jax.train.splits import checked_split
@@ -179,8 +179,8 @@ def check_same_settings(folder, config):
 
 
 def load_segmenter(run_dir, which="best", *, change_inference=dict):
-    """(Segmenter, description, parameters) of a run folder; its settings of inference may be changed."""
-    description, params = load_description(run_dir, needed=FOR_INFERENCE), restore_params(run_dir, which)
+    """(Segmenter, description, parameters) of what `lcrf_jax.load` takes; its settings of inference may be changed."""
+    description, params = trained(run_dir, which=which)
     changed = {**description, "inference": change_inference(description["inference"])}
     return make_segmenter(changed, params), description, params
 

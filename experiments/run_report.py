@@ -1,5 +1,12 @@
 """The report of a run, and that of a comparison, as HTML files that open from disk."""
 
+import datetime
+import itertools
+import math
+import pathlib
+import shlex
+import sys
+
 import numpy as np
 
 from lcrf_jax.machine.files import write_whole
@@ -8,6 +15,7 @@ from lcrf_jax.pictures import report
 from lcrf_jax.predict.evaluation import labelled_samples, sample_positions
 from lcrf_jax.runfolder.description import flat_settings
 from lcrf_jax.runfolder.metrics import metrics_history
+from lcrf_jax.train.methods import METHODS
 
 NUM_EXTREMES = 4
 NUM_SPREAD = 8
@@ -54,13 +62,15 @@ def write_run_report(
     note = f"Supervision: {used}. Data: {data_in_words(data)}."
     if data != own:
         note += f" Trained on other data: {data_in_words(own)}."
+    history = metrics_history(run_dir)
+    note += when_and_how(description, history)
     samples = _samples(segmenter, source, image_scores, tags_given, known_samples or {})
     ious = {title: np.asarray(iou_per_class(matrix), np.float64) for title, matrix in matrices.items()}
     sections = [
         ("Photographs", report.gallery(samples, names)),
         ("Intersection over union", report.bars(names, {"": ious})),
         ("Confusion", report.confusion(names, list(matrices.values())[-1]) if matrices else ""),
-        ("Training", report.curves(_series(metrics_history(run_dir)))),
+        ("Training", report.curves(_series(history), round_ends(description["training"], history))),
         ("Parts of the training", _segments(description.get("segments", ()))),
         ("Settings", report.settings({**flat_settings(description["training"]), **{
             f"version of {name}": version for name, version in description["versions"].items()}})),
@@ -72,6 +82,34 @@ def data_in_words(data):
     """Kind, folder and options of data in a line."""
     options = ", ".join(f"{name}={value}" for name, value in data["options"].items() if value not in ("", None))
     return " ".join(filter(None, (data["kind"], str(data["root"]), options and f"({options})")))
+
+
+def when_and_how(description, history):
+    """When, on what and how long was trained, and what command wrote this."""
+    segments = description.get("segments", [])
+    ends = [segment["first_step"] for segment in segments[1:]] + [math.inf]
+    seconds = 0.0
+    for segment, end in zip(segments, ends, strict=False):  # of an earlier version there may be none
+        times = [line["time"] for line in history if segment["first_step"] <= line["step"] < end and "time" in line]
+        if times and segment.get("date"):
+            seconds += max(max(times) - datetime.datetime.fromisoformat(segment["date"]).timestamp(), 0)
+    trained = ""
+    if segments and segments[0].get("date"):
+        trained = f" Trained from {segments[0]['date'][:16].replace('T', ' ')} UTC on {segments[-1].get('machine') or 'an unknown machine'}"
+        trained += f", {datetime.timedelta(seconds=round(seconds))} hours:minutes:seconds of steps." if seconds else "."
+    program = pathlib.Path(sys.argv[0])
+    by = f" by: python -m experiments.{program.stem} {shlex.join(sys.argv[1:])}" if program.parent.name == "experiments" else "."
+    return f"{trained} Written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC{by}"
+
+
+def round_ends(training, history):
+    """The steps at which the rounds of a training ended, but for the last; from the settings of a run and its metrics."""
+    method = METHODS.get(training["method"])
+    epochs = method.round_epochs(training) if method and method.own_rounds else []  # all of the same number of steps
+    if len(epochs) < 2 or not sum(epochs) or not history:
+        return []
+    last = max(line["step"] for line in history)
+    return [round(last * done / sum(epochs)) for done in itertools.accumulate(epochs[:-1])]
 
 
 def _segments(segments):
@@ -113,7 +151,11 @@ def _samples(segmenter, source, image_scores, tags_given, known_samples):
 def _series(history):
     """The curves of what a run has written, in the order of CURVES."""
     series = {title: [(line["step"], line[name]) for line in history if name in line] for name, title in CURVES.items()}
-    return {title: points for title, points in series.items() if len(points) > 1 or points and title.startswith("mIoU")}
+    series = {title: points for title, points in series.items() if len(points) > 1 or points and title.startswith("mIoU")}
+    skipped = series.get(CURVES["train/skipped_steps"], [])
+    if not any(value for _, value in skipped):  # that all is well needs no chart
+        series.pop(CURVES["train/skipped_steps"], None)
+    return series
 
 
 def common_settings(runs):

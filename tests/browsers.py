@@ -2,9 +2,13 @@
 
 import contextlib
 import json
+import os
+import pathlib
 import shutil
 
 import pytest
+
+AXE = os.environ.get("LCRF_TEST_AXE", "")  # a file; axe-core finds what keeps people from a page
 
 
 @contextlib.contextmanager
@@ -51,3 +55,10 @@ def pixels(page, selector):
     picture = np.asarray(Image.open(io.BytesIO(page.find_element("css selector", selector).screenshot_as_png)).convert("RGB"))
     middle = picture.shape[1] // 2
     return picture[:, 4 : middle - 4].mean(axis=(0, 1)), picture[:, middle + 4 : -4].mean(axis=(0, 1))
+
+
+def barriers(page):
+    """What axe-core finds serious or critical in the page as it is shown: (rule, elements)."""
+    page.execute_script(pathlib.Path(AXE).read_text(encoding="utf-8"))
+    found = page.execute_async_script("const done = arguments[0]; axe.run().then(result => done(result.violations))")
+    return [(each["id"], [node["html"][:120] for node in each["nodes"]]) for each in found if each["impact"] in ("serious", "critical")]

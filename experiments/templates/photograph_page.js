@@ -6,9 +6,9 @@ const make = (name, fields = {}, ...children) => {
   return node;
 };
 const views = {overlay: 'overlay', mask: 'mask', confidence: 'confidence', photograph: 'photograph'};
-let file = null, answer = null, view = 'overlay', waiting = null, running = null, again = false, several = false;
+let file = null, answer = null, view = 'overlay', waiting = null, running = null, address = null, again = false, several = false;
 
-for (const {name, title, least, greatest, step} of facts.sliders) {
+for (const {name, title, least, greatest, step, meaning} of facts.sliders) {
   const value = Math.min(Math.max(facts.values[name], least), greatest);
   const output = make('output', {textContent: value});
   const input = make('input', {type: 'range', name, min: least, max: greatest, step: 'any', value});
@@ -17,7 +17,7 @@ for (const {name, title, least, greatest, step} of facts.sliders) {
     output.textContent = Math.round(input.value / step) * step;
     soon();
   });
-  at('sliders').append(make('label', {className: 'row'}, title, output, input));
+  at('sliders').append(make('label', {className: 'row'}, title, output, input, make('small', {textContent: meaning})));
 }
 for (const name of facts.classes)
   at('tags').append(make('label', {className: 'check'}, make('input', {type: 'checkbox', name: 'tag', value: name, onchange: soon}), ' ' + name));
@@ -25,6 +25,17 @@ for (const [name, title] of Object.entries(views)) {
   const button = make('button', {type: 'button', textContent: title, onclick: () => { view = name; show(); }});
   button.dataset.view = name;
   at('views').append(button);
+}
+for (const [number, {name, thumbnail}] of facts.examples.entries()) {
+  const button = make('button', {type: 'button'}, make('img', {src: thumbnail, alt: `example ${name}`}));
+  button.onclick = async () => {
+    try {
+      const response = await fetch(`examples/${number}`);
+      if (!response.ok) throw new Error(`${name} is not there any more`);
+      take([new File([await response.blob()], name)]);
+    } catch (error) { fail(error); }
+  };
+  document.querySelector('.examples').append(button);
 }
 at('crf').onchange = soon;
 at('reset').onclick = () => {
@@ -52,13 +63,28 @@ function take([chosen, ...others]) {
   file = chosen;
   several = others.length > 0;
   clear();  // what is shown is of another photograph
+  preview(file);
   if (running) running.abort();
   run();
 }
 function clear() {
   answer = null;
   at('shown').hidden = true;
+  at('shown').classList.remove('busy');
   at('picture').removeAttribute('src');
+  if (address) URL.revokeObjectURL(address);
+  address = null;
+}
+function preview(chosen) {  // the photograph itself, until there is an answer; not every browser can show every format
+  const shown = new Image();
+  address = shown.src = URL.createObjectURL(chosen);
+  shown.onload = () => {
+    if (answer || chosen !== file || at('status').classList.contains('error')) return;
+    at('picture').src = shown.src;
+    at('picture').alt = 'the photograph, not segmented yet';
+    at('shown').classList.add('busy');
+    at('shown').hidden = false;
+  };
 }
 function fail(error) { clear(); say(error.message, true); }
 function soon() { clearTimeout(waiting); waiting = setTimeout(run, 250); }
@@ -107,6 +133,9 @@ async function run() {
 function show() {
   if (!answer) return;
   at('shown').hidden = false;
+  at('shown').classList.remove('busy');
+  for (const [id, picture, end] of [['save_mask', answer.mask, '.png'], ['save_overlay', answer.overlay, '_overlay.jpg']])
+    Object.assign(at(id), {href: picture, download: file.name.replace(/\.[^.]*$/, '') + end});
   for (const button of at('views').children) button.setAttribute('aria-pressed', button.dataset.view === view);
   at('picture').src = answer[view];
   at('picture').alt = views[view];

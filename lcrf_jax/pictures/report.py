@@ -89,17 +89,18 @@ def data_url(picture: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def curves(series: Mapping[str, Sequence[tuple[int, float]]]) -> str:
+def curves(series: Mapping[str, Sequence[tuple[int, float]]], marks: Sequence[int] = ()) -> str:
     """A small chart of each series.
 
     Args:
       series: dict from a name to a list of (step, value); values that are not finite are left out.
+      marks: steps at which a round of the training ended; a line stands there.
 
     Returns:
       HTML; empty if there is nothing to draw.
     """
     drawn = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
-    charts = [_chart(name, points) for name, points in drawn.items() if points]
+    charts = [_chart(name, points, marks) for name, points in drawn.items() if points]
     return _part("curves", charts=charts) if charts else ""
 
 
@@ -217,8 +218,8 @@ def _card(sample):
     }  # fmt: skip
 
 
-def _chart(name, points):
-    """A line between the least and the greatest value: each point as shares of the way right and down."""
+def _chart(name, points, marks):
+    """A line between the least and the greatest value: each point, and each mark, as shares of the way right and down."""
     steps, values = zip(*points, strict=True)
     low, high, first = min(values), max(values), min(steps)
     if high - low < 1e-12:
@@ -230,4 +231,5 @@ def _chart(name, points):
     return {
         "name": name, "points": places, "last": values[-1], "low": low, "high": high,
         "first_step": first, "last_step": max(steps),
+        "marks": [{"step": step, "right": (step - first) / span} for step in marks if first < step < max(steps)],
     }  # fmt: skip

@@ -154,6 +154,24 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
     """
     with contextlib.suppress(OSError):  # an account without a home
         keep_programs(default_directory())
+    return Model(*trained(checkpoint, which=which))
+
+
+def trained(checkpoint: str | os.PathLike, *, which: str = "best") -> tuple[dict[str, Any], dict[str, Any]]:
+    """What was trained, from all that `load` takes.
+
+    Args:
+      checkpoint: as for `load`.
+      which: as for `load`.
+
+    Returns:
+      (description of the run, parameters for inference).
+
+    Raises:
+      FileNotFoundError: as `load`.
+      lcrf_jax.runfolder.description.CheckpointError: as `load`.
+      ValueError: as `load`.
+    """
     given = pathlib.Path(checkpoint).expanduser()
     if not given.exists() and str(checkpoint) in shipped_models():
         given = SHIPPED / f"{checkpoint}.npz"
@@ -164,11 +182,11 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
             f"{nearest(str(checkpoint), shipped_models())}"
         )
     if given.is_file() or given.suffix == ".npz":
-        return Model(*load_compact(given))
+        return load_compact(given)
     description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)
     if which != "best":  # the newest state has what is trained alone
         params = {**params, "decoder": restore_params(checkpoint, which)}
-    return Model(description, params)
+    return description, params
 
 
 def as_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import threading
 
 import numpy as np
 import pytest
-from browsers import browser, console, fetched
+from browsers import AXE, barriers, browser, console, fetched
 from PIL import Image
 from programs import run
 from small_segmenter import NETWORK, SETTINGS, parameters, picture
@@ -103,10 +103,10 @@ def test_an_unfit_output_is_told(client, labeller, monkeypatch):
 
 
 @contextlib.contextmanager
-def served(labeller):
+def served(labeller, examples=()):
     """The address of a server of the page."""
     listener = photograph_server.listening("127.0.0.1", 0)
-    server = photograph_server.make_server(photograph_server.make_app(labeller, max_bytes=300_000), listener)
+    server = photograph_server.make_server(photograph_server.make_app(labeller, max_bytes=300_000, examples=examples), listener)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield photograph_server.addresses(*listener.getsockname())[0]
@@ -156,6 +156,11 @@ def test_a_photograph_is_uploaded_in_a_browser(labeller, tmp_path):
         shown.wait(lambda: shown.size() == [70, 50])
         rows = [row.text for row in page.find_elements("css selector", "#classes tr")]
         assert rows and all(row.count("%") == 2 for row in rows)
+        for name, end in (("mask", "a photo.png"), ("overlay", "a photo_overlay.jpg")):
+            link = page.find_element("id", f"save_{name}")
+            assert link.get_attribute("download") == end
+            assert picture_of(link.get_attribute("href")).size == (70, 50)
+        assert picture_of(page.find_element("id", "save_mask").get_attribute("href")).mode == "P"
         before = shown.source()
         for view in ("mask", "confidence", "photograph", "overlay"):
             page.find_element("css selector", f"[data-view={view}]").click()
@@ -166,6 +171,47 @@ def test_a_photograph_is_uploaded_in_a_browser(labeller, tmp_path):
         page.find_element("css selector", "#tags input").click()
         shown.wait(lambda: "tags used" in shown.status.text)
         assert console(page) == [] and {url.split("?")[0] for url in fetched(page)} == {f"{address}/", f"{address}/segment"}
+
+
+@pytest.mark.slow
+def test_an_example_is_taken_and_shown_until_it_is_segmented(labeller, tmp_path, monkeypatch):
+    (tmp_path / "café 1.jpg").write_bytes(file_of(picture(3, 50, 70), "JPEG"))
+    (tmp_path / "broken.jpg").write_bytes(b"no photograph")
+    examples = photograph_page.examples_of(tmp_path, max_bytes=300_000, max_pixels=10_000)
+    assert [example.name for example in examples] == ["café 1.jpg"]
+    answer, go_on = labeller.answer, threading.Event()
+    monkeypatch.setattr(labeller, "answer", lambda *given, **named: go_on.wait(60) and answer(*given, **named))
+    with served(labeller, examples) as address, browser() as page:
+        page.get(address)
+        shown = Shown(page)
+        page.find_element("css selector", ".examples button").click()
+        shown.wait(lambda: shown.size() == [70, 50])
+        assert page.find_element("id", "shown").get_attribute("class") == "busy" and shown.source().startswith("blob:")
+        go_on.set()
+        shown.wait(lambda: re.search(r"café 1.jpg: [\d.]+ s", shown.status.text))
+        assert not page.find_element("id", "shown").get_attribute("class") and shown.source().startswith("data:")
+        assert console(page) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not AXE, reason="needs axe-core: LCRF_TEST_AXE=axe.min.js of the npm package")
+def test_nothing_keeps_a_person_from_the_page(labeller, tmp_path):
+    (tmp_path / "photo.png").write_bytes(file_of(picture(3, 50, 70)))
+    with served(labeller, photograph_page.examples_of(tmp_path, max_bytes=300_000, max_pixels=10_000)) as address, browser() as page:
+        page.get(address)
+        shown = Shown(page)
+        page.find_element("css selector", "summary").click()
+        shown.choose(tmp_path / "photo.png")
+        shown.wait(lambda: re.search(r"photo.png: [\d.]+ s", shown.status.text))
+        assert barriers(page) == []
+
+
+def test_what_is_no_folder_of_photographs(tmp_path):
+    (tmp_path / "large.png").write_bytes(file_of(picture(3, 50, 70)))
+    for folder, why in ((tmp_path / "none", "there is no photograph"), (tmp_path, "large.png: it has more than")):
+        with pytest.raises(ValueError, match=f"--examples: expected a folder of photographs.*{why}"):
+            photograph_page.examples_of(folder, max_bytes=100, max_pixels=10_000)
+    assert photograph_page.examples_of("", max_bytes=1, max_pixels=1) == []
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Run folders tell the truth: what programs write, refuse to write, and say when they cannot."""
 
+import datetime
 import json
 import re
 import shutil
+import sys
 
 import pytest
 from programs import SMALL, TINY, assert_refused, run
@@ -152,3 +154,21 @@ def test_weights_that_a_finished_run_does_not_read_are_told(tmp_path, monkeypatc
     ended = run("train", TINY, f"--workdir={tmp_path}", "--config.weights=/nowhere.safetensors")
     assert "config.weights=/nowhere.safetensors is not read: the run holds the weights it was trained with" in ended.out
     assert "is not read" not in run("train", TINY, f"--workdir={tmp_path}").out
+
+
+def test_the_report_says_when_and_how_long_was_trained_and_what_wrote_it(monkeypatch):
+    began = datetime.datetime(2026, 11, 28, 9, 30, tzinfo=datetime.UTC)
+    segments = [{"first_step": 1, "date": began.isoformat(), "machine": "one: 1 x cpu"},
+                {"first_step": 5, "date": (began + datetime.timedelta(hours=5)).isoformat(), "machine": "two: 1 x gpu"}]  # fmt: skip
+    history = [{"step": step, "time": began.timestamp() + 10 * step + (5 * 3600 if step > 4 else 0)} for step in range(1, 9)]
+    monkeypatch.setattr(sys, "argv", ["/there/experiments/evaluate.py", "--checkpoint=a b", "--crf"])
+    text = run_report.when_and_how({"segments": segments}, history)
+    assert "Trained from 2026-11-28 09:30 UTC on two: 1 x gpu, 0:02:00 hours:minutes:seconds of steps." in text
+    assert text.endswith(" UTC by: python -m experiments.evaluate '--checkpoint=a b' --crf")
+    assert run_report.when_and_how({}, history).startswith(" Written ")  # a run of an earlier version
+
+
+@pytest.mark.parametrize("method, epochs, ends", [("latent_crf", (2, 4, 4), [20, 60]), ("latent_crf", (10,), []), ("sec", (2, 8), [])])
+def test_rounds_are_marked_where_they_ended(method, epochs, ends):
+    training = {"method": method, "epochs": epochs}
+    assert run_report.round_ends(training, [{"step": 90}, {"step": 100}]) == ends and run_report.round_ends(training, []) == []

@@ -9,7 +9,7 @@ import jinja2
 import jinja2.meta
 import numpy as np
 import pytest
-from browsers import browser, console, fetched, pixels
+from browsers import AXE, barriers, browser, console, fetched, pixels
 
 from lcrf_jax.pictures import report
 
@@ -30,7 +30,7 @@ def whole_page():
         ("Photographs", report.gallery([sample(), sample(EVIL)], NAMES)),
         ("IoU", report.bars(NAMES, {"": iou})),
         ("Confusion", report.confusion(NAMES, [[90, 10, 0], [5, 15, 0], [0, 0, 0]])),
-        ("Training", report.curves({"loss": [(1, 2.0), (5, float("nan")), (9, 1.0)], "none": [(1, float("nan"))]})),
+        ("Training", report.curves({"loss": [(1, 2.0), (5, float("nan")), (9, 1.0)], "none": [(1, float("nan"))]}, marks=[5, 9])),
         ("Settings", report.settings({"data.root": EVIL, "seed": 0})),
         ("Table", report.table(["method", "mIoU"], [["ours", "61.0"]])),
     ], figures=[("mIoU", "61.0 %")], note="a & b")  # fmt: skip
@@ -78,7 +78,7 @@ def test_the_page_is_whole_and_names_cannot_break_out_of_it():
 def odd_parts():
     """Every part with names that mean something in HTML, and how often they stand in its attributes and in its text."""
     names, labels = [ODD] * 2, {ODD: np.ones((4, 6), int)}
-    yield report.gallery([report.Sample(ODD, np.zeros((4, 6, 3), np.uint8), labels, ODD, ODD)], names), 5, 5
+    yield report.gallery([report.Sample(ODD, np.zeros((4, 6, 3), np.uint8), labels, ODD, ODD)], names), 6, 7
     yield report.bars(names, {ODD: {ODD: [1, 0]}}), 3, 4
     yield report.confusion(names, np.eye(2)), 4, 4
     yield report.curves({ODD: [(1, 2.0)]}), 1, 1
@@ -132,7 +132,8 @@ def test_numbers_of_the_page():
         assert f"<b>{shown}</b>" in text, shown
     assert 'title="cat called background: 5 pixels">25<' in text and 'title="background called cat: 10 pixels">10<' in text
     assert text.count("pixels\">–<") == 3  # of the class that the truth does not have
-    assert text.count('<figure class="chart">') == 1 and "step 9: 1" in text and "step 5" not in text
+    assert text.count('<figure class="chart">') == 1 and "step 9: 1" in text and "step 5:" not in text
+    assert text.count('class="mark"') == 1 and "a round ended at step 5" in text
     assert report.curves({}) == report.gallery([], NAMES) == report.bars(NAMES, {"": {}}) == ""
 
 
@@ -157,10 +158,29 @@ def test_a_browser_shows_it_without_a_network(tmp_path):
             left, right = pixels(page, ".compare")
             assert left[1] > 60 and np.allclose(left, right, atol=8)  # all mask
             shown = "return [...document.querySelectorAll('.layer')].filter(layer => !layer.hidden).map(layer => layer.dataset.layer)"
-            assert page.execute_script(shown) == ["refined prediction"] * 2
-            page.execute_script("document.querySelector('input[value=truth]').click()")
+            assert page.execute_script(shown) == ["photograph", "refined prediction"] * 2
+            page.execute_script("document.querySelector('input[name=right][value=truth]').click()")
+            assert page.execute_script(shown) == ["photograph", "truth"] * 2
+            page.execute_script("document.querySelector('input[name=left][value=truth]').click()")
             assert page.execute_script(shown) == ["truth"] * 2
+            left, right = pixels(page, ".compare")
+            assert np.allclose(left, right, atol=8) and left[1] > 60  # the same on both sides
+            page.execute_script("document.querySelector('input[name=left][value=prediction]').click()")
+            assert [label.text for label in page.find_elements("css selector", ".card:first-child .side")] == ["prediction", "truth"]
+            before = page.find_element("css selector", ".compare").size["width"]
+            page.find_element("css selector", ".enlarge").send_keys("\ue007")  # the key Enter
+            assert page.find_element("css selector", ".compare").size["width"] >= before * (1.5 if width > 1000 else 1)
             assert console(page) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not AXE, reason="needs axe-core: LCRF_TEST_AXE=axe.min.js of the npm package")
+def test_nothing_keeps_a_person_from_the_report(tmp_path):
+    (tmp_path / "report.html").write_text(whole_page(), encoding="utf-8")
+    with browser(400) as page:
+        page.get((tmp_path / "report.html").as_uri())
+        page.execute_script("document.querySelector('details').open = true")
+        assert barriers(page) == []
 
 
 @pytest.mark.parametrize("side", [10, 2000])
