@@ -138,7 +138,7 @@ def _samples(segmenter, source, image_scores, tags_given, known_samples):
         for at in positions:
             sample = known_samples.get(at) or labelled_samples(segmenter, source, [at], use_tags=tags_given)[0]
             image, truth, labels, refined = sample
-            layers = {"truth": truth, "prediction": labels, "refined prediction": refined}
+            layers = {"truth": truth, "prediction": labels, "refined": refined}
             scored = image_scores is not None and not np.isnan(image_scores[at])
             score = f"mIoU of its classes {100 * image_scores[at]:.0f}\N{NO-BREAK SPACE}%" if scored else ""
             present = ", ".join(name for name, tag in zip(source.class_names[1:], tags[at][1:], strict=True) if tag)
