@@ -115,7 +115,7 @@ def test_a_label_that_may_be_dropped_stays_below_the_bound_in_every_form(weight,
     grown, peak = dropped_too_far(kernel, 24 * 24)
     assert grown <= 2.72 * peak * (1 + 1e-4)
 
-@pytest.mark.slow_except("anchors")
+@pytest.mark.slow
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_no_message_is_beyond_what_weights_that_are_not_negative_can_give(form):
     kernel = builder(form, "symmetric")(picture())
