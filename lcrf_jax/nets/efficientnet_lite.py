@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lcrf_jax.nets.trained import Layers
+
 
 class Stage(NamedTuple):
     """One stage of mobile inverted bottleneck blocks."""
@@ -89,6 +91,24 @@ def tap_widths(size: int = 0) -> dict[str, int]:
       dict from tap to int.
     """
     return {tap: stages(size)[stage].width for tap, stage in TAP_AFTER_STAGE.items()}
+
+
+def layers(size: int = 0) -> Layers:
+    """The layers from the input on, with the taps that are complete after them.
+
+    Args:
+      size: 0 to 4.
+
+    Returns:
+      See `lcrf_jax.nets.trained`.
+    """
+    tap_of_stage = {stage: (tap,) for tap, stage in TAP_AFTER_STAGE.items()}
+    found: list[tuple[str, tuple[str, ...]]] = [("stem", ())]
+    for index, stage in enumerate(stages(size)):
+        for block in range(stage.repeats):
+            complete = tap_of_stage.get(index, ()) if block == stage.repeats - 1 else ()
+            found.append((f"stage{index}_block{block}", complete))
+    return [*found, ("head", ("head",))]
 
 
 def preprocess(image: ArrayLike) -> jax.Array:

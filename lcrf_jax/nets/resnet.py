@@ -3,9 +3,24 @@
 import flax.linen as nn
 import jax
 
+from lcrf_jax.nets.trained import Layers
+
 # Blocks of each stage, and the channels within them; four times as many come out.
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 TAPS = ("s4", "s8", "s16", "s32")
+
+
+def layers() -> Layers:
+    """The layers from the input on, with the taps that are complete after them.
+
+    Returns:
+      See `lcrf_jax.nets.trained`.
+    """
+    found: list[tuple[str, tuple[str, ...]]] = [("stem", ())]
+    for stage, ((count, _), tap) in enumerate(zip(STAGES, TAPS, strict=True)):
+        complete = (tap, "head") if tap == TAPS[-1] else (tap,)
+        found += [(f"stage{stage}_block{block}", complete if block == count - 1 else ()) for block in range(count)]
+    return found
 
 
 class Bottleneck(nn.Module):

@@ -5,10 +5,27 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lcrf_jax.nets.trained import Layers
+
 # Convolutions of each block: width and number; a block ends with max pooling.
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TAP_OF_BLOCK = {2: "s4", 3: "s8", 4: "s16"}
+
+
+def layers() -> Layers:
+    """The layers from the input on, with the taps that are complete after them.
+
+    Returns:
+      See `lcrf_jax.nets.trained`.
+    """
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for block, (_, count) in enumerate(BLOCKS):
+        complete = (TAP_OF_BLOCK[block],) if block in TAP_OF_BLOCK else ()
+        if block == len(BLOCKS) - 1:
+            complete = (*complete, "s32", "head")
+        found += [(f"conv{block + 1}_{number + 1}", complete if number == count - 1 else ()) for number in range(count)]
+    return found
 
 
 def preprocess(image: ArrayLike) -> jax.Array:

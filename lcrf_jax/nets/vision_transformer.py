@@ -13,6 +13,8 @@ import numpy as np
 from einops import rearrange
 from jax.typing import ArrayLike
 
+from lcrf_jax.nets.trained import Layers
+
 
 class Variant(NamedTuple):
     """What one published vision transformer is.
@@ -74,6 +76,22 @@ def taps_of(variant: Variant) -> tuple[str, ...]:
       "head", "s32", "block11" ... "block1" for twelve blocks.
     """
     return ("head", "s32", *(f"block{number}" for number in range(variant.depth - 1, 0, -1)))
+
+
+def layers(variant: Variant) -> Layers:
+    """The layers from the input on, with the taps that are complete after them; those before the first block first.
+
+    Args:
+      variant: Variant.
+
+    Returns:
+      See `lcrf_jax.nets.trained`.
+    """
+    names = ["patches", "positions", "class_token", *(["registers"] if variant.registers else [])]
+    names += ["norm_first"] if variant.normalised_first else []
+    names += [f"block{number}" for number in range(1, variant.depth + 1)]
+    there = taps_of(variant)
+    return [*((name, (name,) if name in there else ()) for name in names), ("norm", ("s32", "head"))]
 
 
 def preprocess(variant: Variant, image: ArrayLike) -> jax.Array:

@@ -79,7 +79,11 @@ class Plan(NamedTuple):
 
     def optimizer(self, this: Round) -> optax.GradientTransformation:
         """The optimiser of a round."""
-        return make_optimizer(num_steps=this.last_step - this.first_step, **self.config["optimizer"])
+        settings = dict(self.config["optimizer"])
+        share = settings.pop("backbone_share", 1.0)
+        if self.network.trained:
+            settings["backbone_share"] = share
+        return make_optimizer(num_steps=this.last_step - this.first_step, **settings)
 
     def description(self, digest: str) -> dict:
         """What inference has to know beside the parameters; it is stored as config.json.
@@ -120,6 +124,7 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     begins_with_posteriors(config)  # it refuses what does not go together
     network = build_network({**config["network"], "num_classes": len(class_names)})
     _check_input_sizes(config, network)
+    _check_trained_backbone(config, network, method)
     rounds = planned_rounds(config, len(tags))
     check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
     num_views = config["views"]["num_views"]
@@ -271,6 +276,20 @@ def _check_input_sizes(config, network):
             if size < 32 or size % network.size_step:
                 multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
                 raise SettingError(f"{name}: expected {multiple}, got {size}")
+
+
+def _check_trained_backbone(config, network, method):
+    """Refuse what takes the backbone to be frozen, where layers of it are trained."""
+    if not network.trained or method.objective is None:
+        return
+    name = f"network.trainable_from={network.description['trainable_from']!r}"
+    if config["cache"]["features"]:
+        raise SettingError(f"{name}: features of a backbone that is trained change in every step and cannot be kept; set cache.features=False")
+    if config["inference"].get("prior_weight"):
+        raise SettingError(
+            f"{name}: the tag classifier is fitted on the features before training and cannot be asked at test time; set "
+            "inference.prior_weight=0"
+        )
 
 
 def _output_settings(config, method):
