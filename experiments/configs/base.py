@@ -188,6 +188,8 @@ def get_config():
     config.optimizer.backbone_share = 0.1  # rate of a backbone that is trained, as a share of learning_rate
     config.batch_size = 16  # of all devices together, and a multiple of their number
     config.accumulation_steps = 1  # parts of a batch, one after the other, where memory is short; the result is the same
+    # With network.trainable_from: what lies within a block is computed again for gradients, and not kept, where memory is short.
+    config.recompute_backbone = False
     config.max_skipped_in_a_row = 10  # steps without a finite loss change nothing; after so many the run ends
     config.num_threads = 2
     config.log_every_steps = 20

@@ -58,14 +58,16 @@ class SmallBackbone(nn.Module):
     """A few convolutions with fixed random weights and the taps of the real one, for tests and trials."""
 
     last_stride: int = 32
+    recompute: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
         taps: dict[str, jax.Array] = {}
+        convolution = nn.remat(nn.Conv) if self.recompute else nn.Conv
         x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 2), name="stem")(x))
         for tap, width in (("s4", 16), ("s8", 24), ("s16", 32), ("s32", 48)):
             strides = (1, 1) if tap == "s32" and self.last_stride == 16 else (2, 2)
-            x = taps[tap] = nn.relu(nn.Conv(width, (3, 3), strides=strides, name=tap)(x))
+            x = taps[tap] = nn.relu(convolution(width, (3, 3), strides=strides, name=tap)(x))
         taps["head"] = nn.relu(nn.Conv(96, (1, 1), name="head")(x))
         return taps
 
@@ -185,7 +187,7 @@ def _backbone(description):
 
 def _check_description(description):
     wanted = {"backbone", "last_stride", "taps", "widths", "dropout", "num_classes"}
-    if set(description) - {"compute_dtype", "decoder", "trainable_from"} != wanted:
+    if set(description) - {"compute_dtype", "decoder", "trainable_from", "recompute"} != wanted:
         raise ValueError(f"network: expected the entries {sorted(wanted)}, got {sorted(description)}")
     dtype, name = description.get("compute_dtype", "float32"), description.get("decoder", "skip")
     if dtype not in COMPUTE_DTYPES:
@@ -225,8 +227,8 @@ def build_network(description: Mapping[str, Any]) -> Network:
         stage; see the backbone), "taps" from coarse to fine, some of those of the backbone ("head", "s32", "s16", "s8", "s4";
         of a vision transformer "head", "s32", "block11" and so on), "widths" (one for each tap, or as its decoder says), "dropout" and "num_classes"; and "decoder", a key of `DECODERS`, "skip" if
         left out, and "compute_dtype", the type of the products within convolutions, "float32" (if left out) or
-        "bfloat16", and "trainable_from", see `lcrf_jax.nets.trained.trained_layers`, "" if left out. Parameters,
-        normalisation, features and logits are float32 in any case.
+        "bfloat16", and "trainable_from", see `lcrf_jax.nets.trained.trained_layers`, "" if left out, and "recompute", whether
+        gradients of these layers keep the results of blocks alone, False if left out. Parameters, normalisation, features and logits are float32 in any case.
 
     Returns:
       Network.
@@ -236,7 +238,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
     """
     _check_description(description)
     backbone, taps = _backbone(description), tuple(description["taps"])
-    module = backbone.module(last_stride=description["last_stride"])
+    module = backbone.module(last_stride=description["last_stride"], recompute=description.get("recompute", False))
     dtype = COMPUTE_DTYPES[description.get("compute_dtype", "float32")]
     widths, dropout = tuple(description["widths"]), description["dropout"]
     decoder = DECODERS[description.get("decoder", "skip")].module(

@@ -197,6 +197,7 @@ class VisionTransformer(nn.Module):
     Attributes:
       variant: Variant.
       last_stride: the side of a patch; there is no other.
+      recompute: whether what lies within a block is computed again for gradients, and not kept.
 
     Call with [B, H, W, 3] preprocessed images (`preprocess`), H and W multiples of the patch; positions are interpolated to
     the grid. Returns a dict from tap to [B, H / patch, W / patch, C]: "block3" is the patch tokens after the third block,
@@ -210,6 +211,7 @@ class VisionTransformer(nn.Module):
 
     variant: Variant
     last_stride: int = 0
+    recompute: bool = False
 
     @property
     def patch(self) -> int:
@@ -234,9 +236,10 @@ class VisionTransformer(nn.Module):
         def grid(tokens):
             return rearrange(tokens[:, first:], "b (h w) c -> b h w c", h=shape[0])
 
+        block = nn.remat(Block) if self.recompute else Block
         taps: dict[str, jax.Array] = {}
         for number in range(1, this.depth + 1):
-            x = Block(this, name=f"block{number}")(x)
+            x = block(this, name=f"block{number}")(x)
             if number < this.depth:
                 taps[f"block{number}"] = grid(x)
         taps["s32"] = taps["head"] = grid(nn.LayerNorm(this.epsilon, name="norm")(x))

@@ -122,7 +122,8 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     """
     method, size = method_of(config), config["input_size"]
     begins_with_posteriors(config)  # it refuses what does not go together
-    network = build_network({**config["network"], "num_classes": len(class_names)})
+    recompute = {"recompute": True} if config.get("recompute_backbone") else {}
+    network = build_network({**config["network"], **recompute, "num_classes": len(class_names)})
     _check_input_sizes(config, network)
     _check_trained_backbone(config, network, method)
     rounds = planned_rounds(config, len(tags))
@@ -280,6 +281,10 @@ def _check_input_sizes(config, network):
 
 def _check_trained_backbone(config, network, method):
     """Refuse what takes the backbone to be frozen, where layers of it are trained."""
+    if config.get("recompute_backbone") and not network.trained:
+        raise SettingError(
+            "recompute_backbone: a frozen backbone has no gradients that it would save memory of; set network.trainable_from, or leave it False"
+        )
     if not network.trained or method.objective is None:
         return
     name = f"network.trainable_from={network.description['trainable_from']!r}"

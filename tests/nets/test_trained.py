@@ -1,5 +1,7 @@
 """Layers of a backbone that are trained: which they are, and their gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from records import NETWORK, NUM_CLASSES, network_and_variables
 
 from lcrf_jax.bound.record import Record
-from lcrf_jax.nets.network import BACKBONES, build_network
+from lcrf_jax.nets import efficientnet_lite, resnet, vgg, vision_transformer
+from lcrf_jax.nets.network import BACKBONES, SmallBackbone, build_network
 from lcrf_jax.nets.trained import PART, merged, trained_layers, with_part
 from lcrf_jax.nets.weights import parameter_shapes
 from lcrf_jax.train.step import _gradient_of, make_optimizer
@@ -120,3 +123,36 @@ def test_the_backbone_has_a_rate_of_its_own():
     np.testing.assert_array_equal(one["logits"], other["logits"])
     np.testing.assert_array_equal(0.25 * one[PART]["s16"], other[PART]["s16"])
     np.testing.assert_allclose(one[PART]["s16"], -0.1 * (1 + 0.5 * 2.0), rtol=1e-5)
+
+
+def _narrow_modules(monkeypatch):
+    """Name -> (module that keeps all, module that computes blocks again), of few channels and blocks."""
+    monkeypatch.setattr(efficientnet_lite, "STAGES", tuple(stage._replace(width=8, repeats=2) for stage in efficientnet_lite.STAGES[:4]))
+    monkeypatch.setattr(resnet, "STAGES", ((1, 2), (2, 3), (1, 4), (2, 5)))
+    monkeypatch.setattr(vgg, "BLOCKS", ((4, 1), (4, 2), (4, 1), (4, 2), (4, 1)))
+    few = vision_transformer.VARIANTS["dinov2_vits14_reg"]._replace(width=8, heads=2, patch=16, grid=2, depth=2)
+    makers = {
+        "small": SmallBackbone, "efficientnet_lite": functools.partial(efficientnet_lite.EfficientNetLite, 0), "resnet50": resnet.ResNet50,
+        "vgg16": vgg.VGG16, "transformer": functools.partial(vision_transformer.VisionTransformer, few),
+    }
+    return {name: (maker(), maker(recompute=True)) for name, maker in makers.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["small", "efficientnet_lite", "resnet50", "vgg16", "transformer"])
+def test_blocks_that_are_computed_again_give_the_same_gradients(name, monkeypatch):
+    """The program has as many of them as it keeps blocks; parameters have the same names."""
+    keeping, again = _narrow_modules(monkeypatch)[name]
+    image = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    variables = jax.jit(keeping.init)(jax.random.key(0), image)
+
+    def loss(variables, module):
+        return sum(jnp.sin(tap).sum() for tap in module.apply(variables, image).values())
+
+    numbers = [
+        sum("remat" in equation.primitive.name for equation in jax.make_jaxpr(module.apply)(variables, image).eqns) for module in (keeping, again)
+    ]
+    assert numbers[0] == 0 and numbers[1] == {"small": 4, "efficientnet_lite": 8, "resnet50": 6, "vgg16": 5, "transformer": 2}[name]
+    one, other = jax.jit(lambda variables: [jax.grad(loss)(variables, module) for module in (keeping, again)])(variables)
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(one))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max()), one, other)

@@ -50,6 +50,12 @@ def test_what_does_not_go_with_a_trained_backbone_is_refused_before_data_is_read
         plan.check_without_data(config)
 
 
+def test_a_backbone_that_is_frozen_has_nothing_to_compute_again(tmp_path):
+    plan.check_without_data(small_config(tmp_path, **CHANGES, recompute_backbone=True))
+    with pytest.raises(ValueError, match="recompute_backbone: a frozen backbone has no gradients .* set network.trainable_from"):
+        plan.check_without_data(small_config(tmp_path, recompute_backbone=True))
+
+
 def test_a_method_that_trains_nothing_leaves_it_frozen(tmp_path):
     plan.check_without_data(small_config(tmp_path, **{**CHANGES, "cache__features": True, "method": "cam"}))
 
@@ -109,3 +115,12 @@ def test_another_part_of_the_backbone_is_another_model(prepared, run):
     config = {**prepared.config, "network": {**prepared.config["network"], "trainable_from": "s32"}}
     with pytest.raises(CheckpointError, match="belongs to another model: .*network.trainable_from was 's16', is 's32'"):
         check_start(run, config)
+
+
+def test_a_run_that_computes_blocks_again_is_the_same_run(prepared, run, tmp_path, monkeypatch):
+    """It may be switched on in the middle; the sums may differ in their last bits."""
+    train_and_kill(prepared, tmp_path, monkeypatch, 4)
+    fit.train(prepared.with_config({**prepared.config, "recompute_backbone": True}), tmp_path)
+    one, other = restore_params(tmp_path, "last"), restore_params(run, "last")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), one, other)
+    assert "recompute" not in load_description(tmp_path)["network"]
