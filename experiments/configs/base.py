@@ -95,6 +95,8 @@ def get_config():
 
     config.classifier = ConfigDict()
     config.classifier.l2 = 0.01
+    # Of clip_vitb16: a .npz of class name -> vector of its text; the classifier is then not fitted. docs/backbones.md says how.
+    config.classifier.text_embeddings = ""
     config.class_maps = ConfigDict()
     config.class_maps.extra_sizes = ()  # further input sizes that the maps are averaged over
     config.class_maps.grid = 40

@@ -13,7 +13,7 @@ from lcrf_jax.bound.objective import uses_chains
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
-from lcrf_jax.nets.weights import hub_commit
+from lcrf_jax.nets.weights import check_projection, hub_commit
 from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.train.methods import Method, begins_with_posteriors, check_objective, inputs_of, make_objective, method_of
 from lcrf_jax.train.settings import check_settings, told_as_settings
@@ -72,6 +72,11 @@ class Plan(NamedTuple):
         directory = self.config["cache"]["directory"]
         return pathlib.Path(directory).expanduser() if directory else default_directory()
 
+    @property
+    def texts_file(self) -> str:
+        """The file of the class names' vectors that the tag classifier is made of; "" if it is fitted."""
+        return self.config.get("classifier", {}).get("text_embeddings", "")
+
     def objective(self, this: Round) -> Callable:
         """What a round minimises, see `lcrf_jax.train.methods.make_objective`."""
         objective = make_objective(self.config, stride=self.network.stride, steps_per_epoch=this.steps_per_epoch)
@@ -126,6 +131,8 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     network = build_network({**config["network"], **recompute, "num_classes": len(class_names)})
     _check_input_sizes(config, network)
     _check_trained_backbone(config, network, method)
+    if config.get("classifier", {}).get("text_embeddings"):
+        check_projection(network.description["backbone"])
     rounds = planned_rounds(config, len(tags))
     check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
     num_views = config["views"]["num_views"]
