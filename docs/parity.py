@@ -158,6 +158,9 @@ CASES = {  # name of the case: (backbone, last_stride, sides, where it is from, 
     "dinov2_vits14_timm": (
         "dinov2_vits14", 14, (518, 518), "timm", lambda: timm_transformer("vit_small_patch14_dinov2", 1, init_values=1.0)
     ),
+    "dinov2_vits14_reg_timm": (
+        "dinov2_vits14_reg", 14, (518, 518), "timm", lambda: timm_transformer("vit_small_patch14_reg4_dinov2", 5, init_values=1.0)
+    ),
     "clip_vitb16": ("clip_vitb16", 16, SMALL_16, "transformers", clip),
     "clip_vitb16_projected": ("clip_vitb16", 16, SMALL_16, "transformers, with its projection", clip_with_projection),
     "clip_vitb16_timm": (

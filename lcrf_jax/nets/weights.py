@@ -119,6 +119,7 @@ def _transformer(name, repository, *namings):
 
 
 _DINOV2 = (tables.HUB_NAMES, tables.DINOV2_NAMES)
+_DINOV2_REGISTERS = (*_DINOV2, tables.TIMM_REGISTER_NAMES)
 _CLIP = (tables.HUB_NAMES, tables.CLIP_NAMES, tables.CLIP_TOWER_NAMES)
 PUBLISHED = {
     **{f"efficientnet_lite{size}": _lite(size) for size in range(5)},
@@ -126,8 +127,8 @@ PUBLISHED = {
     "resnet50": Published((tables.resnet50_layers,), "timm/resnet50.a1_in1k"),
     "dinov2_vits14": _transformer("dinov2_vits14", "facebook/dinov2-small", *_DINOV2),
     "dinov2_vitb14": _transformer("dinov2_vitb14", "facebook/dinov2-base", *_DINOV2),
-    "dinov2_vits14_reg": _transformer("dinov2_vits14_reg", "facebook/dinov2-with-registers-small", *_DINOV2),
-    "dinov2_vitb14_reg": _transformer("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base", *_DINOV2),
+    "dinov2_vits14_reg": _transformer("dinov2_vits14_reg", "facebook/dinov2-with-registers-small", *_DINOV2_REGISTERS),
+    "dinov2_vitb14_reg": _transformer("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base", *_DINOV2_REGISTERS),
     "clip_vitb16": _transformer("clip_vitb16", "timm/vit_base_patch16_clip_224.openai", *_CLIP)._replace(
         projections=("visual_projection.weight", "head.weight")
     ),
