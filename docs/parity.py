@@ -101,6 +101,23 @@ def clip():
     return huggingface(model, 16, 1, norm, interpolate_pos_encoding=True)
 
 
+def clip_with_projection():
+    """The same with the projection to texts, and patch tokens that went through it."""
+    import transformers
+
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "image_size": 224, "patch_size": 16}
+    model = randomised(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**sizes, projection_dim=512)))
+
+    def taps(x):
+        tower = getattr(model.vision_model, "vision_model", model.vision_model)
+        last = tower.post_layernorm(model(pixel_values=x, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1])
+        return of_tokens({}, last, [side // 16 for side in x.shape[2:]], 1) | {
+            "projected": model.visual_projection(last)[0, 1:].reshape(x.shape[2] // 16, x.shape[3] // 16, -1).numpy()
+        }
+
+    return model, taps
+
+
 def timm_stages(name, taps, **options):
     """(model, function to taps) of a convolutional network of timm."""
     import timm
@@ -141,7 +158,11 @@ CASES = {  # name of the case: (backbone, last_stride, sides, where it is from, 
     "dinov2_vits14_timm": (
         "dinov2_vits14", 14, (518, 518), "timm", lambda: timm_transformer("vit_small_patch14_dinov2", 1, init_values=1.0)
     ),
+    "dinov2_vits14_reg_timm": (
+        "dinov2_vits14_reg", 14, (518, 518), "timm", lambda: timm_transformer("vit_small_patch14_reg4_dinov2", 5, init_values=1.0)
+    ),
     "clip_vitb16": ("clip_vitb16", 16, SMALL_16, "transformers", clip),
+    "clip_vitb16_projected": ("clip_vitb16", 16, SMALL_16, "transformers, with its projection", clip_with_projection),
     "clip_vitb16_timm": (
         "clip_vitb16", 16, (224, 224), "timm", lambda: timm_transformer("vit_base_patch16_clip_quickgelu_224", 1)
     ),
@@ -190,7 +211,7 @@ def compare(folder, only=""):
     import jax
 
     from lcrf_jax.nets.network import BACKBONES
-    from lcrf_jax.nets.weights import load_weights
+    from lcrf_jax.nets.weights import image_projection, load_weights
 
     print("| backbone | last stride | against | image | largest difference |\n|---|---|---|---|---|")
     worst = 0.0
@@ -201,6 +222,8 @@ def compare(folder, only=""):
         variables, _ = load_weights(name, module, str(folder / f"{case}.safetensors"))
         with np.load(folder / f"{case}.npz") as expected:
             ours = jax.jit(module.apply)(variables, expected["x"][None])
+            if "projected" in expected:
+                ours["projected"] = ours["s32"] @ image_projection(name, str(folder / f"{case}.safetensors"))
             errors = {
                 tap: np.abs(ours[tap][0] - expected[tap]).max() / np.abs(expected[tap]).max()
                 for tap in expected.files if tap != "x"

@@ -76,6 +76,9 @@ def get_config():
     # Of the products in convolutions; bfloat16 halves their memory and is faster on accelerators. Parameters, features,
     # logits, the bound and all of the CRF stay float32.
     config.network.compute_dtype = "float32"
+    # The backbone is trained from this stage or block on, such as stage5, conv5 or block10, with optimizer.backbone_share; "":
+    # it is frozen. It needs cache.features=False. Batch norm stays folded into the convolutions.
+    config.network.trainable_from = ""
     # Of the backbone: "" for those that are installed, a file .safetensors or .pth, hf:REPOSITORY@REVISION, or random.
     config.weights = ""
     config.input_size = 320
@@ -92,6 +95,8 @@ def get_config():
 
     config.classifier = ConfigDict()
     config.classifier.l2 = 0.01
+    # Of clip_vitb16: a .npz of class name -> vector of its text; the classifier is then not fitted. docs/backbones.md says how.
+    config.classifier.text_embeddings = ""
     config.class_maps = ConfigDict()
     config.class_maps.extra_sizes = ()  # further input sizes that the maps are averaged over
     config.class_maps.grid = 40
@@ -182,8 +187,11 @@ def get_config():
     config.optimizer.final_share = 0.05
     config.optimizer.weight_decay = 1e-4
     config.optimizer.clip_norm = 1.0
+    config.optimizer.backbone_share = 0.1  # rate of a backbone that is trained, as a share of learning_rate
     config.batch_size = 16  # of all devices together, and a multiple of their number
     config.accumulation_steps = 1  # parts of a batch, one after the other, where memory is short; the result is the same
+    # With network.trainable_from: what lies within a block is computed again for gradients, and not kept, where memory is short.
+    config.recompute_backbone = False
     config.max_skipped_in_a_row = 10  # steps without a finite loss change nothing; after so many the run ends
     config.num_threads = 2
     config.log_every_steps = 20

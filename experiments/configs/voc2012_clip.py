@@ -4,7 +4,8 @@
     python -m experiments.evaluate --checkpoint=runs/voc2012_clip --split=val --crf
 
 Expected time on one H100: see docs/backbones.md, an estimate on paper. Nobody has run this configuration on VOC 2012 yet, and no
-score is claimed. The tag classifier is fitted on patch tokens as for every backbone; CLIP's texts are not used.
+score is claimed. The tag classifier is fitted on patch tokens as for every backbone, unless
+--config.classifier.text_embeddings=FILE.npz has the vectors of the class names (docs/backbones.md).
 """
 
 from lcrf_jax.experiments.configs import base, voc2012, voc2012_dinov2

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from lcrf_jax.nets.trained import Layers
+
 
 class Stage(NamedTuple):
     """One stage of mobile inverted bottleneck blocks."""
@@ -89,6 +91,24 @@ def tap_widths(size: int = 0) -> dict[str, int]:
       dict from tap to int.
     """
     return {tap: stages(size)[stage].width for tap, stage in TAP_AFTER_STAGE.items()}
+
+
+def layers(size: int = 0) -> Layers:
+    """The layers from the input on, with the taps that are complete after them.
+
+    Args:
+      size: 0 to 4.
+
+    Returns:
+      See `lcrf_jax.nets.trained`.
+    """
+    tap_of_stage = {stage: (tap,) for tap, stage in TAP_AFTER_STAGE.items()}
+    found: list[tuple[str, tuple[str, ...]]] = [("stem", ())]
+    for index, stage in enumerate(stages(size)):
+        for block in range(stage.repeats):
+            complete = tap_of_stage.get(index, ()) if block == stage.repeats - 1 else ()
+            found.append((f"stage{index}_block{block}", complete))
+    return [*found, ("head", ("head",))]
 
 
 def preprocess(image: ArrayLike) -> jax.Array:
@@ -228,6 +248,7 @@ class EfficientNetLite(nn.Module):
       size: 0 to 4.
       last_stride: 32 as published, or 16: the last two stages then keep the grid of stride 16 and use
         dilation 2, and the taps "s32" and "head" lie on that finer grid.
+      recompute: whether what lies within a block is computed again for gradients, and not kept.
 
     Call with [B, H, W, 3] preprocessed images (`preprocess`); H and W are best multiples of 32. Returns a
     dict from tap to array: "s4": [B, H/4, W/4, C], "s8", "s16", "s32", with C as `tap_widths` says (24, 40, 112, 320 of
@@ -239,6 +260,7 @@ class EfficientNetLite(nn.Module):
 
     size: int = 0
     last_stride: int = 32
+    recompute: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -247,13 +269,14 @@ class EfficientNetLite(nn.Module):
         taps: dict[str, jax.Array] = {}
         pads = [same_padding(n, 3, 2) for n in x.shape[1:3]]
         x = jax.nn.relu6(nn.Conv(STEM_WIDTH, (3, 3), strides=(2, 2), padding=pads, name="stem")(x))
+        bottleneck = nn.remat(InvertedBottleneck) if self.recompute else InvertedBottleneck
         for index, stage in enumerate(stages(self.size)):
             dilated = self.last_stride == 16 and index >= 5
             for block in range(stage.repeats):
                 stride = stage.stride if block == 0 and not dilated else 1
                 dilation = 2 if dilated and (index > 5 or block > 0) else 1
                 sizes = stage.kernel, stride, stage.expand, stage.width, dilation
-                x = InvertedBottleneck(*sizes, name=f"stage{index}_block{block}")(x)
+                x = bottleneck(*sizes, name=f"stage{index}_block{block}")(x)
             for tap, last in TAP_AFTER_STAGE.items():
                 if index == last:
                     taps[tap] = x

@@ -136,6 +136,33 @@ class Array(NamedTuple):
         return {self.ours: np.asarray(state[self.theirs], np.float32).reshape(shapes[self.ours])}
 
 
+class PatchPositions(NamedTuple):
+    """Positions of the patches alone, where the class token has its own added already: that is 0 here.
+
+    Attributes:
+      ours: its path; the class token's row comes first.
+      theirs: its name, of an array [1, N, C].
+    """
+
+    ours: str
+    theirs: str
+
+    @property
+    def names(self) -> list[str]:
+        """Its name, in a list."""
+        return [self.theirs]
+
+    def published_shapes(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """See `Part`."""
+        count, width = shapes[self.ours]
+        return {self.theirs: (1, count - 1, width)}
+
+    def parameters(self, state: State, shapes: Shapes) -> dict[str, np.ndarray]:
+        """See `Part`."""
+        patches = np.asarray(state[self.theirs], np.float32)[0]
+        return {self.ours: np.concatenate([np.zeros_like(patches[:1]), patches])}
+
+
 def best_table(tables: Sequence[Sequence[Part]], state: State) -> Sequence[Part]:
     """The naming of a file.
 

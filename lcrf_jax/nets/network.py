@@ -1,4 +1,4 @@
-"""The inference network: a frozen backbone and a trainable decoder, as plain functions.
+"""The inference network: a backbone, frozen as a rule, and a trainable decoder, as plain functions.
 
 A network is described by a dict that JSON can hold, which is stored with every checkpoint:
 
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.nets import efficientnet_lite, vgg, vision_transformer
+from lcrf_jax.nets import efficientnet_lite, resnet, vgg, vision_transformer
 from lcrf_jax.nets.decoder import Decoder
 from lcrf_jax.nets.original import LargeField, OriginalDecoder
-from lcrf_jax.nets.resnet import ResNet50
+from lcrf_jax.nets.trained import Layers, trained_layers, with_part
 from lcrf_jax.nets.weights import load_weights
 
 
@@ -38,6 +38,7 @@ class Backbone(NamedTuple):
       size_step: sides of the input are multiples of it.
       head: (variables, features) -> [B, h, w, C], the features of the tag classifier, from the tap "s32"
         alone.
+      layers: from the input on, see `lcrf_jax.nets.trained`.
       weights: the source of the weights if the user names none.
       taps: names of the taps, the deepest first.
     """
@@ -48,6 +49,7 @@ class Backbone(NamedTuple):
     last_strides: tuple[int, ...]
     size_step: int
     head: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], jax.Array]
+    layers: Layers
     weights: str = ""
     taps: tuple[str, ...] = ("head", "s32", "s16", "s8", "s4")
 
@@ -56,14 +58,16 @@ class SmallBackbone(nn.Module):
     """A few convolutions with fixed random weights and the taps of the real one, for tests and trials."""
 
     last_stride: int = 32
+    recompute: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
         taps: dict[str, jax.Array] = {}
+        convolution = nn.remat(nn.Conv) if self.recompute else nn.Conv
         x = nn.relu(nn.Conv(12, (3, 3), strides=(2, 2), name="stem")(x))
         for tap, width in (("s4", 16), ("s8", 24), ("s16", 32), ("s32", 48)):
             strides = (1, 1) if tap == "s32" and self.last_stride == 16 else (2, 2)
-            x = taps[tap] = nn.relu(nn.Conv(width, (3, 3), strides=strides, name=tap)(x))
+            x = taps[tap] = nn.relu(convolution(width, (3, 3), strides=strides, name=tap)(x))
         taps["head"] = nn.relu(nn.Conv(96, (1, 1), name="head")(x))
         return taps
 
@@ -84,7 +88,7 @@ _LITE_INPUT = (efficientnet_lite.preprocess, "(x - 127) / 128")
 
 def _lite(size):
     module = functools.partial(efficientnet_lite.EfficientNetLite, size)
-    return Backbone(module, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu6))
+    return Backbone(module, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu6), efficientnet_lite.layers(size))
 
 
 def _transformer(variant):
@@ -92,7 +96,7 @@ def _transformer(variant):
         functools.partial(vision_transformer.VisionTransformer, variant),
         functools.partial(vision_transformer.preprocess, variant),
         f"(x / 255 - {variant.mean}) / {variant.std}", (variant.patch,), variant.patch, _deepest,
-        taps=vision_transformer.taps_of(variant),
+        vision_transformer.layers(variant), taps=vision_transformer.taps_of(variant),
     )  # fmt: skip
 
 
@@ -101,12 +105,15 @@ def _deepest(variables, features):
     return features["s32"].astype(jnp.float32)
 
 
+_SMALL_LAYERS = (("stem", ()), *((tap, (tap,)) for tap in ("s4", "s8", "s16", "s32", "head")))
 _IMAGENET_INPUT = (vgg.preprocess, f"(x / 255 - {vgg.MEAN}) / {vgg.STD}")
 BACKBONES = {
     **{f"efficientnet_lite{size}": _lite(size) for size in range(len(efficientnet_lite.SIZES))},
-    "small": Backbone(SmallBackbone, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu), weights="random"),
-    "vgg16": Backbone(vgg.VGG16, *_IMAGENET_INPUT, (8, 16, 32), 1, _deepest),
-    "resnet50": Backbone(ResNet50, *_IMAGENET_INPUT, (8, 16, 32), 1, _deepest),
+    "small": Backbone(
+        SmallBackbone, *_LITE_INPUT, (16, 32), 32, _pointwise_head(jax.nn.relu), _SMALL_LAYERS, weights="random"
+    ),
+    "vgg16": Backbone(vgg.VGG16, *_IMAGENET_INPUT, (8, 16, 32), 1, _deepest, vgg.layers()),
+    "resnet50": Backbone(resnet.ResNet50, *_IMAGENET_INPUT, (8, 16, 32), 1, _deepest, resnet.layers()),
     **{name: _transformer(variant) for name, variant in vision_transformer.VARIANTS.items()},
 }
 
@@ -143,6 +150,8 @@ class Network(NamedTuple):
         float32 on the grid of the finest tap.
       stride: pixels of the input per cell of the logits; the last cell of a row may have fewer.
       size_step: sides of the input are multiples of it.
+      trained: names of the layers of the backbone that are trained, whose weights `init` puts beside the decoder's; those
+        who train or use them take `lcrf_jax.nets.trained.merged` for the backbone variables.
     """
 
     description: Mapping[str, Any]
@@ -153,6 +162,7 @@ class Network(NamedTuple):
     logits: Callable[..., jax.Array]
     stride: int
     size_step: int
+    trained: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Network) and self._key() == other._key()
@@ -177,7 +187,7 @@ def _backbone(description):
 
 def _check_description(description):
     wanted = {"backbone", "last_stride", "taps", "widths", "dropout", "num_classes"}
-    if set(description) - {"compute_dtype", "decoder"} != wanted:
+    if set(description) - {"compute_dtype", "decoder", "trainable_from", "recompute"} != wanted:
         raise ValueError(f"network: expected the entries {sorted(wanted)}, got {sorted(description)}")
     dtype, name = description.get("compute_dtype", "float32"), description.get("decoder", "skip")
     if dtype not in COMPUTE_DTYPES:
@@ -217,7 +227,8 @@ def build_network(description: Mapping[str, Any]) -> Network:
         stage; see the backbone), "taps" from coarse to fine, some of those of the backbone ("head", "s32", "s16", "s8", "s4";
         of a vision transformer "head", "s32", "block11" and so on), "widths" (one for each tap, or as its decoder says), "dropout" and "num_classes"; and "decoder", a key of `DECODERS`, "skip" if
         left out, and "compute_dtype", the type of the products within convolutions, "float32" (if left out) or
-        "bfloat16". Parameters, normalisation, features and logits are float32 in any case.
+        "bfloat16", and "trainable_from", see `lcrf_jax.nets.trained.trained_layers`, "" if left out, and "recompute", whether
+        gradients of these layers keep the results of blocks alone, False if left out. Parameters, normalisation, features and logits are float32 in any case.
 
     Returns:
       Network.
@@ -227,12 +238,13 @@ def build_network(description: Mapping[str, Any]) -> Network:
     """
     _check_description(description)
     backbone, taps = _backbone(description), tuple(description["taps"])
-    module = backbone.module(last_stride=description["last_stride"])
+    module = backbone.module(last_stride=description["last_stride"], recompute=description.get("recompute", False))
     dtype = COMPUTE_DTYPES[description.get("compute_dtype", "float32")]
     widths, dropout = tuple(description["widths"]), description["dropout"]
     decoder = DECODERS[description.get("decoder", "skip")].module(
         description["num_classes"], taps, widths, dropout, dtype
     )
+    trained = trained_layers(backbone.layers, description.get("trainable_from", ""), taps)
     # The head has four times the channels of s32 and is cheap to compute from it.
     kept = tuple(tap for tap in backbone.taps[1:] if tap in taps or tap == "s32")
 
@@ -245,7 +257,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
         return {tap: backbone.head(variables, features) if tap == "head" else features[tap] for tap in taps}
 
     def init(key, variables, features):
-        return decoder.init(key, inputs(variables, features))["params"]
+        return with_part(decoder.init(key, inputs(variables, features))["params"], variables, trained)
 
     def logits(params, variables, features, key=None):
         rngs = None if key is None else {"dropout": key}
@@ -254,7 +266,7 @@ def build_network(description: Mapping[str, Any]) -> Network:
 
     finest = taps[-1][1:]  # the digits of "s8"; "head" and the blocks of a transformer lie on the last grid
     stride = min(int(finest) if finest.isdigit() else 32, description["last_stride"])
-    return Network(dict(description), kept, features, backbone.head, init, logits, stride, backbone.size_step)
+    return Network(dict(description), kept, features, backbone.head, init, logits, stride, backbone.size_step, trained)
 
 
 def feature_identity(description: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,24 @@
 import flax.linen as nn
 import jax
 
+from lcrf_jax.nets.trained import Layers
+
 # Blocks of each stage, and the channels within them; four times as many come out.
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 TAPS = ("s4", "s8", "s16", "s32")
+
+
+def layers() -> Layers:
+    """The layers from the input on, with the taps that are complete after them.
+
+    Returns:
+      See `lcrf_jax.nets.trained`.
+    """
+    found: list[tuple[str, tuple[str, ...]]] = [("stem", ())]
+    for stage, ((count, _), tap) in enumerate(zip(STAGES, TAPS, strict=True)):
+        complete = (tap, "head") if tap == TAPS[-1] else (tap,)
+        found += [(f"stage{stage}_block{block}", complete if block == count - 1 else ()) for block in range(count)]
+    return found
 
 
 class Bottleneck(nn.Module):
@@ -41,6 +56,7 @@ class ResNet50(nn.Module):
       last_stride: 32 as published; 16 or 8: the last stage, or the last two, keep the grid of stride 16 or 8. Their
         convolutions are dilated instead, from the second block of a stage on by the stride that is left out, as in
         torchvision and timm.
+      recompute: whether what lies within a block is computed again for gradients, and not kept.
 
     Call with [B, H, W, 3] preprocessed images (`lcrf_jax.nets.vgg.preprocess`) of any size; a grid that cannot be halved is
     rounded up. Returns a dict from tap to array after ReLU: "s4" [B, H/4, W/4, 256], "s8" 512 channels, "s16" 1024, "s32"
@@ -51,6 +67,7 @@ class ResNet50(nn.Module):
     """
 
     last_stride: int = 32
+    recompute: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -60,6 +77,7 @@ class ResNet50(nn.Module):
         x = jax.nn.relu(nn.Conv(64, (7, 7), (2, 2), 3, name="stem")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         reached, dilation = 4, 1
+        bottleneck = nn.remat(Bottleneck) if self.recompute else Bottleneck
         for stage, ((count, width), tap) in enumerate(zip(STAGES, TAPS, strict=True)):
             stride, before = 1 if stage == 0 else 2, dilation
             if reached * stride > self.last_stride:
@@ -67,7 +85,7 @@ class ResNet50(nn.Module):
             reached *= stride
             for block in range(count):
                 sizes = (stride, before) if block == 0 else (1, dilation)
-                x = Bottleneck(width, *sizes, name=f"stage{stage}_block{block}")(x)
+                x = bottleneck(width, *sizes, name=f"stage{stage}_block{block}")(x)
             taps[tap] = x
         taps["head"] = taps["s32"]
         return taps

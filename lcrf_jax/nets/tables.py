@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from lcrf_jax.nets.efficientnet_lite import stages
-from lcrf_jax.nets.naming import Array, Dense, Layer, Part
+from lcrf_jax.nets.naming import Array, Dense, Layer, Part, PatchPositions
 from lcrf_jax.nets.resnet import STAGES as RESNET_STAGES
 from lcrf_jax.nets.vgg import BLOCKS
 from lcrf_jax.nets.vision_transformer import Variant
@@ -102,6 +102,7 @@ class TransformerNames(NamedTuple):
       norm1, qkv, out, norm2, up, down: prefixes within a block; `qkv` is one, or those of queries, keys and values.
       scale1, scale2: names of the vectors of the layer scale.
       leading: axes of length 1 in front of class token and positions; there is one more before the class token if they have.
+      added: whether the class token has its position added already, and there is none of it.
     """
 
     class_token: str
@@ -120,13 +121,16 @@ class TransformerNames(NamedTuple):
     scale1: str
     scale2: str
     leading: int = 1
+    added: bool = False
 
 
-# Of the files of DINOv2's own hub, and of timm, which names its registers otherwise and leaves out their positions.
+# Of the files of DINOv2's own hub, and of timm.
 HUB_NAMES = TransformerNames(
     "cls_token", "pos_embed", "register_tokens", "patch_embed.proj", "norm_pre", "norm",
     "blocks.{}.", "norm1", ("attn.qkv",), "attn.proj", "norm2", "mlp.fc1", "mlp.fc2", "ls1.gamma", "ls2.gamma",
 )  # fmt: skip
+# Of timm's DINOv2 with registers.
+TIMM_REGISTER_NAMES = HUB_NAMES._replace(registers="reg_token", added=True)
 DINOV2_NAMES = TransformerNames(
     "embeddings.cls_token", "embeddings.position_embeddings", "embeddings.register_tokens",
     "embeddings.patch_embeddings.projection", "", "layernorm", "encoder.layer.{}.", "norm1",
@@ -162,7 +166,7 @@ def transformer_parts(variant: Variant, names: TransformerNames) -> list[Part]:
     """
     parts: list[Part] = [
         Array("class_token", names.class_token, 2 * names.leading),
-        Array("positions", names.positions, names.leading),
+        PatchPositions("positions", names.positions) if names.added else Array("positions", names.positions, names.leading),
         Layer("patches", names.patches, biased=not variant.normalised_first),
         *_layer_norm("norm", names.last),
     ]

@@ -13,6 +13,8 @@ import numpy as np
 from einops import rearrange
 from jax.typing import ArrayLike
 
+from lcrf_jax.nets.trained import Layers
+
 
 class Variant(NamedTuple):
     """What one published vision transformer is.
@@ -74,6 +76,22 @@ def taps_of(variant: Variant) -> tuple[str, ...]:
       "head", "s32", "block11" ... "block1" for twelve blocks.
     """
     return ("head", "s32", *(f"block{number}" for number in range(variant.depth - 1, 0, -1)))
+
+
+def layers(variant: Variant) -> Layers:
+    """The layers from the input on, with the taps that are complete after them; those before the first block first.
+
+    Args:
+      variant: Variant.
+
+    Returns:
+      See `lcrf_jax.nets.trained`.
+    """
+    names = ["patches", "positions", "class_token", *(["registers"] if variant.registers else [])]
+    names += ["norm_first"] if variant.normalised_first else []
+    names += [f"block{number}" for number in range(1, variant.depth + 1)]
+    there = taps_of(variant)
+    return [*((name, (name,) if name in there else ()) for name in names), ("norm", ("s32", "head"))]
 
 
 def preprocess(variant: Variant, image: ArrayLike) -> jax.Array:
@@ -179,6 +197,7 @@ class VisionTransformer(nn.Module):
     Attributes:
       variant: Variant.
       last_stride: the side of a patch; there is no other.
+      recompute: whether what lies within a block is computed again for gradients, and not kept.
 
     Call with [B, H, W, 3] preprocessed images (`preprocess`), H and W multiples of the patch; positions are interpolated to
     the grid. Returns a dict from tap to [B, H / patch, W / patch, C]: "block3" is the patch tokens after the third block,
@@ -192,6 +211,7 @@ class VisionTransformer(nn.Module):
 
     variant: Variant
     last_stride: int = 0
+    recompute: bool = False
 
     @property
     def patch(self) -> int:
@@ -216,9 +236,10 @@ class VisionTransformer(nn.Module):
         def grid(tokens):
             return rearrange(tokens[:, first:], "b (h w) c -> b h w c", h=shape[0])
 
+        block = nn.remat(Block) if self.recompute else Block
         taps: dict[str, jax.Array] = {}
         for number in range(1, this.depth + 1):
-            x = Block(this, name=f"block{number}")(x)
+            x = block(this, name=f"block{number}")(x)
             if number < this.depth:
                 taps[f"block{number}"] = grid(x)
         taps["s32"] = taps["head"] = grid(nn.LayerNorm(this.epsilon, name="norm")(x))

@@ -58,11 +58,13 @@ class Published(NamedTuple):
       namings: functions without arguments to a list of parts, one for each naming of files.
       repository: of the Hugging Face hub.
       package: one that installs it, or None.
+      projections: names that an array [D, C] has which brings its features to those of texts; empty if there is none.
     """
 
     namings: tuple[Callable[[], list[Part]], ...]
     repository: str
     package: Package | None = None
+    projections: tuple[str, ...] = ()
 
 
 def package_file(package: Package) -> pathlib.Path:
@@ -117,6 +119,7 @@ def _transformer(name, repository, *namings):
 
 
 _DINOV2 = (tables.HUB_NAMES, tables.DINOV2_NAMES)
+_DINOV2_REGISTERS = (*_DINOV2, tables.TIMM_REGISTER_NAMES)
 _CLIP = (tables.HUB_NAMES, tables.CLIP_NAMES, tables.CLIP_TOWER_NAMES)
 PUBLISHED = {
     **{f"efficientnet_lite{size}": _lite(size) for size in range(5)},
@@ -124,9 +127,11 @@ PUBLISHED = {
     "resnet50": Published((tables.resnet50_layers,), "timm/resnet50.a1_in1k"),
     "dinov2_vits14": _transformer("dinov2_vits14", "facebook/dinov2-small", *_DINOV2),
     "dinov2_vitb14": _transformer("dinov2_vitb14", "facebook/dinov2-base", *_DINOV2),
-    "dinov2_vits14_reg": _transformer("dinov2_vits14_reg", "facebook/dinov2-with-registers-small", *_DINOV2),
-    "dinov2_vitb14_reg": _transformer("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base", *_DINOV2),
-    "clip_vitb16": _transformer("clip_vitb16", "timm/vit_base_patch16_clip_224.openai", *_CLIP),
+    "dinov2_vits14_reg": _transformer("dinov2_vits14_reg", "facebook/dinov2-with-registers-small", *_DINOV2_REGISTERS),
+    "dinov2_vitb14_reg": _transformer("dinov2_vitb14_reg", "facebook/dinov2-with-registers-base", *_DINOV2_REGISTERS),
+    "clip_vitb16": _transformer("clip_vitb16", "timm/vit_base_patch16_clip_224.openai", *_CLIP)._replace(
+        projections=("visual_projection.weight", "head.weight")
+    ),
     "augreg_vits16": _transformer("augreg_vits16", "timm/vit_small_patch16_224.augreg_in21k", tables.HUB_NAMES),
     "augreg_vitb16": _transformer("augreg_vitb16", "timm/vit_base_patch16_224.augreg_in21k", tables.HUB_NAMES),
 }
@@ -152,15 +157,64 @@ def load_weights(name: str, module: nn.Module, source: str = "") -> tuple[dict[s
     if source and name not in PUBLISHED:
         raise ValueError(f"weights: expected '' or random for the network {name!r}, got {source!r}")
     path = _weights_path(name, source)
-    try:
-        state = read_state(path)
-    except ValueError as error:
-        remedy = "; delete it, and it is fetched again" if source.startswith(HUB) else ""
-        raise ValueError(f"{error}{remedy}") from error
+    state = _state(path, source)
     try:
         return converted(state, naming_of(name, state), parameter_shapes(module)), file_digest(path)
     except ValueError as error:
         raise ValueError(f"{path} does not hold the weights of {name}: {error}") from error
+
+
+def _state(path, source):
+    """The arrays of a file of weights."""
+    try:
+        return read_state(path)
+    except ValueError as error:
+        remedy = "; delete it, and it is fetched again" if source.startswith(HUB) else ""
+        raise ValueError(f"{error}{remedy}") from error
+
+
+def check_projection(name: str) -> None:
+    """Refuse a backbone whose features cannot be brought to those of texts.
+
+    Args:
+      name: of the backbone.
+
+    Raises:
+      ValueError: if it was not trained beside texts.
+    """
+    if name not in PUBLISHED or not PUBLISHED[name].projections:
+        able = ", ".join(each for each, published in PUBLISHED.items() if published.projections)
+        raise ValueError(f"classifier.text_embeddings: expected a backbone that was trained beside texts ({able}), got {name!r}")
+
+
+def image_projection(name: str, source: str) -> np.ndarray:
+    """The matrix that brings the features of a backbone to those of texts.
+
+    Args:
+      name: of the backbone, see `check_projection`.
+      source: see the head of this file; of random weights it is drawn too.
+
+    Returns:
+      [C, D] float32.
+
+    Raises:
+      FileNotFoundError: if the file or the repository is not there.
+      ValueError: if the backbone has no such matrix, or the file does not hold it.
+    """
+    check_projection(name)
+    names, num_channels = PUBLISHED[name].projections, VARIANTS[name].width
+    if source == "random":
+        return np.random.default_rng(0).normal(size=(num_channels, 512)).astype(np.float32) / num_channels**0.5
+    path = _weights_path(name, source)
+    state = _state(path, source)
+    found = next((state[each] for each in names if each in state), None)
+    if found is None or found.ndim != 2 or found.shape[1] != num_channels:
+        got = "neither" if found is None else f"one of {list(found.shape)}"
+        raise ValueError(
+            f"{path}: expected the projection of {name}'s features, {' or '.join(names)} of [D, {num_channels}], found {got}; a file of "
+            "the image tower alone does not have it"
+        )
+    return np.ascontiguousarray(found.T, np.float32)
 
 
 def _weights_path(name, source):

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
+from lcrf_jax.nets.trained import merged
 from lcrf_jax.predict.outputs import EXCLUDED, OUTPUTS
 from lcrf_jax.predict.refinement import MAX_VERTICES_PER_PIXEL, refined_by_lattice
 from lcrf_jax.predict.resizing import (
@@ -112,6 +113,8 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     if settings.get("prior_weight") and output != "class_maps":
         options, wanted = {**options, "prior_weight": settings["prior_weight"]}, wanted | {"classifier"}
     used = {name: params[name] for name in sorted(wanted)}
+    if "decoder" in used:  # with layers of the backbone, where these are trained
+        used["backbone"] = merged(used["backbone"], used["decoder"])
     static = {"network": network, "mirrored": settings["mirror"]}
     placed = {None: jax.device_put(used)}
 

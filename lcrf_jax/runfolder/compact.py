@@ -18,7 +18,7 @@ SHIPPED = pathlib.Path(__file__).parent / "models"
 _DESCRIPTION = "description"
 _BACKBONE = "backbone"
 # What tells of the machine that trained, and is no business of who gets the file: places, and segments with its name.
-_OF_THE_MACHINE = ("data.root", "cache.directory", "baselines.cues.file", "data.options.tags", "data.options.classes")
+_OF_THE_MACHINE = ("data.root", "cache.directory", "baselines.cues.file", "classifier.text_embeddings", "data.options.tags", "data.options.classes")
 _LEFT_OUT = ("data", "segments")
 
 

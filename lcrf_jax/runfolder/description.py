@@ -27,8 +27,8 @@ MODEL_SETTINGS = ("network", "inference")
 # Settings that say where things lie or how the work is done. Nothing that is trained depends on them: what the data and the
 # weights are is told by checksums, and the rounds by their epochs.
 PLACES = (
-    "data.root", "data.on_bad_image", "weights", "cache", "num_threads", "accumulation_steps", "log_every_steps",
-    "save_every_steps", "rounds",
+    "data.root", "data.on_bad_image", "weights", "cache", "num_threads", "accumulation_steps", "recompute_backbone",
+    "log_every_steps", "save_every_steps", "rounds",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from lcrf_jax.bound.objective import uses_chains
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
-from lcrf_jax.nets.weights import hub_commit
+from lcrf_jax.nets.weights import check_projection, hub_commit
 from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.train.methods import Method, begins_with_posteriors, check_objective, inputs_of, make_objective, method_of
 from lcrf_jax.train.settings import check_settings, told_as_settings
@@ -72,6 +72,11 @@ class Plan(NamedTuple):
         directory = self.config["cache"]["directory"]
         return pathlib.Path(directory).expanduser() if directory else default_directory()
 
+    @property
+    def texts_file(self) -> str:
+        """The file of the class names' vectors that the tag classifier is made of; "" if it is fitted."""
+        return self.config.get("classifier", {}).get("text_embeddings", "")
+
     def objective(self, this: Round) -> Callable:
         """What a round minimises, see `lcrf_jax.train.methods.make_objective`."""
         objective = make_objective(self.config, stride=self.network.stride, steps_per_epoch=this.steps_per_epoch)
@@ -79,7 +84,11 @@ class Plan(NamedTuple):
 
     def optimizer(self, this: Round) -> optax.GradientTransformation:
         """The optimiser of a round."""
-        return make_optimizer(num_steps=this.last_step - this.first_step, **self.config["optimizer"])
+        settings = dict(self.config["optimizer"])
+        share = settings.pop("backbone_share", 1.0)
+        if self.network.trained:
+            settings["backbone_share"] = share
+        return make_optimizer(num_steps=this.last_step - this.first_step, **settings)
 
     def description(self, digest: str) -> dict:
         """What inference has to know beside the parameters; it is stored as config.json.
@@ -118,8 +127,12 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     """
     method, size = method_of(config), config["input_size"]
     begins_with_posteriors(config)  # it refuses what does not go together
-    network = build_network({**config["network"], "num_classes": len(class_names)})
+    recompute = {"recompute": True} if config.get("recompute_backbone") else {}
+    network = build_network({**config["network"], **recompute, "num_classes": len(class_names)})
     _check_input_sizes(config, network)
+    _check_trained_backbone(config, network, method)
+    if config.get("classifier", {}).get("text_embeddings"):
+        check_projection(network.description["backbone"])
     rounds = planned_rounds(config, len(tags))
     check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
     num_views = config["views"]["num_views"]
@@ -271,6 +284,24 @@ def _check_input_sizes(config, network):
             if size < 32 or size % network.size_step:
                 multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
                 raise SettingError(f"{name}: expected {multiple}, got {size}")
+
+
+def _check_trained_backbone(config, network, method):
+    """Refuse what takes the backbone to be frozen, where layers of it are trained."""
+    if config.get("recompute_backbone") and not network.trained:
+        raise SettingError(
+            "recompute_backbone: a frozen backbone has no gradients that it would save memory of; set network.trainable_from, or leave it False"
+        )
+    if not network.trained or method.objective is None:
+        return
+    name = f"network.trainable_from={network.description['trainable_from']!r}"
+    if config["cache"]["features"]:
+        raise SettingError(f"{name}: features of a backbone that is trained change in every step and cannot be kept; set cache.features=False")
+    if config["inference"].get("prior_weight"):
+        raise SettingError(
+            f"{name}: the tag classifier is fitted on the features before training and cannot be asked at test time; set "
+            "inference.prior_weight=0"
+        )
 
 
 def _output_settings(config, method):

@@ -15,6 +15,7 @@ from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.nets.inputs import guide_image, network_inputs
+from lcrf_jax.nets.trained import merged
 from lcrf_jax.train.preparation import Prepared
 from lcrf_jax.train.spread import over_devices, padded_rows, reading_threads
 
@@ -38,9 +39,10 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
       [N, g, g, K] float16, >= 0, summing to one over the classes.
     """
     network, views, tags = prepared.network, prepared.views, prepared.train.tags
-    stride, variables = prepared.plan.guide_stride, prepared.variables
+    stride = prepared.plan.guide_stride
     # The parameters are of all devices and processes; the rest is done by those of this one.
     params = jax.tree.map(np.asarray, params)
+    variables = merged(prepared.variables, params)
     evidence_weight = settings.get("evidence_weight", 0.0)
     posterior, num_rows = over_devices(
         _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, evidence_weight=evidence_weight,

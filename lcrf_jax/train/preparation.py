@@ -12,9 +12,10 @@ from lcrf_jax.machine.processes import from_first
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.nets.network import Network, backbone_variables, feature_identity
 from lcrf_jax.nets.tag_classifier import TagClassifier, average_precision
-from lcrf_jax.nets.weights import hub_commit
+from lcrf_jax.nets.text_classifier import read_texts, text_classifier
+from lcrf_jax.nets.weights import hub_commit, image_projection
 from lcrf_jax.runfolder.digests import params_digest
-from lcrf_jax.train.class_maps import ClassMaps, MappedViews, class_maps, fitted_classifier
+from lcrf_jax.train.class_maps import ClassMaps, MappedViews, class_maps, fitted_classifier, pooled_head
 from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
 from lcrf_jax.train.features import CachedViews, test_time_features
 from lcrf_jax.train.plan import Plan, check_without_data, resolved_plan
@@ -98,6 +99,9 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
         check(prepared.description())
     if "cues" in plan.inputs and config["baselines"]["cues"]["file"]:
         _cues(prepared)  # a file that cannot be used is told before anything is computed
+    if plan.texts_file:
+        texts, projection = _texts(prepared)
+        text_classifier(projection, texts, np.ones((1, len(projection))))
     whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
     if not config["cache"]["features"]:
         whole = ViewDataset(whole.source, 1, size)
@@ -128,12 +132,14 @@ def _with_class_maps(prepared, cached, views_identity):
     config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
     features = {**_backbone_identity(prepared), "views": views_identity}
     # Hosts of different kinds would differ in the last bits.
-    classifier, scores = from_first(
-        fitted_classifier(
+    if prepared.plan.texts_file:
+        made = _classifier_of_texts(prepared, cached.tap("s32"))
+    else:
+        made = fitted_classifier(
             network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"], identity=features,
             directory=prepared.plan.cache_directory,
         )
-    )
+    classifier, scores = from_first(made)
     say(precision_line("training", train, scores))
     if not {"class_maps", "gradient_saliency", "cues"} & set(prepared.plan.inputs):
         return prepared._replace(classifier=classifier)
@@ -144,6 +150,22 @@ def _with_class_maps(prepared, cached, views_identity):
             directory=prepared.plan.cache_directory, progress=done,
         )
     return prepared._replace(classifier=classifier, maps=maps)
+
+
+def _texts(prepared):
+    """The vectors of the class names, and the projection of the features to them."""
+    texts = read_texts(prepared.plan.texts_file, prepared.train.class_names)
+    return texts, image_projection(prepared.network.description["backbone"], prepared.config.get("weights", ""))
+
+
+def _classifier_of_texts(prepared, s32):
+    """The tag classifier of the class names' texts, and its logits on the training images."""
+    texts, projection = _texts(prepared)
+    pooled = pooled_head(prepared.network, prepared.variables, s32)
+    classifier = text_classifier(projection, texts, pooled)
+    further = f"; further texts: {', '.join(texts.other_names)}" if texts.other_names else ""
+    say(f"tag classifier of the texts of {prepared.plan.texts_file}, nothing is fitted{further}")
+    return classifier, pooled @ np.asarray(classifier.weights) + np.asarray(classifier.bias)
 
 
 def _classifier_identity(prepared, classifier):

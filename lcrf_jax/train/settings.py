@@ -48,6 +48,7 @@ _RANGES = {
     "optimizer.final_share": (0, True, False),
     "optimizer.weight_decay": (0, True, False),
     "optimizer.clip_norm": (0, False, False),
+    "optimizer.backbone_share": (0, False, False),
     "inference.max_side": (1, True, True),
     "inference.prior_weight": (0, True, False),
     "inference.unary_weight": (0, True, False),

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from lcrf_jax.nets.inputs import network_inputs
 from lcrf_jax.nets.network import Network
+from lcrf_jax.nets.trained import PART, merged
 
 
 class TrainState(NamedTuple):
@@ -24,7 +25,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, number of steps done.
-      params: parameters of the decoder.
+      params: parameters of the decoder, and of the layers of the backbone that are trained.
       opt_state: state of the optimiser.
       skipped: [2] int32, the steps that changed nothing since their loss or gradient was not finite: all of them, and
         those in a row up to now.
@@ -63,6 +64,7 @@ def make_optimizer(
     final_share: float,
     weight_decay: float,
     clip_norm: float,
+    backbone_share: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with a linear warm-up, cosine decay and clipping by the global norm; the same object for the same numbers.
 
@@ -73,6 +75,7 @@ def make_optimizer(
       final_share: rate at the end, as a share of the peak.
       weight_decay: decoupled decay of every parameter.
       clip_norm: largest norm of the gradient.
+      backbone_share: rate of the layers of the backbone that are trained, as a share of the decoder's; None where none is.
 
     Returns:
       optax.GradientTransformation.
@@ -80,7 +83,15 @@ def make_optimizer(
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps, max(num_steps, warmup_steps + 1), learning_rate * final_share
     )
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay))
+    parts = [optax.clip_by_global_norm(clip_norm), optax.adamw(schedule, weight_decay=weight_decay)]
+    if backbone_share is not None:
+        parts.append(optax.stateless(lambda updates, _: _with_share(updates, backbone_share)))
+    return optax.chain(*parts)
+
+
+def _with_share(updates, share):
+    """Updates of which those of the backbone are multiplied by a share."""
+    return {**updates, PART: jax.tree.map(lambda update: share * update, updates[PART])}
 
 
 def check_batch_size(batch_size: int, num_devices: int, accumulation_steps: int = 1) -> None:
@@ -187,14 +198,19 @@ def _gradient_of(network, objective, guide_stride):
         return objective(sample_key, logits, record, step)
 
     def gradient(params, variables, keys, batch, step):
-        records = batch
-        if batch.image is not None:
-            features, guide = network_inputs(network, variables, batch.image, guide_stride)
-            records = batch._replace(image=None, features=features, guide=guide)
+        def with_features(weights):
+            if batch.image is None:
+                return batch
+            features, guide = network_inputs(network, weights, batch.image, guide_stride)
+            return batch._replace(image=None, features=features, guide=guide)
+
+        frozen = None if network.trained else with_features(variables)
 
         def batch_loss(params):
+            weights = merged(variables, params)
+            records = with_features(weights) if frozen is None else frozen
             losses_of = jax.vmap(image_loss, in_axes=(None, None, 0, 0, None))
-            losses, terms = losses_of(params, variables, keys, records, step)
+            losses, terms = losses_of(params, weights, keys, records, step)
             chains = terms.pop("chain", None)
             metrics = {"loss": losses.mean(), **{name: value.mean() for name, value in terms.items()}}
             return losses.mean(), (metrics, chains)

@@ -185,7 +185,14 @@ def test_every_other_backbone_can_be_trained_with(name, tfds, tmp_path):
     config["input_size"], config["inference"]["input_sizes"] = size, (size,)
     config["class_maps"]["grid"] = {"voc2012_clip": 5, "voc2012_dinov2": 5, "voc2012_resnet50": 8}[name]
     config["network"]["widths"] = (8, 6, 4)
+    if name == "voc2012_clip":  # its classifier is that of texts
+        vectors = np.random.default_rng(0).normal(size=(22, 512)).astype(np.float32)
+        np.savez(tmp_path / "texts.npz", **dict(zip([*CLASSES[1:], "ground", "wall"], vectors, strict=True)))
+        config["classifier"]["text_embeddings"] = str(tmp_path / "texts.npz")
     given = preparation.prepare(config)
-    run_dir = fit.train(given._replace(val=None), tmp_path)
+    run_dir = fit.train(given._replace(val=None), tmp_path / "run")
     assert lines(run_dir)[-1]["step"] == 3
+    if name == "voc2012_clip":
+        stored = restore_params(run_dir)["classifier"]
+        assert stored["weights"].shape == (768, 20) and not stored["bias"].any()
     assert load_description(run_dir)["network"]["backbone"] == OTHER_BACKBONES[name]

@@ -82,12 +82,29 @@ def test_every_naming_gives_the_same_parameters(name, names):
     assert set(jax.tree.leaves(jax.tree.map(lambda leaf: leaf.dtype, one))) == {np.dtype(np.float32)}
 
 
+def test_names_of_timm_with_registers_have_the_class_token_with_its_position():
+    parts, shapes, state = tiny_state("dinov2_reg")
+    others = tables.transformer_parts(TINY["dinov2_reg"], tables.TIMM_REGISTER_NAMES)
+    theirs = {name: array for name, array in state.items() if name != "register_tokens"} | {
+        "reg_token": state["register_tokens"], "cls_token": state["cls_token"] + state["pos_embed"][:, :1], "pos_embed": state["pos_embed"][:, 1:]
+    }
+    assert best_table([parts, others], theirs) is others and best_table([parts, others], state) is parts
+    one, other = (converted(*each, shapes)["params"] for each in ((state, parts), (theirs, others)))
+    np.testing.assert_array_equal(one["class_token"] + one["positions"][0], other["class_token"] + other["positions"][0])
+    np.testing.assert_array_equal(one["positions"][1:], other["positions"][1:])
+    rest = [{name: leaf for name, leaf in each.items() if name not in ("class_token", "positions")} for each in (one, other)]
+    assert jax.tree.all(jax.tree.map(np.array_equal, *rest))
+    with pytest.raises(ValueError, match=r"pos_embed is \[1, 10, 8\] and not \[1, 9, 8\]"):
+        converted({**theirs, "pos_embed": state["pos_embed"]}, others, shapes)
+
+
 @pytest.mark.parametrize(("backbone", "names"), [
     ("dinov2_vits14", {"cls_token": (1, 1, 384), "pos_embed": (1, 1370, 384), "blocks.11.ls2.gamma": (384,),
                        "patch_embed.proj.weight": (384, 3, 14, 14), "blocks.0.attn.qkv.weight": (1152, 384)}),
     ("dinov2_vitb14_reg", {"embeddings.register_tokens": (1, 4, 768), "embeddings.position_embeddings": (1, 1370, 768),
                            "encoder.layer.11.attention.attention.query.weight": (768, 768),
                            "encoder.layer.0.layer_scale1.lambda1": (768,), "layernorm.bias": (768,)}),
+    ("dinov2_vits14_reg", {"reg_token": (1, 4, 384), "pos_embed": (1, 1369, 384), "cls_token": (1, 1, 384)}),
     ("clip_vitb16", {"vision_model.embeddings.class_embedding": (768,), "vision_model.pre_layrnorm.weight": (768,),
                      "vision_model.embeddings.position_embedding.weight": (197, 768),
                      "vision_model.encoder.layers.11.self_attn.k_proj.bias": (768,),
@@ -105,6 +122,7 @@ def test_names_and_shapes_are_the_published_ones(backbone, names):
     kernel = 3 * variant.patch**2 * variant.width
     blocks = 12 * (12 * variant.width**2 + 13 * variant.width + 2 * variant.width * variant.layer_scale)
     rest = (variant.grid**2 + 4 + variant.registers + 2 * variant.normalised_first - variant.normalised_first) * variant.width
+    rest -= variant.width * ("reg_token" in names)  # timm has no position of the class token
     assert sum(int(np.prod(shape)) for shape in found.values()) == kernel + blocks + rest + variant.width
 
 
