@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from lcrf_jax.data.example import Source
+from lcrf_jax.data.example import Source, data_identity
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.machine.processes import from_first
 from lcrf_jax.machine.progress import image_progress, say
@@ -19,7 +19,7 @@ from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_salien
 from lcrf_jax.train.features import CachedViews, test_time_features
 from lcrf_jax.train.plan import Plan, check_without_data, resolved_plan
 from lcrf_jax.train.settings import check_settings
-from lcrf_jax.train.splits import data_identity, open_data, without_masks
+from lcrf_jax.train.splits import open_data, without_masks
 
 
 class Prepared(NamedTuple):
