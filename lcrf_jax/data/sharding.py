@@ -105,7 +105,7 @@ def _written_index(out, sources, wanted, shard_bytes, progress):
     """Write what is missing, and the index last."""
     for left in out.glob(".*.tmp"):
         left.unlink(missing_ok=True)
-    done: dict[str, list] = _unfinished(out).get("done", {})
+    done = _unfinished(out).get("done", {})
     index = {"format": FORMAT, "version": VERSION, **copy.deepcopy(wanted)}
     for split, source in sources.items():
         shards = done.setdefault(split, [])
