@@ -5,6 +5,7 @@ r"""What a million photographs ask of one host: tag rows, file names, the tag cl
     python -m experiments.scale_measurements classifier --count=1000000
     python -m experiments.scale_measurements confusion --count=2000
     python -m experiments.scale_measurements shards --count=200000
+    python -m experiments.scale_measurements stages
 
 Everything is made up in a folder that is removed at the end (--folder names where; 1,000,000 rows of features take 5.2 GB). Each line
 tells seconds, CPU seconds of all threads and the most memory of the process. `shards` also trains an epoch on the records, with a
@@ -12,6 +13,7 @@ small network on images of 32x32, once in one go and once killed and resumed, an
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -24,10 +26,12 @@ import tempfile
 import threading
 import time
 
+import jax
 import numpy as np
 from absl import flags
 from PIL import Image
 
+import lcrf_jax
 from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.tags import read_tag_file
 from lcrf_jax.data.sharding import write_shards
@@ -36,10 +40,15 @@ from lcrf_jax.data.sources.shards import ShardsSource
 from lcrf_jax.machine.progress import say
 from lcrf_jax.metrics import confusion_matrix
 from lcrf_jax.nets import tag_classifier
+from lcrf_jax.nets.inputs import chosen_inputs, square_image
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.digests import params_digest
+from lcrf_jax.train import fit, keeping, preparation
+from lcrf_jax.train.plan import resolved_plan
+from lcrf_jax.train.posteriors import map_posteriors
 
 from . import measuring, reporting
+from .configs import folder as folder_config
 
 _COUNT = flags.DEFINE_integer("count", 1_000_000, "Rows, photographs or records.", lower_bound=1000)
 _FOLDER = flags.DEFINE_string("folder", None, "Where the made-up files lie; by default the folder for temporary files.")
@@ -115,9 +124,11 @@ def classifier(folder, count):
     del pooled
     tag_classifier.STREAMED_ABOVE = 0.0
     pooled = np.load(features, mmap_mode="r")
-    with measured(f"classifier of {count:,} rows"):
-        _, steps, loss = tag_classifier.fit_tag_classifier(pooled, present, l2=0.01)
-    say(f"{steps} steps, loss {loss:.4f}")
+    few = min(count, 50_000)
+    for rows, most in ((count, 3), (few, 200)):
+        with measured(f"classifier of {rows:,} rows, at most {most} steps of L-BFGS"):
+            _, steps, loss = tag_classifier.fit_tag_classifier(pooled[:rows], present[:rows], l2=0.01, max_iterations=most)
+        say(f"  {steps} steps, loss {loss:.4f}")
 
 
 def confusion(folder, count):
@@ -230,7 +241,60 @@ def _last_line(workdir):
         return {}
 
 
-MEASUREMENTS = {function.__name__: function for function in (tags, folder, classifier, confusion, shards)}
+def stages(folder, count):
+    """CPU seconds and operations of what is done for each photograph, with the settings of folder.py."""
+    del count
+    draw, file = np.random.default_rng(0), io.BytesIO()
+    photo = np.asarray(Image.fromarray(draw.integers(0, 256, (38, 50, 3), np.uint8)).resize((500, 375)))
+    Image.fromarray(photo).save(file, "JPEG", quality=90)
+    _each("decode 500x375 and resize", lambda: square_image(np.asarray(Image.open(io.BytesIO(file.getvalue()))), 320), 20, 1)
+    config = folder_config.get_config()
+    config.data.kind, config.data.options, config.data.val_split = "textures", {"num_train": 32}, ""
+    config.cache.directory = str(folder)
+    config.method, config.inference.prior_weight = "mil_ilp", 0.0  # nothing is fitted
+    prepared = preparation.prepare(config.to_dict())
+    plan, variables = prepared.plan, prepared.variables
+    for size in (320, 448):
+        images, options = np.zeros((16, size, size, 3), np.uint8), {"network": plan.network, "guide_stride": None, "taps": plan.network.taps}
+        lowered = chosen_inputs.lower(variables, images, **options)
+        program = lowered.compile()
+        _each(f"backbone at {size}", lambda: jax.block_until_ready(program(variables, images)), 3, 16)  # noqa: B023
+        say(f"  {lowered.cost_analysis()['flops'] / 16e9:.2f} GFLOP, {sum(keeping.view_bytes(plan, variables).values()) / 1e6:.2f} MB of features at 320")
+    step, state, *arguments = fit.first_step(prepared)
+    lowered = step.lower(state, *arguments)
+    program, box = lowered.compile(), [state]
+
+    def stepped():
+        box[0], metrics = program(box[0], *arguments)
+        jax.block_until_ready(metrics)
+
+    _each("train step of mil_ilp without its backbone, features kept", stepped, 3, config.batch_size)
+    say(f"  {lowered.cost_analysis()['flops'] / config.batch_size / 1e9:.2f} GFLOP")
+    given, wide = resolved_plan(folder_config.get_config().to_dict(), CLASSES, np.ones((32, 21), bool)), np.ones((32, 21), bool)
+    grid = given.grid
+    maps = {"class_maps": draw.random((32, grid, grid, 20), np.float32), "peaks": np.ones((32, 20), np.float32),
+            "objectness": draw.random((32, grid, grid), np.float32)}  # fmt: skip
+    squares = np.repeat(square_image(photo, 320)[None], 32, 0)
+    call = functools.partial(map_posteriors, given.config, given.network.stride, squares, wide, maps)
+    _each(f"posteriors of 21 classes on {grid}x{grid} cells", lambda: jax.block_until_ready(call()), 2, 32)
+    model = lcrf_jax.load("animals")
+    for crf in (False, True):
+        _each(f"segmentation of 500x375, 7 classes, {'refined' if crf else 'plain'}", functools.partial(model.segment, photo, crf=crf), 3, 1)
+
+
+def _each(what, call, repetitions, of):
+    """CPU milliseconds of a call, the least of some, after one that compiles."""
+    call()
+    taken = []
+    for _ in range(repetitions):
+        started, used = time.perf_counter(), time.process_time()
+        call()
+        taken.append((time.process_time() - used, time.perf_counter() - started))
+    cpu, wall = min(taken)
+    say(f"{what}: {1e3 * cpu / of:.1f} ms CPU a photograph ({1e3 * wall / of:.1f} ms)")
+
+
+MEASUREMENTS = {function.__name__: function for function in (tags, folder, classifier, confusion, shards, stages)}
 
 
 def main(argv):
