@@ -8,7 +8,7 @@ import sys
 
 from . import beginning
 
-NEEDED = ("absl", "flax", "grain", "jinja2", "ml_collections", "optax", "orbax", "PIL", "safetensors", "tqdm")
+NEEDED = ("absl", "array_record", "flax", "grain", "jinja2", "ml_collections", "optax", "orbax", "PIL", "safetensors", "tqdm")
 
 # One folder under two names: `experiments` in a clone, `lcrf_jax.experiments` in an install. Configurations, those of users
 # too, import the latter, which here is the former.

@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from lcrf_jax.baselines import majority_labels
+from lcrf_jax.data.example import data_identity
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import picture_table
 from lcrf_jax.pictures.report import Sample
@@ -32,7 +33,7 @@ from lcrf_jax.runfolder.description import CheckpointError, check_data, load_des
 from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import METHODS, localisation
-from lcrf_jax.train.splits import checked_split, data_identity, open_data, refuse_shared
+from lcrf_jax.train.splits import checked_split, open_data, refuse_shared
 
 from . import comparison_tables, configuring, measuring, reporting
 from .run_report import common_settings, data_in_words, write_comparison_report

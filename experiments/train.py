@@ -15,12 +15,13 @@ import time
 from absl import flags
 
 from lcrf_jax.data.check import MODES
+from lcrf_jax.data.example import data_identity
 from lcrf_jax.machine.entries import total_line
 from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.description import check_data, check_description
 from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_start
-from lcrf_jax.train.splits import data_identity, open_data
+from lcrf_jax.train.splits import open_data
 
 from . import configuring, reporting
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "estimators": ("estimators", "bias and variance of the gradient estimators"),
     "bench": ("bench", "speed, memory and accuracy on this machine"),
     "weights": ("weights", "check the weights of a backbone, and show what they give"),
+    "shards": ("shards", "write photographs and tags as shards, for data sets of many files"),
     "cache": ("cache", "what is kept on this machine, and removing it"),
     "example-folder": ("example_folder", "write a folder of photographs and tags to try"),
     "build-voc": ("build_voc", "make the data set voc_weak of PASCAL VOC"),

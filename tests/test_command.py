@@ -18,7 +18,7 @@ from lcrf_jax import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = {path.stem: path for path in (ROOT / "experiments").glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")}
-JOBS = {"crf_measurements"}  # it answers to the processes that bench starts
+JOBS = {"crf_measurements", "scale_measurements"}  # it answers to the processes that bench starts; of the project itself
 
 
 def setup():

@@ -91,6 +91,7 @@ def get_config():
 
     config.cache = ConfigDict()
     config.cache.features = True  # keep frozen features on disk; False runs the backbone in every step
+    config.cache.features_gb = 20.0  # features that would take more gigabytes are not kept, and the run says so
     config.cache.directory = ""  # "" is $LCRF_JAX_CACHE or the user's cache folder
 
     config.classifier = ConfigDict()

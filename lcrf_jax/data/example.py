@@ -6,9 +6,11 @@ Everything after this point (views, batches, networks, evaluation) knows sources
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -81,8 +83,22 @@ def about(source: Source) -> str:
       str.
     """
     paths = getattr(source, "paths", ())
-    place = os.path.commonpath([str(path.parent) for path in paths]) if paths else type(source).__name__
+    place = os.path.commonpath([str(path.parent) for path in paths]) if paths else getattr(source, "root", type(source).__name__)
     return f"{place}, {getattr(source, 'split', 'all')}, {len(source)} images"
+
+
+def data_identity(source: Source) -> dict[str, Any]:
+    """What a source has, wherever it lies: two of one identity have the same names, tags and classes.
+
+    Args:
+      source: images; none is opened.
+
+    Returns:
+      dict that JSON can hold: number of "images", and "sha256" of classes, names and tags in order.
+    """
+    digest = hashlib.sha256(json.dumps([list(source.class_names), list(source.names)]).encode())
+    digest.update(np.packbits(np.asarray(source.tags, bool)).tobytes())
+    return {"images": len(source), "sha256": digest.hexdigest()}
 
 
 class PartOfSource:
@@ -99,6 +115,8 @@ class PartOfSource:
         self.names = tuple(source.names[row] for row in self._rows)
         if (paths := getattr(source, "paths", None)) is not None:
             self.paths = tuple(paths[row] for row in self._rows)
+        if hasattr(source, "encoded"):
+            self.encoded = lambda index: source.encoded(int(self._rows[index]))
         self.left_out = getattr(source, "left_out", 0) + len(source) - len(self._rows)
         self.listed_names = getattr(source, "listed_names", source.names)
 

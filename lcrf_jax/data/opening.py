@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcrf_jax.data.example import Source
+from lcrf_jax.data.files.shard_files import has_shards, read_index
 from lcrf_jax.data.options import check_options
 from lcrf_jax.data.parts import SliceOfSource, written_part
 from lcrf_jax.data.sources.lists import there_file
@@ -93,6 +94,8 @@ def open_folder(
             "the source 'folder' needs root=FOLDER, the folder that holds the photographs and tags.csv; "
             "with a configuration: --config.data.root=FOLDER"
         )
+    if has_shards(root):
+        raise ValueError(f"{root} holds shards, and no photographs of their own: use the configuration shards, or data.kind=shards")
     if (Path(root).expanduser() / "ImageSets" / "Segmentation").is_dir() and not any(
         options.get(name) for name in ("tags", "classes", "colours")
     ):
@@ -132,7 +135,36 @@ def open_tfds(
         ) from error
 
 
-SOURCES = {"folder": open_folder, "textures": open_textures, "tfds": open_tfds, "voc": open_voc}
+def open_shards(
+    split: str, *, root: str | os.PathLike | None = None, masks: bool = False, **options: Any
+) -> Source:
+    """A folder of shards, see `lcrf_jax.data.sources.shards.ShardsSource`.
+
+    Args:
+      split: name of a split in the index.
+      root: the folder.
+      masks: whether examples carry masks.
+      **options: further keyword arguments of `ShardsSource`.
+    Returns:
+      The source.
+    Raises:
+      ValueError: if no folder is given, array_record is not installed, or a file is not that of the index.
+      FileNotFoundError: if the index, a shard or the split is missing.
+    """
+    from lcrf_jax.data.sources.shards import ShardsSource
+
+    if not root:
+        raise ValueError(
+            "the source 'shards' needs root=FOLDER, the folder that python -m experiments.shards has written; "
+            "with a configuration: --config.data.root=FOLDER"
+        )
+    try:
+        return ShardsSource(root, split, masks=masks, **options)
+    except ImportError as error:
+        raise ValueError(f"the source 'shards' needs array_record ({error}): pip install '.[train]' in your clone") from error
+
+
+SOURCES = {"folder": open_folder, "shards": open_shards, "textures": open_textures, "tfds": open_tfds, "voc": open_voc}
 
 
 def open_source(
@@ -156,16 +188,18 @@ def open_source(
     if kind not in SOURCES:
         raise ValueError(f"unknown source {kind!r}: expected one of {', '.join(sorted(SOURCES))}{nearest(kind, SOURCES)}")
     check_options(kind, options)
-    part = None if kind in ("folder", "voc") and _has_list(root, split) else written_part(split, of_tfds=kind == "tfds")
+    part = None if _is_named(kind, root, split) else written_part(split, of_tfds=kind == "tfds")
     if part is not None:
         return SliceOfSource(open_source(kind, part.whole, root=root, masks=masks, **options), split, part.rows)
     return SOURCES[kind](split, root=root, masks=masks, **options)
 
 
-def _has_list(root: str | os.PathLike | None, split: str) -> bool:
-    """Whether a folder has a list of this very name, brackets and all."""
-    if not root or "[" not in split:
+def _is_named(kind: str, root: str | os.PathLike | None, split: str) -> bool:
+    """Whether a folder has a list, or its shards a split, of this very name, brackets and all."""
+    if not root or "[" not in split or kind not in ("folder", "voc", "shards"):
         return False
+    if kind == "shards":
+        return split in read_index(root)["splits"]
     folder = Path(root).expanduser()
     lists = folder / "ImageSets" / "Segmentation"
     return os.path.isfile(lists / f"{split}.txt") or folder.is_dir() and there_file(folder, f"{split}.txt") is not None

@@ -8,6 +8,7 @@ from typing import Any
 
 from lcrf_jax.data.sources.folder import FolderSource
 from lcrf_jax.data.sources.listing import scan_folder
+from lcrf_jax.data.sources.shards import ShardsSource
 from lcrf_jax.data.sources.textures import TexturesSource
 from lcrf_jax.data.sources.tfds import TfdsSource
 from lcrf_jax.data.sources.voc import VocSource
@@ -15,7 +16,8 @@ from lcrf_jax.machine.errors import SettingError, nearest
 
 # Where the options of a kind are taken, and what of that is no option.
 _TAKEN_BY = {
-    "folder": (FolderSource, scan_folder), "textures": (TexturesSource,), "tfds": (TfdsSource,), "voc": (VocSource,)
+    "folder": (FolderSource, scan_folder), "shards": (ShardsSource,), "textures": (TexturesSource,), "tfds": (TfdsSource,),
+    "voc": (VocSource,),
 }  # fmt: skip
 _NO_OPTIONS = {"root", "split", "masks", "lists", "options"}
 

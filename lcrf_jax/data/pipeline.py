@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -121,16 +121,24 @@ def prefetched(
     """
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-    return _read_ahead(source, num_threads, range(len(source)) if indices is None else indices)
+    return read_ahead(source.__getitem__, range(len(source)) if indices is None else indices, num_threads)
 
 
-def _read_ahead(source: Source, num_threads: int, indices: Sequence[int]) -> Iterator[Example]:
-    """The generator behind `prefetched`."""
+def read_ahead(function: Callable[[int], Any], indices: Sequence[int], num_threads: int = 2) -> Iterator[Any]:
+    """A function of many numbers in order, ahead in threads.
+
+    Args:
+      function: of one number.
+      indices: the numbers.
+      num_threads: threads; at most twice as many results wait.
+    Returns:
+      A generator of what the function returns. What it raises, comes up at its turn.
+    """
     pool = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="lcrf-read")
     waiting: collections.deque = collections.deque()
     try:
         for index in indices:
-            waiting.append(pool.submit(source.__getitem__, index))
+            waiting.append(pool.submit(function, index))
             if len(waiting) > 2 * num_threads:
                 yield waiting.popleft().result()
         while waiting:

@@ -24,6 +24,10 @@ class TagClassifier(NamedTuple):
     bias: jax.Array
 
 
+STREAMED_ABOVE = 1e9  # bytes of features that are taken into memory at most
+_ROWS_IN_MEMORY = 8192
+
+
 @jax.jit
 def _minimised(start, inputs, targets, l2, max_iterations, tolerance):
     """(parameters, number of steps, loss) after L-BFGS from `start`."""
@@ -57,6 +61,8 @@ def fit_tag_classifier(
 
     While fitting, the features are centred and divided by their standard deviation. The division makes the penalty
     treat every channel alike. The centring does not move the minimum, only the number of steps to it changes.
+    More than a gigabyte of features is read part by part in every step, and may be memory-mapped: then memory does not grow
+    with N.
 
     Args:
       pooled: [N, C] spatially averaged features of the training images.
@@ -74,6 +80,8 @@ def fit_tag_classifier(
     if pooled.ndim != 2 or tags.ndim != 2 or len(pooled) != len(tags) or not pooled.size or tags.shape[1] < 2:
         shapes = f"{pooled.shape} and {tags.shape}"
         raise ValueError(f"expected pooled [N, C] and tags [N, K] with N, C >= 1 and K >= 2, got {shapes}")
+    if pooled.nbytes > STREAMED_ABOVE:
+        return _fitted_by_parts(pooled, np.asarray(tags, bool)[:, 1:], l2, max_iterations, tolerance)
     # In float32 a constant channel would keep a rounding error, and be scaled up to count like the others.
     pooled = np.asarray(pooled, np.float64)
     mean, scale = pooled.mean(axis=0), pooled.std(axis=0) + 1e-6
@@ -86,6 +94,43 @@ def fit_tag_classifier(
     bias = np.asarray(params.bias) - mean @ weights
     classifier = TagClassifier(jnp.asarray(weights, jnp.float32), jnp.asarray(bias, jnp.float32))
     return classifier, int(count), float(value)
+
+
+def _fitted_by_parts(pooled, targets, l2, max_iterations, tolerance):
+    """`fit_tag_classifier` of features that are not in memory: (classifier, number of iterations, final loss)."""
+    from scipy.optimize import minimize  # a requirement of JAX
+
+    parts = [slice(start, start + _ROWS_IN_MEMORY) for start in range(0, len(pooled), _ROWS_IN_MEMORY)]
+    num_rows, num_channels = pooled.shape
+    num_classes = targets.shape[1]
+    mean = sum(pooled[part].sum(axis=0, dtype=np.float64) for part in parts) / num_rows
+    variance = sum(np.square(pooled[part] - mean).sum(axis=0) for part in parts) / num_rows
+    scale = np.sqrt(variance) + 1e-6
+    shift, factor = mean.astype(np.float32), (1 / scale).astype(np.float32)
+
+    def loss_and_gradient(values):
+        params = values.reshape(num_channels + 1, num_classes)
+        weights, bias = params[:-1].astype(np.float32), params[-1].astype(np.float32)
+        loss, gradient = 0.0, np.zeros_like(params)
+        for part in parts:
+            inputs, target = (pooled[part] - shift) * factor, targets[part]
+            logits = inputs @ weights + bias
+            loss += float(np.logaddexp(0, logits).sum(dtype=np.float64) - logits[target].sum(dtype=np.float64))
+            errors = (0.5 * np.tanh(0.5 * logits) + 0.5) - target
+            gradient[:-1] += inputs.T @ errors
+            gradient[-1] += errors.sum(axis=0, dtype=np.float64)
+        gradient /= num_rows * num_classes
+        gradient[:-1] += l2 * params[:-1]
+        return loss / (num_rows * num_classes) + 0.5 * l2 * np.square(params[:-1]).sum(), gradient.ravel()
+
+    rate = np.clip(targets.mean(axis=0), 1e-3, 1 - 1e-3)
+    start = np.concatenate([np.zeros((num_channels, num_classes)), np.log(rate / (1 - rate))[None]])
+    options = {"maxiter": max_iterations, "gtol": tolerance, "ftol": 0.0, "maxcor": 10}
+    found = minimize(loss_and_gradient, start.ravel(), jac=True, method="L-BFGS-B", options=options)
+    params = found.x.reshape(start.shape)
+    weights = params[:-1] / scale[:, None]
+    classifier = TagClassifier(jnp.asarray(weights, jnp.float32), jnp.asarray(params[-1] - mean @ weights, jnp.float32))
+    return classifier, int(found.nit), float(found.fun)
 
 
 def average_precision(scores: ArrayLike, targets: ArrayLike) -> np.ndarray:

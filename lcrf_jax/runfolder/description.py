@@ -119,7 +119,7 @@ def check_data(run_dir: str | os.PathLike, data: Mapping[str, Any]) -> None:
 
     Args:
       run_dir: folder of a run. One of an earlier version does not say what it had.
-      data: dict with "train", see `lcrf_jax.train.splits.data_identity`.
+      data: dict with "train", see `lcrf_jax.data.example.data_identity`.
     Raises:
       CheckpointError: if they differ.
     """

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,15 +12,17 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
-from lcrf_jax.data.example import Source, about
+from lcrf_jax.data.example import PartOfSource, Source, about
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.network import Network
 from lcrf_jax.nets.objectness import objectness
-from lcrf_jax.nets.tag_classifier import TagClassifier, fit_tag_classifier
+from lcrf_jax.nets.tag_classifier import STREAMED_ABOVE, TagClassifier, fit_tag_classifier
 from lcrf_jax.train.features import CachedViews, in_batches, square_batches
 from lcrf_jax.train.spread import no_progress, over_devices
+
+ROWS_IN_MEMORY = 512  # maps of so many images are held at once; what is made of them does not depend on it
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -144,19 +146,24 @@ def class_maps(
         _maps_of_images, (variables, weights), len(source), batch_size, network=network, grid=grid
     )
 
-    def at_size(size):
-        records = square_batches(source, size, rows, progress)
+    def at_size(size, part):
+        records = square_batches(PartOfSource(source, range(*part.indices(len(source)))), size, rows, progress)
         return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
 
     key = {"kind": "class maps and objectness", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
     with cached_arrays(directory, key, len(source), about=about(source)) as cache:
-        if cache.first < len(source):  # all at once
-            plain = in_batches(from_tap, views.tap("s32", 0))
-            mirrored = in_batches(from_tap, views.tap("s32", 1)) if views.num_views > 1 else None
-            every = mean_map(plain, mirrored, [at_size(size) for size in extra_sizes]).astype(np.float16)
+        for start in range(cache.first, len(source), ROWS_IN_MEMORY):
+            part = slice(start, min(start + ROWS_IN_MEMORY, len(source)))
+            plain = in_batches(from_tap, views.tap("s32", 0)[part])
+            mirrored = in_batches(from_tap, views.tap("s32", 1)[part]) if views.num_views > 1 else None
+            every = mean_map(plain, mirrored, [at_size(size, part) for size in extra_sizes]).astype(np.float16)
             cache.write(maps=every[..., :-1], objectness=every[..., -1])
     stored = cache.arrays["maps"]
-    return ClassMaps(stored, np.asarray(stored, np.float32).max(axis=(1, 2)), cache.arrays["objectness"])
+    return ClassMaps(stored, in_batches(_peaks, stored, ROWS_IN_MEMORY), cache.arrays["objectness"])
+
+
+def _peaks(maps):
+    return np.asarray(maps, np.float32).max(axis=(1, 2))
 
 
 class MappedViews:
@@ -226,14 +233,41 @@ def fitted_classifier(
     Returns:
       (TagClassifier, [N, K - 1] float32 logits on the training images), of NumPy arrays.
     """
-    digest = hashlib.sha256(repr(np.asarray(tags, bool).tolist()).encode()).hexdigest()
-    key, tagged = {"kind": "tag classifier", "l2": l2, "tags": digest, **identity}, np.asarray(tags, bool)
+    tagged, digest = np.asarray(tags, bool), hashlib.sha256()
+    for text in written_rows(tagged):
+        digest.update(text.encode())
+    key = {"kind": "tag classifier", "l2": l2, "tags": digest.hexdigest(), **identity}
     with cached_arrays(directory, key, 1, about=f"{len(tagged)} images with {tagged.shape[1] - 1} tags") as cache:
         if not cache.first:
-            pooled = pooled_head(network, variables, s32)
+            pooled = _pooled_rows(network, variables, s32, identity, directory)
             classifier, _, _ = fit_tag_classifier(pooled, tags, l2=l2)
             scores = pooled @ np.asarray(classifier.weights) + np.asarray(classifier.bias)
             made = {**classifier._asdict(), "scores": scores}
             cache.write(**{name: np.asarray(array)[None] for name, array in made.items()})
     kept: dict[str, Any] = {name: np.array(rows[0]) for name, rows in cache.arrays.items()}
     return TagClassifier(kept["weights"], kept["bias"]), kept["scores"]
+
+
+def _pooled_rows(network, variables, s32, identity, directory):
+    """The pooled head of all images: in memory, or on the disk where it is large."""
+    if not len(s32) or len(s32) * pooled_head(network, variables, s32[:1]).nbytes <= STREAMED_ABOVE:
+        return pooled_head(network, variables, s32)
+    with cached_arrays(directory, {"kind": "pooled head", **identity}, len(s32), about=f"{len(s32)} images") as cache:
+        for start in range(cache.first, len(s32), ROWS_IN_MEMORY):
+            cache.write(pooled=pooled_head(network, variables, s32[start : start + ROWS_IN_MEMORY]))
+    return cache.arrays["pooled"]
+
+
+def written_rows(rows: np.ndarray) -> Iterator[str]:
+    """``repr(rows.tolist())`` piece by piece, for a digest: of a million rows the whole is a list of objects and a text.
+
+    Args:
+      rows: [N, K].
+
+    Returns:
+      Iterator over the pieces.
+    """
+    yield "["
+    for start in range(0, len(rows), ROWS_IN_MEMORY):
+        yield (", " if start else "") + repr(rows[start : start + ROWS_IN_MEMORY].tolist())[1:-1]
+    yield "]"

@@ -19,7 +19,7 @@ from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import cell_means
 from lcrf_jax.nets.network import Network
 from lcrf_jax.nets.tag_classifier import TagClassifier
-from lcrf_jax.train.class_maps import ClassMaps
+from lcrf_jax.train.class_maps import ClassMaps, written_rows
 from lcrf_jax.train.features import in_batches, square_batches
 from lcrf_jax.train.spread import no_progress, over_devices
 
@@ -125,7 +125,11 @@ def _gradient_maps(variables, classifier, images, tags, *, network, grid):
 
 
 def _fingerprint(source):
-    return hashlib.sha256(repr((source.fingerprint, source.tags.tolist())).encode()).hexdigest()
+    digest = hashlib.sha256(f"({source.fingerprint!r}, ".encode())
+    for text in written_rows(source.tags):
+        digest.update(text.encode())
+    digest.update(b")")
+    return digest.hexdigest()
 
 
 def median_3x3(maps: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
 from lcrf_jax.data.example import Source, about
-from lcrf_jax.data.pipeline import ViewDataset
+from lcrf_jax.data.pipeline import ImageSubset, ViewDataset
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import chosen_inputs, square_image
 from lcrf_jax.nets.network import Network, feature_identity
@@ -112,6 +112,56 @@ class CachedViews:
     def _rows(self, view):
         count = len(self) // self.num_views
         return slice(view * count, (view + 1) * count)
+
+
+class ComputedViews:
+    """Taps of views that are computed whenever they are read, part by part: what `CachedViews` gives, without a disk.
+
+    Args:
+      views: as for `CachedViews`.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      guide_stride: as for `CachedViews`.
+      batch_size: images that pass the backbone at once on each device.
+      taps: names of the taps that may be read.
+    """
+
+    def __init__(
+        self, views: ViewDataset, network: Network, variables: Mapping[str, Any], *, guide_stride: int | None = None,
+        batch_size: int = 16, taps: Sequence[str],
+    ) -> None:  # fmt: skip
+        self.num_views, self._views = views.num_views, views
+        self._run, self._rows = over_devices(
+            chosen_inputs, (variables,), len(views), batch_size, network=network, guide_stride=guide_stride, taps=tuple(taps)
+        )
+
+    def tap(self, name: str, view: int = 0) -> "ComputedRows":
+        """Features of one tap of all images in the given view, which are computed by slices."""
+        count = len(self._views) // self.num_views
+        return ComputedRows(functools.partial(self._computed, name, view * count), count)
+
+    def _computed(self, name, first, rows):
+        images = ImageSubset(self._views, np.arange(first + rows.start, first + rows.stop), 1)
+        parts = [np.asarray(self._run(batch.image)[0][name])[:count].astype(np.float16) for count, batch in batched(images, self._rows)]
+        return np.concatenate(parts)
+
+
+class ComputedRows:
+    """The rows of an array that are computed when a slice of them is read.
+
+    Args:
+      function: from a slice with a start and an end to an array of so many rows.
+      count: rows in all.
+    """
+
+    def __init__(self, function: Callable[[slice], np.ndarray], count: int) -> None:
+        self._function, self._count = function, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self._function(slice(*rows.indices(self._count)[:2]))
 
 
 def _cached_masks(views, directory, batch_size):

@@ -31,7 +31,7 @@ from lcrf_jax.runfolder.metrics import MetricsWriter
 from lcrf_jax.runfolder.segments import with_segment
 from lcrf_jax.train.beginning import description_before, is_saved, refuse_changes, refuse_moved_rounds
 from lcrf_jax.train.methods import begins_with_posteriors
-from lcrf_jax.train.posteriors import posterior_evidence, posterior_of_maps
+from lcrf_jax.train.posteriors import parts_of_posterior_evidence, parts_of_posterior_of_maps
 from lcrf_jax.train.preparation import Prepared, inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
     TrainState,
@@ -258,13 +258,14 @@ def _evidence_of(prepared, workdir, this, state, done):
     if posterior.get("evidence_weight"):
         identity["evidence"] = config["objective"]["likelihood_options"]["evidence"]
     with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
-        if cache.first < cache.num_records:  # all at once
+        if cache.first < cache.num_records:
             if done != this.first_step:
                 raise ValueError(
                     f"{workdir / 'posteriors'} has no posteriors that round {this.number + 1} was begun with: restore "
                     "the folder and the settings of its rounds, or start again in a new one"
                 )
-            cache.write(evidence=posterior_evidence(prepared, state.params, posterior))
+            for rows in parts_of_posterior_evidence(prepared, state.params, posterior, cache.first):
+                cache.write(evidence=rows)
     return cache.arrays["evidence"]
 
 
@@ -277,7 +278,8 @@ def _first_evidence(prepared, workdir):
     identity = {"round": 0, "posterior": config["posterior"], "evidence": evidence, "maps": params_digest({"peaks": maps.peaks})}
     with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
         if cache.first < cache.num_records:
-            cache.write(evidence=posterior_of_maps(prepared))
+            for rows in parts_of_posterior_of_maps(prepared, cache.first):
+                cache.write(evidence=rows)
     return cache.arrays["evidence"]
 
 

@@ -1,7 +1,7 @@
 """Labels of the training images given their tags: of class maps alone, or of a trained network, for the round after."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,20 @@ BATCH_SIZE = 32  # on each device
 
 
 def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, Any]) -> np.ndarray:
+    """All of `parts_of_posterior_evidence`, in memory.
+
+    Args:
+      prepared, params, settings: see there.
+
+    Returns:
+      [N, g, g, K] float16, >= 0, summing to one over the classes.
+    """
+    return np.concatenate(list(parts_of_posterior_evidence(prepared, params, settings)))
+
+
+def parts_of_posterior_evidence(
+    prepared: Prepared, params: Any, settings: Mapping[str, Any], first: int = 0
+) -> Iterator[np.ndarray]:
     """Mean-field posteriors of the training images under a trained network, given their tags.
 
     The network's log-probabilities of the whole image and of its mirror image are averaged, the logarithm of the class maps'
@@ -34,9 +48,10 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
       params: decoder parameters.
       settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations",
         "unary_weight", "tempering" (the log-posterior is multiplied by it) and, if it is not 0, "evidence_weight".
+      first: image to begin with.
 
     Returns:
-      [N, g, g, K] float16, >= 0, summing to one over the classes.
+      Iterator over arrays [n, g, g, K] float16, >= 0, summing to one over the classes.
     """
     network, views, tags = prepared.network, prepared.views, prepared.train.tags
     stride = prepared.plan.guide_stride
@@ -67,10 +82,22 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
         evidence = _evidence_arrays(prepared, part) if evidence_weight else {}
         return posterior(*inputs(part), whole(tags[part]), whole(evidence))
 
-    return _in_parts(found, len(tags), num_rows, "posteriors")
+    return _in_parts(found, len(tags), num_rows, "posteriors", first)
 
 
 def posterior_of_maps(prepared: Prepared) -> np.ndarray:
+    """All of `parts_of_posterior_of_maps`, in memory.
+
+    Args:
+      prepared: see there.
+
+    Returns:
+      [N, g, g, K] float16, >= 0, summing to one over the classes.
+    """
+    return np.concatenate(list(parts_of_posterior_of_maps(prepared)))
+
+
+def parts_of_posterior_of_maps(prepared: Prepared, first: int = 0) -> Iterator[np.ndarray]:
     """Mean-field posteriors p(z | x, y) of the training images by class maps and the CRF, before there is a network.
 
     The settings are those of `posterior_evidence`, with the logarithm of `class_evidence` in the place of the network's
@@ -78,9 +105,10 @@ def posterior_of_maps(prepared: Prepared) -> np.ndarray:
 
     Args:
       prepared: Prepared, with class maps.
+      first: image to begin with.
 
     Returns:
-      [N, g, g, K] float16, >= 0, summing to one over the classes.
+      Iterator over arrays [n, g, g, K] float16, >= 0, summing to one over the classes.
     """
     tags, settings = prepared.train.tags, prepared.config["posterior"]
     posterior, num_rows = over_devices(
@@ -91,7 +119,7 @@ def posterior_of_maps(prepared: Prepared) -> np.ndarray:
         given = (_guides(prepared, part), tags[part], _evidence_arrays(prepared, part))
         return posterior(*(given if num_rows == BATCH_SIZE else padded_rows(given, num_rows)))
 
-    return _in_parts(found, len(tags), num_rows, "posteriors of class maps")
+    return _in_parts(found, len(tags), num_rows, "posteriors of class maps", first)
 
 
 def map_posteriors(
@@ -117,15 +145,15 @@ def map_posteriors(
     )  # fmt: skip
 
 
-def _in_parts(found, count, num_rows, title):
-    """[N, ...] float16 of a function of a slice of the images."""
-    rows = []
+def _in_parts(found, count, num_rows, title, first):
+    """Arrays [n, ...] float16 of a function of a slice of the images, one after the other."""
     with image_progress(title, count) as done:
-        for start in range(0, count, num_rows):
+        if first:
+            done(first, earlier=True)
+        for start in range(first, count, num_rows):
             stop = min(start + num_rows, count)
-            rows.append(np.asarray(found(slice(start, stop)), np.float16)[: stop - start])
-            done(len(rows[-1]))
-    return np.concatenate(rows)
+            yield np.asarray(found(slice(start, stop)), np.float16)[: stop - start]
+            done(stop - start)
 
 
 def _grid_settings(prepared, settings):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from lcrf_jax.data.example import Source
+from lcrf_jax.data.example import Source, data_identity
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.machine.processes import from_first
 from lcrf_jax.machine.progress import image_progress, say
@@ -17,10 +17,11 @@ from lcrf_jax.nets.weights import hub_commit, image_projection
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train.class_maps import ClassMaps, MappedViews, class_maps, fitted_classifier, pooled_head
 from lcrf_jax.train.cues import classifier_cues, gradient_saliency, image_saliency, read_cues, saliency_rank
-from lcrf_jax.train.features import CachedViews, test_time_features
+from lcrf_jax.train.features import CachedViews, ComputedViews, test_time_features
+from lcrf_jax.train.keeping import CLASSIFIER_TAP, chosen_to_keep
 from lcrf_jax.train.plan import Plan, check_without_data, resolved_plan
 from lcrf_jax.train.settings import check_settings
-from lcrf_jax.train.splits import data_identity, open_data, without_masks
+from lcrf_jax.train.splits import open_data, without_masks
 
 
 class Prepared(NamedTuple):
@@ -68,6 +69,7 @@ class Prepared(NamedTuple):
     def with_config(self, config: dict[str, Any]) -> Self:
         """The same data and features with other settings, of those that do not change them."""
         check_settings(config)
+        config = with_features(config, self.config["cache"]["features"])
         return self._replace(plan=resolved_plan(config, self.train.class_names, self.train.tags))
 
 
@@ -103,17 +105,17 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
         texts, projection = _texts(prepared)
         text_classifier(projection, texts, np.ones((1, len(projection))))
     whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
-    if not config["cache"]["features"]:
-        whole = ViewDataset(whole.source, 1, size)
-    with image_progress("features", len(whole)) as done:
-        cached = CachedViews(
-            whole, network, variables, digest, directory=plan.cache_directory, guide_stride=plan.guide_stride,
-            progress=done, masks=of_images if train.masks and config["cache"]["features"] else None,
-            taps=None if config["cache"]["features"] else ("s32",),
-        )
-    prepared = prepared._replace(views=cached if config["cache"]["features"] else of_images)
-    inputs = plan.inputs
-    if {"class_maps", "tag_classifier", "gradient_saliency", "cues"} & set(inputs):
+    kept = chosen_to_keep(plan, len(train), variables)
+    say(kept.line)
+    config, inputs = with_features(config, kept.features), plan.inputs
+    prepared = prepared._replace(plan=plan._replace(config=config))
+    whole = whole if kept.features else ViewDataset(whole.source, 1, size)
+    of_classifier = {"class_maps", "tag_classifier", "gradient_saliency", "cues"} & set(inputs)
+    if kept.features or of_classifier:
+        cached = _features(prepared, whole, of_images, kept)
+    if kept.features:
+        prepared = prepared._replace(views=cached)
+    if of_classifier:
         prepared = _with_class_maps(prepared, cached, whole.identity)
     if "saliency" in inputs:
         with image_progress("saliency", len(train)) as done:
@@ -125,6 +127,32 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
         ranks = saliency_rank(_gradient_saliency(prepared))
         prepared = prepared._replace(gradient_saliency=np.asarray(ranks, np.float16)[..., None])
     return prepared._replace(cues=_cues(prepared)) if "cues" in inputs else prepared
+
+
+def with_features(config: Mapping[str, Any], kept: bool) -> dict[str, Any]:
+    """A configuration that says whether features are kept.
+
+    Args:
+      config: dict, see `experiments/configs`.
+      kept: what "cache.features" is to be.
+
+    Returns:
+      dict.
+    """
+    return {**config, "cache": {**config["cache"], "features": kept}}
+
+
+def _features(prepared, whole, of_images, kept):
+    """The features of the views, kept on the disk as far as was chosen."""
+    plan, network, variables = prepared.plan, prepared.network, prepared.variables
+    if not kept.classifier_tap:
+        return ComputedViews(whole, network, variables, guide_stride=plan.guide_stride, taps=(CLASSIFIER_TAP,))
+    with image_progress("features", len(whole)) as done:
+        return CachedViews(
+            whole, network, variables, prepared.digest, directory=plan.cache_directory, guide_stride=plan.guide_stride,
+            progress=done, masks=of_images if prepared.train.masks and kept.features else None,
+            taps=None if kept.features else (CLASSIFIER_TAP,),
+        )
 
 
 def _with_class_maps(prepared, cached, views_identity):

@@ -24,6 +24,7 @@ _RANGES = {
     "save_every_steps": (1, True, True),
     "least_steps": (0, True, True),
     "rounds": (1, True, True),
+    "cache.features_gb": (0, True, False),
     "views.num_views": (1, True, True),
     "views.seed": (0, True, True),
     "classifier.l2": (0, True, False),

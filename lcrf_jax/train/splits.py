@@ -1,11 +1,7 @@
 """The splits of the data that a configuration names, looked at before anything is computed from them."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from lcrf_jax.data.check import listed, usable
 from lcrf_jax.data.example import PartOfSource, Source
@@ -150,17 +146,3 @@ def without_masks(config: Mapping[str, Any], train: Source) -> Source:
         return plain
     position = {name: row for row, name in enumerate(plain.names)}
     return PartOfSource(plain, [position[name] for name in train.names])
-
-
-def data_identity(source: Source) -> dict[str, Any]:
-    """What a source has, wherever it lies: two of one identity have the same names, tags and classes.
-
-    Args:
-      source: images; none is opened.
-
-    Returns:
-      dict that JSON can hold: number of "images", and "sha256" of classes, names and tags in order.
-    """
-    digest = hashlib.sha256(json.dumps([list(source.class_names), list(source.names)]).encode())
-    digest.update(np.packbits(np.asarray(source.tags, bool)).tobytes())
-    return {"images": len(source), "sha256": digest.hexdigest()}

@@ -13,12 +13,12 @@ from PIL import Image
 from programs import run
 
 from experiments import comparison_tables
+from lcrf_jax.data.example import data_identity
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.metrics import iou_per_class, mean_iou
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.description import CheckpointError, load_description, save_description
 from lcrf_jax.train.methods import METHODS
-from lcrf_jax.train.splits import data_identity
 
 ARGUMENTS = ("--config=experiments/configs/tiny.py", "--config.data.options.num_train=24", "--config.data.options.num_val=4",
              "--config.network.taps=('head', 's16')", "--config.network.widths=(16, 12)", "--config.class_maps.grid=6",

@@ -12,11 +12,11 @@ from absl import flags
 from programs import SMALL, TINY, assert_refused, run
 
 from experiments import comparison_tables, reporting
+from lcrf_jax.data.example import data_identity
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.metrics import mean_iou
 from lcrf_jax.predict.evaluation import Scores
 from lcrf_jax.runfolder.description import save_description
-from lcrf_jax.train.splits import data_identity
 
 HALVES = ("val[0::2]", "val[1::2]")
 CLASSES = ["background", "ring", "cross"]

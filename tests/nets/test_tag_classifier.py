@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from lcrf_jax.nets import tag_classifier
 from lcrf_jax.nets.tag_classifier import average_precision, fit_tag_classifier
 
 
@@ -39,6 +40,23 @@ def test_the_gradient_vanishes_at_the_result(l2):
     assert max(np.abs(gradient).max() for gradient in gradients) < 2e-5
     assert classifier.weights.shape == (12, 3) and classifier.bias.shape == (3,)
     assert classifier.weights.dtype == classifier.bias.dtype == jnp.float32
+
+
+def test_features_that_are_read_by_parts_give_the_same_classifier(monkeypatch, tmp_path):
+    pooled, tags = random_case(2)
+    whole, _, loss = fit_tag_classifier(pooled, tags, l2=1e-2, tolerance=1e-7)
+    np.save(tmp_path / "pooled.npy", pooled)
+    monkeypatch.setattr(tag_classifier, "STREAMED_ABOVE", 1000)
+    monkeypatch.setattr(tag_classifier, "_ROWS_IN_MEMORY", 64)
+    mapped = np.load(tmp_path / "pooled.npy", mmap_mode="r")
+    parts, num_iterations, loss_of_parts = fit_tag_classifier(mapped, tags, l2=1e-2, tolerance=1e-7)
+    assert 0 < num_iterations < 200
+    np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
+    logits = [pooled @ np.asarray(each.weights) + np.asarray(each.bias) for each in (whole, parts)]
+    np.testing.assert_allclose(*logits, atol=2e-3)
+    assert parts.weights.dtype == parts.bias.dtype == jnp.float32
+    _, most, _ = fit_tag_classifier(mapped, tags, l2=1e-2, max_iterations=3)
+    assert most <= 3
 
 
 def test_equals_the_optimum_found_by_scipy():

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments.configs import tiny
+from lcrf_jax.data.example import data_identity
 from lcrf_jax.data.opening import open_source
 from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.machine.locks import Locked, locked
@@ -15,7 +16,7 @@ from lcrf_jax.runfolder.checkpoints import RunCheckpoints
 from lcrf_jax.runfolder.description import CheckpointError, load_description, save_description
 from lcrf_jax.runfolder.segments import with_segment
 from lcrf_jax.train.beginning import check_start
-from lcrf_jax.train.splits import checked_split, data_identity, open_data
+from lcrf_jax.train.splits import checked_split, open_data
 
 CONFIG = tiny.get_config().to_dict()  # 64 images in batches of 8, two rounds of one epoch: 16 steps
 

@@ -80,18 +80,19 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     return read_turned_image(path)[0]
 
 
-def read_turned_image(path: str | os.PathLike) -> tuple[np.ndarray, int]:
+def read_turned_image(path: str | os.PathLike, content: bytes | None = None) -> tuple[np.ndarray, int]:
     """The photograph of `read_image`, and how it was turned.
 
     Args:
       path: the file.
+      content: its bytes, where they are in memory already; `path` is then what it is called in messages.
     Returns:
       [H, W, 3] uint8, RGB, and the EXIF orientation (1 to 8) that was undone.
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is cut short, or has more than 160 million pixels.
     """
-    with opened(path) as image:
+    with opened(path, content) as image:
         return opened_as_rgb(image, path)
 
 
@@ -143,21 +144,24 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+def opened(path: str | os.PathLike, content: bytes | None = None) -> Iterator[Image.Image]:
     """An image file for a `with` block, its pixels not decoded yet. Errors within the block name the file.
 
     Args:
       path: the file.
+      content: its bytes, where they are in memory already; `path` is then what it is called in messages.
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, is damaged, or has more than 160 million pixels.
     """
     path = Path(path)
-    _check_file(path)
+    if content is None:
+        _check_file(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked below
-            image = Image.open(path, formats=sorted(set(extensions().values())))
+            file = path if content is None else io.BytesIO(content)
+            image = Image.open(file, formats=sorted(set(extensions().values())))
         with image:
             _turn_to_full_page(image)
             if image.width * image.height > MAX_PIXELS:

@@ -103,6 +103,10 @@ class TfdsSource:
         mask = np.asarray(Image.open(io.BytesIO(record[self._mask]))).astype(np.int64)
         return Example(name, image, tags, self._indices(mask, tags, image.shape[:2], name))
 
+    def encoded(self, index: int) -> bytes:
+        """The image file of an example as it is stored."""
+        return bytes(self._records[index][self._image])
+
     @property
     def names(self) -> tuple[str, ...]:
         """Identifiers of the examples, in order; reads all records the first time."""
