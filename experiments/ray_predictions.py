@@ -1,0 +1,338 @@
+"""Prediction by Ray Data, on one machine or a cluster: photographs are decoded in tasks, the network and the CRF run in actors.
+
+Nothing else imports Ray. A batch is one block of Ray's: an actor that dies is started again and does its batch once more, and
+no other. It writes the rows of a batch before its masks, in a file of their own, so that a mask that is there has its row.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import pathlib
+import tempfile
+from typing import NamedTuple
+
+from lcrf_jax.data.files.images import image_size
+from lcrf_jax.machine.errors import UserError, for_users
+from lcrf_jax.machine.locks import locked, own_folder
+
+from .prediction_urls import is_url, place, read_photograph, send
+
+TABLE = "predictions.parquet"
+PARTS = "predictions-parts"
+LARGE_PIXELS = 20_000_000  # a larger photograph is not sent through Ray: the actor reads it
+MOST_RETRIES = 8
+
+
+class Job(NamedTuple):
+    """What an actor needs to know.
+
+    Attributes:
+      out: folder or URL of the masks.
+      class_names: names of the K classes.
+      crf, tile: see `predictions.labelled`.
+      overlays, probabilities: whether these are wanted.
+      facts: more for each row.
+      batch_size: photographs in a batch.
+      threads: cores of an actor; None for all.
+    """
+
+    out: str
+    class_names: tuple[str, ...]
+    crf: bool
+    tile: int | None
+    overlays: bool
+    probabilities: bool
+    facts: dict
+    batch_size: int
+    threads: int | None = None
+
+
+def rows_of(todo, out, tags):
+    """The photographs that are to be done, as rows of Ray.
+
+    Args:
+      todo: pairs of photograph and Outputs.
+      out: place of the masks.
+      tags: dict from photograph to [K] bool, or None.
+
+    Returns:
+      List of dict.
+    """
+    return [{"photo": str(photo), "mask": str(outputs.mask.relative_to(out)), "tags": b"" if tags is None else tags[photo].tobytes()}
+            for photo, outputs in todo]  # fmt: skip
+
+
+def decoded(row):
+    """A row with the pixels of its photograph, or with what is wrong with it. Large ones stay where they are."""
+    height = width = 0
+    with contextlib.suppress(ValueError, OSError):
+        height, width = (0, 0) if is_url(row["photo"]) else image_size(row["photo"])
+    if height * width > LARGE_PIXELS:
+        return {**row, "pixels": b"", "height": 0, "width": 0, "problem": ""}
+    image = read_photograph(row["photo"])
+    if isinstance(image, str):
+        return {**row, "pixels": b"", "height": 0, "width": 0, "problem": image}
+    if image.size > 3 * LARGE_PIXELS:
+        return {**row, "pixels": b"", "height": 0, "width": 0, "problem": ""}
+    return {**row, "pixels": image.tobytes(), "height": image.shape[0], "width": image.shape[1], "problem": ""}
+
+
+class Labeller:
+    """An actor: batches of decoded rows in, masks and rows of the table written, what went wrong out.
+
+    Args:
+      opened: function without arguments that gives (description, parameters) of the run.
+      job: Job.
+    """
+
+    def __init__(self, opened, job):
+        if job.threads is not None:
+            os.environ["NPROC"] = str(job.threads)  # XLA's threads on a CPU
+        from lcrf_jax.machine.cache import default_directory
+        from lcrf_jax.machine.compilation import keep_programs
+        from lcrf_jax.predict.segmenter import make_segmenter
+
+        with contextlib.suppress(OSError):
+            keep_programs(default_directory())
+        self._job, self._out = job, place(job.out)
+        self._segmenter = make_segmenter(*opened())
+
+    def __call__(self, batch):
+        """Label a batch.
+
+        Args:
+          batch: pyarrow.Table of rows from `decoded`.
+
+        Returns:
+          dict of columns: photo, and problem, which is empty where a mask is there.
+        """
+        try:
+            problems = self._labelled(batch.to_pylist())
+        except Exception as error:
+            if for_users(error):  # in one line: where it was raised does not outlive the way to the driver
+                raise UserError(str(error)) from None
+            raise
+        return {"photo": list(problems), "problem": list(problems.values())}
+
+    def _labelled(self, rows):
+        import numpy as np
+
+        from . import predictions
+        from .prediction_plan import outputs_for
+
+        job, problems = self._job, {row["photo"]: row["problem"] for row in rows}
+        images = {}
+        for row in rows:
+            image = _image_of(row)
+            if isinstance(image, str):
+                problems[row["photo"]] = image
+            else:
+                images[row["photo"]] = image
+        good = [row for row in rows if row["photo"] in images]
+        if not good:
+            return problems
+        tags = [np.frombuffer(row["tags"], bool) for row in good] if good[0]["tags"] else None
+        found = list(predictions.labelled(
+            self._segmenter, list(images.values()), tags, crf=job.crf, tile=job.tile, batch_size=job.batch_size
+        ))  # fmt: skip
+        records = [predictions.record_of(row["photo"], row["mask"], labels, confidence, job.class_names, **job.facts)
+                   for row, (labels, confidence, _) in zip(good, found, strict=True)]  # fmt: skip
+        with _written_to(self._out) as (folder, unfinished):
+            write_part(self._out, unfinished, records)
+            for row, (labels, _, log_probs) in zip(good, found, strict=True):
+                outputs = outputs_for(folder, pathlib.Path(row["mask"]), overlays=job.overlays, probabilities=job.probabilities)
+                problem = predictions.write_outputs(
+                    outputs, unfinished, images[row["photo"]], labels, log_probs, np.array(job.class_names)
+                )
+                problems[row["photo"]] = problem or ""
+                if folder is not self._out and not problem:
+                    for path in (*filter(None, outputs[1:]), outputs.mask):
+                        send(path, self._out / path.relative_to(folder).as_posix())
+        return problems
+
+
+def _image_of(row):
+    """The photograph of a row, or what is wrong with it."""
+    import numpy as np
+
+    if row["problem"]:
+        return row["problem"]
+    if not row["height"]:
+        return read_photograph(row["photo"])
+    return np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
+
+
+@contextlib.contextmanager
+def _written_to(out):
+    """(folder that outputs are written to, folder for what is unfinished): those of a URL are written here and sent."""
+    if is_url(out):
+        with tempfile.TemporaryDirectory(prefix="lcrf_jax-") as folder:
+            (pathlib.Path(folder) / "unfinished").mkdir()
+            yield pathlib.Path(folder) / "out", pathlib.Path(folder) / "unfinished"
+    else:
+        with own_folder(out, ".unfinished-") as unfinished:
+            yield out, unfinished
+
+
+def write_part(out, unfinished, records):
+    """Write the rows of a batch as a Parquet file, named for its masks: the same batch once more replaces it.
+
+    Args:
+      out: place of the masks.
+      unfinished: folder on this machine.
+      records: list of dict, see `predictions.record_of`.
+    """
+    name = hashlib.sha256("\n".join(record["mask"] for record in records).encode(errors="surrogatepass")).hexdigest()[:24]
+    _write_table(_as_table(records), unfinished, out / PARTS / f"{name}.parquet")
+
+
+def gathered(out, again):
+    """One table of all parts, without the rows of masks that are about to be made again; the parts are removed.
+
+    Args:
+      out: place of the masks.
+      again: paths of masks within it.
+    """
+    import pyarrow
+    import pyarrow.compute
+    import pyarrow.parquet
+
+    parts = sorted((out / PARTS).glob("*.parquet"), key=str) if (out / PARTS).exists() else []
+    tables = []
+    for path in [out / TABLE, *parts]:
+        if path.exists():
+            with path.open("rb") as file:
+                tables.append(pyarrow.parquet.read_table(file))
+    if not tables:
+        return
+    table = pyarrow.concat_tables(tables)
+    table = table.filter(pyarrow.compute.invert(pyarrow.compute.is_in(table["mask"], pyarrow.array(again, pyarrow.string()))))
+    # Of a mask with two rows the later counts; there are two where a run ended amid `gathered`.
+    last = {mask: at for at, mask in enumerate(table["mask"].to_pylist())}
+    table = table.take(pyarrow.array(sorted(last.values()), pyarrow.int64())).sort_by("mask")
+    with tempfile.TemporaryDirectory(prefix="lcrf_jax-") if is_url(out) else own_folder(out, ".unfinished-") as folder:
+        _write_table(table, pathlib.Path(folder), out / TABLE)
+    for path in parts:
+        path.unlink()
+    if (out / PARTS).exists():
+        (out / PARTS).rmdir()
+
+
+def _as_table(records):
+    import pyarrow
+
+    text, real = pyarrow.string(), pyarrow.float64()
+    classes = pyarrow.list_(pyarrow.struct([("name", text), ("area", real), ("confidence", real)]))
+    schema = pyarrow.schema([("image", text), ("mask", text), ("width", pyarrow.int32()), ("height", pyarrow.int32()), ("classes", classes),
+                             ("confidence", real), ("refined", pyarrow.bool_()), ("tags_used", pyarrow.bool_())])  # fmt: skip
+    rows = [record | {"classes": [{"name": name, **entry} for name, entry in record["classes"].items()]} for record in records]
+    # A file name that is no UTF-8 is told with marks in place of its odd bytes.
+    plain = [{key: value.encode(errors="replace").decode() if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    return pyarrow.Table.from_pylist(plain, schema=schema)
+
+
+def _write_table(table, unfinished, target):
+    import pyarrow.parquet
+
+    from lcrf_jax.machine.files import move_whole, naming
+
+    half = unfinished / "half.parquet"
+    with naming(target):
+        pyarrow.parquet.write_table(table, half)
+        if is_url(target):
+            send(half, target)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            move_whole(half, target)
+
+
+def label_by_ray(rows, run, job, *, workers, cores, quiet):
+    """Label photographs by Ray Data, on the cluster of RAY_ADDRESS or on this machine.
+
+    Args:
+      rows: see `rows_of`.
+      run: (description, parameters).
+      job: Job.
+      workers: number of actors; None for one a GPU or, without GPUs, as many as there are cores for.
+      cores: of each actor, where there is no GPU.
+      quiet: whether to show no progress.
+
+    Returns:
+      dict from photograph to what was wrong with it.
+
+    Raises:
+      UserError: if Ray is not installed, or an actor has met what the user can mend.
+    """
+    ray = started(quiet=quiet)
+    out = place(job.out)
+    here = contextlib.nullcontext() if is_url(out) else locked(out / ".ray.lock")
+    with here:
+        gathered(out, [row["mask"] for row in rows])
+        try:
+            return _labelled_by(ray, rows, run, job, workers, cores)
+        except ray.exceptions.RayError as error:
+            raise _for_users(ray, error) from error
+        finally:
+            ray.shutdown()
+            gathered(out, [])
+
+
+def started(*, quiet):
+    """Ray, connected to a cluster or with one of its own on this machine: no dashboard, and no word to its makers."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise UserError(f"--engine=ray needs Ray ({error}): pip install '.[ray]' in your clone") from error
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=not quiet)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = not quiet
+    return ray
+
+
+def _labelled_by(ray, rows, run, job, workers, cores):
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    actor = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": cores}
+    count = workers or gpus or max(int(resources.get("CPU", 1)) // cores, 1)
+    stored = ray.put(run)
+    done = (
+        ray.data.from_items(rows, override_num_blocks=math.ceil(len(rows) / job.batch_size))
+        # Without GPUs the actors take all cores. Decoding is a small part of the work, and must not wait for one.
+        .map(decoded, num_cpus=1 if gpus else 0, compute=None if gpus else ray.data.TaskPoolStrategy(size=count))
+        .map_batches(
+            Labeller, fn_constructor_args=(_Opened(stored), job._replace(threads=None if gpus else cores)), batch_size=job.batch_size,
+            batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=count), max_task_retries=MOST_RETRIES, **actor,
+        )
+    )  # fmt: skip
+    return {row["photo"]: row["problem"] for row in done.iter_rows() if row["problem"]}
+
+
+class _Opened:
+    """The run, taken from Ray's store by the actor that asks for it."""
+
+    def __init__(self, stored):
+        self._stored = stored
+
+    def __call__(self):
+        import ray
+
+        return ray.get(self._stored)
+
+
+def _for_users(ray, error):
+    """What the user can mend as a UserError; anything else as it is."""
+    chain, cause = [], error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    for cause in reversed(chain):  # the first is Ray's own, with tracebacks in its text
+        if isinstance(cause, UserError):
+            return UserError(str(cause))
+        if isinstance(cause, ray.exceptions.ActorDiedError):
+            return UserError(f"a worker died {MOST_RETRIES + 1} times at the same photographs (is there too little memory for it?): what is "
+                             "done is kept; give it more memory or fewer --workers, and run the same command again")  # fmt: skip
+    return error
