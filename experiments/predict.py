@@ -80,6 +80,7 @@ def join():
     if _ENGINE.value == "ray":
         if flags.FLAGS.distributed or (number, count) != (None, None):
             raise ValueError("--engine=ray shares the photographs by itself: leave out --distributed, --num_processes and --process_id")
+        ray_predictions.check_installed()
         jax.config.update("jax_platforms", "cpu")  # the GPUs are for the workers
     elif number is None and count is None:
         reporting.join_processes()
@@ -121,6 +122,8 @@ def main(argv):
     reporting.no_more_arguments(argv)
     if _TILE.value is not None and _PROBABILITIES.value:
         raise ValueError("--probabilities and --tile do not go together: those of tiles are not kept")
+    if _ENGINE.value != "ray" and any(map(prediction_urls.is_url, [*_IMAGES.value, _OUT.value])):
+        raise ValueError("--images and --out: URLs are read and written with --engine=ray; else give folders of this machine")
     started, out = time.monotonic(), prediction_urls.place(_OUT.value)
     planned = _planned(out)
     if _LIST.value is not None:
@@ -158,8 +161,6 @@ def _planned(out):
     """Pairs of photograph and Outputs, on disks or at URLs."""
     wanted = {"overlays": _OVERLAYS.value, "probabilities": _PROBABILITIES.value}
     urls = [prediction_urls.is_url(pattern) for pattern in _IMAGES.value]
-    if _ENGINE.value != "ray" and (any(urls) or prediction_urls.is_url(out)):
-        raise ValueError("--images and --out: URLs are read and written with --engine=ray; else give folders of this machine")
     if any(urls) and not all(urls):
         raise ValueError("--images: expected folders of this machine or URLs, got both; predict them one after the other")
     training = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)["training"]

@@ -154,7 +154,10 @@ def _on_disk(name):
         return
     with tempfile.TemporaryDirectory(prefix="lcrf_jax-") as folder:
         copy = pathlib.Path(folder, path.name)
-        path.fs.get_file(path.path, str(copy))
+        try:
+            path.fs.get_file(path.path, str(copy))
+        except Exception as error:  # file systems raise errors of every kind
+            raise OSError(f"{name} cannot be read ({error or type(error).__name__})") from error
         yield copy
 
 
@@ -164,12 +167,19 @@ def send(source, target):
     Args:
       source: path of the file.
       target: UPath.
+
+    Raises:
+      OSError: if it cannot be written there.
     """
     files, protocols = target.fs, target.fs.protocol
     whole = bool(_WHOLE & set([protocols] if isinstance(protocols, str) else protocols))
     sent = target if whole else target.with_name(f".{secrets.token_hex(4)}.tmp")
-    files.makedirs(target.parent.path, exist_ok=True)
-    files.put_file(str(source), sent.path)
-    if not whole:
-        files.mv(sent.path, target.path)
+    try:
+        files.makedirs(target.parent.path, exist_ok=True)
+        files.put_file(str(source), sent.path)
+        if not whole:
+            files.mv(sent.path, target.path)
+    except Exception as error:  # file systems raise errors of every kind
+        raise OSError(f"{target} cannot be written ({error or type(error).__name__}); what is done is kept: run the same command "
+                      "again") from error
     source.unlink()

@@ -6,14 +6,17 @@ no other. It writes the rows of a batch before its masks, in a file of their own
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 import os
 import pathlib
 import tempfile
+import warnings
 from typing import NamedTuple
 
 from lcrf_jax.data.files.images import image_size
 from lcrf_jax.machine.errors import UserError, for_users
+from lcrf_jax.machine.files import move_whole, naming
 from lcrf_jax.machine.locks import locked, own_folder
 
 from .prediction_urls import is_url, place, read_photograph, send
@@ -21,7 +24,7 @@ from .prediction_urls import is_url, place, read_photograph, send
 TABLE = "predictions.parquet"
 PARTS = "predictions-parts"
 LARGE_PIXELS = 20_000_000  # a larger photograph is not sent through Ray: the actor reads it
-MOST_RETRIES = 8
+MOST_TRIES = 4  # of a batch whose worker dies each time
 
 
 class Job(NamedTuple):
@@ -57,25 +60,29 @@ def rows_of(todo, out, tags):
       tags: dict from photograph to [K] bool, or None.
 
     Returns:
-      List of dict.
+      List of dict. Names are bytes: Ray takes no text of a file name that is no UTF-8.
     """
-    return [{"photo": str(photo), "mask": str(outputs.mask.relative_to(out)), "tags": b"" if tags is None else tags[photo].tobytes()}
-            for photo, outputs in todo]  # fmt: skip
+    return [{"photo": os.fsencode(str(photo)), "mask": os.fsencode(str(outputs.mask.relative_to(out))),
+             "tags": b"" if tags is None else tags[photo].tobytes()} for photo, outputs in todo]  # fmt: skip
 
 
 def decoded(row):
     """A row with the pixels of its photograph, or with what is wrong with it. Large ones stay where they are."""
-    height = width = 0
+    photo, nothing = os.fsdecode(row["photo"]), {"pixels": b"", "height": 0, "width": 0, "problem": ""}
     with contextlib.suppress(ValueError, OSError):
-        height, width = (0, 0) if is_url(row["photo"]) else image_size(row["photo"])
-    if height * width > LARGE_PIXELS:
-        return {**row, "pixels": b"", "height": 0, "width": 0, "problem": ""}
-    image = read_photograph(row["photo"])
+        if not is_url(photo) and math.prod(image_size(photo)) > LARGE_PIXELS:
+            return {**row, **nothing}
+    image = read_photograph(photo)
     if isinstance(image, str):
-        return {**row, "pixels": b"", "height": 0, "width": 0, "problem": image}
+        return {**row, **nothing, "problem": as_text(image)}
     if image.size > 3 * LARGE_PIXELS:
-        return {**row, "pixels": b"", "height": 0, "width": 0, "problem": ""}
+        return {**row, **nothing}
     return {**row, "pixels": image.tobytes(), "height": image.shape[0], "width": image.shape[1], "problem": ""}
+
+
+def as_text(name):
+    """A text with marks in place of bytes that are no UTF-8."""
+    return name.encode(errors="replace").decode()
 
 
 class Labeller:
@@ -107,13 +114,17 @@ class Labeller:
         Returns:
           dict of columns: photo, and problem, which is empty where a mask is there.
         """
+        rows = [{**row, "photo": os.fsdecode(row["photo"]), "mask": os.fsdecode(row["mask"])} for row in batch.to_pylist()]
         try:
-            problems = self._labelled(batch.to_pylist())
+            with _tried(self._out / PARTS / f"{_name_of(rows)}.tries") as count:
+                problems = self._labelled(rows) if count <= MOST_TRIES else dict.fromkeys(
+                    (row["photo"] for row in rows), f"a worker has died {MOST_TRIES} times at it, or at one of its batch: give workers "
+                    "more memory, or predict the photographs of this list one by one to find it")  # fmt: skip
         except Exception as error:
             if for_users(error):  # in one line: where it was raised does not outlive the way to the driver
                 raise UserError(str(error)) from None
             raise
-        return {"photo": list(problems), "problem": list(problems.values())}
+        return {"photo": list(map(os.fsencode, problems)), "problem": list(map(as_text, problems.values()))}
 
     def _labelled(self, rows):
         import numpy as np
@@ -183,8 +194,27 @@ def write_part(out, unfinished, records):
       unfinished: folder on this machine.
       records: list of dict, see `predictions.record_of`.
     """
-    name = hashlib.sha256("\n".join(record["mask"] for record in records).encode(errors="surrogatepass")).hexdigest()[:24]
-    _write_table(_as_table(records), unfinished, out / PARTS / f"{name}.parquet")
+    _write_table(_as_table(records), unfinished, out / PARTS / f"{_name_of(records)}.parquet")
+
+
+def _name_of(rows):
+    """A name for a batch, the same for the same masks."""
+    masks = "\n".join(row["mask"] for row in rows)
+    return hashlib.sha256(masks.encode(errors="surrogatepass")).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def _tried(path):
+    """How often the work of the block was begun, this time among them; a file keeps count while it is not done."""
+    before = 0
+    with contextlib.suppress(OSError, ValueError):
+        before = int(path.read_text(encoding="utf-8"))
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(before + 1), encoding="utf-8")
+    yield before + 1
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def gathered(out, again):
@@ -195,28 +225,33 @@ def gathered(out, again):
       again: paths of masks within it.
     """
     import pyarrow
-    import pyarrow.compute
     import pyarrow.parquet
 
-    parts = sorted((out / PARTS).glob("*.parquet"), key=str) if (out / PARTS).exists() else []
+    files = list((out / PARTS).glob("*.*")) if (out / PARTS).exists() else []
+    parts = [path for path in files if path.suffix == ".parquet"]
     tables = []
     for path in [out / TABLE, *parts]:
         if path.exists():
             with path.open("rb") as file:
                 tables.append(pyarrow.parquet.read_table(file))
-    if not tables:
-        return
-    table = pyarrow.concat_tables(tables)
+    if tables:
+        _write_gathered(out, pyarrow.concat_tables(tables), again)
+    for path in files:
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (out / PARTS).rmdir()
+
+
+def _write_gathered(out, table, again):
+    import pyarrow
+    import pyarrow.compute
+
     table = table.filter(pyarrow.compute.invert(pyarrow.compute.is_in(table["mask"], pyarrow.array(again, pyarrow.string()))))
     # Of a mask with two rows the later counts; there are two where a run ended amid `gathered`.
     last = {mask: at for at, mask in enumerate(table["mask"].to_pylist())}
     table = table.take(pyarrow.array(sorted(last.values()), pyarrow.int64())).sort_by("mask")
     with tempfile.TemporaryDirectory(prefix="lcrf_jax-") if is_url(out) else own_folder(out, ".unfinished-") as folder:
         _write_table(table, pathlib.Path(folder), out / TABLE)
-    for path in parts:
-        path.unlink()
-    if (out / PARTS).exists():
-        (out / PARTS).rmdir()
 
 
 def _as_table(records):
@@ -228,14 +263,12 @@ def _as_table(records):
                              ("confidence", real), ("refined", pyarrow.bool_()), ("tags_used", pyarrow.bool_())])  # fmt: skip
     rows = [record | {"classes": [{"name": name, **entry} for name, entry in record["classes"].items()]} for record in records]
     # A file name that is no UTF-8 is told with marks in place of its odd bytes.
-    plain = [{key: value.encode(errors="replace").decode() if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    plain = [{key: as_text(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
     return pyarrow.Table.from_pylist(plain, schema=schema)
 
 
 def _write_table(table, unfinished, target):
     import pyarrow.parquet
-
-    from lcrf_jax.machine.files import move_whole, naming
 
     half = unfinished / "half.parquet"
     with naming(target):
@@ -262,13 +295,13 @@ def label_by_ray(rows, run, job, *, workers, cores, quiet):
       dict from photograph to what was wrong with it.
 
     Raises:
-      UserError: if Ray is not installed, or an actor has met what the user can mend.
+      UserError: if an actor has met what the user can mend.
     """
     ray = started(quiet=quiet)
     out = place(job.out)
-    here = contextlib.nullcontext() if is_url(out) else locked(out / ".ray.lock")
-    with here:
-        gathered(out, [row["mask"] for row in rows])
+    lock = out / ".ray.lock"
+    with contextlib.nullcontext() if is_url(out) else locked(lock):
+        gathered(out, [as_text(os.fsdecode(row["mask"])) for row in rows])
         try:
             return _labelled_by(ray, rows, run, job, workers, cores)
         except ray.exceptions.RayError as error:
@@ -276,17 +309,28 @@ def label_by_ray(rows, run, job, *, workers, cores, quiet):
         finally:
             ray.shutdown()
             gathered(out, [])
+            if not is_url(out):
+                lock.unlink(missing_ok=True)
+
+
+def check_installed():
+    """Refuse to begin where Ray is not installed."""
+    try:
+        found = importlib.util.find_spec("ray")
+    except ValueError:  # half an installation
+        found = None
+    if found is None:
+        raise UserError("--engine=ray needs Ray, which is not installed: pip install '.[ray]' in your clone")
 
 
 def started(*, quiet):
     """Ray, connected to a cluster or with one of its own on this machine: no dashboard, and no word to its makers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise UserError(f"--engine=ray needs Ray ({error}): pip install '.[ray]' in your clone") from error
+    import ray
+    import ray.data
+
     if not ray.is_initialized():
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX warns of it; Ray starts programs
         ray.init(include_dashboard=False, log_to_driver=not quiet)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = not quiet
@@ -305,10 +349,10 @@ def _labelled_by(ray, rows, run, job, workers, cores):
         .map(decoded, num_cpus=1 if gpus else 0, compute=None if gpus else ray.data.TaskPoolStrategy(size=count))
         .map_batches(
             Labeller, fn_constructor_args=(_Opened(stored), job._replace(threads=None if gpus else cores)), batch_size=job.batch_size,
-            batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=count), max_task_retries=MOST_RETRIES, **actor,
+            batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=count), **actor,
         )
     )  # fmt: skip
-    return {row["photo"]: row["problem"] for row in done.iter_rows() if row["problem"]}
+    return {os.fsdecode(row["photo"]): row["problem"] for row in done.iter_rows() if row["problem"]}
 
 
 class _Opened:
@@ -333,6 +377,6 @@ def _for_users(ray, error):
         if isinstance(cause, UserError):
             return UserError(str(cause))
         if isinstance(cause, ray.exceptions.ActorDiedError):
-            return UserError(f"a worker died {MOST_RETRIES + 1} times at the same photographs (is there too little memory for it?): what is "
-                             "done is kept; give it more memory or fewer --workers, and run the same command again")  # fmt: skip
+            return UserError("the workers die as they start (is there too little memory?): what is done is kept; start fewer "
+                             "--workers, and run the same command again")  # fmt: skip
     return error
