@@ -78,14 +78,11 @@ class Program:
 
 
 def photographs(folder):
-    """Some of both kinds of scene, of three heights."""
-    few, crowd = (
-        open_source("textures", "val", seed=3, size=size, num_train=1, num_val=NUM_PHOTOGRAPHS // 2 + 1, scene=scene)
-        for size, scene in ((128, "few"), (256, "crowd"))
-    )
+    """Some of three heights."""
+    source = open_source("textures", "val", seed=3, size=128, num_train=1, num_val=NUM_PHOTOGRAPHS)
     folder.mkdir()
     for i in range(NUM_PHOTOGRAPHS):
-        image = (few, crowd)[i % 2][i // 2].image
+        image = source[i].image
         Image.fromarray(image[: image.shape[0] - 16 * (i % 3)]).save(folder / f"{i:05}.jpg", quality=92)
     return folder
 
