@@ -168,11 +168,11 @@ def _planned(out):
         named = functools.partial(prediction_plan.outputs_for, **wanted)
         return prediction_urls.planned_at_urls(_IMAGES.value, out, named)
     with tempfile.TemporaryDirectory() if prediction_urls.is_url(out) else contextlib.nullcontext(out) as folder:
-        patterns = [str(prediction_urls.place(pattern)) for pattern in _IMAGES.value]
+        patterns = [str(prediction_urls.place(name)) if name.startswith("file://") else name for name in _IMAGES.value]
         planned = prediction_plan.planned_outputs(patterns, pathlib.Path(folder), data=training.get("data", {}), **wanted)
     if not prediction_urls.is_url(out):
         return planned
-    return [(photo.absolute(), prediction_plan.outputs_for(out, outputs.mask.relative_to(folder), **wanted)) for photo, outputs in planned]
+    return [(photo, prediction_plan.outputs_for(out, outputs.mask.relative_to(folder), **wanted)) for photo, outputs in planned]
 
 
 def _digest(path):

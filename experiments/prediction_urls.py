@@ -43,7 +43,7 @@ def place(name):
     if name.startswith("file://"):
         return pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(name).path))
     if not is_url(name):
-        return pathlib.Path(name).expanduser()
+        return pathlib.Path(name)
     try:
         from upath import UPath
 

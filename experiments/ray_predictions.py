@@ -7,6 +7,7 @@ no other. It writes the rows of a batch before its masks, in a file of their own
 import contextlib
 import hashlib
 import importlib.util
+import logging
 import math
 import os
 import pathlib
@@ -15,6 +16,7 @@ import warnings
 from typing import NamedTuple
 
 from lcrf_jax.data.files.images import image_size
+from lcrf_jax.machine import signals
 from lcrf_jax.machine.errors import UserError, for_users
 from lcrf_jax.machine.files import move_whole, naming
 from lcrf_jax.machine.locks import locked, own_folder
@@ -62,22 +64,32 @@ def rows_of(todo, out, tags):
     Returns:
       List of dict. Names are bytes: Ray takes no text of a file name that is no UTF-8.
     """
-    return [{"photo": os.fsencode(str(photo)), "mask": os.fsencode(str(outputs.mask.relative_to(out))),
-             "tags": b"" if tags is None else tags[photo].tobytes()} for photo, outputs in todo]  # fmt: skip
+    return [{
+        "photo": os.fsencode(str(photo)), "mask": os.fsencode(str(outputs.mask.relative_to(out))),
+        "at": os.fsencode(str(photo) if is_url(photo) else os.path.abspath(photo)),  # workers are in folders of their own
+        "tags": b"" if tags is None else tags[photo].tobytes(),
+    } for photo, outputs in todo]  # fmt: skip
 
 
 def decoded(row):
     """A row with the pixels of its photograph, or with what is wrong with it. Large ones stay where they are."""
-    photo, nothing = os.fsdecode(row["photo"]), {"pixels": b"", "height": 0, "width": 0, "problem": ""}
+    place_of, nothing = os.fsdecode(row["at"]), {"pixels": b"", "height": 0, "width": 0, "problem": ""}
     with contextlib.suppress(ValueError, OSError):
-        if not is_url(photo) and math.prod(image_size(photo)) > LARGE_PIXELS:
+        if not is_url(place_of) and math.prod(image_size(place_of)) > LARGE_PIXELS:
             return {**row, **nothing}
-    image = read_photograph(photo)
+    image = _read(row)
     if isinstance(image, str):
         return {**row, **nothing, "problem": as_text(image)}
     if image.size > 3 * LARGE_PIXELS:
         return {**row, **nothing}
     return {**row, "pixels": image.tobytes(), "height": image.shape[0], "width": image.shape[1], "problem": ""}
+
+
+def _read(row):
+    """The photograph of a row, or why it cannot be read, in the words of who named it."""
+    place_of = os.fsdecode(row["at"])
+    image = read_photograph(place_of)
+    return image.replace(place_of, os.fsdecode(row["photo"])) if isinstance(image, str) else image
 
 
 def as_text(name):
@@ -114,7 +126,7 @@ class Labeller:
         Returns:
           dict of columns: photo, and problem, which is empty where a mask is there.
         """
-        rows = [{**row, "photo": os.fsdecode(row["photo"]), "mask": os.fsdecode(row["mask"])} for row in batch.to_pylist()]
+        rows = [row | {name: os.fsdecode(row[name]) for name in ("photo", "at", "mask")} for row in batch.to_pylist()]
         try:
             with _tried(self._out / PARTS / f"{_name_of(rows)}.tries") as count:
                 problems = self._labelled(rows) if count <= MOST_TRIES else dict.fromkeys(
@@ -170,7 +182,7 @@ def _image_of(row):
     if row["problem"]:
         return row["problem"]
     if not row["height"]:
-        return read_photograph(row["photo"])
+        return _read(row)
     return np.frombuffer(row["pixels"], np.uint8).reshape(row["height"], row["width"], 3)
 
 
@@ -297,10 +309,10 @@ def label_by_ray(rows, run, job, *, workers, cores, quiet):
     Raises:
       UserError: if an actor has met what the user can mend.
     """
-    ray = started(quiet=quiet)
     out = place(job.out)
     lock = out / ".ray.lock"
     with contextlib.nullcontext() if is_url(out) else locked(lock):
+        ray = started(quiet=quiet)
         gathered(out, [as_text(os.fsdecode(row["mask"])) for row in rows])
         try:
             return _labelled_by(ray, rows, run, job, workers, cores)
@@ -331,7 +343,10 @@ def started(*, quiet):
 
     if not ray.is_initialized():
         warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX warns of it; Ray starts programs
-        ray.init(include_dashboard=False, log_to_driver=not quiet)
+        ray.init(include_dashboard=False, log_to_driver=not quiet, logging_level=logging.WARNING if quiet else logging.INFO)
+        signals.raise_on_termination()  # Ray has its own handler
+    if quiet:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = not quiet
     return ray
@@ -348,7 +363,7 @@ def _labelled_by(ray, rows, run, job, workers, cores):
         # Without GPUs the actors take all cores. Decoding is a small part of the work, and must not wait for one.
         .map(decoded, num_cpus=1 if gpus else 0, compute=None if gpus else ray.data.TaskPoolStrategy(size=count))
         .map_batches(
-            Labeller, fn_constructor_args=(_Opened(stored), job._replace(threads=None if gpus else cores)), batch_size=job.batch_size,
+            Labeller, fn_constructor_args=(_Opened(stored), job._replace(threads=None if gpus else cores)), batch_size=None,  # a block is a batch
             batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=count), **actor,
         )
     )  # fmt: skip
