@@ -124,7 +124,8 @@ class Labeller:
           batch: pyarrow.Table of rows from `decoded`.
 
         Returns:
-          dict of columns: photo, and problem, which is empty where a mask is there.
+          dict of columns: photo; problem, which is empty where a mask is there; ends, whether it is the end of the run: Ray
+          keeps of an error nothing but its traceback.
         """
         rows = [row | {name: os.fsdecode(row[name]) for name in ("photo", "at", "mask")} for row in batch.to_pylist()]
         try:
@@ -133,10 +134,10 @@ class Labeller:
                     (row["photo"] for row in rows), f"a worker has died {MOST_TRIES} times at it, or at one of its batch: give workers "
                     "more memory, or predict the photographs of this list one by one to find it")  # fmt: skip
         except Exception as error:
-            if for_users(error):  # in one line: where it was raised does not outlive the way to the driver
-                raise UserError(str(error)) from None
-            raise
-        return {"photo": list(map(os.fsencode, problems)), "problem": list(map(as_text, problems.values()))}
+            if not for_users(error):
+                raise
+            return _told({rows[0]["photo"]: str(error)}, ends=True)
+        return _told(problems, ends=False)
 
     def _labelled(self, rows):
         import numpy as np
@@ -173,6 +174,10 @@ class Labeller:
                     for path in (*filter(None, outputs[1:]), outputs.mask):
                         send(path, self._out / path.relative_to(folder).as_posix())
         return problems
+
+
+def _told(problems, ends):
+    return {"photo": list(map(os.fsencode, problems)), "problem": list(map(as_text, problems.values())), "ends": [ends] * len(problems)}
 
 
 def _image_of(row):
@@ -316,8 +321,9 @@ def label_by_ray(rows, run, job, *, workers, cores, quiet):
         gathered(out, [as_text(os.fsdecode(row["mask"])) for row in rows])
         try:
             return _labelled_by(ray, rows, run, job, workers, cores)
-        except ray.exceptions.RayError as error:
-            raise _for_users(ray, error) from error
+        except ray.exceptions.ActorDiedError as error:
+            raise UserError("the workers die as they start (is there too little memory?): what is done is kept; start fewer "
+                            "--workers, and run the same command again") from error  # fmt: skip
         finally:
             ray.shutdown()
             gathered(out, [])
@@ -343,7 +349,11 @@ def started(*, quiet):
 
     if not ray.is_initialized():
         warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)  # JAX warns of it; Ray starts programs
-        ray.init(include_dashboard=False, log_to_driver=not quiet, logging_level=logging.WARNING if quiet else logging.INFO)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=not quiet, logging_level=logging.WARNING if quiet else logging.INFO)
+        except Exception as error:  # Ray raises errors of every kind
+            raise UserError(f"Ray does not start, or its cluster cannot be reached ({str(error).splitlines()[0]}): look at RAY_ADDRESS and "
+                            "/tmp/ray/session_latest/logs, and run the same command again") from error  # fmt: skip
         signals.raise_on_termination()  # Ray has its own handler
     if quiet:
         logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -367,7 +377,13 @@ def _labelled_by(ray, rows, run, job, workers, cores):
             batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=count), **actor,
         )
     )  # fmt: skip
-    return {os.fsdecode(row["photo"]): row["problem"] for row in done.iter_rows() if row["problem"]}
+    problems = {}
+    for row in done.iter_rows():
+        if row["ends"]:
+            raise UserError(row["problem"])
+        if row["problem"]:
+            problems[os.fsdecode(row["photo"])] = row["problem"]
+    return problems
 
 
 class _Opened:
@@ -380,18 +396,3 @@ class _Opened:
         import ray
 
         return ray.get(self._stored)
-
-
-def _for_users(ray, error):
-    """What the user can mend as a UserError; anything else as it is."""
-    chain, cause = [], error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    for cause in reversed(chain):  # the first is Ray's own, with tracebacks in its text
-        if isinstance(cause, UserError):
-            return UserError(str(cause))
-        if isinstance(cause, ray.exceptions.ActorDiedError):
-            return UserError("the workers die as they start (is there too little memory?): what is done is kept; start fewer "
-                             "--workers, and run the same command again")  # fmt: skip
-    return error

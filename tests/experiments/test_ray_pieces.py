@@ -37,6 +37,8 @@ def labeller(monkeypatch):
 
     def label(out, rows):
         done = ray_predictions.Labeller(lambda: ({}, {}), JOB._replace(out=str(out)))(Rows(map(ray_predictions.decoded, rows)))
+        if any(done["ends"]):
+            raise ray_predictions.UserError(*done["problem"])
         return dict(zip(map(os.fsdecode, done["photo"]), done["problem"], strict=True))
 
     return label
