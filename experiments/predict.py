@@ -25,8 +25,12 @@ other, only how many they are: --num_processes=4 --process_id=0 and so on, or --
 On a host with GPUs those that SLURM or mpirun has started take one each; by hand, start each with its CUDA_VISIBLE_DEVICES.
 """
 
+import contextlib
+import functools
+import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import jax
@@ -36,15 +40,12 @@ from absl import flags
 from lcrf_jax.machine import processes
 from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
-from lcrf_jax.machine.progress import Progress, say
+from lcrf_jax.machine.progress import VARIABLE, Progress, say
 from lcrf_jax.nets.pretrained import file_digest
-from lcrf_jax.predict.resizing import labels_and_confidence
-from lcrf_jax.predict.segmenter import segment_batch
-from lcrf_jax.predict.tiling import segment_in_tiles
 from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 from lcrf_jax.runfolder.digests import params_digest
 
-from . import prediction_plan, predictions, reporting
+from . import prediction_plan, prediction_urls, predictions, ray_predictions, reporting
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _IMAGES = flags.DEFINE_multi_string("images", None, "File, folder, or pattern in quotes; may be given several times.")
@@ -59,6 +60,9 @@ _SCALES = flags.DEFINE_list("scales", None, "Average over input sizes: factors o
 _MAX_SIDE = flags.DEFINE_integer("max_side", None, "Larger photographs are refined at this longer side.", lower_bound=32)
 _TILE = flags.DEFINE_integer("tile", None, "Segment larger pictures in tiles of this side.", lower_bound=64)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Make all masks anew, whatever is in --out.")
+_ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "What does the work: this process, or Ray on a machine or a cluster.")
+_WORKERS = flags.DEFINE_integer("workers", None, "With --engine=ray: how many; by default one a GPU, or one for --cores.", lower_bound=1)
+_CORES = flags.DEFINE_integer("cores", 1, "With --engine=ray and no GPU: cores of each worker.", lower_bound=1)
 reporting.define_process_flags()
 
 BATCH_SIZE = 8
@@ -73,7 +77,12 @@ def own_process():
 def join():
     """Processes that were given numbers do without each other: one may die and be started again."""
     number, count = flags.FLAGS.process_id, flags.FLAGS.num_processes
-    if number is None and count is None:
+    if _ENGINE.value == "ray":
+        if flags.FLAGS.distributed or (number, count) != (None, None):
+            raise ValueError("--engine=ray shares the photographs by itself: leave out --distributed, --num_processes and --process_id")
+        ray_predictions.check_installed()
+        jax.config.update("jax_platforms", "cpu")  # the GPUs are for the workers
+    elif number is None and count is None:
         reporting.join_processes()
     elif number is None or count is None or number >= count:
         raise ValueError(f"--process_id: expected 0 to --num_processes - 1, got {number} of {count}")
@@ -108,36 +117,15 @@ def changed_inference(inference):
     return changed
 
 
-def labelled(segmenter, images, tags, batch_size):
-    """(labels, confidence, log-probabilities or None) of each image."""
-    in_tiles = [_TILE.value is not None and max(image.shape[:2]) > _TILE.value for image in images]
-    whole = [at for at, tiled in enumerate(in_tiles) if not tiled]
-    results = {}
-    if whole:
-        given = None if tags is None else [tags[at] for at in whole]
-        found = segment_batch(segmenter, [images[at] for at in whole], crf=_CRF.value, batch_size=batch_size, tags=given)
-        results = dict(zip(whole, found, strict=True))
-    for at, image in enumerate(images):
-        if in_tiles[at]:
-            given = None if tags is None else tags[at]
-            yield *segment_in_tiles(
-                segmenter, image, tile=_TILE.value, crf=_CRF.value, tags=given, batch_size=batch_size
-            ), None  # fmt: skip
-        else:
-            log_probs = results.pop(at)
-            yield *labels_and_confidence(log_probs.best_log_probs, log_probs.size), log_probs.best_log_probs
-
-
 def main(argv):
     """Segment every photograph of this process' share."""
     reporting.no_more_arguments(argv)
     if _TILE.value is not None and _PROBABILITIES.value:
         raise ValueError("--probabilities and --tile do not go together: those of tiles are not kept")
-    started, out = time.monotonic(), pathlib.Path(_OUT.value)
-    training = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)["training"]
-    planned = prediction_plan.planned_outputs(
-        _IMAGES.value, out, overlays=_OVERLAYS.value, probabilities=_PROBABILITIES.value, data=training.get("data", {})
-    )
+    if _ENGINE.value != "ray" and any(map(prediction_urls.is_url, [*_IMAGES.value, _OUT.value])):
+        raise ValueError("--images and --out: URLs are read and written with --engine=ray; else give folders of this machine")
+    started, out = time.monotonic(), prediction_urls.place(_OUT.value)
+    planned = _planned(out)
     if _LIST.value is not None:
         planned = prediction_plan.chosen(planned, _LIST.value)
     share = own_share(planned)
@@ -155,7 +143,10 @@ def main(argv):
         say(f"{len(share)} of them are the share of this process")
     if len(todo) < len(share):
         say(f"{len(share) - len(todo)} of these were done before")
-    failures = _predict(todo, out, segmenter, names, tags)
+    if _ENGINE.value == "ray":
+        failures = _predict_by_ray(todo, out, description, params, tags)
+    else:
+        failures = _predict(todo, out, segmenter, names, tags)
     seconds = time.monotonic() - started
     say(f"{len(share) - len(failures)} masks in {out}")
     if len(todo) > len(failures):
@@ -166,29 +157,75 @@ def main(argv):
         sys.exit("\n".join([f"error: {len(failures)} of {len(share)} images could not be done:", *listed]))
 
 
+def _planned(out):
+    """Pairs of photograph and Outputs, on disks or at URLs."""
+    wanted = {"overlays": _OVERLAYS.value, "probabilities": _PROBABILITIES.value}
+    urls = [prediction_urls.is_url(pattern) for pattern in _IMAGES.value]
+    if any(urls) and not all(urls):
+        raise ValueError("--images: expected folders of this machine or URLs, got both; predict them one after the other")
+    training = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)["training"]
+    if any(urls):
+        named = functools.partial(prediction_plan.outputs_for, **wanted)
+        return prediction_urls.planned_at_urls(_IMAGES.value, out, named)
+    with tempfile.TemporaryDirectory() if prediction_urls.is_url(out) else contextlib.nullcontext(out) as folder:
+        patterns = [str(prediction_urls.place(name)) if name.startswith("file://") else name for name in _IMAGES.value]
+        planned = prediction_plan.planned_outputs(patterns, pathlib.Path(folder), data=training.get("data", {}), **wanted)
+    if not prediction_urls.is_url(out):
+        return planned
+    return [(photo, prediction_plan.outputs_for(out, outputs.mask.relative_to(folder), **wanted)) for photo, outputs in planned]
+
+
 def _digest(path):
     return None if path is None else file_digest(path)
 
 
 def _predict(todo, out, segmenter, names, tags):
     """Make the outputs of all photographs that can be read; {path: error} of the others."""
-    failures, batch_size = {}, BATCH_SIZE * jax.local_device_count()
-    facts = {"refined": _CRF.value, "tags_used": tags is not None}
-    if tags is not None:
-        failures |= {photo: f"has no row in {_TAGS.value}; add one" for photo, _ in todo if photo not in tags}
-        todo = [(photo, outputs) for photo, outputs in todo if photo in tags]
+    batch_size, facts = BATCH_SIZE * jax.local_device_count(), _facts(tags)
+    todo, failures = _with_tags(todo, tags)
     with (Progress(len(todo), title="predict") as bar, own_folder(out, ".unfinished-") as unfinished,
           predictions.Records(out, own_process(), todo) as records):  # fmt: skip
         for part, images, unreadable in predictions.batches(todo, batch_size):
             failures |= unreadable
             given = None if tags is None else [tags[photo] for photo in images]
-            results = labelled(segmenter, list(images.values()), given, batch_size)
+            results = predictions.labelled(
+                segmenter, list(images.values()), given, crf=_CRF.value, tile=_TILE.value, batch_size=batch_size
+            )
             for (photo, image), (labels, confidence, log_probs) in zip(images.items(), results):
-                records.write(photo, part[photo], labels, confidence, names, **facts)
+                mask = part[photo].mask.relative_to(out)
+                records.write(predictions.record_of(photo, mask, labels, confidence, names, **facts))
                 problem = predictions.write_outputs(part[photo], unfinished, image, labels, log_probs, np.array(names))
                 failures |= {photo: problem} if problem else {}
             bar.update(num_images=len(part), num_steps=len(part))
     return failures
+
+
+def _predict_by_ray(todo, out, description, params, tags):
+    """The same by Ray."""
+    todo, failures = _with_tags(todo, tags)
+    if not todo:
+        return failures
+    inference = changed_inference(description["inference"])
+    job = ray_predictions.Job(
+        str(out if prediction_urls.is_url(out) else out.absolute()), tuple(description["class_names"]), _CRF.value, _TILE.value,
+        _OVERLAYS.value, _PROBABILITIES.value, _facts(tags), BATCH_SIZE,
+    )  # fmt: skip
+    return failures | ray_predictions.label_by_ray(
+        ray_predictions.rows_of(todo, out, tags), ({**description, "inference": inference}, jax.tree.map(np.asarray, params)), job,
+        workers=_WORKERS.value, cores=_CORES.value, quiet=os.environ.get(VARIABLE) == "quiet",
+    )  # fmt: skip
+
+
+def _facts(tags):
+    return {"refined": _CRF.value, "tags_used": tags is not None}
+
+
+def _with_tags(todo, tags):
+    """(those of the photographs that have tags, {path: error} of the others) where tags are used."""
+    if tags is None:
+        return todo, {}
+    known = [(photo, outputs) for photo, outputs in todo if photo in tags]
+    return known, {photo: f"has no row in {_TAGS.value}; add one" for photo, _ in todo if photo not in tags}
 
 
 if __name__ == "__main__":

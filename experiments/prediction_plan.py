@@ -32,6 +32,15 @@ class Outputs(NamedTuple):
     probabilities: pathlib.Path | None
 
 
+def outputs_for(out, name, *, overlays, probabilities):
+    """The Outputs of a photograph, or of a mask, of this name within `out`."""
+    return Outputs(
+        out / name.with_suffix(".png"),
+        out / "overlays" / name.with_suffix(".jpg") if overlays else None,
+        out / "probabilities" / name.with_suffix(".npz") if probabilities else None,
+    )
+
+
 def planned_outputs(patterns, out, *, overlays, probabilities, data=types.MappingProxyType({})):
     """Pairs of photograph and Outputs, refusing two photographs with one mask, and masks in place of photographs.
 
@@ -68,11 +77,7 @@ def planned_outputs(patterns, out, *, overlays, probabilities, data=types.Mappin
                 f"{taken[mask]} and {path} would both be written to {mask}: predict them one pattern at a time"
             )
         taken[mask] = path
-        outputs.append((path, Outputs(
-            mask,
-            out / "overlays" / name.with_suffix(".jpg") if overlays else None,
-            out / "probabilities" / name.with_suffix(".npz") if probabilities else None,
-        )))  # fmt: skip
+        outputs.append((path, outputs_for(out, name, overlays=overlays, probabilities=probabilities)))
     _refuse_doubles(taken, out)
     return outputs
 

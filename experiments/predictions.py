@@ -15,9 +15,12 @@ from lcrf_jax.data.files.images import MAX_PIXELS, image_size, read_image
 from lcrf_jax.data.files.tags import read_tag_file
 from lcrf_jax.machine.files import move_whole, naming, write_once, write_whole
 from lcrf_jax.pictures.palette import overlay, save_index_png
-from lcrf_jax.predict.resizing import class_statistics
+from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence
+from lcrf_jax.predict.segmenter import segment_batch
+from lcrf_jax.predict.tiling import segment_in_tiles
 
-SETTINGS_FILE = "predictions.json"
+from .prediction_urls import SETTINGS_FILE, is_url
+
 RECORDS = "predictions"
 BATCH_PIXELS = 32_000_000
 _JPEG_SIDE = 65_000  # the format has no larger pictures
@@ -60,6 +63,9 @@ def _stored(path):
 def _store(path, settings, overwrite):
     """Write the settings, unless another process was faster; with overwrite in any case."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_url(path):
+        path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return
     (write_whole if overwrite else write_once)(path, json.dumps(settings, indent=1) + "\n")
 
 
@@ -78,24 +84,15 @@ class Records:
     def __init__(self, out, process, todo):
         number, count = process
         self.path = out / (f"{RECORDS}.jsonl" if count == 1 else f"{RECORDS}.{number}-of-{count}.jsonl")
-        self._out, again = out, {str(outputs.mask.relative_to(out)) for _, outputs in todo}
+        again = {str(outputs.mask.relative_to(out)) for _, outputs in todo}
         if self.path.exists():
             kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if _mask_of(line) not in again | {None}]
             write_whole(self.path, "".join(f"{line}\n" for line in kept))
         with naming(self.path):
             self._file = self.path.open("a", encoding="utf-8")
 
-    def write(self, photo, outputs, labels, confidence, class_names, **facts):
-        """Add the line of a photograph: size, and area and confidence of each class that is there."""
-        counts, sums = class_statistics(labels, confidence, len(class_names))
-        classes = {
-            name: {"area": round(int(count) / labels.size, 6), "confidence": round(float(total) / int(count), 4)}
-            for name, count, total in zip(class_names, counts, sums) if count
-        }  # fmt: skip
-        record = {
-            "image": str(photo), "mask": str(outputs.mask.relative_to(self._out)), "width": labels.shape[1],
-            "height": labels.shape[0], "classes": classes, "confidence": round(float(sums.sum()) / labels.size, 4), **facts,
-        }  # fmt: skip
+    def write(self, record):
+        """Add the line of a photograph, see `record_of`."""
         line = json.dumps(record, ensure_ascii=False)
         if any("\ud800" <= letter <= "\udfff" for letter in line):  # a file name that is no UTF-8
             line = json.dumps(record)
@@ -109,6 +106,61 @@ class Records:
     def __exit__(self, *_):
         with contextlib.suppress(OSError):  # a full disk, which `write` has told of
             self._file.close()
+
+
+def record_of(photo, mask, labels, confidence, class_names, **facts):
+    """What is told of a photograph: its size, and the area and the confidence of each class that is there.
+
+    Args:
+      photo: its path.
+      mask: path of its mask within the folder of masks.
+      labels: [H, W] uint8.
+      confidence: [H, W] float16.
+      class_names: names of the K classes.
+      facts: more of it.
+
+    Returns:
+      dict.
+    """
+    counts, sums = class_statistics(labels, confidence, len(class_names))
+    classes = {
+        name: {"area": round(int(count) / labels.size, 6), "confidence": round(float(total) / int(count), 4)}
+        for name, count, total in zip(class_names, counts, sums) if count
+    }  # fmt: skip
+    return {
+        "image": str(photo), "mask": str(mask), "width": labels.shape[1], "height": labels.shape[0],
+        "classes": classes, "confidence": round(float(sums.sum()) / labels.size, 4), **facts,
+    }  # fmt: skip
+
+
+def labelled(segmenter, images, tags, *, crf, tile, batch_size):
+    """The labels of each image of a batch, in tiles where it is larger than these.
+
+    Args:
+      segmenter: lcrf_jax.predict.segmenter.Segmenter.
+      images: list of [H, W, 3] uint8 RGB.
+      tags: list of [K] bool, the classes that may occur in each, or None.
+      crf: whether to refine.
+      tile: side of the tiles in pixels, or None.
+      batch_size: images that the network sees at once.
+
+    Returns:
+      Iterator of ([H, W] labels, [H, W] confidence, log-probabilities or None).
+    """
+    in_tiles = [tile is not None and max(image.shape[:2]) > tile for image in images]
+    whole = [at for at, tiled in enumerate(in_tiles) if not tiled]
+    results = {}
+    if whole:
+        given = None if tags is None else [tags[at] for at in whole]
+        found = segment_batch(segmenter, [images[at] for at in whole], crf=crf, batch_size=batch_size, tags=given)
+        results = dict(zip(whole, found, strict=True))
+    for at, image in enumerate(images):
+        if in_tiles[at]:
+            given = None if tags is None else tags[at]
+            yield *segment_in_tiles(segmenter, image, tile=tile, crf=crf, tags=given, batch_size=batch_size), None
+        else:
+            log_probs = results.pop(at)
+            yield *labels_and_confidence(log_probs.best_log_probs, log_probs.size), log_probs.best_log_probs
 
 
 def _mask_of(line):
@@ -192,17 +244,19 @@ def _parts(todo, size):
 def _read(pool, part):
     """(images that can be read, {path: error} of the others)."""
 
-    def one(photo):
-        try:
-            return read_image(photo)
-        except (ValueError, OSError) as error:
-            return str(error)
-        except MemoryError:
-            return "there is not enough memory for it; scale it down or cut it into pieces"
-
-    results = {photo: result for (photo, _), result in zip(part, pool.map(one, [photo for photo, _ in part]))}
+    results = {photo: result for (photo, _), result in zip(part, pool.map(image_or_problem, [photo for photo, _ in part]))}
     failures = {photo: result for photo, result in results.items() if isinstance(result, str)}
     return {photo: result for photo, result in results.items() if photo not in failures}, failures
+
+
+def image_or_problem(photo):
+    """A photograph as [H, W, 3] uint8, or a text that says why it cannot be read."""
+    try:
+        return read_image(photo)
+    except (ValueError, OSError) as error:
+        return str(error)
+    except MemoryError:
+        return "there is not enough memory for it; scale it down or cut it into pieces"
 
 
 def known_tags(path, photographs, class_names):

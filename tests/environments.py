@@ -1,8 +1,10 @@
 """New environments of Python, and copies of the clone to install there."""
 
+import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 from programs import ROOT
@@ -21,6 +23,18 @@ def new_environment(folder):
     reached = pip(python, "download", "--quiet", "--no-deps", "--retries=1", f"--dest={folder / 'probe'}", "setuptools")
     if reached.returncode:
         pytest.skip(f"no package index can be reached: {reached.stderr.strip().splitlines()[-1]}")
+    return python
+
+
+def on_top(folder, requirements):
+    """The Python of a new environment that has the packages of this one and those of a file; skips the test where they cannot be had."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "on_top"], check=True)
+    python = folder / "on_top/bin/python"
+    own = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True)
+    pathlib.Path(own.stdout.strip(), "beside.pth").write_text(f"{sysconfig.get_path('purelib')}\n", encoding="utf-8")
+    installed = pip(python, "install", "--quiet", "--no-compile", "-r", requirements)
+    if installed.returncode:
+        pytest.skip(f"the packages of {requirements.name} cannot be installed: {installed.stderr.strip()[-300:]}")
     return python
 
 

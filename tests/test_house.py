@@ -24,6 +24,8 @@ CORE = {"jax", "numpy", "einops"}
 UNDECLARED = {
     "export_onnx.py": {"jax2onnx", "onnxruntime"},  # it has an environment of its own
     "photograph_server.py": {"werkzeug"},  # a part of Flask
+    "prediction_urls.py": {"upath"},  # of the extra ray, which the tests have in an environment of its own
+    "ray_predictions.py": {"ray"},
 }
 TFDS_ALONE = {"voc_weak.py"}  # a data set of TensorFlow Datasets, imported by those who build it
 FORBIDDEN = {"tensorflow", "torch", "torchvision", "keras"}
@@ -201,7 +203,7 @@ def test_nothing_in_the_library_imports_experiments_or_tests():
 
 
 def test_every_import_is_a_declared_dependency():
-    every = declared("train", "tensorboard", "tfds", "superpixels", "hub", "sbd", "export", "demo", "figures", "bench")
+    every = declared("train", "tensorboard", "tfds", "superpixels", "hub", "sbd", "export", "demo", "figures", "bench", "ray")
     for path in [*MODULES, *python_files("experiments")]:
         roots = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
         missing = undeclared(roots, every) - UNDECLARED.get(path.name, set())

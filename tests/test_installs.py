@@ -45,7 +45,7 @@ def test_every_extra_is_listed_on_the_page_of_installs():
 def test_what_tests_need_is_all_but_the_accelerators():
     own = Requirement(next(line for line in extras()["test"] if line.startswith("lcrf_jax")))
     brought = {Requirement(line).name for name in {*own.extras, "test"} for line in extras()[name]}
-    others = set(extras()) - {"cuda", "tpu", "dev", "docs", "lite1", "lite2"}  # weights of other backbones are for those who use them
+    others = set(extras()) - {"cuda", "tpu", "dev", "docs", "lite1", "lite2", "ray"}  # weights of other backbones are for those who use them
     assert brought >= {Requirement(line).name for name in others for line in extras()[name]}
     assert "lcrf_jax[test]" in extras()["dev"]
 
@@ -60,6 +60,12 @@ def of_the_site():
     """The pins of the environment that the documentation is built in, which the tests do not have."""
     text = (ROOT / "docs/tools/requirements.txt").read_text(encoding="utf-8")
     return dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
+
+
+def of_ray():
+    """The pins of the environment that prediction by Ray is tested in."""
+    text = (ROOT / "experiments/ray_requirements.txt").read_text(encoding="utf-8")
+    return dict(re.findall(r"^([\w-]+)(?:\[data\])?==(\S+)$", text, re.MULTILINE)) | {"pyarrow": metadata.version("pyarrow")}
 
 
 def test_there_are_installs_to_look_at():
@@ -93,7 +99,7 @@ def test_the_pinned_versions_are_within_the_ranges_of_the_package(line):
     if line in extras()["lite1"] + extras()["lite2"]:
         assert str(wanted.specifier) == "==0.1.0"  # pinned there, and not installed for the tests
         return
-    pinned = of_the_site() if line in extras()["docs"] else {}
+    pinned = of_the_site() if line in extras()["docs"] else of_ray() if line in extras()["ray"] else {}
     assert wanted.specifier.contains(pinned[wanted.name] if pinned else metadata.version(wanted.name))
 
 

@@ -1,0 +1,109 @@
+"""Photographs and masks at URLs, on the file system of this process' memory: it has one tree for all, and no second process sees it."""
+
+import functools
+import io
+import os
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from test_ray_pieces import labeller  # noqa: F401 - a fixture
+
+from experiments import prediction_urls, predictions, ray_predictions
+from experiments.prediction_plan import outputs_for
+
+pytest.importorskip("upath", reason="the extra ray is tested in an environment of its own, see test_ray.py")
+OUTPUTS = functools.partial(outputs_for, overlays=False, probabilities=False)
+
+
+@pytest.fixture
+def bucket():
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+    return prediction_urls.place("memory://bucket")
+
+
+def put(bucket, *names):
+    for name in names:
+        content = io.BytesIO()
+        Image.new("RGB", (20, 10), "red").save(content, format="PNG")
+        (bucket / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / name).write_bytes(content.getvalue())
+
+
+def planned(patterns, out):
+    found = prediction_urls.planned_at_urls(patterns, out, OUTPUTS)
+    return {str(photo).removeprefix("memory://bucket/"): str(outputs.mask).removeprefix(f"{out}/") for photo, outputs in found}
+
+
+def test_folders_patterns_and_files_are_found_as_on_a_disk(bucket):
+    put(bucket, "photos/a.jpg", "photos/sub/b.png", "photos/notes.txt", "photos/.hidden/c.jpg", "photos/@eaDir/d.jpg", "photos/._e.jpg",
+        "photos/old/predictions.json", "photos/old/f.png", "photos/out/g.png", "other/h.webp")  # fmt: skip
+    out = bucket / "photos/out"
+    assert planned(["memory://bucket/photos"], out) == {"photos/a.jpg": "a.png", "photos/sub/b.png": "sub/b.png"}
+    assert planned(["memory://bucket/photos/sub/*.png"], out) == {"photos/sub/b.png": "b.png"}
+    assert planned(["memory://bucket/photos/a.jpg"], out) == {"photos/a.jpg": "a.png"}
+    assert planned(["memory://bucket/photos", "memory://bucket/other"], bucket / "masks") == {
+        "photos/a.jpg": "photos/a.png", "photos/sub/b.png": "photos/sub/b.png", "photos/out/g.png": "photos/out/g.png",
+        "other/h.webp": "other/h.png"}  # fmt: skip
+
+
+def test_what_cannot_be_is_refused(bucket):
+    put(bucket, "photos/a.jpg", "photos/a.webp", "b.png")
+    with pytest.raises(FileNotFoundError, match="--images: there is no photograph at memory://bucket/none"):
+        planned(["memory://bucket/none"], bucket / "out")
+    with pytest.raises(ValueError, match=r"a\.jpg and .*a\.webp would both be written to .*a\.png"):
+        planned(["memory://bucket/photos"], bucket / "out")
+    with pytest.raises(ValueError, match=r"b\.png would be written over the photograph"):
+        planned(["memory://bucket/b.png"], bucket)
+    with pytest.raises(ValueError, match="nope://bucket cannot be reached .*give a folder, or a URL"):
+        prediction_urls.place("nope://bucket")
+
+
+def test_a_photograph_is_read_and_told_of_by_its_url(bucket):
+    put(bucket, "a.png")
+    (bucket / "b.jpg").write_bytes(b"no image")
+    assert prediction_urls.read_photograph("memory://bucket/a.png").shape == (10, 20, 3)
+    assert prediction_urls.read_photograph("memory://bucket/b.jpg") == "memory://bucket/b.jpg is not an image that Pillow can read"
+    assert prediction_urls.read_photograph("memory://bucket/c.jpg").startswith("memory://bucket/c.jpg cannot be read (")
+
+
+def test_masks_and_rows_come_to_a_url_and_what_is_there_is_not_made_again(bucket, labeller):  # noqa: F811
+    put(bucket, "photos/a.png", "photos/sub/b.png")
+    out, settings = bucket / "masks", {"crf": False}
+    todo = prediction_urls.planned_at_urls(["memory://bucket/photos"], out, OUTPUTS)
+    assert predictions.remaining(todo, out, settings, overwrite=False) == todo
+    problems = labeller(out, ray_predictions.rows_of(todo, out, None))
+    assert set(problems.values()) == {""} and len(problems) == 2
+    ray_predictions.gathered(out, [])
+    assert sorted(bucket.fs.find("/bucket/masks")) == [
+        f"/bucket/masks/{name}" for name in ("a.png", "predictions.json", "predictions.parquet", "sub/b.png")]
+    with (out / "sub/b.png").open("rb") as file, Image.open(file) as mask:
+        assert mask.mode == "P" and (np.asarray(mask) == 1).all()
+    with (out / "predictions.parquet").open("rb") as file:
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    assert [(row["image"], row["mask"]) for row in rows] == [
+        ("memory://bucket/photos/a.png", "a.png"), ("memory://bucket/photos/sub/b.png", "sub/b.png")]
+    assert predictions.remaining(todo, out, settings, overwrite=False) == []
+    (out / "a.png").unlink()
+    assert [str(photo) for photo, _ in predictions.remaining(todo, out, settings, overwrite=False)] == ["memory://bucket/photos/a.png"]
+    with pytest.raises(ValueError, match="holds masks made with crf False and not True"):
+        predictions.remaining(todo, out, {"crf": True}, overwrite=False)
+    assert predictions.remaining(todo, out, {"crf": True}, overwrite=True) == todo
+
+
+def test_what_cannot_be_sent_is_told_with_its_url(bucket, labeller, tmp_path, monkeypatch):  # noqa: F811
+    put(bucket, "a.png")
+    todo = prediction_urls.planned_at_urls(["memory://bucket/a.png"], bucket / "out", OUTPUTS)
+
+    def refuse(*_, **__):
+        raise RuntimeError("403 forbidden")
+
+    monkeypatch.setattr(type(bucket.fs), "put_file", refuse)
+    with pytest.raises(ray_predictions.UserError, match=r"memory://bucket/out/.* cannot be written \(403 forbidden\); what is done is kept"):
+        labeller(bucket / "out", ray_predictions.rows_of(todo, bucket / "out", None))
+    assert os.listdir(tmp_path) == []
