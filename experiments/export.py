@@ -33,14 +33,14 @@ from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import palette
 from lcrf_jax.predict.export import PLATFORMS, exported, image_function
-from lcrf_jax.runfolder.checkpoints import restore_params
+from lcrf_jax.predict.model import trained
 from lcrf_jax.runfolder.compact import load_compact, save_compact
-from lcrf_jax.runfolder.description import FOR_INFERENCE, library_versions, load_description
+from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.runfolder.digests import params_digest
 
 from . import reporting
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, a file of a model, or the name of one that is shipped.")
 _OUT = flags.DEFINE_string("out", None, "File to write; its description is written beside it, as OUT.json.")
 _CRF = flags.DEFINE_bool("crf", False, "Refine by mean field of the dense CRF; needs --size.")
 _SIZE = flags.DEFINE_string("size", None, "HEIGHTxWIDTH of the photographs in pixels; by default any.")
@@ -57,7 +57,7 @@ def main(argv):
         return
     if _CRF.value and size is None:
         raise ValueError("--crf needs --size=HEIGHTxWIDTH: the lattice of the dense CRF has a static shape")
-    description, params = load_description(_CHECKPOINT.value), restore_params(_CHECKPOINT.value)
+    description, params = trained(_CHECKPOINT.value)
     class_names = description["class_names"]
     function = image_function(description, params, crf=_CRF.value)
     try:
@@ -90,7 +90,7 @@ def write_compact(checkpoint, out):
     """Write the small file, read it back, and say what its float16 changes."""
     if out.suffix != ".npz" or _CRF.value or _SIZE.value:
         raise ValueError("--compact: expected --out=NAME.npz, without --crf and --size: the file holds what was trained, and who loads it chooses")
-    description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)
+    description, params = trained(checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     size = save_compact(out, description, params)
     images = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), np.uint8)

@@ -42,12 +42,12 @@ from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import VARIABLE, Progress, say
 from lcrf_jax.nets.pretrained import file_digest
-from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
+from lcrf_jax.predict.model import described
 from lcrf_jax.runfolder.digests import params_digest
 
 from . import prediction_plan, prediction_urls, predictions, ray_predictions, reporting
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, a file of a model, or the name of one that is shipped.")
 _IMAGES = flags.DEFINE_multi_string("images", None, "File, folder, or pattern in quotes; may be given several times.")
 _LIST = flags.DEFINE_string("list", None, "Text file: only these of --images, one a line.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the masks; made if it is not there.")
@@ -163,7 +163,7 @@ def _planned(out):
     urls = [prediction_urls.is_url(pattern) for pattern in _IMAGES.value]
     if any(urls) and not all(urls):
         raise ValueError("--images: expected folders of this machine or URLs, got both; predict them one after the other")
-    training = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)["training"]
+    training = described(_CHECKPOINT.value)["training"]
     if any(urls):
         named = functools.partial(prediction_plan.outputs_for, **wanted)
         return prediction_urls.planned_at_urls(_IMAGES.value, out, named)

@@ -18,7 +18,7 @@ from lcrf_jax.pictures.palette import bright_palette, overlay, save_index_png
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.compact import SHIPPED, load_compact, shipped_models
+from lcrf_jax.runfolder.compact import SHIPPED, compact_description, load_compact, shipped_models
 from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 
@@ -172,6 +172,38 @@ def trained(checkpoint: str | os.PathLike, *, which: str = "best") -> tuple[dict
       lcrf_jax.runfolder.description.CheckpointError: as `load`.
       ValueError: as `load`.
     """
+    given = _place(checkpoint)
+    if _is_file(given):
+        return load_compact(given)
+    description, params = load_description(given, needed=FOR_INFERENCE), restore_params(given)
+    if which != "best":  # the newest state has what is trained alone
+        params = {**params, "decoder": restore_params(given, which)}
+    return description, params
+
+
+def described(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """The description of what was trained alone, from all that `load` takes.
+
+    Args:
+      checkpoint: as for `load`.
+
+    Returns:
+      dict, see `lcrf_jax.runfolder.description`.
+
+    Raises:
+      FileNotFoundError: as `load`.
+      lcrf_jax.runfolder.description.CheckpointError: as `load`.
+    """
+    given = _place(checkpoint)
+    return compact_description(given) if _is_file(given) else load_description(given, needed=FOR_INFERENCE)
+
+
+def _is_file(given):
+    return given.is_file() or given.suffix == ".npz"
+
+
+def _place(checkpoint):
+    """The folder or file that is meant."""
     given = pathlib.Path(checkpoint).expanduser()
     if not given.exists() and str(checkpoint) in shipped_models():
         given = SHIPPED / f"{checkpoint}.npz"
@@ -181,12 +213,7 @@ def trained(checkpoint: str | os.PathLike, *, which: str = "best") -> tuple[dict
             f"{checkpoint}: there is no such folder or file, and no model of this name comes with the package (those that do: {shipped})"
             f"{nearest(str(checkpoint), shipped_models())}"
         )
-    if given.is_file() or given.suffix == ".npz":
-        return load_compact(given)
-    description, params = load_description(checkpoint, needed=FOR_INFERENCE), restore_params(checkpoint)
-    if which != "best":  # the newest state has what is trained alone
-        params = {**params, "decoder": restore_params(checkpoint, which)}
-    return description, params
+    return given
 
 
 def as_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:

@@ -91,17 +91,7 @@ def load_compact(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
         with.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            description = json.loads(stored[_DESCRIPTION].tobytes())
-            leaves = {name: stored[name].astype(np.float32) for name in stored.files if name != _DESCRIPTION}
-        missing = [name for name in (*FOR_INFERENCE, "backbone_sha256") if name not in description]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise CheckpointError(f"{path}: expected a model as experiments.export --compact writes it, cannot read it as one ({error})") from error
-    if missing:
-        raise CheckpointError(f"{path}: the description has no {', '.join(missing)}; write the file anew")
+    description, leaves = _stored(path, with_arrays=True)
     variables, digest = backbone_variables(description["network"], description["training"].get("weights", ""))
     if digest != description["backbone_sha256"]:
         raise CheckpointError(
@@ -109,3 +99,36 @@ def load_compact(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any
             f"are {digest[:12]}; install the package of requirements.txt"
         )
     return description, {_BACKBONE: variables, **nested(leaves)}
+
+
+def compact_description(path: str | os.PathLike) -> dict[str, Any]:
+    """The description of a model of `save_compact`, without its arrays.
+
+    Args:
+      path: the file.
+
+    Returns:
+      dict.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      CheckpointError: if the file is no such model or damaged.
+    """
+    return _stored(pathlib.Path(path), with_arrays=False)[0]
+
+
+def _stored(path, with_arrays):
+    """(description, arrays) of a file; without the arrays where they are not wanted."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            description = json.loads(stored[_DESCRIPTION].tobytes())
+            names = [name for name in stored.files if name != _DESCRIPTION] if with_arrays else []
+            leaves = {name: stored[name].astype(np.float32) for name in names}
+        missing = [name for name in (*FOR_INFERENCE, "backbone_sha256") if name not in description]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path}: expected a model as experiments.export --compact writes it, cannot read it as one ({error})") from error
+    if missing:
+        raise CheckpointError(f"{path}: the description has no {', '.join(missing)}; write the file anew")
+    return description, leaves

@@ -30,6 +30,18 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_a_model_that_comes_with_the_package_is_named(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(image).save(tmp_path / "photos/one.png")
+    ended = run("predict", "--checkpoint=animals", f"--images={tmp_path / 'photos'}", f"--out={tmp_path / 'masks'}", "--nooverlays")
+    assert ended.code == 0 and "1 cat" in ended.out, ended.err
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "masks/one.png")), lcrf_jax.load("animals").segment(image, crf=False).labels)
+    ended = run("predict", "--checkpoint=animal", f"--images={tmp_path / 'photos'}", f"--out={tmp_path / 'others'}")
+    assert_refused(ended, "animal: there is no such folder or file.*did you mean 'animals'")
+
+
+@pytest.mark.slow
 def test_predict_writes_a_palette_png_for_every_photograph(checkpoint, tmp_path):
     images = tmp_path / "photos"
     (images / "sub").mkdir(parents=True)
