@@ -185,10 +185,19 @@ class Block(nn.Module):
 
 
 def _attention(taken, heads):
-    queries, keys, values = rearrange(taken, "b n (kind h d) -> kind b h n d", kind=3, h=heads)
-    scores = jnp.einsum("bhnd,bhmd->bhnm", queries, keys).astype(jnp.float32) / np.sqrt(queries.shape[-1])
-    weights = jax.nn.softmax(scores).astype(values.dtype)
-    return rearrange(jnp.einsum("bhnm,bhmd->bhnd", weights, values), "b h n d -> b n (h d)")
+    queries, keys, values = rearrange(taken, "b n (kind h d) -> kind h b n d", kind=3, h=heads)
+    # On a CPU one head after the other: the scores of one stay in the cache, those of all do not.
+    attended = jax.lax.platform_dependent(queries, keys, values, cpu=_each_head, default=jax.vmap(_of_head))
+    return rearrange(attended, "h b n d -> b n (h d)")
+
+
+def _each_head(queries, keys, values):
+    return jax.lax.map(lambda head: _of_head(*head), (queries, keys, values))
+
+
+def _of_head(queries, keys, values):
+    scores = jnp.einsum("bnd,bmd->bnm", queries, keys).astype(jnp.float32) / np.sqrt(queries.shape[-1])
+    return jnp.einsum("bnm,bmd->bnd", jax.nn.softmax(scores).astype(values.dtype), values)
 
 
 class VisionTransformer(nn.Module):
