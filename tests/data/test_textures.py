@@ -176,7 +176,7 @@ def test_index_out_of_range_ends_iteration():
 
 
 def test_unknown_kind_and_wrong_root():
-    with pytest.raises(ValueError, match="folder, textures"):
+    with pytest.raises(ValueError, match="folder, shards, textures"):
         open_source("texture", "train")
     with pytest.raises(ValueError, match="leave root out"):
         open_source("textures", "train", root="/data")
