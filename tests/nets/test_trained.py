@@ -114,6 +114,7 @@ def test_gradients_are_those_of_the_whole_network():
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), decoder, by_decoder)
 
 
+@pytest.mark.slow
 def test_the_backbone_has_a_rate_of_its_own():
     options = {"learning_rate": 0.1, "num_steps": 9, "warmup_steps": 0, "final_share": 0.1, "weight_decay": 0.5, "clip_norm": 1e9}
     params = {"logits": np.full(2, 2.0, np.float32), PART: {"s16": np.full(2, 2.0, np.float32)}}

@@ -28,6 +28,7 @@ def choice(config, num_images):
     return keeping.chosen_to_keep(plan, num_images, variables), keeping.view_bytes(plan, variables)
 
 
+@pytest.mark.slow
 def test_what_is_kept_follows_from_the_bytes_and_the_line_says_why(cache, monkeypatch):
     monkeypatch.setattr(keeping, "seconds_an_image", lambda plan, variables: 0.09)
     config = small_config(cache)
