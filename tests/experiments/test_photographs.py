@@ -59,7 +59,7 @@ def test_masks_overlays_and_lines_of_all_60(ended):
 def test_the_report_has_both_scores_and_all_that_the_page_says(ended):
     folder, found = ended
     text = (folder / "runs" / "photos" / "report.html").read_text(encoding="utf-8")
-    for part in ("Worst", "Best", "truth", "refined prediction", "Intersection over union", "Confusion", "loss", "settings",
+    for part in ("Worst", "Best", "truth", ">refined<", "Intersection over union", "Confusion", "loss", "settings",
                  "image tags for training, no tags at test time", "mIoU, network", "mIoU, refined"):  # fmt: skip
         assert part in text, part
     shown = f"{100 * float(found['evaluate'].last_line.split()[1]):.1f} %"
