@@ -72,7 +72,7 @@ def test_a_program_says_what_is_missing(tmp_path):
     code = textwrap.dedent(REFUSE) + "import runpy\nrunpy.run_module('experiments.train', run_name='__main__')"
     ended = python(sys.executable, code, tmp_path, PYTHONPATH=str(ROOT))
     assert ended.returncode == 1 and ended.stdout == ""
-    assert ended.stderr.startswith("error: the programs need absl, flax, ")
+    assert ended.stderr.startswith("error: the programs need absl, array_record, flax, ")
     assert ended.stderr.endswith(": pip install '.[train]' in your clone\n") and ended.stderr.count("\n") == 1
 
 
