@@ -118,10 +118,7 @@ def left_out(source):
 def main(argv):
     """Read, describe, and end with the verdict."""
     reporting.no_more_arguments(argv)
-    config = _CONFIG.value
-    if _DATA.value is not None:
-        config.data.root = _DATA.value
-    config = reporting.plain_settings(config)
+    config = reporting.plain_settings(_CONFIG.value, root=_DATA.value)
     sources, problems = opened_splits(config)
     splits = read_splits(sources)
     if splits:

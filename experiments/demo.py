@@ -4,8 +4,9 @@ r"""A page on this machine where one drops a photograph and sees its mask.
     python -m experiments.demo --checkpoint=RUN
     python -m experiments.demo --checkpoint=animals --examples=PHOTOGRAPHS
 
-The first serves a run of yours, the second the model that comes with the package. Then open http://127.0.0.1:8000. Nothing but this machine can reach the page unless --host says otherwise; there is no
-password, so choose another host only in a network that you trust. Photographs stay in memory and are not kept.
+The first serves a run of yours, the second the model that comes with the package. Then open http://127.0.0.1:8000. Nothing but
+this machine can reach the page unless --host says otherwise; there is no password, so choose another host only in a network that
+you trust. Photographs stay in memory and are not kept.
 
 The page answers to numerical addresses, to localhost and, with --host=0.0.0.0, to the names of this machine. Where it is
 called by another name, of a proxy perhaps, --allow_host=NAME admits that.

@@ -155,8 +155,10 @@ def run_folder(value, flag="workdir"):
     return pathlib.Path(value).expanduser()
 
 
-def plain_settings(config):
-    """A configuration as a plain dict; refuses names that nothing knows and numbers that cannot be."""
+def plain_settings(config, *, root=None):
+    """A configuration as a plain dict, of the data in `root` if that is given; refuses unknown names and impossible numbers."""
+    if root is not None:
+        config.data.root = root
     settings = config.to_dict()
     check_names(settings, base.get_config().to_dict())
     check_settings(settings)

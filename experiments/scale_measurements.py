@@ -32,7 +32,7 @@ from absl import flags
 from PIL import Image
 
 import lcrf_jax
-from lcrf_jax.data.example import tag_vector
+from lcrf_jax.data.example import Example, tag_vector
 from lcrf_jax.data.files.tags import read_tag_file
 from lcrf_jax.data.sharding import write_shards
 from lcrf_jax.data.sources.listing import scan_folder
@@ -168,7 +168,8 @@ class MadeUp:
         return self.files[index % len(self.files)]
 
     def __getitem__(self, index):
-        raise NotImplementedError
+        image = np.asarray(Image.open(io.BytesIO(self.encoded(index))).convert("RGB"))
+        return Example(self.names[index], image, self.tags[index], None)
 
 
 def shards(folder, count):
@@ -194,17 +195,15 @@ def shards(folder, count):
 def _run(folder, name, last_step, kill_at=None):
     """Train as a program of its own; the memory at some shares of the steps."""
     settings = {
-        "method": "mil_ilp", "data.kind": "shards", "data.root": folder / "shards", "data.options": {}, "data.val_split": "",
-        "cache.features_gb": 0.0, "cache.directory": folder / "cache", "epochs": (1,), "rounds": 1, "batch_size": BATCH,
-        "input_size": 32, "views.num_views": 2, "network.taps": ("head", "s16"), "network.widths": (16, 12),
-        "log_every_steps": 5, "save_every_steps": 100, "inference.input_sizes": (32,), "class_maps.extra_sizes": (), "network.backbone": "small",
+        "method": "mil_ilp", "data.kind": "shards", "data.root": str(folder / "shards"), "data.val_split": "",
+        "cache.features_gb": 0.0, "cache.directory": str(folder / "cache"), "epochs": (1,), "rounds": 1, "batch_size": BATCH,
+        "input_size": 32, "views.num_views": 2, "network.taps": ("head", "s16"), "network.widths": (16, 12), "network.backbone": "small",
+        "log_every_steps": 5, "save_every_steps": 100, "inference.input_sizes": (32,), "class_maps.extra_sizes": (),
     }  # fmt: skip
     path = folder / "settings.py"
     path.write_text(
-        "from lcrf_jax.experiments.configs import base\nfrom pathlib import PosixPath\n\n\ndef get_config():\n    config = base.get_config()\n"
-        f"    config.data.options = base.options()\n    for name, value in {settings!r}.items():\n"
-        "        if name != 'data.options':\n            config.update_from_flattened_dict({name: str(value) if isinstance(value, PosixPath) else value})\n"
-        "    return config\n",
+        "from lcrf_jax.experiments.configs import base\n\n\ndef get_config():\n    config = base.get_config()\n"
+        f"    config.data.options = base.options()\n    config.update_from_flattened_dict({settings!r})\n    return config\n",
         encoding="utf-8",
     )
     command = [sys.executable, "-m", f"{__package__}.train", f"--config={path}", f"--workdir={folder / name}", "--progress=quiet"]

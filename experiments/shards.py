@@ -53,10 +53,7 @@ def sources_of(config) -> dict[str, Source]:
 def main(argv):
     """Write, and tell what there is."""
     reporting.no_more_arguments(argv)
-    config = _CONFIG.value
-    if _DATA.value is not None:
-        config.data.root = _DATA.value
-    sources = sources_of(reporting.plain_settings(config))
+    sources = sources_of(reporting.plain_settings(_CONFIG.value, root=_DATA.value))
     with image_progress("shards", sum(map(len, sources.values()))) as done:
         index = write_shards(sources, _OUT.value, shard_bytes=round(_MEGABYTES.value * 1e6), progress=done)
     for split, about in index["splits"].items():

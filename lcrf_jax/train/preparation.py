@@ -101,9 +101,7 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
         check(prepared.description())
     if "cues" in plan.inputs and config["baselines"]["cues"]["file"]:
         _cues(prepared)  # a file that cannot be used is told before anything is computed
-    if plan.texts_file:
-        texts, projection = _texts(prepared)
-        text_classifier(projection, texts, np.ones((1, len(projection))))
+    texts = _texts(prepared) if plan.texts_file else None
     whole = ViewDataset(without_masks(config, train), size=size, **config["views"])
     kept = chosen_to_keep(plan, len(train), variables)
     say(kept.line)
@@ -116,7 +114,7 @@ def prepare(config: dict[str, Any], *, check: Callable[[dict[str, Any]], object]
     if kept.features:
         prepared = prepared._replace(views=cached)
     if of_classifier:
-        prepared = _with_class_maps(prepared, cached, whole.identity)
+        prepared = _with_class_maps(prepared, cached, whole.identity, texts)
     if "saliency" in inputs:
         with image_progress("saliency", len(train)) as done:
             saliency = image_saliency(
@@ -155,13 +153,13 @@ def _features(prepared, whole, of_images, kept):
         )
 
 
-def _with_class_maps(prepared, cached, views_identity):
-    """With the tag classifier, and with its maps where they are needed."""
+def _with_class_maps(prepared, cached, views_identity, texts):
+    """With the tag classifier, of texts or fitted, and with its maps where they are needed."""
     config, train, network, variables = prepared.config, prepared.train, prepared.network, prepared.variables
     features = {**_backbone_identity(prepared), "views": views_identity}
     # Hosts of different kinds would differ in the last bits.
-    if prepared.plan.texts_file:
-        made = _classifier_of_texts(prepared, cached.tap("s32"))
+    if texts is not None:
+        made = _classifier_of_texts(prepared, cached.tap("s32"), *texts)
     else:
         made = fitted_classifier(
             network, variables, cached.tap("s32"), train.tags, l2=config["classifier"]["l2"], identity=features,
@@ -181,14 +179,15 @@ def _with_class_maps(prepared, cached, views_identity):
 
 
 def _texts(prepared):
-    """The vectors of the class names, and the projection of the features to them."""
+    """The vectors of the class names, and the projection of the features to them; refused if they do not fit each other."""
     texts = read_texts(prepared.plan.texts_file, prepared.train.class_names)
-    return texts, image_projection(prepared.network.description["backbone"], prepared.config.get("weights", ""))
+    projection = image_projection(prepared.network.description["backbone"], prepared.config.get("weights", ""))
+    text_classifier(projection, texts, np.ones((1, len(projection))))
+    return texts, projection
 
 
-def _classifier_of_texts(prepared, s32):
+def _classifier_of_texts(prepared, s32, texts, projection):
     """The tag classifier of the class names' texts, and its logits on the training images."""
-    texts, projection = _texts(prepared)
     pooled = pooled_head(prepared.network, prepared.variables, s32)
     classifier = text_classifier(projection, texts, pooled)
     further = f"; further texts: {', '.join(texts.other_names)}" if texts.other_names else ""
