@@ -1,6 +1,6 @@
 """Time and memory of a forward pass of every backbone, beside PyTorch's of the same network.
 
-    PYTHONPATH=. .venv/bin/python docs/backbone_times.py compare "torch_env/bin/python docs/backbone_times.py" [PART OF A NAME]
+    OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. .venv/bin/python docs/backbone_times.py compare "torch_env/bin/python docs/backbone_times.py" [PART OF A NAME]
 
 prints the table of docs/backbones.md. Two processes, of PyTorch (see docs/parity.py) and of this project, are asked in turns; numbers are random.
 Wall and CPU seconds are each the least of all turns; memory is by how much the process grows in its first pass, compiled before.

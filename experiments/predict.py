@@ -37,12 +37,14 @@ import jax
 import numpy as np
 from absl import flags
 
+from lcrf_jax.data.pipeline import one_ahead
 from lcrf_jax.machine import processes
 from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import VARIABLE, Progress, say
 from lcrf_jax.nets.pretrained import file_digest
 from lcrf_jax.predict.model import described
+from lcrf_jax.predict.segmenter import image_workers
 from lcrf_jax.runfolder.digests import params_digest
 
 from . import prediction_plan, prediction_urls, predictions, ray_predictions, reporting
@@ -184,13 +186,17 @@ def _predict(todo, out, segmenter, names, tags):
     batch_size, facts = BATCH_SIZE * jax.local_device_count(), _facts(tags)
     todo, failures = _with_tags(todo, tags)
     with (Progress(len(todo), title="predict") as bar, own_folder(out, ".unfinished-") as unfinished,
-          predictions.Records(out, own_process(), todo) as records):  # fmt: skip
-        for part, images, unreadable in predictions.batches(todo, batch_size):
-            failures |= unreadable
+          predictions.Records(out, own_process(), todo) as records, image_workers() as workers):  # fmt: skip
+
+        def begin(batch):
+            _, images, _ = batch
             given = None if tags is None else [tags[photo] for photo in images]
-            results = predictions.labelled(
-                segmenter, list(images.values()), given, crf=_CRF.value, tile=_TILE.value, batch_size=batch_size
+            return predictions.begin_labelling(
+                segmenter, list(images.values()), given, workers, crf=_CRF.value, tile=_TILE.value, batch_size=batch_size
             )
+
+        for (part, images, unreadable), results in one_ahead(predictions.batches(todo, batch_size), begin):
+            failures |= unreadable
             for (photo, image), (labels, confidence, log_probs) in zip(images.items(), results):
                 mask = part[photo].mask.relative_to(out)
                 records.write(predictions.record_of(photo, mask, labels, confidence, names, **facts))

@@ -16,7 +16,7 @@ from lcrf_jax.data.files.tags import read_tag_file
 from lcrf_jax.machine.files import move_whole, naming, write_once, write_whole
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence
-from lcrf_jax.predict.segmenter import segment_batch
+from lcrf_jax.predict.segmenter import begin_batch
 from lcrf_jax.predict.tiling import segment_in_tiles
 
 from .prediction_urls import SETTINGS_FILE, is_url
@@ -133,34 +133,36 @@ def record_of(photo, mask, labels, confidence, class_names, **facts):
     }  # fmt: skip
 
 
-def labelled(segmenter, images, tags, *, crf, tile, batch_size):
-    """The labels of each image of a batch, in tiles where it is larger than these.
+def begin_labelling(segmenter, images, tags, workers, *, crf, tile, batch_size):
+    """The labels of each image of a batch, in tiles where it is larger than these; what is no tile goes on in the background.
 
     Args:
       segmenter: lcrf_jax.predict.segmenter.Segmenter.
       images: list of [H, W, 3] uint8 RGB.
       tags: list of [K] bool, the classes that may occur in each, or None.
+      workers: of `lcrf_jax.predict.segmenter.image_workers`.
       crf: whether to refine.
       tile: side of the tiles in pixels, or None.
       batch_size: images that the network sees at once.
 
     Returns:
-      Iterator of ([H, W] labels, [H, W] confidence, log-probabilities or None).
+      Iterator of ([H, W] labels, [H, W] confidence, log-probabilities or None), each waited for when it is asked for.
     """
     in_tiles = [tile is not None and max(image.shape[:2]) > tile for image in images]
     whole = [at for at, tiled in enumerate(in_tiles) if not tiled]
-    results = {}
+    found = iter(())
     if whole:
         given = None if tags is None else [tags[at] for at in whole]
-        found = segment_batch(segmenter, [images[at] for at in whole], crf=crf, batch_size=batch_size, tags=given)
-        results = dict(zip(whole, found, strict=True))
-    for at, image in enumerate(images):
+        found = begin_batch(segmenter, [images[at] for at in whole], workers, crf=crf, batch_size=batch_size, tags=given)
+
+    def result(at):
         if in_tiles[at]:
             given = None if tags is None else tags[at]
-            yield *segment_in_tiles(segmenter, image, tile=tile, crf=crf, tags=given, batch_size=batch_size), None
-        else:
-            log_probs = results.pop(at)
-            yield *labels_and_confidence(log_probs.best_log_probs, log_probs.size), log_probs.best_log_probs
+            return *segment_in_tiles(segmenter, images[at], tile=tile, crf=crf, tags=given, batch_size=batch_size), None
+        log_probs = next(found)
+        return *labels_and_confidence(log_probs.best_log_probs, log_probs.size), log_probs.best_log_probs
+
+    return map(result, range(len(images)))
 
 
 def _mask_of(line):

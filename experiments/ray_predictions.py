@@ -35,7 +35,7 @@ class Job(NamedTuple):
     Attributes:
       out: folder or URL of the masks.
       class_names: names of the K classes.
-      crf, tile: see `predictions.labelled`.
+      crf, tile: see `predictions.begin_labelling`.
       overlays, probabilities: whether these are wanted.
       facts: more for each row.
       batch_size: photographs in a batch.
@@ -142,6 +142,8 @@ class Labeller:
     def _labelled(self, rows):
         import numpy as np
 
+        from lcrf_jax.predict.segmenter import image_workers
+
         from . import predictions
         from .prediction_plan import outputs_for
 
@@ -157,9 +159,10 @@ class Labeller:
         if not good:
             return problems
         tags = [np.frombuffer(row["tags"], bool) for row in good] if good[0]["tags"] else None
-        found = list(predictions.labelled(
-            self._segmenter, list(images.values()), tags, crf=job.crf, tile=job.tile, batch_size=job.batch_size
-        ))  # fmt: skip
+        with image_workers(job.threads) as workers:
+            found = list(predictions.begin_labelling(
+                self._segmenter, list(images.values()), tags, workers, crf=job.crf, tile=job.tile, batch_size=job.batch_size
+            ))  # fmt: skip
         records = [predictions.record_of(row["photo"], row["mask"], labels, confidence, job.class_names, **job.facts)
                    for row, (labels, confidence, _) in zip(good, found, strict=True)]  # fmt: skip
         with _written_to(self._out) as (folder, unfinished):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lcrf_jax.bound.record import Record
 from lcrf_jax.data.example import Example, Source
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
+
+_Item = TypeVar("_Item")
+_Begun = TypeVar("_Begun")
 
 
 class ViewDataset:
@@ -145,3 +148,22 @@ def read_ahead(function: Callable[[int], Any], indices: Sequence[int], num_threa
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def one_ahead(items: Iterable[_Item], begin: Callable[[_Item], _Begun]) -> Iterator[tuple[_Item, _Begun]]:
+    """Each item with what was begun for it, given out after the next one has begun.
+
+    Args:
+      items: in order.
+      begin: function of an item that starts what goes on in the background.
+    Returns:
+      A generator of (item, result of `begin`).
+    """
+    waiting = None
+    for item in items:
+        following = item, begin(item)
+        if waiting is not None:
+            yield waiting
+        waiting = following
+    if waiting is not None:
+        yield waiting

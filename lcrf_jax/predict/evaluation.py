@@ -7,11 +7,11 @@ import numpy as np
 
 from lcrf_jax.data.example import Source
 from lcrf_jax.data.parts import InParts
-from lcrf_jax.data.pipeline import prefetched
+from lcrf_jax.data.pipeline import one_ahead, prefetched
 from lcrf_jax.machine.processes import is_first, share, total
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.metrics import confusion_matrix, mean_iou
-from lcrf_jax.predict.segmenter import Segmenter, segment_batch
+from lcrf_jax.predict.segmenter import Segmenter, begin_batch, image_workers, segment_batch
 
 _STEPS = 1_000_000_000  # of a score, so that processes can add it up as a whole number
 
@@ -86,13 +86,17 @@ def evaluate(
     names = ("plain", *(("refined",) if crf else ()), *(() if smooth is None else ("smoothed",)))
     matrices = {name: np.zeros((len(splits), num_classes, num_classes), np.int64) for name in names}
     indices, steps = share(len(images)), np.zeros(len(images), np.int64)
-    with image_progress("evaluation", len(indices)) as done:
-        for rows, examples in _batches(images, indices, batch_size):
-            known = None if features is None else [_batch_of(taps, rows, batch_size) for taps in features]
-            results = segment_batch(
-                segmenter, [example.image for example in examples], crf=crf, batch_size=batch_size, features=known,
+    with image_progress("evaluation", len(indices)) as done, image_workers() as workers:
+
+        def begin(batch):
+            rows, examples = batch
+            return begin_batch(
+                segmenter, [example.image for example in examples], workers, crf=crf, batch_size=batch_size,
+                features=None if features is None else [_batch_of(taps, rows, batch_size) for taps in features],
                 tags=[example.tags for example in examples] if use_tags else None,
             )
+
+        for (rows, examples), results in one_ahead(_batches(images, indices, batch_size), begin):
             for row, example, result in zip(rows, examples, results, strict=True):
                 counts = {name: _counts(name, example, result, smooth, num_classes) for name in names}
                 for name in names:

@@ -1,7 +1,11 @@
 """Images in, masks out: a trained run as a segmenter of images of any size."""
 
+import collections
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +31,7 @@ from lcrf_jax.predict.resizing import (
 )
 
 MAX_SIDE = 640
+_MOST_WORKERS = 8  # each holds the arrays of an image: about 150 MB at 500x375 with 21 classes
 
 
 class Segmenter(NamedTuple):
@@ -195,7 +200,7 @@ def segment_batch(
     batch_size: int | None = None,
     features: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Segmentation]:
-    """Segment images of any sizes. The network sees them together; the rest is done one by one.
+    """Segment images of any sizes. The network sees them together; the rest is done for a few of them at once.
 
     All devices of this process take part. The batch is spread over them if their number divides it. After the network
     the devices take turns with the images.
@@ -216,6 +221,65 @@ def segment_batch(
     Raises:
       ValueError: if an image is not [H, W, 3] uint8, or the network's output is not a number.
     """
+    with image_workers() as workers:
+        return list(begin_batch(segmenter, images, workers, crf=crf, tags=tags, batch_size=batch_size, features=features))
+
+
+@contextlib.contextmanager
+def image_workers(cores: int | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Threads for `begin_batch`: two a device, or on a CPU as many as it has cores, from 2 to 8.
+
+    What refines one image does not fill the cores of a CPU, and leaves an accelerator alone while its result is read.
+
+    Args:
+      cores: of a CPU, that this process may use; None asks the system.
+
+    Yields:
+      The pool. At the end what has not begun is given up, and what has is waited for.
+    """
+    devices = jax.local_devices()
+    count = 2 * len(devices)
+    if devices[0].platform == "cpu":
+        if cores is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(max(2, cores), _MOST_WORKERS)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="lcrf-segment")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def begin_batch(
+    segmenter: Segmenter,
+    images: Sequence[np.ndarray],
+    workers: ThreadPoolExecutor,
+    *,
+    crf: bool,
+    tags: Sequence[np.ndarray] | None = None,
+    batch_size: int | None = None,
+    features: Sequence[Mapping[str, Any]] | None = None,
+) -> Iterator[Segmentation]:
+    """`segment_batch` for one batch after the other: the network runs now, and what follows in the background.
+
+    Begin the next batch before the results of this one are read: then its network runs beside the refinement of this
+    one. `lcrf_jax.data.pipeline.one_ahead` is the loop for that.
+
+    Args:
+      segmenter: a Segmenter.
+      images: list of [H, W, 3] uint8 RGB.
+      workers: of `image_workers`; they have to be there until the last result is read.
+      crf: whether to refine by mean field on each image.
+      tags: as for `segment_batch`.
+      batch_size: as for `segment_batch`.
+      features: as for `segment_batch`.
+
+    Returns:
+      The Segmentation of each image in order, each waited for when it is asked for.
+
+    Raises:
+      ValueError: if an image is not [H, W, 3] uint8; and, as it is read, if the network's output is not a number.
+    """
     for image in images:
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
             got = f"{image.shape} {image.dtype}"
@@ -227,14 +291,14 @@ def segment_batch(
         absent = np.where(np.asarray(tags, bool), 0.0, EXCLUDED).astype(np.float32)
         grids = [grid[: len(images)] + absent[:, None, None, :] for grid in grids]
     devices = jax.local_devices()
-    results: list[Segmentation] = []
-    for start in range(0, len(images), len(devices)):
-        under_way = []
-        for device, i in zip(devices, range(start, len(images))):
-            with jax.default_device(device):
-                under_way.append(_at_own_size(segmenter, images[i], [grid[i] for grid in grids], crf))
-        results += [_on_host(segmenter, *each) for each in under_way]
-    return results
+
+    def finished(i):
+        with jax.default_device(devices[i % len(devices)]):
+            return _on_host(segmenter, *_at_own_size(segmenter, images[i], [grid[i] for grid in grids], crf))
+
+    # Results are dropped as they are read: those of a batch are large.
+    under_way = collections.deque(workers.submit(finished, i) for i in range(len(images)))
+    return (under_way.popleft().result() for _ in range(len(images)))
 
 
 def _spread(batch):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lcrf_jax.bound.record import Record
 from lcrf_jax.data.example import Example
 from lcrf_jax.data.loader import device_prefetch, make_loader, stack_records, to_devices
-from lcrf_jax.data.pipeline import ImageSubset, ViewDataset, prefetched
+from lcrf_jax.data.pipeline import ImageSubset, ViewDataset, one_ahead, prefetched
 
 
 class Numbers:
@@ -296,3 +296,21 @@ def test_prefetched_passes_errors_on_at_their_turn():
         next(reader)
     with pytest.raises(ValueError, match="num_threads"):
         prefetched(Numbers(3), num_threads=0)
+
+
+def test_one_ahead_begins_the_next_one_before_it_gives_one_out():
+    begun = []
+    pairs = one_ahead("abc", lambda item: begun.append(item) or item.upper())
+    assert next(pairs) == ("a", "A") and begun == ["a", "b"]
+    assert list(pairs) == [("b", "B"), ("c", "C")] and begun == ["a", "b", "c"]
+    assert list(one_ahead([], str)) == []
+
+
+def test_what_cannot_begin_is_told_before_the_one_ahead_of_it_is_given_out():
+    def begin(item):
+        return 1 // item
+
+    pairs = one_ahead([1, 2, 0, 3], begin)
+    assert next(pairs) == (1, 1)
+    with pytest.raises(ZeroDivisionError):
+        next(pairs)

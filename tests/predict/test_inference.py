@@ -1,5 +1,7 @@
 """From images of any size to masks: resizing, padding, mirroring, tags and refinement."""
 
+import concurrent.futures
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.predict import outputs, resizing
-from lcrf_jax.predict.segmenter import make_segmenter, network_features, segment, segment_batch
+from lcrf_jax.predict.segmenter import begin_batch, image_workers, make_segmenter, network_features, segment, segment_batch
 
 
 def grid_by_hand(image, size):
@@ -153,6 +155,56 @@ def test_images_of_a_batch_do_not_touch_each_other():
         alone = segment(segmenter(), image, crf=False, tags=present)
         for result in (one, other):
             np.testing.assert_allclose(result.log_probs, alone.log_probs, atol=1e-3)
+
+
+class Gate:
+    """A refinement that waits for a sign, and says how many are in it at once."""
+
+    def __init__(self):
+        self.open, self.inside, self.most, self.lock = threading.Event(), 0, 0, threading.Lock()
+
+    def __call__(self, log_probs, image, valid):
+        with self.lock:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+        assert self.open.wait(60)
+        with self.lock:
+            self.inside -= 1
+        return -log_probs
+
+
+def test_the_network_of_the_next_batch_runs_beside_the_refinement_of_this_one():
+    gate, images = Gate(), [picture(seed, 40, 60) for seed in range(4)]
+    waiting = segmenter()._replace(refine=gate)
+    with image_workers() as workers:
+        first = begin_batch(waiting, images[:2], workers, crf=True)
+        second = begin_batch(waiting, images[2:], workers, crf=True)  # comes back, though nothing is refined
+        gate.open.set()
+        found = [*first, *second]
+    assert gate.most >= 2  # images at once
+    expected = [result for at in (0, 2) for result in segment_batch(segmenter(), images[at : at + 2], crf=False)]
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.log_probs, other.log_probs)
+        np.testing.assert_array_equal(one.refined_log_probs, -other.log_probs)
+
+
+def test_what_is_wrong_with_an_image_is_told_at_its_turn():
+    calls = iter([1.0, np.nan, 1.0])
+    spoilt = segmenter()._replace(enlarge=lambda *grid: next(calls) * resizing.enlarged_grid(*grid))
+    with concurrent.futures.ThreadPoolExecutor(1) as single:
+        results = begin_batch(spoilt, [picture(seed, 40, 60) for seed in range(3)], single, crf=False)
+        assert np.isfinite(next(results).log_probs).all()
+        with pytest.raises(ValueError, match="training has diverged"):
+            next(results)
+
+
+@pytest.mark.slow
+def test_images_refined_at_once_have_the_bits_of_those_refined_alone():
+    images = [picture(seed, 70 + seed, 100) for seed in range(6)]
+    with image_workers() as workers, concurrent.futures.ThreadPoolExecutor(1) as single:
+        found, alone = (list(begin_batch(segmenter(), images, pool, crf=True)) for pool in (workers, single))
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_array_equal(one.refined_log_probs, other.refined_log_probs)
 
 
 @pytest.mark.parametrize("image", [
