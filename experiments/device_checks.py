@@ -233,6 +233,7 @@ def tiny_config(method, folder, num_devices):
     config.network.dropout = 0.0
     config.class_maps.extra_sizes, config.class_maps.grid = (), 6
     config.batch_size = batch_size
+    config.epochs = (2, 2)  # enough for the rounds of every method
     config.cache.directory = str(folder)
     config.method = method
     return config.to_dict()

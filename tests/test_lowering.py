@@ -5,36 +5,37 @@ Lowering takes no such device. What is lowered is checked no further here: `benc
 
 import inspect
 
+import crf_functions
 import every_function
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_every_function_of_crf as of_crf
 
+from experiments import device_checks
 from lcrf_jax import crf, metrics
 from lcrf_jax.nets.network import BACKBONES
 from lcrf_jax.predict.refinement import refined_by_lattice
 from lcrf_jax.predict.resizing import enlarged_grid
+from lcrf_jax.train import fit
+from lcrf_jax.train.methods import METHODS
 
 pytestmark = pytest.mark.slow
 PLATFORMS = ("cuda", "tpu")
-SIZE = of_crf.Size(9, 14, 3, 5, "float32", (5, 3))
-LARGE = of_crf.Size(112, 100, 3, 21, "uint8", (40, 3))  # labels are dropped, and the spatial Gaussian goes by pairs of rows
-CASES = [(name, form) for name, call in of_crf.EVERY.items() for form in (of_crf.FORMS if call.of_forms else ("exact",))]
-
-
-def lowered(function, *arguments):
-    """The texts of a function for each platform."""
-    traced = jax.jit(function).trace(*arguments)
-    return {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in PLATFORMS}
+SIZE = crf_functions.Size(9, 14, 3, 5, "float32", (5, 3))
+LARGE = crf_functions.Size(112, 100, 3, 21, "uint8", (40, 3))  # labels are dropped, and the spatial Gaussian goes by pairs of rows
+CASES = [(name, form) for name, call in crf_functions.EVERY.items() for form in (crf_functions.FORMS if call.of_forms else ("exact",))]
 
 
 def check_lowered(function, *arguments):
     """It is lowered for each platform, and calls nothing that JAX has for the CPU alone."""
-    for platform, text in lowered(function, *arguments).items():
-        assert "func.func public @main" in text, platform
-        assert "lapack" not in text and "callback" not in text, platform
+    check_text(jax.jit(function).trace(*arguments).lower(lowering_platforms=PLATFORMS).as_text())
+
+
+def check_text(text):
+    """It is a program, without calls of a CPU's library or of Python."""
+    assert "func.func public @main" in text
+    assert "lapack" not in text and "callback" not in text
 
 
 def total(result):
@@ -46,6 +47,11 @@ def check_with_gradient(function, position, *arguments):
     """The function and its gradient in one of its arguments."""
     check_lowered(function, *arguments)
     check_lowered(jax.grad(lambda *values: total(function(*values)), argnums=position), *arguments)
+
+
+def test_what_a_cpu_alone_has_is_refused():
+    with pytest.raises(NotImplementedError, match="schur.*not found for platform"):
+        check_lowered(jax.scipy.linalg.schur, jnp.eye(3))
 
 
 @pytest.mark.parametrize("name", sorted(set(every_function.EVERY) - {"majority_labels"}))  # that one is of NumPy
@@ -60,8 +66,8 @@ def test_functions_of_the_bound_and_the_baselines(name):
 
 
 def of_form(name, form, size):
-    call, params = of_crf.EVERY[name], of_crf.params_of(size, (4.0, 13.0, 2.0))
-    arrays = of_crf.arrays_of(size, "smooth", 1.0, 0)
+    call, params = crf_functions.EVERY[name], crf_functions.params_of(size, (4.0, 13.0, 2.0))
+    arrays = crf_functions.arrays_of(size, "smooth", 1.0, 0)
     arguments = [jnp.asarray(arrays[array]) for array in call.arrays]
     return lambda *values: call.function(*values, form, params), arguments
 
@@ -81,7 +87,7 @@ def test_functions_of_the_crf_at_a_size_where_labels_are_dropped_and_rows_paired
     check_with_gradient(function, 1, *arguments)
 
 
-@pytest.mark.parametrize("form", of_crf.FORMS)
+@pytest.mark.parametrize("form", crf_functions.FORMS)
 def test_batches(form):
     """Under vmap, with labels dropped: what goes image by image on a CPU."""
     function, arguments = of_form("refine", form, SIZE)
@@ -112,3 +118,16 @@ def test_metrics():
     labels = np.zeros((4, 5), np.int32)
     assert {"confusion_matrix", "mean_iou", "iou_per_class"} <= {name for name, _ in inspect.getmembers(metrics, inspect.isfunction)}
     check_lowered(lambda a, b: metrics.confusion_matrix(a, b, 3), labels, labels)
+
+
+@pytest.fixture(scope="module")
+def prepared_in(tmp_path_factory):
+    """A folder that keeps the features for all methods."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.objective])
+def test_train_steps_on_all_devices(method, prepared_in):
+    config = device_checks.tiny_config(method, prepared_in, jax.device_count())
+    step, *arguments = fit.first_step(device_checks.prepared_quietly(config))
+    check_text(step.trace(*arguments).lower(lowering_platforms=PLATFORMS).as_text())

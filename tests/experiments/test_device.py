@@ -19,6 +19,7 @@ from lcrf_jax.bound.likelihoods import EXPECTATIONS, IMAGE_LIKELIHOODS, TAG_LIKE
 from lcrf_jax.crf.image_kernels import FORMS
 from lcrf_jax.machine.errors import UserError
 from lcrf_jax.train.methods import METHODS
+from lcrf_jax.train.plan import check_without_data
 
 TIMING = measuring.Timing(100.0, 90.0, 150.0)
 
@@ -260,6 +261,17 @@ def test_every_form_likelihood_and_method_is_checked(tmp_path):
     assert {f"likelihood expected {name}" for name in EXPECTATIONS} < set(names)
     trained = {f"train step {name}" for name, method in METHODS.items() if method.objective}
     assert trained == {name for name in names if name.startswith("train step")}
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.objective])
+def test_the_smallest_configuration_trains_every_method(method, tmp_path):
+    check_without_data(device_checks.tiny_config(method, tmp_path, 1))
+
+
+@pytest.mark.slow
+def test_the_step_of_a_method_with_three_rounds_is_checked(tmp_path):
+    loss, gradient = device_checks.step_parts("stc", tmp_path)
+    assert loss.same and gradient.same and loss.error is gradient.error is None
 
 
 def test_without_the_cpu_it_says_how_to_have_it(monkeypatch):

@@ -16,7 +16,14 @@ from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.predict import outputs, resizing
-from lcrf_jax.predict.segmenter import begin_batch, image_workers, make_segmenter, network_features, segment, segment_batch
+from lcrf_jax.predict.segmenter import (
+    begin_batch,
+    image_workers,
+    make_segmenter,
+    network_features,
+    segment,
+    segment_batch,
+)
 
 
 def grid_by_hand(image, size):
