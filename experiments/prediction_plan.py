@@ -9,7 +9,14 @@ import re
 import types
 from typing import NamedTuple
 
-from lcrf_jax.data.files.finding import PhotographFinder, files_below, is_system_folder, meant_path, not_taken
+from lcrf_jax.data.files.finding import (
+    PhotographFinder,
+    files_below,
+    is_system_folder,
+    known_formats,
+    meant_path,
+    not_taken,
+)
 from lcrf_jax.data.files.mask_names import folders_of_training, left_out, masks_among, of_training, told
 from lcrf_jax.data.files.tags import read_text
 from lcrf_jax.machine.locks import own_folder
@@ -58,7 +65,10 @@ def planned_outputs(patterns, out, *, overlays, probabilities, data=types.Mappin
     for pattern in patterns:
         root, paths, untaken = _photographs(os.path.expanduser(pattern), out, data)
         if not paths:
-            raise FileNotFoundError(f"--images: no file fits the pattern {pattern!r}{_instead(pattern, untaken)}")
+            fault = f"no file fits the pattern {pattern!r}"
+            if os.path.isdir(os.path.expanduser(pattern)):
+                fault = f"{pattern} holds no photographs ({known_formats()}), at any depth"
+            raise FileNotFoundError(f"--images: {fault}{_instead(pattern, untaken)}")
         if untaken:
             say(f"{pattern}: {untaken}")
         roots.append(root)
@@ -209,4 +219,5 @@ def _of_system(path, folder):
 
 def _instead(pattern, untaken):
     """What is there where nothing fits."""
-    return f" ({untaken})" if untaken else "" if glob.has_magic(pattern) else meant_path(os.path.expanduser(pattern))
+    path = os.path.expanduser(pattern)
+    return f" ({untaken})" if untaken else "" if glob.has_magic(pattern) or os.path.exists(path) else meant_path(path)

@@ -112,8 +112,11 @@ def test_a_folder_with_nothing_that_can_be_read_says_what_is_there(tmp_path):
     (tmp_path / "a.heic").touch()
     with pytest.raises(FileNotFoundError, match=r"holds no photographs .*\(1 file not taken: 1 .heic \(install the package"):
         scan_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no file fits the pattern .*\(1 file not taken: 1 .heic"):
+    with pytest.raises(FileNotFoundError, match=r"holds no photographs .*\(1 file not taken: 1 .heic"):
         predicted(tmp_path, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"--images: .*empty holds no photographs \(.jpg.*\), at any depth$"):
+        predicted(tmp_path / "empty", tmp_path / "out")
 
 
 def test_links_are_followed_by_training_masks_and_prediction_alike(tmp_path):
