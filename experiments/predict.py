@@ -43,7 +43,7 @@ from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import VARIABLE, Progress, say
 from lcrf_jax.nets.pretrained import file_digest
-from lcrf_jax.predict.model import described
+from lcrf_jax.predict.model import described, trained
 from lcrf_jax.predict.segmenter import image_workers
 from lcrf_jax.runfolder.digests import params_digest
 
@@ -131,7 +131,10 @@ def main(argv):
     if _LIST.value is not None:
         planned = prediction_plan.chosen(planned, _LIST.value)
     share = own_share(planned)
-    segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value, change_inference=changed_inference)
+    if _ENGINE.value == "ray":  # whose workers have the network
+        description, params = trained(_CHECKPOINT.value)
+    else:
+        segmenter, description, params = reporting.load_segmenter(_CHECKPOINT.value, change_inference=changed_inference)
     names = description["class_names"]
     settings = {"params_sha256": params_digest(params), "class_names": names, "crf": _CRF.value,
                 "inference": changed_inference(description["inference"]), "tile": _TILE.value,
