@@ -3,7 +3,9 @@
 import collections
 import contextlib
 import functools
+import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -28,10 +30,13 @@ from lcrf_jax.predict.resizing import (
     padded_image,
     padded_to,
     working_image,
+    working_size,
 )
 
 MAX_SIDE = 640
 _MOST_WORKERS = 8  # each holds the arrays of an image: about 150 MB at 500x375 with 21 classes
+_LARGE = MAX_SIDE**2  # pixels; more than these, where a user has raised `max_side`, are worked on one image at a time
+_ONE_LARGE_IMAGE = threading.Lock()
 
 
 class Segmenter(NamedTuple):
@@ -293,7 +298,8 @@ def begin_batch(
     devices = jax.local_devices()
 
     def finished(i):
-        with jax.default_device(devices[i % len(devices)]):
+        alone = math.prod(working_size(images[i].shape[:2], segmenter.max_side)) > _LARGE
+        with jax.default_device(devices[i % len(devices)]), _ONE_LARGE_IMAGE if alone else contextlib.nullcontext():
             return _on_host(segmenter, *_at_own_size(segmenter, images[i], [grid[i] for grid in grids], crf))
 
     # Results are dropped as they are read: those of a batch are large.

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -167,14 +168,17 @@ def test_images_of_a_batch_do_not_touch_each_other():
 class Gate:
     """A refinement that waits for a sign, and says how many are in it at once."""
 
-    def __init__(self):
-        self.open, self.inside, self.most, self.lock = threading.Event(), 0, 0, threading.Lock()
+    def __init__(self, seconds=0.0):
+        self.open, self.inside, self.most, self.lock, self.seconds = threading.Event(), 0, 0, threading.Lock(), seconds
+        self.entered = threading.Semaphore(0)
 
     def __call__(self, log_probs, image, valid):
         with self.lock:
             self.inside += 1
             self.most = max(self.most, self.inside)
+        self.entered.release()
         assert self.open.wait(60)
+        time.sleep(self.seconds)
         with self.lock:
             self.inside -= 1
         return -log_probs
@@ -186,13 +190,22 @@ def test_the_network_of_the_next_batch_runs_beside_the_refinement_of_this_one():
     with image_workers() as workers:
         first = begin_batch(waiting, images[:2], workers, crf=True)
         second = begin_batch(waiting, images[2:], workers, crf=True)  # comes back, though nothing is refined
+        assert all(gate.entered.acquire(timeout=60) for _ in range(2))  # two images at once
         gate.open.set()
         found = [*first, *second]
-    assert gate.most >= 2  # images at once
     expected = [result for at in (0, 2) for result in segment_batch(segmenter(), images[at : at + 2], crf=False)]
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one.log_probs, other.log_probs)
         np.testing.assert_array_equal(one.refined_log_probs, -other.log_probs)
+
+
+def test_images_that_fill_the_memory_are_refined_one_at_a_time(monkeypatch):
+    monkeypatch.setattr("lcrf_jax.predict.segmenter._LARGE", 40 * 60 - 1)
+    gate = Gate(seconds=0.05)
+    gate.open.set()
+    waiting = segmenter()._replace(refine=gate)
+    assert len(segment_batch(waiting, [picture(seed, 40, 60) for seed in range(4)], crf=True)) == 4
+    assert gate.most == 1
 
 
 def test_what_is_wrong_with_an_image_is_told_at_its_turn():
