@@ -144,9 +144,12 @@ def main(argv):
         say("\nnotes\n" + "\n".join(f"  {line}" for remark in remarks for line in remark.splitlines()))
     if problems or doubts:
         say("\nproblems\n" + "\n".join(f"  {line}" for told in problems + doubts for line in told.splitlines()))
-        count = f"error: {len(problems) + len(doubts)} problem{'s' if len(problems) + len(doubts) > 1 else ''}; training would "
-        sys.exit(count + ("stop at them, but for files that cannot be read with --on_bad_image=skip" if problems else
-                          "go on, with a warning, to scores that may be worth nothing"))  # fmt: skip
+        count = len(problems) + len(doubts)
+        unread = any(reading.problem for _, found in splits for reading in found)
+        verdict = "training would go on, with a warning, to scores that may be worth nothing"
+        if problems:
+            verdict = "training would stop there" + ("; --on_bad_image=skip leaves out files that cannot be read" if unread else "")
+        sys.exit(f"error: {count} problem{'s' if count > 1 else ''}: {verdict}")
     say("\nno problems: training can begin")
 
 

@@ -8,10 +8,12 @@ and the output says so. Settings that were chosen on one half of a split are rep
 --parts=2 for both halves and the whole in one pass. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
+import pathlib
 import time
 
 from absl import flags
 
+from lcrf_jax.runfolder.compact import shipped_models
 from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
 
 from . import class_map_scores, reporting
@@ -32,6 +34,9 @@ def main(argv):
     if _CAM.value and _CRF.value:
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
+    if _CHECKPOINT.value in shipped_models() and not pathlib.Path(_CHECKPOINT.value).exists():
+        raise ValueError(f"--checkpoint={_CHECKPOINT.value}: runs alone are scored, by the settings and the data in their folder; a model "
+                         "that comes with the package is for predict, demo and export")  # fmt: skip
     description = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)
     source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:

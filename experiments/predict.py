@@ -188,6 +188,7 @@ def _predict(todo, out, segmenter, names, tags):
     """Make the outputs of all photographs that can be read; {path: error} of the others."""
     batch_size, facts = BATCH_SIZE * jax.local_device_count(), _facts(tags)
     todo, failures = _with_tags(todo, tags)
+    background = 0
     with (Progress(len(todo), title="predict") as bar, own_folder(out, ".unfinished-") as unfinished,
           predictions.Records(out, own_process(), todo) as records, image_workers() as workers):  # fmt: skip
 
@@ -205,7 +206,11 @@ def _predict(todo, out, segmenter, names, tags):
                 records.write(predictions.record_of(photo, mask, labels, confidence, names, **facts))
                 problem = predictions.write_outputs(part[photo], unfinished, image, labels, log_probs, np.array(names))
                 failures |= {photo: problem} if problem else {}
+                background += not labels.any()
             bar.update(num_images=len(part), num_steps=len(part))
+    if background:
+        say(f"masks of background alone: {background} of {len(todo)}"
+            + ("; docs/faq.md has what to do where that is wrong" if 2 * background > len(todo) else ""))  # fmt: skip
     return failures
 
 

@@ -91,7 +91,15 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def parsed(argv):
         try:
-            return app.parse_flags_with_usage(configuring.with_paths(last_of_each(argv)))
+            given = configuring.with_paths(last_of_each(argv))
+            try:
+                return flags.FLAGS(given)
+            except flags.Error as error:
+                missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
+                if missing:
+                    name = missing[1]
+                    sys.exit(f"error: --{name} is missing, which is: {flags.FLAGS[name].help.rstrip('.')}; give --{name}=...")
+                return app.parse_flags_with_usage(given)  # which says what is wrong with the others
         except SettingError as error:
             sys.exit(f"error: {error}")
         except BrokenPipeError:  # --help | head
@@ -273,6 +281,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
               "tags_given": tags_given, "data": data}  # fmt: skip
     if source is None:
         if processes.is_first():
+            say("drawing the report")
             write_run_report(run_dir / "report.html", source=unscored, matrices={}, image_scores=None, **report)
             say(f"report      {run_dir / 'report.html'} (for a browser)\ncheckpoint  {run_dir}; no masks to score it on")
         return

@@ -296,13 +296,33 @@ def refined_posterior(
     return _refined(image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, coarse_iterations, True)
 
 
+def _remedy_of_layout(shape, height, width):
+    """What to do with logits of a shape that does not fit the image."""
+    if len(shape) == 3 and shape[1:] == (height, width):
+        return "move the classes to the end, logits.transpose(1, 2, 0)"
+    if len(shape) == 2 and shape[1] == height * width:
+        return f"give the pixels their axes and move the classes to the end, logits.T.reshape({height}, {width}, -1)"
+    if len(shape) == 2 and shape[0] == height * width:
+        return f"give the pixels their axes, logits.reshape({height}, {width}, -1)"
+    if shape[:2] == (height, width):
+        return "a map of labels has no probabilities: give log-probabilities of each class, classes last"
+    if len(shape) == 3 and shape[:2] == (width, height):
+        return "height comes first, logits.transpose(1, 0, 2)"
+    if len(shape) == 4:
+        return "take one image of a batch, or use jax.vmap"
+    return f'resize them to the image, jax.image.resize(logits, ({height}, {width}, K), "linear"), height first, classes last'
+
+
 def _refined(
     image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, coarse_iterations, measured
 ):
     # Lists of numbers are arrays as well.
     image, logits, valid = (x if x is None or hasattr(x, "dtype") else np.asarray(x) for x in (image, logits, valid))
     height, width, channels = check_image_shape(image)
-    check_shape("logits", logits, (height, width, "K"), "resize the logits to the image, height first, classes last")
+    check_shape("logits", logits, (height, width, "K"), _remedy_of_layout(np.shape(logits), height, width))
+    if np.shape(logits)[-1] == 1:
+        raise ValueError("logits: expected at least two classes, got one; for a network of two classes with one output x give "
+                         "jnp.stack([jnp.zeros_like(x), x], axis=-1), with x its logit")  # fmt: skip
     checked_params(params)
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     check_number("drop_below", drop_below, minimum=0, remedy=".001 is safe")

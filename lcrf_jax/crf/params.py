@@ -91,23 +91,24 @@ class KernelParams(NamedTuple):
     def from_pydensecrf(
         cls,
         *,
-        sxy: float = 80.0,
-        srgb: float | Sequence[float] = 13.0,
-        compat: float = 10.0,
-        gaussian_sxy: float = 3.0,
-        gaussian_compat: float = 3.0,
+        sxy: float | None = None,
+        srgb: float | Sequence[float] | None = None,
+        compat: float | None = None,
+        gaussian_sxy: float | None = None,
+        gaussian_compat: float | None = None,
     ) -> "KernelParams":
         """The kernel in the words of pydensecrf's `addPairwiseBilateral` and `addPairwiseGaussian`.
 
         Both libraries normalise symmetrically by default, and their numbers mean the same. pydensecrf keeps self-pairs,
-        this library leaves them out.
+        this library leaves them out. As there, a Gaussian of which nothing is given is not added: its weight is 0. Where
+        nothing at all is given, both are, with the usual numbers.
 
         Args:
-          sxy: of `addPairwiseBilateral`, in pixels, > 0; one number for both axes.
-          srgb: of `addPairwiseBilateral`, in 0..255, > 0; one for all channels or one for each.
-          compat: of `addPairwiseBilateral`, the Potts weight, >= 0.
-          gaussian_sxy: of `addPairwiseGaussian`, in pixels, > 0; one number for both axes.
-          gaussian_compat: of `addPairwiseGaussian`, >= 0.
+          sxy: of `addPairwiseBilateral`, in pixels, > 0; one number for both axes. None is 80.
+          srgb: of `addPairwiseBilateral`, in 0..255, > 0; one for all channels or one for each. None is 13.
+          compat: of `addPairwiseBilateral`, the Potts weight, >= 0. None is 10.
+          gaussian_sxy: of `addPairwiseGaussian`, in pixels, > 0; one number for both axes. None is 3.
+          gaussian_compat: of `addPairwiseGaussian`, >= 0. None is 3.
         Returns:
           A `KernelParams`.
         Raises:
@@ -118,8 +119,21 @@ class KernelParams(NamedTuple):
           >>> KernelParams.from_pydensecrf(sxy=40, srgb=10, compat=5).bilateral_weight
           5
         """
-        colour_width = srgb if isinstance(srgb, (int, float)) else tuple(srgb) if np.ndim(srgb) else srgb
-        return checked_params(cls(compat, sxy, colour_width, gaussian_compat, gaussian_sxy))  # type: ignore[arg-type]  # one or many
+        remedies = {"compat": "give costs of labels to mean_field, as compatibility", "sxy": "give one number for both axes"}
+        given: dict[str, Any] = {"sxy": sxy, "compat": compat, "gaussian_sxy": gaussian_sxy, "gaussian_compat": gaussian_compat}
+        for name, value in given.items():
+            if np.ndim(value):
+                raise TypeError(f"{name}: expected a number, got one of shape {list(np.shape(value))}; {remedies[name.split('_')[-1]]}")
+        bilateral, gaussian = (sxy, srgb, compat) != (None,) * 3, (gaussian_sxy, gaussian_compat) != (None,) * 2
+        usual = cls()
+        words: dict[str, Any] = {
+            "bilateral_weight": compat if bilateral or not gaussian else 0.0,
+            "bilateral_position_width": sxy,
+            "bilateral_colour_width": tuple(srgb) if np.ndim(srgb) else srgb,  # type: ignore[arg-type]  # one or many
+            "gaussian_weight": gaussian_compat if gaussian or not bilateral else 0.0,
+            "gaussian_position_width": gaussian_sxy,
+        }
+        return checked_params(usual._replace(**{name: word for name, word in words.items() if word is not None}))
 
 
 STATIC_WIDTHS = ("bilateral_position_width", "gaussian_position_width")
@@ -222,6 +236,9 @@ def check_image_shape(image: ArrayLike) -> tuple[int, ...]:
     return shape
 
 
+_NORMALISED = "; if it was normalised for a network, undo that: (image * std + mean) * 255"
+
+
 def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
     """An image as floats in 0..255, after checking its values against `colour_max`.
 
@@ -260,6 +277,7 @@ def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
             return (
                 f"expected values in 0..{colour_max}, got {lowest:.4g}..{highest:.4g}; pass "
                 "colour_max=255 for 0..255, 1 for 0..1, or None for channels that are no colours"
+                f"{_NORMALISED if lowest < 0 and highest < 10 else ''}"
             )
         if not integers and lowest < highest <= colour_max / 255:
             return (

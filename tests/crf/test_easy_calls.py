@@ -45,8 +45,34 @@ def test_words_of_pydensecrf():
     params = KernelParams.from_pydensecrf(sxy=40, srgb=(5, 6, 7), compat=4, gaussian_sxy=2, gaussian_compat=1)
     assert params == KernelParams(4, 40, (5, 6, 7), 1, 2)
     assert np.all(np.isfinite(refine(IMAGE, LOGITS, params)))
-    with pytest.raises(TypeError, match="bilateral_weight: expected a number"):
+    with pytest.raises(TypeError, match=r"^compat: expected a number, got one of shape \[3, 3\]; .*mean_field, as compatibility"):
         KernelParams.from_pydensecrf(compat=np.eye(3))
+    with pytest.raises(TypeError, match="^gaussian_sxy: .*give one number for both axes"):
+        KernelParams.from_pydensecrf(gaussian_sxy=(3, 3))
+
+
+def test_a_gaussian_that_pydensecrf_was_not_given_is_not_added():
+    assert KernelParams.from_pydensecrf(gaussian_sxy=2, gaussian_compat=5) == KernelParams(0, 80, 13, 5, 2)
+    assert KernelParams.from_pydensecrf(sxy=40, srgb=10, compat=5) == KernelParams(5, 40, 10, 0, 3)
+    assert KernelParams.from_pydensecrf(srgb=10) == KernelParams(10, 80, 10, 0, 3)
+    assert KernelParams.from_pydensecrf(gaussian_compat=4) == KernelParams(0, 80, 13, 4, 3)
+    assert KernelParams.from_pydensecrf(compat=0, gaussian_compat=0) == KernelParams(0, 80, 13, 0, 3)
+
+
+@pytest.mark.parametrize(("logits", "remedy"), [
+    (np.zeros((3, 12, 14)), r"logits.transpose\(1, 2, 0\)"), (np.zeros((3, 168)), r"logits.T.reshape\(12, 14, -1\)"),
+    (np.zeros((168, 3)), r"logits.reshape\(12, 14, -1\)"), (np.zeros((12, 14)), "a map of labels"),
+    (np.zeros((14, 12, 3)), r"logits.transpose\(1, 0, 2\)"), (np.zeros((1, 12, 14, 3)), "one image of a batch"),
+    (np.zeros((6, 7, 3)), r"jax.image.resize\(logits, \(12, 14, K\)"), (np.zeros((12, 14, 1)), "at least two classes, got one"),
+])  # fmt: skip
+def test_logits_of_another_layout_are_told_how_to_turn(logits, remedy):
+    with pytest.raises(ValueError, match=f"^logits: .*{remedy}"):
+        refine(IMAGE, logits)
+
+
+def test_an_image_that_was_normalised_for_a_network_is_told_so():
+    with pytest.raises(ValueError, match=r"undo that: \(image \* std \+ mean\) \* 255"):
+        refine((IMAGE / 255 - 0.45) / 0.22, LOGITS)
 
 
 def test_grids_and_sets_of_pixels_are_the_same():

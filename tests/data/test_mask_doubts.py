@@ -98,7 +98,7 @@ def test_check_data_tells_doubtful_names_and_what_is_not_taken(folder):
     (folder / "classes.txt").unlink()
     (folder / "tags.json").write_text(json.dumps({f"{number:02}": ["ring", "star", "star ring"][number % 3] for number in range(20)}))
     ended = run("check_data", f"--data={folder}")
-    assert ended.code == 1 and "error: 2 problems; training would stop at them" in ended.err
+    assert ended.code == 1 and "error: 2 problems: training would stop there\n" in ended.err
     assert "the tag 'star ring' has the tags 'star' and 'ring' in it" in ended.out and "no classes.txt says which class is which" in ended.out
 
 

@@ -217,8 +217,8 @@ def test_scores_of_several_seeds_are_a_mean_and_a_standard_deviation(ablation):
 
 
 @pytest.mark.parametrize(("command", "message"), [
-    (["train", "--workdir=x"], "flag --config=None: Flag --config must have a value"),
-    (["train", TINY], "flag --workdir=None: Flag --workdir must have a value"),
+    (["train", "--workdir=x"], r"error: --config is missing, which is: .*; give --config=\.\.\."),
+    (["train", TINY], r"error: --workdir is missing, which is: .*; give --workdir=\.\.\."),
     (["train", TINY, "--workdir=x", "--cnofig.seed=1"], "Unknown command line flag 'cnofig.seed'"),
     (["train", TINY, "--workdir=x", "seed=1"], r"error: unknown arguments \['seed=1'\]"),
     (["train", TINY, "--workdir=x", "--config.epoch=1"], r"error: config.epoch: there is no such setting; did you mean 'epochs'\?"),
@@ -232,8 +232,9 @@ def test_scores_of_several_seeds_are_a_mean_and_a_standard_deviation(ablation):
      r"error: --variations: \['meen'\] not known; expected some of \['terms', .*'mcmc', .*'all'\]"),
     (["ablation", TINY, *SMALL, "--workdir=x", "--config.data.val_split="], "error: there are no masks"),
     (["evaluate", "--checkpoint=nowhere"], "error: expected a run folder with config.json"),
-    (["evaluate"], "Flag --checkpoint must have a value"),
-    (["predict", "--images=x", "--out=y"], "Flag --checkpoint must have a value"),
+    (["evaluate"], "error: --checkpoint is missing, which is: Folder of a run; give"),
+    (["evaluate", "--checkpoint=animals"], "error: --checkpoint=animals: runs alone are scored, .*is for predict, demo and export"),
+    (["predict", "--images=x", "--out=y"], "error: --checkpoint is missing, which is: Folder of a run, "),
 ], ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "")
 def test_wrong_flags_end_with_one_clear_line(command, message):
     assert_refused(run(*command), message)

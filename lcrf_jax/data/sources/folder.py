@@ -130,7 +130,8 @@ def _no_split(found: Listing, split: str) -> str:
     there = [f"{name} ({len(rows)})" for name, rows in found.splits.items() if len(rows)]
     if split == "val" and not found.masks:
         near = "" if (found.root / "masks").is_dir() else meant_path(found.root / "masks")
-        return f"{found.root} has no masks and no list val.txt, so there is no split 'val'{near}"
+        return (f"{found.root} has no masks and no list val.txt, so there is no split 'val', and nothing to score; masks belong into "
+                f"{found.root / 'masks'}, and photographs without masks are for predict{near}")  # fmt: skip
     return (
         f"{found.root} has no photographs of the split {split!r}: the splits there are {', '.join(there) or 'none'}; "
         f"write {split}.txt with a photograph a line{meant_path(found.root / f'{split}.txt') or nearest(split, found.splits)}"
