@@ -199,6 +199,8 @@ def _predict(todo, out, segmenter, names, tags):
                 segmenter, list(images.values()), given, workers, crf=_CRF.value, tile=_TILE.value, batch_size=batch_size
             )
 
+        if todo:
+            bar.waiting("compiling")
         for (part, images, unreadable), results in one_ahead(predictions.batches(todo, batch_size), begin):
             failures |= unreadable
             for (photo, image), (labels, confidence, log_probs) in zip(images.items(), results):

@@ -91,15 +91,13 @@ def run(main, *, join=join_processes, keep_compiled=True):
 
     def parsed(argv):
         try:
-            given = configuring.with_paths(last_of_each(argv))
-            try:
-                return flags.FLAGS(given)
-            except flags.Error as error:
-                missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
-                if missing:
-                    name = missing[1]
-                    sys.exit(f"error: --{name} is missing, which is: {flags.FLAGS[name].help.rstrip('.')}; give --{name}=...")
-                return app.parse_flags_with_usage(given)  # which says what is wrong with the others
+            return flags.FLAGS(configuring.with_paths(last_of_each(argv)))
+        except flags.Error as error:
+            missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
+            if not missing:
+                sys.exit(f"error: {error}; --helpshort lists the flags")
+            name = missing[1]
+            sys.exit(f"error: --{name} is missing, which is: {flags.FLAGS[name].help.rstrip('.')}; give --{name}=...")
         except SettingError as error:
             sys.exit(f"error: {error}")
         except BrokenPipeError:  # --help | head

@@ -76,7 +76,7 @@ def test_background_at_another_index(folder):
 def test_check_data_ends_with_the_problem_and_training_says_it_again(folder, capsys):
     write_masks(folder, [1, 1, 1, 1])
     ended = run("check_data", f"--data={folder}")
-    assert ended.code == 1 and "error: 1 problem; training would go on, with a warning" in ended.err, ended
+    assert ended.code == 1 and "error: 1 problem: training would go on, with a warning" in ended.err, ended
     assert "the masks of 2 of 4 photographs show classes" in ended.out and "03.png (ring)" in ended.out
     assert run("check_data", f"--data={folder}", ACCEPT).code == 0
     config = {"data": {"kind": "folder", "root": str(folder), "options": {}, "train_split": "train", "val_split": "val"},

@@ -182,14 +182,15 @@ def test_predict_takes_photographs_of_every_kind(checkpoint, tmp_path):
 def test_predict_with_tags_says_so_and_keeps_to_them(checkpoint, tmp_path):
     for name in "abc":
         Image.fromarray(np.random.default_rng(ord(name)).integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"{name}.png")
-    (tmp_path / "tags.json").write_text('{"a": ["ring"], "b.png": ["star", "dots"], "elsewhere": []}')
+    (tmp_path / "tags.json").write_text('{"a": [], "b.png": ["star", "dots"], "elsewhere": []}')
     command = ("predict", f"--checkpoint={checkpoint}", f"--images={tmp_path}/*.png", f"--out={tmp_path / 'masks'}")
     ended = run(*command, f"--tags={tmp_path}/tags.json")
     assert_refused(ended, r"1 of 3 images could not be done:\n.*c.png: has no row in .*tags.json")
     assert "tags.json are used: no other class can occur" in ended.out
+    assert re.search(r"masks of background alone: [12] of 2", ended.out)  # one may have no other class
     records = [json.loads(line) for line in (tmp_path / "masks" / "predictions.jsonl").read_text().splitlines()]
     assert [record["tags_used"] for record in records] == [True, True]
-    for record, allowed in zip(records, ({"background", "ring"}, {"background", "star", "dots"}), strict=True):
+    for record, allowed in zip(records, ({"background"}, {"background", "star", "dots"}), strict=True):
         assert set(record["classes"]) <= allowed
     assert_refused(run(*command), "holds masks made with tags_sha256 .*; give another --out")
     (tmp_path / "tags.json").write_text('{"a": ["bird"]}')
