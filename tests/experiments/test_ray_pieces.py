@@ -26,12 +26,12 @@ class Rows(list):
 def labeller(monkeypatch):
     """A function (out, rows) that labels as an actor does; all of a photograph is a ring, without a network."""
 
-    def labelled(_, images, tags, **settings):
+    def labelled(_, images, tags, workers, **settings):
         assert settings == {"crf": False, "tile": None, "batch_size": 2}
         for image in images:
             yield np.ones(image.shape[:2], np.uint8), np.full(image.shape[:2], 0.5, np.float16), None
 
-    monkeypatch.setattr(predictions, "labelled", labelled)
+    monkeypatch.setattr(predictions, "begin_labelling", labelled)
     monkeypatch.setattr(segmenter, "make_segmenter", lambda *_: None)
     monkeypatch.setenv("LCRF_JAX_COMPILE_CACHE", "0")
 
