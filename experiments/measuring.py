@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-import os
 import pathlib
 import platform
 import resource
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 
+from lcrf_jax.machine import processes
 from lcrf_jax.machine.progress import say
 
 # Where Python finds this package; where it is installed, that is anywhere.
@@ -189,12 +189,11 @@ def _short(value, digits=3):
 
 def machine():
     """One line: processor, cores, Python, JAX, NumPy, the device and the date."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "numpy"))
     device = jax.devices()[0]
     on = "" if device.platform == "cpu" else f", on {device.device_kind}"
     python = platform.python_version()
-    return f"{_processor()}, {cores} cores, Python {python}, {versions}{on}, {time.strftime('%Y-%m-%d')}"
+    return f"{_processor()}, {processes.usable_cores()} cores, Python {python}, {versions}{on}, {time.strftime('%Y-%m-%d')}"
 
 
 def _processor():

@@ -219,5 +219,4 @@ def _of_system(path, folder):
 
 def _instead(pattern, untaken):
     """What is there where nothing fits."""
-    path = os.path.expanduser(pattern)
-    return f" ({untaken})" if untaken else "" if glob.has_magic(pattern) or os.path.exists(path) else meant_path(path)
+    return f" ({untaken})" if untaken else "" if glob.has_magic(pattern) else meant_path(os.path.expanduser(pattern))

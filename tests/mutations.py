@@ -398,7 +398,7 @@ MUTATIONS = [
              'return _network_features(beside(images)["backbone"], images, **static)',
              'return jax.jit(lambda images: _network_features(beside(images)["backbone"], images, **static))(images)'),
     Mutation("segmenter: the last image of a batch comes first", "predict/segmenter.py", "under_way.popleft()", "under_way.pop()"),
-    Mutation("segmenter: one image at a time", "predict/segmenter.py", "count = min(max(2, cores), _MOST_WORKERS)", "count = 1"),
+    Mutation("segmenter: one image at a time", "predict/segmenter.py", "count = min(max(2, cores or usable_cores()), _MOST_WORKERS)", "count = 1"),
     Mutation("pipeline: nothing begins ahead", "data/pipeline.py", "        waiting = following\n", "        yield following\n        waiting = None\n"),
     Mutation("programs: functions of rows are closed over their weights", "train/spread.py",
              "return functools.partial(function, *jax.device_put(fixed), **static), batch_size",

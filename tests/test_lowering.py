@@ -58,11 +58,12 @@ def test_what_a_cpu_alone_has_is_refused():
 def test_functions_of_the_bound_and_the_baselines(name):
     function = every_function.EVERY[name].function
     arguments = [jnp.asarray(array) for array in every_function.of_call(name, every_function.arguments_of(12, 4))]
-    check_lowered(function, *arguments)
     floats = [at for at, array in enumerate(arguments) if jnp.issubdtype(array.dtype, jnp.floating)]
     result = jax.tree.leaves(jax.eval_shape(function, *arguments))
     if floats and any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in result) and name not in {"gibbs", "gibbs, likelihood"}:
-        check_lowered(jax.grad(lambda *values: total(function(*values)), argnums=floats[0], allow_int=True), *arguments)
+        check_with_gradient(function, floats[0], *arguments)
+    else:
+        check_lowered(function, *arguments)
 
 
 def of_form(name, form, size):
@@ -75,9 +76,10 @@ def of_form(name, form, size):
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_functions_of_the_crf_in_each_form(name, form):
     function, arguments = of_form(name, form, SIZE)
-    check_lowered(function, *arguments)
     if len(arguments) == 2:
-        check_lowered(jax.grad(lambda image, values: total(function(image, values)), argnums=1), *arguments)
+        check_with_gradient(function, 1, *arguments)
+    else:
+        check_lowered(function, *arguments)
 
 
 @pytest.mark.parametrize("form", ["anchors", "lattice"])

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -104,6 +105,11 @@ def share(length: int) -> range:
       range of every n-th index, n processes.
     """
     return range(jax.process_index(), length, jax.process_count())
+
+
+def usable_cores() -> int:
+    """The cores of the machine's CPU that the system lets this process use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def total(counts: np.ndarray) -> np.ndarray:

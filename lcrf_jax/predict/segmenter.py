@@ -4,7 +4,6 @@ import collections
 import contextlib
 import functools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.machine.processes import usable_cores
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.nets.trained import merged
@@ -245,9 +245,7 @@ def image_workers(cores: int | None = None) -> Iterator[ThreadPoolExecutor]:
     devices = jax.local_devices()
     count = 2 * len(devices)
     if devices[0].platform == "cpu":
-        if cores is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = min(max(2, cores), _MOST_WORKERS)
+        count = min(max(2, cores or usable_cores()), _MOST_WORKERS)
     pool = ThreadPoolExecutor(count, thread_name_prefix="lcrf-segment")
     try:
         yield pool

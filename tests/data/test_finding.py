@@ -258,6 +258,7 @@ def test_the_nearest_thing_is_named(tmp_path):
     (tmp_path / "tags.csv").touch()
     assert meant_path(tmp_path / "photo").endswith("/photos?") and meant_path(tmp_path / "photos" / "Tags.csv").endswith("/tags.csv?")
     assert meant_path(tmp_path / "Photos" / "deep" / "x").endswith("/photos?") and meant_path(tmp_path / "zebra") == ""
+    assert meant_path(tmp_path / "photos") == meant_path(tmp_path / "tags.csv") == ""  # they are there
     with pytest.raises(FileNotFoundError, match=r"photo does not exist.*did you mean .*photos\?"):
         scan_folder(tmp_path / "photo")
     with pytest.raises(FileNotFoundError, match=r"no file fits the pattern .*; did you mean .*tags.csv\?"):

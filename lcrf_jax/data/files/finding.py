@@ -248,9 +248,11 @@ def meant_path(path: str | os.PathLike) -> str:
     Args:
       path: the path.
     Returns:
-      ``; did you mean FOLDER/tags.CSV?``, or an empty string.
+      ``; did you mean FOLDER/tags.CSV?``, or an empty string, as for a path that is there.
     """
     path = Path(os.path.abspath(path))
+    if os.path.exists(path):
+        return ""
     while not path.parent.is_dir() and path.parent != path.parent.parent:
         path = path.parent  # the first folder on the way that is missing
     for folder in (path.parent, path.parent.parent):

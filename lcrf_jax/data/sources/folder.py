@@ -129,7 +129,7 @@ def _no_split(found: Listing, split: str) -> str:
     """Why there is no such split."""
     there = [f"{name} ({len(rows)})" for name, rows in found.splits.items() if len(rows)]
     if split == "val" and not found.masks:
-        near = "" if (found.root / "masks").is_dir() else meant_path(found.root / "masks")
+        near = meant_path(found.root / "masks")
         return (f"{found.root} has no masks and no list val.txt, so there is no split 'val', and nothing to score; masks belong into "
                 f"{found.root / 'masks'}, and photographs without masks are for predict{near}")  # fmt: skip
     return (

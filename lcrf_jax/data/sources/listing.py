@@ -184,7 +184,7 @@ def _existing_folder(root: str | os.PathLike) -> Path:
     root = Path(root).expanduser()
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
-        near = "" if root.exists() else meant_path(root)
+        near = meant_path(root)
         raise FileNotFoundError(
             f"the data folder {root} {what}: give the folder that holds the photographs and tags.csv{near}"
         )
