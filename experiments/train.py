@@ -43,6 +43,8 @@ def main(argv):
     workdir = reporting.run_folder(_WORKDIR.value)
     if (steps := check_start(workdir, config)) is not None:
         say(f"{workdir} is finished: all {steps} steps are done; nothing is trained")
+        if steps:
+            say(f"to train on, make the last round longer: the last number of --config.epochs={','.join(map(str, config['epochs']))}")
         if config.get("weights"):
             say(f"config.weights={config['weights']} is not read: the run holds the weights it was trained with")
         train, val = open_data(config)

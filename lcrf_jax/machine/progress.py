@@ -114,6 +114,7 @@ class Progress:
       num_steps: number of steps of the whole run.
       first_step: step the run starts at, > 0 when it was resumed.
       title: word in front of every line.
+      counted: word for what is counted, such as "step"; "" where it is images.
       stream: where to write; None is standard error.
       seconds_between_lines: least time between two lines where the stream is no terminal.
       clock: function that returns seconds; for tests.
@@ -129,6 +130,7 @@ class Progress:
         *,
         first_step: int = 0,
         title: str = "train",
+        counted: str = "",
         stream: TextIO | None = None,
         seconds_between_lines: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -140,6 +142,7 @@ class Progress:
         chosen = sys.stderr if stream is None else stream
         self._stream: Any = _Forgiving(io.StringIO() if chosen is None else chosen)
         self._num_steps, self._step, self._title = num_steps, first_step, title
+        self._counted_as = f"{counted} " if counted else ""
         self._clock, self._every = clock, seconds_between_lines
         self._last_line = self._began = clock() if started is None else started
         self._warm = started is not None  # whether the speed is known from what is counted so far
@@ -150,7 +153,7 @@ class Progress:
         self._bar: Any = None
         if self._way == "auto" and self._stream.isatty():
             self._bar = tqdm.tqdm(total=num_steps, initial=first_step, desc=title, file=self._stream, dynamic_ncols=True,
-                                  miniters=1, bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")
+                                  miniters=1, bar_format=f"{{desc}} {{percentage:3.0f}}%|{{bar}}| {self._counted_as}{{n_fmt}}/{{total_fmt}}{{postfix}}")
 
     def update(
         self, *, num_images: int, metrics: Mapping[str, ArrayLike] | None = None, num_steps: int = 1
@@ -237,7 +240,8 @@ class Progress:
             self._stream.write(json.dumps(facts | metrics) + "\n")
             return
         terms = [f"{name} {value:.4g}" for name, value in self._metrics.items()]
-        self._stream.write(f"{self._title} {self._step}/{self._num_steps}  {', '.join([f'{speed:.1f} images/s', *terms])}\n")
+        title = f"{self._title}, {self._counted_as}" if self._counted_as else f"{self._title} "
+        self._stream.write(f"{title}{self._step}/{self._num_steps}  {', '.join([f'{speed:.1f} images/s', *terms])}\n")
 
 
 def _chosen_way():

@@ -295,7 +295,7 @@ def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh
     recent = collections.deque(maxlen=config["log_every_steps"] + config["max_skipped_in_a_row"])
     metrics = {}
     finished = first
-    with Progress(this.last_step, first_step=first, title=title) as bar:
+    with Progress(this.last_step, first_step=first, title=title, counted="step") as bar:
         bar.waiting("compiling")
         for step in range(first + 1, this.last_step + 1):
             batch = next(batches)

@@ -239,7 +239,7 @@ def precision_line(split: str, source: Source, scores: np.ndarray) -> str:
     """
     values = average_precision(scores, source.tags[:, 1:])
     each = ", ".join(f"{name} {value:.3f}" for name, value in zip(source.class_names[1:], values))
-    return f"tag classifier, average precision on {split} tags: mean {np.nanmean(values):.3f} ({each})"
+    return f"tag classifier, average precision on {split} tags, no score of masks: mean {np.nanmean(values):.3f} ({each})"
 
 
 def training_records(

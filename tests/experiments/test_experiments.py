@@ -65,7 +65,7 @@ def test_train_prints_the_table_and_ends_with_the_score(tiny_run):
     for name in CLASSES:
         assert re.search(rf"^{name} +(\d\.\d{{3}}|-)$", ended.out, re.MULTILINE), name
     assert "24 training images with tags of 6 classes; logits 6 x 6" in ended.out
-    assert "average precision on training tags: mean" in ended.out
+    assert "average precision on training tags, no score of masks: mean" in ended.out
     assert "image tags for training, no tags at test time" in ended.out
     for label, path in (("pictures", "pictures_val.png"), ("results", "results_val.json"), ("checkpoint", "")):
         shown = re.search(rf"^{label} +(.+)$", ended.out, re.MULTILINE).group(1)
@@ -82,10 +82,19 @@ def test_train_prints_the_table_and_ends_with_the_score(tiny_run):
 def test_training_again_in_the_same_folder_only_prints_the_score(tiny_run, checkpoint):
     again = run("train", TINY, *SMALL, f"--workdir={checkpoint}")
     assert again.code == 0 and "is finished: all 6 steps are done; nothing is trained" in again.out
+    assert "to train on, make the last round longer: the last number of --config.epochs=" in again.out
     assert "weights sha256" not in again.out and "features" not in again.err
     assert again.last_line == tiny_run[1].last_line
     other = run("train", TINY, *SMALL, f"--workdir={checkpoint}", "--config.network.dropout=0.5")
     assert_refused(other, "error: .*belongs to another model: network")
+
+
+@pytest.mark.slow
+def test_a_finished_run_trains_on_where_its_last_round_is_made_longer(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run")
+    longer = run("train", TINY, *SMALL, f"--workdir={tmp_path / 'run'}", "--config.epochs=3")
+    assert longer.code == 0 and "continuing after step 6" in longer.out and "epochs was [2], is [3]" in longer.out, longer.err
+    assert [line["step"] for line in metrics_history(tmp_path / "run") if "val/miou" in line][-1] == 9
 
 
 def test_evaluate_gives_the_score_of_training(tiny_run, checkpoint):

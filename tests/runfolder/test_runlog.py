@@ -169,12 +169,12 @@ def test_plain_lines_where_there_is_no_terminal():
 
 def test_the_last_line_is_printed_once():
     stream, clock = io.StringIO(), Clock()
-    progress = Progress(1, stream=stream, clock=clock)
+    progress = Progress(1, stream=stream, clock=clock, counted="step")
     clock.now += 20
     progress.update(num_images=4)
     progress.close()
     progress.close()
-    assert stream.getvalue() == "train 1/1  0.2 images/s\n"
+    assert stream.getvalue() == "train, step 1/1  0.2 images/s\n"
 
 
 def test_a_bar_on_a_terminal_shows_terms_and_speed():
@@ -207,7 +207,7 @@ def test_at_80_columns_the_bar_is_a_bar(monkeypatch):
     stream, clock = Terminal(), Clock()
     monkeypatch.setenv("COLUMNS", "80")
     metrics = {name: 1.25 for name in ("entropy", "gradient_norm", "log_likelihood", "pairwise_energy", "skipped_steps", "loss")}
-    with Progress(875, stream=stream, clock=clock, title="round 1") as progress:
+    with Progress(875, stream=stream, clock=clock, title="round 1", counted="step") as progress:
         progress._bar.ncols, progress._bar.dynamic_ncols = 80, None
         for _ in range(400):
             clock.now += 7
@@ -215,7 +215,7 @@ def test_at_80_columns_the_bar_is_a_bar(monkeypatch):
         progress._bar.refresh()
     line = stream.getvalue().rsplit("\r", 1)[-1].rstrip("\n")
     assert len(line) <= 80 and len(re.search(r"\|(.*)\|", line)[1]) >= 10
-    assert line.endswith("400/875, loss 1.25, 2.3 images/s, 55:25 left")
+    assert line.endswith("| step 400/875, loss 1.25, 2.3 images/s, 55:25 left")
 
 
 def test_ways_of_progress(monkeypatch):
