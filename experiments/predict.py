@@ -3,7 +3,8 @@ r"""Write masks of photographs.
     python -m experiments.predict --checkpoint=RUN --images=photos/ --out=masks/ [--crf]
 
 --images takes files, folders with all photographs in them, and patterns in quotes ('photos/**/*.jpg'), and may be given
-several times; of a folder, masks that it holds beside its tag file and what this program has written are left out.
+several times; of a folder, masks that it holds beside its tag file and what this program has written are left out. It takes
+shards that experiments.shards has written as well, and tables in Parquet with a column of paths or bytes of photographs.
 --list=FILE chooses among them, one a line. Any size and colour mode will do; photographs are turned as their EXIF data say. In
 --out are then
 
@@ -27,6 +28,7 @@ On a host with GPUs those that SLURM or mpirun has started take one each; by han
 
 import contextlib
 import functools
+import itertools
 import os
 import pathlib
 import sys
@@ -47,7 +49,7 @@ from lcrf_jax.predict.model import described, trained
 from lcrf_jax.predict.segmenter import image_workers
 from lcrf_jax.runfolder.digests import params_digest
 
-from . import prediction_plan, prediction_urls, predictions, ray_predictions, reporting
+from . import prediction_photographs, prediction_plan, prediction_urls, predictions, ray_predictions, reporting
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, a file of a model, or the name of one that is shipped.")
 _IMAGES = flags.DEFINE_multi_string("images", None, "File, folder, or pattern in quotes; may be given several times.")
@@ -68,6 +70,7 @@ _CORES = flags.DEFINE_integer("cores", 1, "With --engine=ray and no GPU: cores o
 reporting.define_process_flags()
 
 BATCH_SIZE = 8
+_URLS = "--images and --out: URLs are read and written with --engine=ray; else give folders of this machine"
 
 
 def own_process():
@@ -125,7 +128,7 @@ def main(argv):
     if _TILE.value is not None and _PROBABILITIES.value:
         raise ValueError("--probabilities and --tile do not go together: those of tiles are not kept")
     if _ENGINE.value != "ray" and any(map(prediction_urls.is_url, [*_IMAGES.value, _OUT.value])):
-        raise ValueError("--images and --out: URLs are read and written with --engine=ray; else give folders of this machine")
+        raise ValueError(_URLS)
     started, out = time.monotonic(), prediction_urls.place(_OUT.value)
     planned = _planned(out)
     if _LIST.value is not None:
@@ -165,13 +168,17 @@ def main(argv):
 def _planned(out):
     """Pairs of photograph and Outputs, on disks or at URLs."""
     wanted = {"overlays": _OVERLAYS.value, "probabilities": _PROBABILITIES.value}
-    urls = [prediction_urls.is_url(pattern) for pattern in _IMAGES.value]
+    listed = {pattern: prediction_photographs.urls_in(pattern) for pattern in _IMAGES.value}
+    urls = [prediction_urls.is_url(pattern) or bool(listed[pattern]) for pattern in _IMAGES.value]
     if any(urls) and not all(urls):
         raise ValueError("--images: expected folders of this machine or URLs, got both; predict them one after the other")
+    if any(urls) and _ENGINE.value != "ray":
+        raise ValueError(_URLS)
     training = described(_CHECKPOINT.value)["training"]
     if any(urls):
         named = functools.partial(prediction_plan.outputs_for, **wanted)
-        return prediction_urls.planned_at_urls(_IMAGES.value, out, named)
+        patterns = [pattern for pattern in _IMAGES.value if not listed[pattern]]
+        return prediction_urls.planned_at_urls(patterns, out, named, itertools.chain(*listed.values()))
     with tempfile.TemporaryDirectory() if prediction_urls.is_url(out) else contextlib.nullcontext(out) as folder:
         patterns = [str(prediction_urls.place(name)) if name.startswith("file://") else name for name in _IMAGES.value]
         planned = prediction_plan.planned_outputs(patterns, pathlib.Path(folder), data=training.get("data", {}), **wanted)

@@ -17,11 +17,13 @@ from lcrf_jax.data.files.finding import (
     meant_path,
     not_taken,
 )
+from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.mask_names import folders_of_training, left_out, masks_among, of_training, told
 from lcrf_jax.data.files.tags import read_text
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 
+from .prediction_photographs import is_container, photographs_in
 from .predictions import SETTINGS_FILE
 
 
@@ -52,7 +54,7 @@ def planned_outputs(patterns, out, *, overlays, probabilities, data=types.Mappin
     """Pairs of photograph and Outputs, refusing two photographs with one mask, and masks in place of photographs.
 
     Args:
-      patterns: files, folders (with all photographs at any depth) and patterns of file names.
+      patterns: files, folders (with all photographs at any depth), patterns of file names, shards and tables, see `prediction_photographs`.
       out: folder of the masks.
       overlays, probabilities: whether these are wanted.
       data: what the run was trained on: its folder of masks is known by that, whatever its name is.
@@ -61,8 +63,16 @@ def planned_outputs(patterns, out, *, overlays, probabilities, data=types.Mappin
       List in the order of the photographs' paths. The path of a mask within `out` is that of its photograph within the
       folder that was given, the fixed part of the pattern, or what these have in common.
     """
-    roots, found, out, real = [], {}, pathlib.Path(out), functools.cache(os.path.realpath)
+    roots, found, within, out, real = [], {}, set(), pathlib.Path(out), functools.cache(os.path.realpath)
     for pattern in patterns:
+        if is_container(os.path.expanduser(pattern)):
+            root, paths = photographs_in(os.path.expanduser(pattern))
+            if not paths:
+                raise FileNotFoundError(f"--images: {pattern} holds no photographs")
+            roots.append(root)
+            found |= {(real(path.parent), path.name): path for path in paths}
+            within |= {path for path in paths if not is_photograph(path.name)}
+            continue
         root, paths, untaken = _photographs(os.path.expanduser(pattern), out, data)
         if not paths:
             fault = f"no file fits the pattern {pattern!r}"
@@ -79,7 +89,9 @@ def planned_outputs(patterns, out, *, overlays, probabilities, data=types.Mappin
     outputs, taken = [], {}
     for path in sorted(found):
         name = path.absolute().relative_to(root)
-        mask = out / name.with_suffix(".png")
+        if path in within:  # sources call photographs by names without an extension, which may have a dot
+            name = name.with_name(f"{name.name}.png")
+        mask = (out / name).with_suffix(".png")
         if mask.resolve() in photographs:
             raise ValueError(f"the mask of {path} would be written over the photograph {mask}: give another --out")
         if mask in taken:

@@ -3,17 +3,15 @@
 Nothing here imports JAX: the tasks that decode photographs start at once.
 """
 
-import contextlib
 import glob
 import os
 import pathlib
 import secrets
-import tempfile
 import urllib.parse
 import urllib.request
 
 from lcrf_jax.data.files.finding import is_system_folder
-from lcrf_jax.data.files.images import is_photograph, read_image
+from lcrf_jax.data.files.images import is_photograph
 from lcrf_jax.data.files.mask_names import left_out, masks_among, told
 from lcrf_jax.machine.progress import say
 
@@ -57,13 +55,14 @@ def place(name):
     return path
 
 
-def planned_at_urls(patterns, out, outputs_for):
+def planned_at_urls(patterns, out, outputs_for, listed=()):
     """Pairs of photograph and Outputs, as `prediction_plan.planned_outputs` has them of folders.
 
     Args:
       patterns: URLs of one file system: files, folders (with all photographs at any depth) and patterns.
       out: place of the masks.
       outputs_for: function (out, name) -> Outputs.
+      listed: URLs of photographs, which are taken to be there.
 
     Returns:
       List in the order of the photographs' names.
@@ -84,6 +83,9 @@ def planned_at_urls(patterns, out, outputs_for):
             names = [name for name in names if name not in gone]
         roots.append(str(root))
         found |= {str(root / name): root / name for name in names}
+    for photo in map(place, listed):
+        roots.append(str(photo.parent))
+        found[str(photo)] = photo
     above = os.path.commonprefix([f"{root.rstrip('/')}/" for root in roots]).rpartition("/")[0]
     planned, taken = [], {}
     for url, photo in sorted(found.items()):
@@ -121,44 +123,6 @@ def _is_left(name, left):
     path = pathlib.PurePosixPath(name)
     folders = {str(parent) for parent in path.parents}
     return path.name.startswith(".") or any(map(is_system_folder, path.parts[:-1])) or bool(folders & left)
-
-
-def read_photograph(name):
-    """A photograph at a path or a URL.
-
-    Args:
-      name: path or URL.
-
-    Returns:
-      [H, W, 3] uint8, or a text that says why it cannot be read.
-    """
-    try:
-        with _on_disk(name) as path:
-            try:
-                return read_image(path)
-            except (ValueError, OSError) as error:
-                return str(error).replace(str(path), str(name))
-    except (ValueError, OSError) as error:
-        text = str(error)
-        return text if str(name) in text else f"{name} cannot be read ({text or type(error).__name__})"
-    except MemoryError:
-        return "there is not enough memory for it; scale it down or cut it into pieces"
-
-
-@contextlib.contextmanager
-def _on_disk(name):
-    """A file as a path of this machine, for a `with` block."""
-    path = place(name)
-    if isinstance(path, pathlib.Path) and not is_url(name):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="lcrf_jax-") as folder:
-        copy = pathlib.Path(folder, path.name)
-        try:
-            path.fs.get_file(path.path, str(copy))
-        except Exception as error:  # file systems raise errors of every kind
-            raise OSError(f"{name} cannot be read ({error or type(error).__name__})") from error
-        yield copy
 
 
 def send(source, target):

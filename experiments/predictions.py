@@ -11,7 +11,7 @@ from PIL import Image
 
 from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.finding import PhotographFinder
-from lcrf_jax.data.files.images import MAX_PIXELS, image_size, read_image
+from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.data.files.tags import read_tag_file
 from lcrf_jax.machine.files import move_whole, naming, write_once, write_whole
 from lcrf_jax.pictures.palette import overlay, save_index_png
@@ -19,6 +19,7 @@ from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence
 from lcrf_jax.predict.segmenter import begin_batch
 from lcrf_jax.predict.tiling import segment_in_tiles
 
+from .prediction_photographs import changed, read_photograph, size_of
 from .prediction_urls import SETTINGS_FILE, is_url
 
 RECORDS = "predictions"
@@ -48,7 +49,7 @@ def remaining(share, out, settings, overwrite):
 
 def _is_done(photo, outputs, since):
     mask = outputs.mask
-    if not mask.exists() or mask.stat().st_mtime < max(since, photo.stat().st_mtime):
+    if not mask.exists() or mask.stat().st_mtime < max(since, changed(photo)):
         return False
     return all(path is None or path.exists() for path in outputs)
 
@@ -231,7 +232,7 @@ def _parts(todo, size):
     part, pixels = [], 0
     for photo, outputs in todo:
         try:
-            height, width = image_size(photo)
+            height, width = size_of(photo)
         except (ValueError, OSError):
             height, width = 0, 0  # `_read` tells what is wrong
         if part and (len(part) == size or pixels + height * width > BATCH_PIXELS):
@@ -246,19 +247,9 @@ def _parts(todo, size):
 def _read(pool, part):
     """(images that can be read, {path: error} of the others)."""
 
-    results = {photo: result for (photo, _), result in zip(part, pool.map(image_or_problem, [photo for photo, _ in part]))}
+    results = {photo: result for (photo, _), result in zip(part, pool.map(read_photograph, [photo for photo, _ in part]))}
     failures = {photo: result for photo, result in results.items() if isinstance(result, str)}
     return {photo: result for photo, result in results.items() if photo not in failures}, failures
-
-
-def image_or_problem(photo):
-    """A photograph as [H, W, 3] uint8, or a text that says why it cannot be read."""
-    try:
-        return read_image(photo)
-    except (ValueError, OSError) as error:
-        return str(error)
-    except MemoryError:
-        return "there is not enough memory for it; scale it down or cut it into pieces"
 
 
 def known_tags(path, photographs, class_names):

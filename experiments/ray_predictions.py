@@ -21,7 +21,8 @@ from lcrf_jax.machine.errors import UserError, for_users
 from lcrf_jax.machine.files import move_whole, naming
 from lcrf_jax.machine.locks import locked, own_folder
 
-from .prediction_urls import is_url, place, read_photograph, send
+from .prediction_photographs import read_photograph
+from .prediction_urls import is_url, place, send
 
 TABLE = "predictions.parquet"
 PARTS = "predictions-parts"

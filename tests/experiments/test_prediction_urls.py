@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_ray_pieces import labeller  # noqa: F401 - a fixture
 
-from experiments import prediction_urls, predictions, ray_predictions
+from experiments import prediction_photographs, prediction_urls, predictions, ray_predictions
 from experiments.prediction_plan import outputs_for
 
 pytest.importorskip("upath", reason="the extra ray is tested in an environment of its own, see test_ray.py")
@@ -67,9 +67,9 @@ def test_what_cannot_be_is_refused(bucket):
 def test_a_photograph_is_read_and_told_of_by_its_url(bucket):
     put(bucket, "a.png")
     (bucket / "b.jpg").write_bytes(b"no image")
-    assert prediction_urls.read_photograph("memory://bucket/a.png").shape == (10, 20, 3)
-    assert prediction_urls.read_photograph("memory://bucket/b.jpg") == "memory://bucket/b.jpg is not an image that Pillow can read"
-    assert prediction_urls.read_photograph("memory://bucket/c.jpg").startswith("memory://bucket/c.jpg cannot be read (")
+    assert prediction_photographs.read_photograph("memory://bucket/a.png").shape == (10, 20, 3)
+    assert prediction_photographs.read_photograph("memory://bucket/b.jpg") == "memory://bucket/b.jpg is not an image that Pillow can read"
+    assert prediction_photographs.read_photograph("memory://bucket/c.jpg").startswith("memory://bucket/c.jpg cannot be read (")
 
 
 def test_masks_and_rows_come_to_a_url_and_what_is_there_is_not_made_again(bucket, labeller):  # noqa: F811
@@ -107,3 +107,16 @@ def test_what_cannot_be_sent_is_told_with_its_url(bucket, labeller, tmp_path, mo
     with pytest.raises(ray_predictions.UserError, match=r"memory://bucket/out/.* cannot be written \(403 forbidden\); what is done is kept"):
         labeller(bucket / "out", ray_predictions.rows_of(todo, bucket / "out", None))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_table_of_urls(bucket, tmp_path):
+    put(bucket, "photos/b/1.png", "photos/a.png")
+    urls = ["memory://bucket/photos/b/1.png", "memory://bucket/photos/a.png", "memory://bucket/photos/gone.png"]
+    pyarrow.parquet.write_table(pyarrow.table({"url": urls}), tmp_path / "list.parquet")
+    listed = prediction_photographs.urls_in(str(tmp_path / "list.parquet"))
+    todo = prediction_urls.planned_at_urls([], tmp_path / "out", OUTPUTS, listed)
+    assert [(str(photo), str(outputs.mask.relative_to(tmp_path))) for photo, outputs in todo] == [
+        (urls[1], "out/a.png"), (urls[0], "out/b/1.png"), (urls[2], "out/gone.png")]
+    assert predictions.remaining(todo[:2], tmp_path / "out", {}, overwrite=False) == todo[:2]
+    problems = [ray_predictions.decoded(row)["problem"] for row in ray_predictions.rows_of(todo, tmp_path / "out", None)]
+    assert problems[:2] == ["", ""] and problems[2].startswith(f"{urls[2]} cannot be read (")

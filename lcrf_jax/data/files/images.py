@@ -125,18 +125,19 @@ def opened_as_rgb(image: Image.Image, name: str | os.PathLike) -> tuple[np.ndarr
     return np.array(image if image.mode == "RGB" else image.convert("RGB")), turn
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(path: str | os.PathLike, content: bytes | None = None) -> tuple[int, int]:
     """Height and width of a photograph as it is shown. Only the head of the file is read; what follows may be damaged.
 
     Args:
       path: the file.
+      content: its bytes, where they are in memory already; `path` is then what it is called in messages.
     Returns:
       (height, width) in pixels.
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if the file is not an image, or has more than 160 million pixels.
     """
-    with opened(path) as image:
+    with opened(path, content) as image:
         width, height = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):  # Pillow may tell the turned size of these
             width, height = (int(image.tag_v2.get(tag, side)) for tag, side in ((_WIDTH, width), (_HEIGHT, height)))
