@@ -8,10 +8,9 @@ from lcrf_jax.machine.progress import say
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, mean_iou
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
+from lcrf_jax.predict.model import trained
 from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
-from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import load_description
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
 from lcrf_jax.train.methods import begins_with_posteriors
@@ -31,7 +30,7 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     part_of = scored.numbers if isinstance(scored, InParts) else np.zeros(len(source), int)
     if not tags_given:
         raise ValueError("--cam needs --tags_given: without tags class maps say nothing of which classes are there")
-    description, params = load_description(run_dir), restore_params(run_dir)
+    description, params = trained(run_dir)
     if "classifier" not in params:
         method = description["training"]["method"]
         raise ValueError(f"{run_dir} is a run of {method} and has no tag classifier; give one that has, such as one of cam, sec or latent_crf")

@@ -1,9 +1,10 @@
-r"""Score a run on a split with masks.
+r"""Score a run, or a trained model, on a split with masks.
 
     python -m experiments.evaluate --checkpoint=RUN --data=FOLDER --split=val [--crf]
+    python -m experiments.evaluate --checkpoint=animals --data=FOLDER --out=RESULTS [--crf]
 
 The checkpoint alone says what the network is. Without --data the data that the run was trained on is used; what is written of
-other data has its name: results_SPLIT_NAME-xxxxxx.json. The last line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
+other data has its name: results_SPLIT_NAME-xxxxxx.json. It is written to the folder of the run, or to --out. The last line is the mIoU, with --crf that after refinement. --tags_given excludes classes that are not among an image's tags,
 and the output says so. Settings that were chosen on one half of a split are reported on the other: --split='val[1::2]', or
 --parts=2 for both halves and the whole in one pass. Several processes (--distributed, docs/scaling.md) share the images.
 """
@@ -13,12 +14,14 @@ import time
 
 from absl import flags
 
-from lcrf_jax.runfolder.compact import shipped_models
-from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
+from lcrf_jax.machine import processes
+from lcrf_jax.machine.files import naming
+from lcrf_jax.predict.model import described
 
 from . import class_map_scores, reporting
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run, a file of a model, or the name of one that is shipped.")
+_OUT = flags.DEFINE_string("out", None, "Folder for results, pictures and report; by default that of the run.")
 _DATA = flags.DEFINE_string("data", None, "Folder of other data, of prepared data sets for tfds; by default that of the run.")
 _SPLIT = flags.DEFINE_string("split", "val", "Name of the split, or a part of it such as 'val[1::2]'.")
 _PARTS = flags.DEFINE_integer("parts", 1, "Score the parts SPLIT[0::N], SPLIT[1::N], ... by themselves as well.", lower_bound=1)
@@ -34,18 +37,38 @@ def main(argv):
     if _CAM.value and _CRF.value:
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
-    if _CHECKPOINT.value in shipped_models() and not pathlib.Path(_CHECKPOINT.value).exists():
-        raise ValueError(f"--checkpoint={_CHECKPOINT.value}: runs alone are scored, by the settings and the data in their folder; a model "
-                         "that comes with the package is for predict, demo and export")  # fmt: skip
-    description = load_description(_CHECKPOINT.value, needed=FOR_INFERENCE)
+    out = _folder_of_results()
+    description = described(_CHECKPOINT.value)
     source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
         class_map_scores.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value, num_parts=_PARTS.value)
     else:
         reporting.evaluate_run(
             _CHECKPOINT.value, source, crf=_CRF.value, tags_given=_TAGS_GIVEN.value, started=started, data=data,
-            num_parts=_PARTS.value,
+            num_parts=_PARTS.value, out=out,
         )
+
+
+def _folder_of_results():
+    """Where results are written, None for the folder of the run; a model has none, and does not know where photographs are."""
+    if not pathlib.Path(_CHECKPOINT.value).expanduser().is_dir():
+        data = described(_CHECKPOINT.value)["training"]["data"]  # it is a model, or there is an error
+        missing = [name for name, value in (("data", _DATA.value or data["kind"] == "textures"), ("out", _OUT.value)) if not value]
+        if missing:
+            raise ValueError(f"--checkpoint={_CHECKPOINT.value} is a model, which has no folder of photographs or results: give "
+                             + " and ".join(f"--{name}=FOLDER" for name in missing))  # fmt: skip
+    if _OUT.value is None:
+        return None
+    out = reporting.run_folder(_OUT.value, "out")
+
+    def make():
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out={out} is a file; give a folder, which is made if it is not there")
+        with naming(out):
+            out.mkdir(parents=True, exist_ok=True)
+
+    processes.first_decides(make)
+    return out
 
 
 if __name__ == "__main__":

@@ -264,13 +264,14 @@ def parts_table(parts):
     return "\n".join(["", *lines])
 
 
-def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscored=None, data=None, num_parts=1):
-    """Score a run, print the table, write results.json, the picture grid and the report, and print their paths.
+def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscored=None, data=None, num_parts=1, out=None):
+    """Score what was trained, print the table, write results.json, the picture grid and the report, and print their paths.
 
-    Without a source that has masks there is no score, and the report shows images of `unscored`. Files that tell of
-    other `data` than that of the run have its name in theirs.
+    They are written to `out`, by default the folder of the run. Without a source that has masks there is no score, and the report
+    shows images of `unscored`. Files that tell of other `data` than that of the run have its name in theirs.
     """
     run_dir, scored = pathlib.Path(run_dir).expanduser(), source if source is None else whole_or_parts(source, num_parts)
+    out = run_dir if out is None else out
     segmenter, description, params = load_segmenter(run_dir)
     own = description["training"]["data"]
     data = own if data is None else data
@@ -280,8 +281,8 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     if source is None:
         if processes.is_first():
             say("drawing the report")
-            write_run_report(run_dir / "report.html", source=unscored, matrices={}, image_scores=None, **report)
-            say(f"report      {run_dir / 'report.html'} (for a browser)\ncheckpoint  {run_dir}; no masks to score it on")
+            write_run_report(out / "report.html", source=unscored, matrices={}, image_scores=None, **report)
+            say(f"report      {out / 'report.html'} (for a browser)\ncheckpoint  {run_dir}; no masks to score it on")
         return
     scores = evaluation.evaluate(segmenter, scored, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     if not processes.is_first():
@@ -289,7 +290,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     table = format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined)
     report["parts"] = part_counts(scored, scores.parts) if scored is not source else {}
     say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}{parts_table(report['parts'])}")
-    files = _files_of_scores(run_dir, source.split, data, own, crf=crf, tags_given=tags_given)
+    files = _files_of_scores(out, source.split, data, own, crf=crf, tags_given=tags_given)
     _write_scores(files, scores, source, crf=crf, report=report, digest=params_digest(params))
     say(f"\npictures    {files.pictures}\nreport      {files.page} (for a browser)\nresults     {files.results}\n"
         f"checkpoint  {run_dir}")  # fmt: skip
@@ -307,15 +308,15 @@ class _Files(NamedTuple):
     refined: pathlib.Path
 
 
-def _files_of_scores(run_dir, split, data, own, *, crf, tags_given):
+def _files_of_scores(folder, split, data, own, *, crf, tags_given):
     place = place_in_names(data, own)
     suffix = place + ("_crf" if crf else "") + ("_tags_given" if tags_given else "")
     same = split == own["val_split"] and not tags_given and not place
     return _Files(
-        run_dir / f"results_{split}{suffix}.json",
-        run_dir / f"pictures_{split}{suffix}.png",
-        run_dir / ("report.html" if same else f"report_{split}{suffix}.html"),
-        run_dir / f"results_{split}{place}_crf{'_tags_given' if tags_given else ''}.json",
+        folder / f"results_{split}{suffix}.json",
+        folder / f"pictures_{split}{suffix}.png",
+        folder / ("report.html" if same else f"report_{split}{suffix}.html"),
+        folder / f"results_{split}{place}_crf{'_tags_given' if tags_given else ''}.json",
     )
 
 

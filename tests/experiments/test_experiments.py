@@ -154,8 +154,25 @@ def test_photographs_in_a_folder(photos, checkpoint, tmp_path):
     assert evaluated.code == 0 and score(evaluated.last_line) == value
     other = run("evaluate", f"--checkpoint={checkpoint}", f"--data={photos}")
     assert other.code == 0 and "3 images of val" in other.out, other.err
+    before = sorted(workdir.iterdir())
+    elsewhere = run("evaluate", f"--checkpoint={workdir}", f"--data={photos}", "--split=val", f"--out={tmp_path / 'new/results'}")
+    assert elsewhere.code == 0 and score(elsewhere.last_line) == value and sorted(workdir.iterdir()) == before
+    assert sorted(path.name for path in (tmp_path / "new/results").iterdir()) == ["pictures_val.png", "report.html", "results_val.json"]
     assert_refused(run("evaluate", f"--checkpoint={workdir}", f"--data={photos}", "--split=test"), "has no test.txt")
     assert_refused(run("evaluate", f"--checkpoint={workdir}", f"--data={photos}", "--split=train"), "has no mask for")
+
+
+@pytest.mark.slow
+def test_a_model_in_a_file_is_scored_as_the_run_that_it_is_of(photos, checkpoint, tmp_path):
+    assert run("export", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'model.npz'}", "--compact").code == 0
+    results = []
+    for given in (checkpoint, tmp_path / "model.npz"):
+        out = tmp_path / f"scores of {given.stem}"
+        ended = run("evaluate", f"--checkpoint={given}", f"--data={photos}", f"--out={out}")
+        assert ended.code == 0 and "3 images of val" in ended.out, ended.err
+        (path,) = out.glob("results_val_*.json")
+        results.append(np.array(json.loads(path.read_text())["plain"]["confusion"]))
+    assert np.abs(results[0] - results[1]).sum() < 0.05 * results[0].sum() and results[0].sum() == results[1].sum()
 
 
 def test_data_with_other_classes_is_refused(photos, checkpoint, tmp_path):
@@ -240,9 +257,13 @@ def test_scores_of_several_seeds_are_a_mean_and_a_standard_deviation(ablation):
     (["ablation", TINY, "--workdir=x", "--variations=mean,meen"],
      r"error: --variations: \['meen'\] not known; expected some of \['terms', .*'mcmc', .*'all'\]"),
     (["ablation", TINY, *SMALL, "--workdir=x", "--config.data.val_split="], "error: there are no masks"),
-    (["evaluate", "--checkpoint=nowhere"], "error: expected a run folder with config.json"),
-    (["evaluate"], "error: --checkpoint is missing, which is: Folder of a run; give"),
-    (["evaluate", "--checkpoint=animals"], "error: --checkpoint=animals: runs alone are scored, .*is for predict, demo and export"),
+    (["evaluate", "--checkpoint=nowhere"], "error: nowhere: there is no such folder or file, and no model of this name"),
+    (["evaluate", "--checkpoint=nowhere/x"], "error: expected a run folder with config.json, got .*; give the --workdir of a training run"),
+    (["evaluate"], "error: --checkpoint is missing, which is: Folder of a run, a file of a model, .*; give"),
+    (["evaluate", "--checkpoint=animals"], "error: --checkpoint=animals is a model, .*: give --data=FOLDER and --out=FOLDER"),
+    (["evaluate", "--checkpoint=animals", "--data=x"], "error: --checkpoint=animals is a model, .*: give --out=FOLDER"),
+    (["evaluate", "--checkpoint=animal", "--data=x"], "error: animal: there is no such folder or file, .*did you mean 'animals'"),
+    (["evaluate", "--checkpoint=animals", "--data=x", "--out=setup.cfg"], "error: --out=setup.cfg is a file; give a folder"),
     (["predict", "--images=x", "--out=y"], "error: --checkpoint is missing, which is: Folder of a run, "),
 ], ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "")
 def test_wrong_flags_end_with_one_clear_line(command, message):
