@@ -60,7 +60,7 @@ class _Table:
         self._group = (-1, None)  # number and rows of the one that was read last
         texts = self._texts(named)
         self.paths = None if holds_bytes else self._checked(texts)
-        self.names = texts if _are_names(texts) else [f"{row:08}" for row in range(int(self._firsts[-1]))]
+        self.names = _names(texts) or [f"{row:08}" for row in range(int(self._firsts[-1]))]
         self._rows = {name: row for row, name in enumerate(self.names)}
 
     def content(self, name):
@@ -111,6 +111,7 @@ def _columns(path, schema):
     import pyarrow.types as kinds
 
     def is_text(kind):
+        kind = kind.value_type if kinds.is_dictionary(kind) else kind
         return kinds.is_string(kind) or kinds.is_large_string(kind)
 
     def is_bytes(kind):
@@ -131,14 +132,12 @@ def _columns(path, schema):
     raise ValueError(f"{path}: expected a column of paths or bytes of photographs, named one of {', '.join(COLUMNS)}; it has {', '.join(found)}: rename it")
 
 
-def _is_no_name(path):
-    return path.is_absolute() or ".." in path.parts or not path.name or "\0" in str(path)
-
-
-def _are_names(texts):
-    """Whether texts can be the paths of masks within a folder."""
+def _names(texts):
+    """Texts as paths within a folder; none where they cannot be the names of so many masks."""
     paths = [pathlib.PurePosixPath(text or "/") for text in texts]
-    return bool(texts) and len(set(texts)) == len(texts) and not any(map(_is_no_name, paths))
+    names = list(map(str, paths))
+    wrong = any(path.is_absolute() or ".." in path.parts or not path.name or "\0" in str(path) for path in paths)
+    return [] if wrong or len(set(names)) < len(names) else names
 
 
 @functools.cache

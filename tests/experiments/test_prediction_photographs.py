@@ -57,12 +57,13 @@ def test_a_table_of_bytes_with_names(folder, tmp_path):
     pairs = planned([str(table(tmp_path / "photos.parquet", image=rows))], tmp_path / "out")
     assert masks_of(pairs, tmp_path / "out") == ["barn/7.png", "barn/8.png", "odd name ä.png"]
     assert_read_as_files(pairs, folder)
-    pairs = planned([str(table(tmp_path / "two.PARQUET", image=contents(folder), file_name=list(NAMES), tags=["a"] * 3))], tmp_path / "out")
+    names = pyarrow.array([f"./{NAMES[0]}", NAMES[1].replace("/", "//"), NAMES[2]]).dictionary_encode()
+    pairs = planned([str(table(tmp_path / "two.PARQUET", image=contents(folder), file_name=names, tags=["a"] * 3))], tmp_path / "out")
     assert masks_of(pairs, tmp_path / "out") == ["barn/7.png", "barn/8.png", "odd name ä.png"]
     assert_read_as_files(pairs, folder)
 
 
-@pytest.mark.parametrize("names", [None, ["a.jpg", "a.jpg", "b.jpg"], ["a.jpg", None, "b.jpg"], ["/a.jpg", "b.jpg", "c.jpg"],
+@pytest.mark.parametrize("names", [None, ["a.jpg", "./a.jpg", "b.jpg"], ["a.jpg", None, "b.jpg"], ["/a.jpg", "b.jpg", "c.jpg"],
                                    ["../a.jpg", "b.jpg", "c.jpg"], ["a\0.jpg", "b.jpg", "c.jpg"]])  # fmt: skip
 def test_bytes_without_names_that_can_be_those_of_masks_are_called_by_their_rows(folder, tmp_path, names):
     columns = {"image": contents(folder)} | ({} if names is None else {"path": names})
