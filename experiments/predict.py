@@ -200,23 +200,22 @@ def _predict(todo, out, segmenter, names, tags):
           predictions.Records(out, own_process(), todo) as records, image_workers() as workers):  # fmt: skip
 
         def begin(batch):
-            _, images, _ = batch
-            given = None if tags is None else [tags[photo] for photo in images]
+            given = None if tags is None else [tags[photo] for photo in batch.images]
             return predictions.begin_labelling(
-                segmenter, list(images.values()), given, workers, crf=_CRF.value, tile=_TILE.value, batch_size=batch_size
+                segmenter, list(batch.images.values()), given, workers, crf=_CRF.value, tile=_TILE.value, batch_size=batch_size
             )
 
         if todo:
             bar.waiting("compiling")
-        for (part, images, unreadable), results in one_ahead(predictions.batches(todo, batch_size), begin):
-            failures |= unreadable
-            for (photo, image), (labels, confidence, log_probs) in zip(images.items(), results):
-                mask = part[photo].mask.relative_to(out)
-                records.write(predictions.record_of(photo, mask, labels, confidence, names, **facts))
-                problem = predictions.write_outputs(part[photo], unfinished, image, labels, log_probs, np.array(names))
+        for batch, results in one_ahead(predictions.batches(todo, batch_size, predictions.settings_since(out)), begin):
+            failures |= batch.failures
+            for (photo, image), (labels, confidence, log_probs) in zip(batch.images.items(), results):
+                outputs = batch.outputs[photo]
+                records.write(predictions.record_of(photo, outputs.mask.relative_to(out), labels, confidence, names, **facts))
+                problem = predictions.write_outputs(outputs, unfinished, image, labels, log_probs, np.array(names), batch.read[photo])
                 failures |= {photo: problem} if problem else {}
                 background += not labels.any()
-            bar.update(num_images=len(part), num_steps=len(part))
+            bar.update(num_images=len(batch.outputs), num_steps=len(batch.outputs))
     if background:
         say(f"masks of background alone: {background} of {len(todo)}"
             + ("; docs/faq.md has what to do where that is wrong" if 2 * background > len(todo) else ""))  # fmt: skip
@@ -228,14 +227,16 @@ def _predict_by_ray(todo, out, description, params, tags):
     todo, failures = _with_tags(todo, tags)
     if not todo:
         return failures
-    inference = changed_inference(description["inference"])
+    inference, since = changed_inference(description["inference"]), predictions.settings_since(out)
+    # Masks that are there keep their rows until they are made anew.
+    again = [str(outputs.mask.relative_to(out)) for _, outputs in todo if not (_OVERWRITE.value and predictions.is_made(outputs.mask, since))]
     job = ray_predictions.Job(
         str(out if prediction_urls.is_url(out) else out.absolute()), tuple(description["class_names"]), _CRF.value, _TILE.value,
         _OVERLAYS.value, _PROBABILITIES.value, _facts(tags), BATCH_SIZE,
     )  # fmt: skip
     return failures | ray_predictions.label_by_ray(
         ray_predictions.rows_of(todo, out, tags), ({**description, "inference": inference}, jax.tree.map(np.asarray, params)), job,
-        workers=_WORKERS.value, cores=_CORES.value, quiet=os.environ.get(VARIABLE) == "quiet",
+        again=again, workers=_WORKERS.value, cores=_CORES.value, quiet=os.environ.get(VARIABLE) == "quiet",
     )  # fmt: skip
 
 

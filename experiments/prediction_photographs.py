@@ -9,6 +9,7 @@ import os
 import pathlib
 import tempfile
 import threading
+import time
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class _Shards:
 
     def __init__(self, folder):
         sources = {split: ShardsSource(folder, split) for split in read_index(folder)["splits"]}
-        self.changed = os.stat(folder / INDEX).st_mtime
+        self.changed = os.stat(folder / INDEX).st_mtime_ns
         self._rows = {f"{split}/{name}": (source, row) for split, source in sources.items() for row, name in enumerate(source.names)}
         self.names = list(self._rows)
 
@@ -49,7 +50,7 @@ class _Table:
 
     def __init__(self, path):
         parquet, self._path, self._lock = _parquet(), path, threading.Lock()
-        self.changed = os.stat(path).st_mtime
+        self.changed = os.stat(path).st_mtime_ns
         try:
             self._file = parquet.ParquetFile(path)
         except (OSError, ValueError) as error:
@@ -234,9 +235,21 @@ def size_of(photo):
 
 
 def changed(photo):
-    """When a photograph, or the file that it is in, was written, in seconds."""
+    """When a photograph, or the file that it is in, was written, in nanoseconds."""
     found = _holder(photo)
-    return found[0].changed if found else photo.stat().st_mtime
+    return found[0].changed if found else nanoseconds(photo.stat())
+
+
+def moment(photo, since=0):
+    """Now, in nanoseconds, and no time before `since`, or before the photograph was written by the clock of its disk."""
+    with contextlib.suppress(OSError):
+        since = since if is_url(photo) else max(since, changed(pathlib.Path(photo)))
+    return max(since, time.time_ns())
+
+
+def nanoseconds(about):
+    """When a file was written, of its status; of a URL there may be seconds alone."""
+    return about.st_mtime_ns or round(about.st_mtime * 1e9)
 
 
 def read_photograph(name):

@@ -85,14 +85,14 @@ def planned_outputs(patterns, out, *, overlays, probabilities, data=types.Mappin
         for path in _without_masks(pattern, root, _not_of_training(pattern, root, paths, data)):  # a pattern may go through a link and come to the same file twice
             found.setdefault((real(path.parent), path.name), path)
     found = set(found.values())
-    root, photographs = pathlib.Path(os.path.commonpath(roots)), {path.resolve() for path in found}
+    root, photographs = pathlib.Path(os.path.commonpath(roots)), set(map(os.path.realpath, found))
     outputs, taken = [], {}
     for path in sorted(found):
         name = path.absolute().relative_to(root)
         if path in within:  # sources call photographs by names without an extension, which may have a dot
             name = name.with_name(f"{name.name}.png")
         mask = (out / name).with_suffix(".png")
-        if mask.resolve() in photographs:
+        if os.path.realpath(mask) in photographs:
             raise ValueError(f"the mask of {path} would be written over the photograph {mask}: give another --out")
         if mask in taken:
             raise ValueError(

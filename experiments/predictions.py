@@ -3,8 +3,12 @@
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import json
 import os
+import re
+import time
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,12 +18,13 @@ from lcrf_jax.data.files.finding import PhotographFinder
 from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.data.files.tags import read_tag_file
 from lcrf_jax.machine.files import move_whole, naming, write_once, write_whole
+from lcrf_jax.machine.locks import Locked, locked
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence
 from lcrf_jax.predict.segmenter import begin_batch
 from lcrf_jax.predict.tiling import segment_in_tiles
 
-from .prediction_photographs import changed, read_photograph, size_of
+from .prediction_photographs import changed, moment, nanoseconds, read_photograph, size_of
 from .prediction_urls import SETTINGS_FILE, is_url
 
 RECORDS = "predictions"
@@ -43,22 +48,41 @@ def remaining(share, out, settings, overwrite):
         raise ValueError(f"{out} holds masks made with {changed}; give another --out, or --overwrite to replace them")
     if overwrite:
         return share
-    since = path.stat().st_mtime  # older masks are of the settings before
+    since = settings_since(out)
     return [(photo, outputs) for photo, outputs in share if not _is_done(photo, outputs, since)]
 
 
-def _is_done(photo, outputs, since):
-    mask = outputs.mask
-    if not mask.exists() or mask.stat().st_mtime < max(since, changed(photo)):
+def settings_since(out):
+    """When the settings of a folder of masks were written, in nanoseconds: older masks are of others; 0 where there are none."""
+    path = out / SETTINGS_FILE
+    return nanoseconds(path.stat()) if path.exists() else 0
+
+
+def is_made(mask, since):
+    """Whether a mask is there, is a file with something in it, and no older than that."""
+    try:
+        about = mask.stat()
+        return mask.is_file() and about.st_size > 0 and nanoseconds(about) >= since
+    except OSError:
         return False
-    return all(path is None or path.exists() for path in outputs)
+
+
+def _is_done(photo, outputs, since):
+    try:
+        since = max(since, changed(photo))
+    except OSError:  # it is gone, which whoever reads it tells
+        return False
+    return is_made(outputs.mask, since) and all(path is None or path.exists() for path in outputs)
 
 
 def _stored(path):
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise TypeError("it holds no settings")
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and use --overwrite") from error
+    return settings
 
 
 def _store(path, settings, overwrite):
@@ -73,24 +97,37 @@ def _store(path, settings, overwrite):
 class Records:
     """A JSON line for each photograph that is done, in predictions.jsonl, or in a file for each of several processes.
 
-    The line is written before the mask, so that a mask that is there has its line. Lines of masks that are about to be
-    made again are removed.
+    The line is written before the mask, so that a mask that is there has its line. Of a mask that is made again the line before
+    goes when the new one is there: at the end, or, of a process that was killed, at the next beginning. While it is open nobody else
+    writes that file.
 
     Args:
       out: folder of the masks.
       process: (number, count) of the process.
       todo: pairs of photograph and Outputs that are about to be made.
+
+    Raises:
+      Locked: if another process writes the file.
     """
 
     def __init__(self, out, process, todo):
         number, count = process
         self.path = out / (f"{RECORDS}.jsonl" if count == 1 else f"{RECORDS}.{number}-of-{count}.jsonl")
-        again = {str(outputs.mask.relative_to(out)) for _, outputs in todo}
-        if self.path.exists():
-            kept = [line for line in self.path.read_text(encoding="utf-8").split("\n") if _mask_of(line) not in again | {None}]
-            write_whole(self.path, "".join(f"{line}\n" for line in kept))
-        with naming(self.path):
-            self._file = self.path.open("a", encoding="utf-8")
+        since = settings_since(out)
+        masks = {str(outputs.mask.relative_to(out)): outputs.mask for _, outputs in todo}
+        gone = {name for name, mask in masks.items() if not is_made(mask, since)}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_alone(self.path))
+            _keep_lines(self.path, gone)
+            for other in out.glob(f"{RECORDS}*.jsonl"):
+                others = re.fullmatch(rf"{RECORDS}(?:\.\d+-of-(\d+))?", other.stem)
+                # What so many processes, more or fewer, have written before; this one writes its lines anew.
+                if others and int(others[1] or 1) != count and not masks.keys().isdisjoint(_lines(other)):
+                    with _alone(other, seconds=10):
+                        _keep_lines(other, masks)
+            with naming(self.path):
+                self._file = stack.enter_context(self.path.open("a", encoding="utf-8"))
+            self._open = stack.pop_all()
 
     def write(self, record):
         """Add the line of a photograph, see `record_of`."""
@@ -105,8 +142,48 @@ class Records:
         return self
 
     def __exit__(self, *_):
-        with contextlib.suppress(OSError):  # a full disk, which `write` has told of
+        with self._open, contextlib.suppress(OSError):  # a full disk, which `write` has told of
             self._file.close()
+            _keep_lines(self.path, ())
+
+
+@contextlib.contextmanager
+def _alone(path, seconds=0):
+    """Nobody else writes a file of records; who does is waited for so long."""
+    lock, until = path.with_name(f".{path.name}.lock"), time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(lock))
+                break
+            except Locked:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.1)
+        stack.callback(functools.partial(lock.unlink, missing_ok=True))
+        yield
+
+
+def _keep_lines(path, gone):
+    """Leave of a file of records what can be read, one line for each mask, and none for those that are gone."""
+    if not path.exists():
+        return
+    lines = _lines(path)
+    text = "".join(f"{line}\n" for mask, line in lines.items() if mask not in gone)
+    with naming(path):
+        same = path.read_bytes() == text.encode()
+    if not same:
+        write_whole(path, text)
+
+
+def _lines(path):
+    """dict from each mask to its line, the last one if there are several; lines that were cut short or damaged are left out."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and records are to be written there; move it away")
+    with naming(path):
+        lines = path.read_bytes().split(b"\n")
+    read = ((_mask_of(line), line) for line in lines)
+    return {mask: line.decode() for mask, line in read if mask is not None}
 
 
 def record_of(photo, mask, labels, confidence, class_names, **facts):
@@ -167,15 +244,18 @@ def begin_labelling(segmenter, images, tags, workers, *, crf, tile, batch_size):
 
 
 def _mask_of(line):
-    """The mask that a line is about, None if the line was cut short."""
+    """The mask that a line is about, None if the line was cut short or is damaged."""
     try:
-        return json.loads(line)["mask"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        mask = json.loads(line.decode())["mask"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    return mask if isinstance(mask, str) else None
 
 
-def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
+def write_outputs(outputs, unfinished, image, labels, log_probs, class_names, read=None):
     """Write the files of one photograph elsewhere and rename them, the mask last: a killed run leaves none half-written.
+
+    They are dated to when the photograph was `read`, in nanoseconds: one that was replaced meanwhile is newer than its mask.
 
     Returns why they could not be written, if that is only so for this photograph, such as a name that the disk does not
     take; else None.
@@ -185,6 +265,8 @@ def write_outputs(outputs, unfinished, image, labels, log_probs, class_names):
         temporary = unfinished / f"half{path.suffix}"
         with naming(path):
             write(temporary)
+            if read is not None:
+                os.utime(temporary, ns=(read, read))
             path.parent.mkdir(parents=True, exist_ok=True)
             move_whole(temporary, path)
 
@@ -211,21 +293,36 @@ def _write(outputs, moved, image, labels, log_probs, class_names):
     moved(outputs.mask, lambda path: save_index_png(path, labels))
 
 
-def batches(todo, size):
-    """(pairs of photograph and Outputs, images, failures) of each batch; the next one is read meanwhile.
+class Batch(NamedTuple):
+    """Photographs that are read.
 
-    A batch has at most `size` photographs, and fewer where these are large.
+    Attributes:
+      outputs: dict from each photograph to its Outputs.
+      images: dict from those that could be read to [H, W, 3] uint8.
+      failures: dict from the others to what is wrong with them.
+      read: dict from those of `images` to when they were read, see `prediction_photographs.moment`.
+    """
+
+    outputs: dict
+    images: dict
+    failures: dict
+    read: dict
+
+
+def batches(todo, size, since=0):
+    """A `Batch` after the other; the next one is read meanwhile.
+
+    A batch has at most `size` photographs, and fewer where these are large. `since` is that of `settings_since`.
     """
     with concurrent.futures.ThreadPoolExecutor(2) as pool, concurrent.futures.ThreadPoolExecutor(1) as ahead:
         parts = _parts(todo, size)
         part = next(parts, None)
-        reading = part and ahead.submit(_read, pool, part)
+        reading = part and ahead.submit(_read, pool, part, since)
         while part:
-            images, failures = reading.result()
-            following = next(parts, None)
-            reading = following and ahead.submit(_read, pool, following)
-            yield dict(part), images, failures
-            part = following
+            batch = reading.result()
+            part = next(parts, None)
+            reading = part and ahead.submit(_read, pool, part, since)
+            yield batch
 
 
 def _parts(todo, size):
@@ -244,12 +341,13 @@ def _parts(todo, size):
         yield part
 
 
-def _read(pool, part):
-    """(images that can be read, {path: error} of the others)."""
-
-    results = {photo: result for (photo, _), result in zip(part, pool.map(read_photograph, [photo for photo, _ in part]))}
+def _read(pool, part, since):
+    outputs = dict(part)
+    read = {photo: moment(photo, since) for photo in outputs}
+    results = dict(zip(outputs, pool.map(read_photograph, outputs), strict=True))
     failures = {photo: result for photo, result in results.items() if isinstance(result, str)}
-    return {photo: result for photo, result in results.items() if photo not in failures}, failures
+    images = {photo: result for photo, result in results.items() if photo not in failures}
+    return Batch(outputs, images, failures, {photo: read[photo] for photo in images})
 
 
 def known_tags(path, photographs, class_names):

@@ -21,7 +21,7 @@ from lcrf_jax.machine.errors import UserError, for_users
 from lcrf_jax.machine.files import move_whole, naming
 from lcrf_jax.machine.locks import locked, own_folder
 
-from .prediction_photographs import read_photograph
+from .prediction_photographs import moment, read_photograph
 from .prediction_urls import is_url, place, send
 
 TABLE = "predictions.parquet"
@@ -74,7 +74,8 @@ def rows_of(todo, out, tags):
 
 def decoded(row):
     """A row with the pixels of its photograph, or with what is wrong with it. Large ones stay where they are."""
-    place_of, nothing = os.fsdecode(row["at"]), {"pixels": b"", "height": 0, "width": 0, "problem": ""}
+    place_of = os.fsdecode(row["at"])
+    nothing = {"pixels": b"", "height": 0, "width": 0, "problem": "", "read": moment(place_of)}
     with contextlib.suppress(ValueError, OSError):
         if not is_url(place_of) and math.prod(image_size(place_of)) > LARGE_PIXELS:
             return {**row, **nothing}
@@ -83,7 +84,7 @@ def decoded(row):
         return {**row, **nothing, "problem": as_text(image)}
     if image.size > 3 * LARGE_PIXELS:
         return {**row, **nothing}
-    return {**row, "pixels": image.tobytes(), "height": image.shape[0], "width": image.shape[1], "problem": ""}
+    return {**row, **nothing, "pixels": image.tobytes(), "height": image.shape[0], "width": image.shape[1]}
 
 
 def _read(row):
@@ -148,7 +149,7 @@ class Labeller:
         from . import predictions
         from .prediction_plan import outputs_for
 
-        job, problems = self._job, {row["photo"]: row["problem"] for row in rows}
+        job, since, problems = self._job, predictions.settings_since(self._out), {row["photo"]: row["problem"] for row in rows}
         images = {}
         for row in rows:
             image = _image_of(row)
@@ -171,7 +172,7 @@ class Labeller:
             for row, (labels, _, log_probs) in zip(good, found, strict=True):
                 outputs = outputs_for(folder, pathlib.Path(row["mask"]), overlays=job.overlays, probabilities=job.probabilities)
                 problem = predictions.write_outputs(
-                    outputs, unfinished, images[row["photo"]], labels, log_probs, np.array(job.class_names)
+                    outputs, unfinished, images[row["photo"]], labels, log_probs, np.array(job.class_names), read=max(row["read"], since)
                 )
                 problems[row["photo"]] = problem or ""
                 if folder is not self._out and not problem:
@@ -301,13 +302,14 @@ def _write_table(table, unfinished, target):
             move_whole(half, target)
 
 
-def label_by_ray(rows, run, job, *, workers, cores, quiet):
+def label_by_ray(rows, run, job, *, again, workers, cores, quiet):
     """Label photographs by Ray Data, on the cluster of RAY_ADDRESS or on this machine.
 
     Args:
       rows: see `rows_of`.
       run: (description, parameters).
       job: Job.
+      again: masks whose rows go before there are new ones.
       workers: number of actors; None for one a GPU or, without GPUs, as many as there are cores for.
       cores: of each actor, where there is no GPU.
       quiet: whether to show no progress.
@@ -322,7 +324,7 @@ def label_by_ray(rows, run, job, *, workers, cores, quiet):
     lock = out / ".ray.lock"
     with contextlib.nullcontext() if is_url(out) else locked(lock):
         ray = started(quiet=quiet)
-        gathered(out, [as_text(os.fsdecode(row["mask"])) for row in rows])
+        gathered(out, list(map(as_text, again)))
         try:
             return _labelled_by(ray, rows, run, job, workers, cores)
         except ray.exceptions.ActorDiedError as error:

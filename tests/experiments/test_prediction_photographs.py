@@ -108,7 +108,7 @@ def test_a_mask_is_made_again_where_the_table_was_written_since(folder, tmp_path
     pairs = planned([str(rows)], tmp_path / "out")
     assert predictions.remaining(pairs, tmp_path / "out", {}, overwrite=False) == pairs
     for _, outputs in pairs:
-        outputs.mask.touch()
+        outputs.mask.write_bytes(b"a mask")
     assert predictions.remaining(pairs, tmp_path / "out", {}, overwrite=False) == []
     os.utime(rows, (outputs.mask.stat().st_mtime + 5,) * 2)
     prediction_photographs._opened.cache_clear()  # as another process
