@@ -227,9 +227,9 @@ def _predict_by_ray(todo, out, description, params, tags):
     todo, failures = _with_tags(todo, tags)
     if not todo:
         return failures
-    inference, since = changed_inference(description["inference"]), predictions.settings_since(out)
+    inference, when, since = changed_inference(description["inference"]), predictions.written_in(out), predictions.settings_since(out)
     # Masks that are there keep their rows until they are made anew.
-    again = [str(outputs.mask.relative_to(out)) for _, outputs in todo if not (_OVERWRITE.value and predictions.is_made(outputs.mask, since))]
+    again = [str(outputs.mask.relative_to(out)) for _, outputs in todo if (when(outputs.mask) or -1) < since]
     job = ray_predictions.Job(
         str(out if prediction_urls.is_url(out) else out.absolute()), tuple(description["class_names"]), _CRF.value, _TILE.value,
         _OVERLAYS.value, _PROBABILITIES.value, _facts(tags), BATCH_SIZE,

@@ -17,7 +17,7 @@ from lcrf_jax.data.files.images import image_size, read_turned_image
 from lcrf_jax.data.files.shard_files import INDEX, has_shards, read_index
 from lcrf_jax.data.sources.shards import ShardsSource
 
-from .prediction_urls import is_url, place
+from .prediction_urls import is_url, place, written
 
 SUFFIX = ".parquet"
 COLUMNS = ("image", "path", "file", "file_name", "filename", "photo", "url")
@@ -236,8 +236,10 @@ def size_of(photo):
 
 def changed(photo):
     """When a photograph, or the file that it is in, was written, in nanoseconds."""
+    if is_url(photo):
+        return written(photo)
     found = _holder(photo)
-    return found[0].changed if found else nanoseconds(photo.stat())
+    return found[0].changed if found else photo.stat().st_mtime_ns
 
 
 def moment(photo, since=0):
@@ -245,11 +247,6 @@ def moment(photo, since=0):
     with contextlib.suppress(OSError):
         since = since if is_url(photo) else max(since, changed(pathlib.Path(photo)))
     return max(since, time.time_ns())
-
-
-def nanoseconds(about):
-    """When a file was written, of its status; of a URL there may be seconds alone."""
-    return about.st_mtime_ns or round(about.st_mtime * 1e9)
 
 
 def read_photograph(name):

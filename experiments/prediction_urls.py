@@ -3,6 +3,8 @@
 Nothing here imports JAX: the tasks that decode photographs start at once.
 """
 
+import contextlib
+import datetime
 import glob
 import os
 import pathlib
@@ -16,6 +18,7 @@ from lcrf_jax.data.files.mask_names import left_out, masks_among, told
 from lcrf_jax.machine.progress import say
 
 SETTINGS_FILE = "predictions.json"
+_WRITTEN: dict[tuple[str, str], int] = {}  # what was told beside the names of photographs
 # There a file is seen once all of it has arrived; elsewhere it is sent under another name and renamed.
 _WHOLE = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 
@@ -104,18 +107,56 @@ def _below(pattern, out):
     """(the folder that names are told from, names of photographs below it) of a file, a folder or a pattern."""
     files = pattern.fs
     if glob.has_magic(str(pattern)):
-        paths = files.glob(pattern.path)
+        paths = files.glob(pattern.path, detail=True)
         root = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
     elif files.isfile(pattern.path):
         return pattern.parent, [pattern.name]
     else:
-        root, paths = pattern, files.find(pattern.path)
+        root, paths = pattern, files.find(pattern.path, detail=True)
+    _WRITTEN.update((_key(files, path), _written(about)) for path, about in paths.items())
     within = f"{root.path.rstrip('/')}/".lstrip("/")
     names = [path.lstrip("/").removeprefix(within) for path in paths]
     written = [str(pathlib.PurePosixPath(name).parent) for name in names if name.rpartition("/")[2] == SETTINGS_FILE]
     inside = str(out).removeprefix(f"{str(root).rstrip('/')}/")
     left = {folder for folder in (*written, inside if inside != str(out) else ".") if folder != "."}
     return root, sorted(name for name in names if is_photograph(name) and not _is_left(name, left))
+
+
+def written(photo):
+    """When a photograph at a URL was written, in nanoseconds; of one that was found in a folder without asking again."""
+    known = _WRITTEN.get(_key(photo.fs, photo.path))
+    return _written(photo.fs.info(photo.path)) if known is None else known
+
+
+def written_below(folder):
+    """When each file below a URL was written, by one listing.
+
+    Args:
+      folder: UPath.
+
+    Returns:
+      Function from a UPath to nanoseconds, 0 where the file system does not say; None for what is not there, or empty.
+    """
+    files = folder.fs
+    files.invalidate_cache()  # others write there as well
+    found = files.find(folder.path, detail=True) if files.exists(folder.path) else {}
+    known = {_key(files, path): _written(about) for path, about in found.items() if about.get("size")}
+    return lambda path: known.get(_key(files, path.path))
+
+
+def _key(files, path):
+    return (files.protocol if isinstance(files.protocol, str) else files.protocol[0], path.strip("/"))
+
+
+def _written(about):
+    """When a file was written, in nanoseconds, by what its file system tells of it."""
+    value = next((about[name] for name in ("mtime", "LastModified", "last_modified", "updated", "timeModified", "created") if about.get(name)), 0)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # a date in another form is as good as none
+            value = datetime.datetime.fromisoformat(value)
+    if isinstance(value, datetime.datetime):
+        value = value.timestamp()
+    return round(value * 1e9) if isinstance(value, int | float) else 0
 
 
 def _is_left(name, left):

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import stat
 import time
 from typing import NamedTuple
 
@@ -24,8 +25,8 @@ from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence
 from lcrf_jax.predict.segmenter import begin_batch
 from lcrf_jax.predict.tiling import segment_in_tiles
 
-from .prediction_photographs import changed, moment, nanoseconds, read_photograph, size_of
-from .prediction_urls import SETTINGS_FILE, is_url
+from .prediction_photographs import changed, moment, read_photograph, size_of
+from .prediction_urls import SETTINGS_FILE, is_url, written_below
 
 RECORDS = "predictions"
 BATCH_PIXELS = 32_000_000
@@ -36,8 +37,8 @@ OF_THE_NAME = (errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ, errno.EISDIR, err
 
 def remaining(share, out, settings, overwrite):
     """The photographs whose outputs are not all there; refuses to mix masks of different settings."""
-    path = out / SETTINGS_FILE
-    if not overwrite and not path.exists() and any(outputs.mask.exists() for _, outputs in share):
+    path, when = out / SETTINGS_FILE, written_in(out)
+    if not overwrite and not path.exists() and any(when(outputs.mask) is not None for _, outputs in share):
         raise ValueError(f"{out} holds masks of unknown origin; give another --out, or --overwrite to replace them")
     if not path.exists() or overwrite and _stored(path) != settings:
         _store(path, settings, overwrite)
@@ -48,31 +49,43 @@ def remaining(share, out, settings, overwrite):
         raise ValueError(f"{out} holds masks made with {changed}; give another --out, or --overwrite to replace them")
     if overwrite:
         return share
-    since = settings_since(out)
-    return [(photo, outputs) for photo, outputs in share if not _is_done(photo, outputs, since)]
+    done = functools.partial(_is_done, when=when, since=settings_since(out))
+    with concurrent.futures.ThreadPoolExecutor(32) if is_url(out) else contextlib.nullcontext() as pool:
+        return [pair for pair, ready in zip(share, (pool.map if pool else map)(done, share), strict=True) if not ready]
 
 
 def settings_since(out):
     """When the settings of a folder of masks were written, in nanoseconds: older masks are of others; 0 where there are none."""
-    path = out / SETTINGS_FILE
-    return nanoseconds(path.stat()) if path.exists() else 0
+    return written_in(out, alone=SETTINGS_FILE)(out / SETTINGS_FILE) or 0
 
 
-def is_made(mask, since):
-    """Whether a mask is there, is a file with something in it, and no older than that."""
-    try:
-        about = mask.stat()
-        return mask.is_file() and about.st_size > 0 and nanoseconds(about) >= since
-    except OSError:
+def written_in(out, alone=""):
+    """A function that tells when a file of `out` was written, in nanoseconds; None where there is none, or an empty one.
+
+    Of a URL all files are listed at once, or one `alone`: to ask for each of a million would take hours.
+    """
+    if is_url(out):
+        return written_below(out / alone if alone else out)
+
+    def when(path):
+        with contextlib.suppress(OSError):
+            about = path.stat()
+            if stat.S_ISREG(about.st_mode) and about.st_size:
+                return about.st_mtime_ns
+        return None
+
+    return when
+
+
+def _is_done(pair, when, since):
+    photo, outputs = pair
+    made = when(outputs.mask)
+    if made is None or made < since:
         return False
-
-
-def _is_done(photo, outputs, since):
     try:
-        since = max(since, changed(photo))
+        return changed(photo) <= made and all(path is None or when(path) is not None for path in outputs)
     except OSError:  # it is gone, which whoever reads it tells
         return False
-    return is_made(outputs.mask, since) and all(path is None or path.exists() for path in outputs)
 
 
 def _stored(path):
@@ -113,9 +126,9 @@ class Records:
     def __init__(self, out, process, todo):
         number, count = process
         self.path = out / (f"{RECORDS}.jsonl" if count == 1 else f"{RECORDS}.{number}-of-{count}.jsonl")
-        since = settings_since(out)
+        since, when = settings_since(out), written_in(out)
         masks = {str(outputs.mask.relative_to(out)): outputs.mask for _, outputs in todo}
-        gone = {name for name, mask in masks.items() if not is_made(mask, since)}
+        gone = {name for name, mask in masks.items() if (when(mask) or -1) < since}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_alone(self.path))
             _keep_lines(self.path, gone)

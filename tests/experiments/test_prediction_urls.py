@@ -1,5 +1,6 @@
 """Photographs and masks at URLs, on the file system of this process' memory: it has one tree for all, and no second process sees it."""
 
+import datetime
 import functools
 import io
 import os
@@ -94,6 +95,36 @@ def test_masks_and_rows_come_to_a_url_and_what_is_there_is_not_made_again(bucket
     with pytest.raises(ValueError, match="holds masks made with crf False and not True"):
         predictions.remaining(todo, out, {"crf": True}, overwrite=False)
     assert predictions.remaining(todo, out, {"crf": True}, overwrite=True) == todo
+
+
+def test_a_bucket_is_asked_no_more_often_for_many_photographs(bucket, monkeypatch):
+    asked = []
+    for name in ("info", "exists", "isfile"):
+        method = getattr(type(bucket.fs), name)
+        monkeypatch.setattr(type(bucket.fs), name, lambda self, *args, method=method, **more: asked.append(args) or method(self, *args, **more))
+
+    def times_asked(folder, count):
+        put(bucket, *(f"{folder}/photos/{number}.png" for number in range(count)))
+        out = bucket / folder / "masks"
+        asked.clear()
+        todo = prediction_urls.planned_at_urls([f"memory://bucket/{folder}/photos"], out, OUTPUTS)
+        assert predictions.remaining(todo, out, {}, overwrite=False) == todo
+        first = len(asked)
+        for _, outputs in todo:
+            with outputs.mask.open("wb") as file:
+                file.write(b"a mask")
+        between = len(asked)
+        assert predictions.remaining(todo, out, {}, overwrite=False) == []
+        return first, len(asked) - between
+
+    assert times_asked("few", 2) == times_asked("many", 40)
+
+
+@pytest.mark.parametrize(("about", "seconds"), [
+    ({"mtime": 5.5}, 5.5), ({"LastModified": datetime.datetime(1970, 1, 1, 0, 1, tzinfo=datetime.UTC)}, 60),
+    ({"updated": "1970-01-01T00:00:02.500Z"}, 2.5), ({"updated": "yesterday"}, 0), ({}, 0), ({"mtime": None, "created": 3}, 3)])  # fmt: skip
+def test_file_systems_tell_of_times_in_their_own_ways(about, seconds):
+    assert prediction_urls._written(about) == seconds * 10**9
 
 
 def test_what_cannot_be_sent_is_told_with_its_url(bucket, labeller, tmp_path, monkeypatch):  # noqa: F811
