@@ -1,6 +1,7 @@
 """Settings that have to be made before jax is imported, and the photographs that some tests need."""
 
 import fnmatch
+import gc
 import os
 import pathlib
 import shutil
@@ -47,6 +48,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Where in the sources each operation is from makes a program's text longer, and a tenth of the time goes into it.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# Tracing makes objects by the million, nearly all of which last: the collector is to look at them more rarely.
+gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_addoption(parser):

@@ -13,6 +13,7 @@ import sys
 from typing import NamedTuple
 
 import grain  # noqa: F401 - it defines flags, which must outlive the program that needs them first
+import jax
 import pytest
 from absl import app, flags
 
@@ -49,6 +50,13 @@ def run(program, *arguments):
             flags.FLAGS.unparse_flags()
             signal.signal(signal.SIGTERM, terminating)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run_on_one_device(program, *arguments):
+    """`run` where one device predicts: what refines an image is compiled for each device that takes part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        return run(program, *arguments)
 
 
 def assert_refused(ended, message):

@@ -105,12 +105,13 @@ def test_padding_changes_nothing():
 def test_no_coarse_iterations_are_the_usual_ones_and_the_number_counts_both():
     image, logits = picture()
     kernel, coarse = exact_image_kernel(image, PARAMS), coarse_grid(image, PARAMS, form="exact")
+    run = compiled(mean_field_posterior)
     usual = mean_field(logits, kernel, num_iterations=3)
     np.testing.assert_array_equal(mean_field(logits, kernel, num_iterations=3, coarse=coarse), usual)
     for of_coarse in (2, 3):
-        found = mean_field_posterior(logits, kernel, num_iterations=3, coarse=coarse, coarse_iterations=of_coarse)
+        found = run(logits, kernel, num_iterations=3, coarse=coarse, coarse_iterations=of_coarse)
         assert found.num_iterations == 3 and 0 < found.change < 1 and np.isfinite(found.free_energy)
-    stopped = mean_field_posterior(logits, kernel, num_iterations=30, coarse=coarse, coarse_iterations=20, tolerance=1.0)
+    stopped = run(logits, kernel, num_iterations=30, coarse=coarse, coarse_iterations=20, tolerance=1.0)
     assert stopped.num_iterations == 2  # one on each grid
 
 
@@ -159,13 +160,18 @@ def test_the_derivative_is_that_of_the_value():
     np.testing.assert_allclose(found, difference, rtol=1e-6)
 
 
+# One size and one set of options for the tests of dropped labels: each form of the kernel is compiled once for both.
+HEIGHT, WIDTH, LABELS = 20, 24, 12
+DROPPING = {"num_iterations": 4, "coarse_iterations": 2, "drop_below": 1e-3}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_a_batch_is_a_loop_under_every_transformation(form):
-    images, logits = (np.stack(parts) for parts in zip(*(picture(9, 10, 8, seed) for seed in range(2)), strict=True))
+    images, logits = (np.stack(parts) for parts in zip(*(picture(HEIGHT, WIDTH, LABELS, seed) for seed in range(2)), strict=True))
 
-    def refined(image, logits, drop_below=1e-3):
-        return refine(image, logits, PARAMS, form=form, num_iterations=3, coarse_iterations=2, drop_below=drop_below)
+    def refined(image, logits):
+        return refine(image, logits, PARAMS, form=form, **DROPPING)
 
     batch = jax.jit(jax.vmap(refined))(images, logits)
     for each, image, unary in zip(batch, images, logits, strict=True):
@@ -184,13 +190,12 @@ def test_a_batch_is_a_loop_under_every_transformation(form):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_dropping_labels_changes_little_on_both_grids(form):
-    image = reference.smooth_image(2, 40, 44).astype(np.float32)
-    probs = np.full((20, 22, 12), 5e-4)
-    probs[:, :, :3] = (1 - 9 * 5e-4) * reference.softmax(np.random.default_rng(0).normal(size=(20, 22, 3)) * 2)
+    image = reference.smooth_image(2, HEIGHT, WIDTH).astype(np.float32)
+    probs = np.full((HEIGHT // 2, WIDTH // 2, LABELS), 5e-4)
+    probs[:, :, :3] = (1 - 9 * 5e-4) * reference.softmax(np.random.default_rng(0).normal(size=(HEIGHT // 2, WIDTH // 2, 3)) * 2)
     logits = np.log(probs.repeat(2, axis=0).repeat(2, axis=1)).astype(np.float32)
-    options = {"form": form, "num_iterations": 5, "coarse_iterations": 3}
-    every = refine(image, logits, PARAMS, drop_below=None, **options)
-    few = refine(image, logits, PARAMS, drop_below=1e-3, **options)
+    every = refine(image, logits, PARAMS, form=form, **{**DROPPING, "drop_below": None})
+    few = refine(image, logits, PARAMS, form=form, **DROPPING)
     assert np.abs(np.exp(few) - np.exp(every)).max() < 0.02
     # Those that were dropped have had no message: all but one, which fills the number up to four.
     given = np.sort(np.asarray(few[:, :, 3:] - logits[:, :, 3:]), axis=-1)
@@ -203,9 +208,9 @@ def test_where_either_lattice_overflows_the_labels_are_those_of_the_unary():
     image, logits = picture(24, 24)
     image = np.random.default_rng(0).uniform(0, 255, (24, 24, 3)).astype(np.float32)
     params = KernelParams(10.0, 3.0, 3.0, 3.0, 3.0)
-    coarse = coarse_grid(image, params, form="lattice", capacity=24 * 24 * 6)
+    build = compiled(lambda image, capacity: [make(image, params, form="lattice", capacity=capacity) for make in (image_kernel, coarse_grid)])
+    kernel, coarse = build(image, 24 * 24 * 6)
     needed = int(coarse.kernel.bilateral.num_vertices)
-    kernel = image_kernel(image, params, form="lattice", capacity=24 * 24 * 6)
 
     @jax.jit
     def run(image, kernel):

@@ -1,5 +1,7 @@
 """The table of derivatives in docs/engine.md, cell by cell, against differences in float64."""
 
+import functools
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -29,6 +31,11 @@ def float64():
 
 def kernel_of(form, image=IMAGE, params=PARAMS):
     return dense_kernel(image, params) if form == "dense" else image_kernel(image, params, form=form)
+
+
+@functools.cache
+def kernel_of_picture(form):
+    return jax.jit(functools.partial(kernel_of, form))(IMAGE)
 
 
 def weighted(kernel, weight):
@@ -85,20 +92,20 @@ def check_every_mode(function, at, along, *arguments, second=True, atol=1e-7):
 @pytest.mark.parametrize("form", FORMS)
 def test_energy_in_the_probabilities(form):
     logits, along = draws(0)
-    check_every_mode(pairwise_energy, jax.nn.softmax(logits), along, kernel_of(form))
+    check_every_mode(pairwise_energy, jax.nn.softmax(logits), along, kernel_of_picture(form))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_kl_in_the_logits(form):
     logits, along = draws(1)
-    check_every_mode(kl_to_prior, jnp.asarray(logits), along, kernel_of(form))
+    check_every_mode(kl_to_prior, jnp.asarray(logits), along, kernel_of_picture(form))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_energy_in_the_weight_and_the_compatibility(form):
-    probs, kernel = jax.nn.softmax(draws(2)[0]), kernel_of(form)
+    probs, kernel = jax.nn.softmax(draws(2)[0]), kernel_of_picture(form)
     along = np.random.default_rng(3).normal(size=(CLASSES, CLASSES))
 
     def function(at, kernel):
@@ -148,7 +155,7 @@ OPTIONS = {
 ])
 def test_mean_field_in_the_logits(form, options):
     logits, along = draws(5)
-    kernel, cotangent = kernel_of(form), np.random.default_rng(6).normal(size=logits.shape)
+    kernel, cotangent = kernel_of_picture(form), np.random.default_rng(6).normal(size=logits.shape)
 
     def function(logits, kernel):
         return jnp.vdot(jnp.exp(mean_field(logits, kernel, num_iterations=3, **OPTIONS[options])), cotangent)
@@ -160,7 +167,7 @@ def test_mean_field_in_the_logits(form, options):
 @pytest.mark.parametrize("form", FORMS)
 def test_mean_field_that_drops_labels_in_the_logits_and_the_weight(form):
     logits, along = draws(5)
-    kernel, cotangent = kernel_of(form), np.random.default_rng(6).normal(size=logits.shape)
+    kernel, cotangent = kernel_of_picture(form), np.random.default_rng(6).normal(size=logits.shape)
 
     def function(at, kernel):
         logits, weight = at
@@ -173,7 +180,7 @@ def test_mean_field_that_drops_labels_in_the_logits_and_the_weight(form):
 @pytest.mark.slow
 def test_mean_field_in_the_compatibility():
     logits, cotangent = draws(8)
-    kernel, along = kernel_of("exact"), np.random.default_rng(9).normal(size=(CLASSES, CLASSES))
+    kernel, along = kernel_of_picture("exact"), np.random.default_rng(9).normal(size=(CLASSES, CLASSES))
 
     def function(costs):
         return jnp.vdot(jnp.exp(mean_field(logits, kernel, num_iterations=3, compatibility=costs)), cotangent)
@@ -200,9 +207,9 @@ def test_the_loss_of_a_network():
     rng = np.random.default_rng(11)
     image, logits = reference.smooth_image(2, 20, 24).astype(np.float64), jnp.asarray(rng.normal(size=(5, 6, 3)))
     check_every_mode(lambda logits: dense_crf_loss(image, logits), logits, rng.normal(size=logits.shape))
-    gradient = jax.grad(lambda weight: dense_crf_loss(image, logits, KernelParams(bilateral_weight=weight)))(10.0)
+    gradient = jax.jit(jax.grad(lambda weight: dense_crf_loss(image, logits, KernelParams(bilateral_weight=weight))))(10.0)
     assert gradient > 0
-    assert not np.any(jax.grad(lambda image: dense_crf_loss(image, logits))(image))
+    assert not np.any(jax.jit(jax.grad(lambda image: dense_crf_loss(image, logits)))(image))
 
 
 @pytest.mark.slow
@@ -218,10 +225,10 @@ def test_what_a_lattice_cannot_is_said(differentiate):
         return pairwise_energy(probs, kernel_of("lattice", params=PARAMS._replace(bilateral_colour_width=width)))
 
     def of_array(weights):
-        kernel = kernel_of("lattice")
+        kernel = kernel_of_picture("lattice")
         return pairwise_energy(probs, kernel._replace(bilateral=kernel.bilateral._replace(weights=weights)))
 
-    for function, at in ((of_image, IMAGE), (of_width, widths), (of_array, kernel_of("lattice").bilateral.weights)):
+    for function, at in ((of_image, IMAGE), (of_width, widths), (of_array, kernel_of_picture("lattice").bilateral.weights)):
         with pytest.raises(TypeError, match="a lattice has no derivative in the image, the widths .* form='exact'"):
             jax.eval_shape(differentiate(function), at)
     stopped = jax.grad(lambda image: of_image(jax.lax.stop_gradient(image)))(IMAGE)

@@ -1,5 +1,7 @@
 """What a dense CRF must not do, in every form of its kernel."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -11,31 +13,38 @@ from lcrf_jax.crf.coarse import coarse_grid
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, default_form, image_kernel
 from lcrf_jax.crf.inference import mean_field, refine
-from lcrf_jax.crf.kernel import DenseKernel, ImageKernel
+from lcrf_jax.crf.kernel import DenseKernel
 from lcrf_jax.crf.params import KernelParams
 
 PROBS = ([0.6, 0.4, 1e-6], [0.4, 0.35, 0.25], [0.501, 0.498, 0.001])
 
 
-def flips(image, form, position_width, colour_width, *, tried=PROBS, coarse_iterations=0):
-    """How many pixels change their label where all have one distribution, for weak and strong kernels and near ties."""
+def flips(image, form, position_width, colour_width, *, tried=PROBS, coarse_iterations=(0,)):
+    """How many pixels change their label where all have one distribution, for weak and strong kernels and near ties.
+
+    One number for each number of iterations on the coarse grid, in one program: what they share is compiled once.
+    """
     height, width, _ = image.shape
     params = KernelParams(1.0, position_width, colour_width, 1.0, 3.0)
 
     @jax.jit
-    def labels(image, probs, weight, gaussian_weight):
-        weighted = params._replace(bilateral_weight=weight, gaussian_weight=gaussian_weight)
-        kernel, coarse = image_kernel(image, weighted, form=form), None
-        if coarse_iterations:
-            coarse = coarse_grid(image, weighted, form=form)
-        unary = jax.numpy.log(jax.numpy.tile(probs, (height * width, 1)))
-        return mean_field(unary, kernel, coarse=coarse, coarse_iterations=coarse_iterations).argmax(-1)
+    def numbers(image, tried, weights):
+        def of_weights(weights):
+            weighted = params._replace(bilateral_weight=weights[0], gaussian_weight=weights[1])
+            kernel = image_kernel(image, weighted, form=form)
+            coarse = coarse_grid(image, weighted, form=form) if any(coarse_iterations) else None
 
-    found = 0
-    for probs in tried:
-        for weights in ((1.0, 1.0), (10.0, 3.0), (40.0, 0.1)):
-            found += int(np.sum(np.asarray(labels(image, np.float32(probs), *weights)) != 0))
-    return found
+            def of_probs(probs):
+                unary = jax.numpy.log(jax.numpy.tile(probs, (height * width, 1)))
+                found = [mean_field(unary, kernel, coarse=coarse, coarse_iterations=number) for number in coarse_iterations]
+                return [jax.numpy.sum(each.argmax(-1) != 0) for each in found]
+
+            return jax.lax.map(of_probs, tried)
+
+        return jax.lax.map(of_weights, weights)
+
+    found = numbers(image, np.float32(tried), np.float32([(1, 1), (10, 3), (40, 0.1)]))
+    return [int(np.sum(each)) for each in found]
 
 
 def picture_with_rare_colours(height, width):
@@ -54,27 +63,32 @@ PAIRS = [((24, 40)[(row + column) % 2], widths, form) for row, widths in enumera
 @pytest.mark.slow_except("24-narrow-lattice")
 @pytest.mark.parametrize(("size", "widths", "form"), PAIRS)
 def test_pixels_that_all_have_one_distribution_keep_their_label(size, widths, form):
-    assert flips(picture_with_rare_colours(size, size + 8), form, *WIDTHS[widths]) == 0
+    assert flips(picture_with_rare_colours(size, size + 8), form, *WIDTHS[widths]) == [0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "widths", "form"), PAIRS)
-@pytest.mark.parametrize("coarse_iterations", [5, 10])
-def test_so_they_do_where_iterations_are_made_on_the_coarse_grid(size, widths, form, coarse_iterations):
+def test_so_they_do_where_iterations_are_made_on_the_coarse_grid(size, widths, form):
     image = picture_with_rare_colours(size + 1, size + 8)
-    assert flips(image, form, *WIDTHS[widths], coarse_iterations=coarse_iterations) == 0
+    assert flips(image, form, *WIDTHS[widths], coarse_iterations=(5, 10)) == [0, 0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("widths", [(3.0, 3.0), (80.0, 13.0)])
 def test_so_do_those_of_a_large_picture(widths):
-    assert flips(picture_with_rare_colours(200, 264), "lattice", *widths, tried=PROBS[2:]) == 0
+    assert flips(picture_with_rare_colours(200, 264), "lattice", *widths, tried=PROBS[2:]) == [0]
+
+
+# One program of each for all weights.
+kernel_of = jax.jit(image_kernel, static_argnames="form")
+row_sums = jax.jit(lambda kernel: kernel.largest_row_sums())
+iterated = jax.jit(mean_field, static_argnames=("num_iterations", "coarse_iterations"))
 
 
 def dropped_too_far(kernel, num_pixels, allowed=1e-3, seed=0):
     """The largest share that a label reaches which is no more probable anywhere than may be dropped."""
     rng = np.random.default_rng(seed)
-    positive, negative = jax.jit(type(kernel).largest_row_sums)(kernel)
+    positive, negative = row_sums(kernel)
     peak = min(allowed, 1 / (np.e * float(positive))) * np.exp(-float(negative))
     unary = np.log(rng.dirichlet(np.full(40, 0.3), size=num_pixels).clip(1e-8))
     unary[:, 7] = np.log(peak) - rng.exponential(1.0, num_pixels) * (rng.uniform(size=num_pixels) < 0.3)
@@ -82,8 +96,14 @@ def dropped_too_far(kernel, num_pixels, allowed=1e-3, seed=0):
     rest = np.log1p(-np.exp(unary[:, 7]))
     unary[:, others] += (rest - np.log(np.exp(unary[:, others]).sum(axis=1)))[:, None]
     # The kernel is an argument: the compiler would compute with constants.
-    run = jax.jit(lambda unary, kernel, steps: mean_field(unary, kernel, num_iterations=steps), static_argnums=2)
-    return max(float(np.exp(run(unary, kernel, steps)[:, 7].max())) for steps in (1, 2, 10)), peak
+    return max(float(np.exp(iterated(unary, kernel, num_iterations=steps)[:, 7].max())) for steps in (1, 2, 10)), peak
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def kernels_and_row_sums(image, params, form):
+    """Of the pixels and of the coarse grid."""
+    kernel, coarse = image_kernel(image, params, form=form), coarse_grid(image, params, form=form)
+    return kernel, coarse, [each.largest_row_sums()[0] for each in (kernel, coarse.kernel)]
 
 
 @pytest.mark.slow
@@ -91,19 +111,17 @@ def dropped_too_far(kernel, num_pixels, allowed=1e-3, seed=0):
 @pytest.mark.parametrize("weight", [1.0, 40.0])
 def test_so_it_does_where_iterations_are_made_on_the_coarse_grid(weight, form):
     image, params = picture_with_rare_colours(24, 24), KernelParams(weight, 20.0, 10.0, 3.0, 3.0)
-    kernel, coarse = image_kernel(image, params, form=form), coarse_grid(image, params, form=form)
-    rows = max(float(each.largest_row_sums()[0]) for each in (kernel, coarse.kernel))
-    peak = min(1e-3, 1 / (np.e * rows))
+    kernel, coarse, rows = kernels_and_row_sums(image, params, form)
+    peak = min(1e-3, 1 / (np.e * max(map(float, rows))))
     rng = np.random.default_rng(0)
     # Rows of one cell are alike: so the mean of their log-probabilities is no higher than they are.
     unary = np.repeat(np.repeat(rng.dirichlet(np.full(40, 0.3), size=(12, 12)).clip(1e-8), 2, axis=0), 2, axis=1)
     unary[:, :, 7] = 0
     unary *= (1 - peak) / unary.sum(axis=-1, keepdims=True)
     unary[:, :, 7] = peak
-    run = jax.jit(lambda unary, kernel, coarse, of_coarse: mean_field(
-        unary, kernel, coarse=coarse, coarse_iterations=of_coarse), static_argnums=3)
     for of_coarse in (1, 5, 10):
-        assert float(np.exp(run(np.log(unary), kernel, coarse, of_coarse)[:, :, 7].max())) <= 2.72 * peak * (1 + 1e-4)
+        found = iterated(np.log(unary), kernel, num_iterations=10, coarse=coarse, coarse_iterations=of_coarse)
+        assert float(np.exp(found[:, :, 7].max())) <= 2.72 * peak * (1 + 1e-4)
 
 
 @pytest.mark.slow_except("40.0-exact")
@@ -111,7 +129,7 @@ def test_so_it_does_where_iterations_are_made_on_the_coarse_grid(weight, form):
 @pytest.mark.parametrize("weight", [1.0, 10.0, 40.0])
 def test_a_label_that_may_be_dropped_stays_below_the_bound_in_every_form(weight, form):
     image = picture_with_rare_colours(24, 24)
-    kernel = image_kernel(image, KernelParams(weight, 20.0, 10.0, 3.0, 3.0), form=form)
+    kernel = kernel_of(image, KernelParams(weight, 20.0, 10.0, 3.0, 3.0), form=form)
     grown, peak = dropped_too_far(kernel, 24 * 24)
     assert grown <= 2.72 * peak * (1 + 1e-4)
 
@@ -140,11 +158,10 @@ def test_and_with_a_matrix_that_has_entries_of_either_sign(least):
 @pytest.mark.slow_except("lattice")
 @pytest.mark.parametrize("form", FORMS)
 def test_the_row_sums_are_those_of_the_matrices(form):
-    sums_of = jax.jit(ImageKernel.largest_row_sums)
     largest = set()
     for image in (picture(), np.flipud(picture())):  # one order of a lattice's directions has the larger sums in each
         kernel = builder(form, "symmetric")(image)
-        sums, negative = sums_of(kernel)
+        sums, negative = row_sums(kernel)
         matrix = np.asarray(matrices(kernel, np.eye(PIXELS))[0])
         of_orders = matrix.sum(axis=1).max(), matrix.sum(axis=0).max()
         np.testing.assert_allclose(sums, max(of_orders), rtol=1e-4)

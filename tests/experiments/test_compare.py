@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl import flags
 from PIL import Image
-from programs import run
+from programs import run_on_one_device
 
 from experiments import comparison_tables
 from lcrf_jax.data.example import data_identity
@@ -37,7 +37,7 @@ def cache(tmp_path_factory):
 
 
 def compare(workdir, methods, *more):
-    return run("compare", *ARGUMENTS, f"--methods={methods}", f"--workdir={workdir}", *more)
+    return run_on_one_device("compare", *ARGUMENTS, f"--methods={methods}", f"--workdir={workdir}", *more)
 
 
 @pytest.fixture(scope="module")

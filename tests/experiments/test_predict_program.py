@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from programs import CLASSES, ROOT, assert_refused, run
+from programs import CLASSES, ROOT, assert_refused, run, run_on_one_device
 
 import lcrf_jax
 from lcrf_jax.data.files.images import is_photograph
@@ -50,7 +50,7 @@ def test_predict_writes_a_palette_png_for_every_photograph(checkpoint, tmp_path)
     for name, (height, width) in sizes.items():
         Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8)).save(images / name)
     out = tmp_path / "masks"
-    ended = run("predict", f"--checkpoint={checkpoint}", f"--images={images}/**", f"--out={out}", "--crf")
+    ended = run_on_one_device("predict", f"--checkpoint={checkpoint}", f"--images={images}/**", f"--out={out}", "--crf")
     assert ended.code == 0, ended.err
     assert "3 masks in" in ended.out and "0 background, 1 ring" in ended.out
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == sorted(

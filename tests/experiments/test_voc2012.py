@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from devkits import write_devkit
 from PIL import Image
-from programs import run
+from programs import run, run_on_one_device
 from safetensors.numpy import save_file
 from small_runs import lines
 from vgg16_weights import vgg16_state
@@ -107,7 +107,7 @@ def test_eight_steps_on_one_device_and_on_four(prepared, trained, weights):
 
 def test_the_run_is_scored_and_restored_without_its_weight_file(trained, tfds, weights, tmp_path):
     moved = shutil.copytree(tfds / "voc_weak", tmp_path / "elsewhere" / "voc_weak").parent
-    ended = run("evaluate", f"--checkpoint={trained[1]}", f"--data={moved}", "--split=val")
+    ended = run_on_one_device("evaluate", f"--checkpoint={trained[1]}", f"--data={moved}", "--split=val")
     assert ended.code == 0, ended.err
     assert "aeroplane" in ended.out and ended.last_line.startswith("mIoU")
     description = load_description(trained[1])
@@ -177,9 +177,24 @@ def test_configurations_of_other_backbones_say_what_they_are():
         assert config.input_size % network.size_step == 0 and config.inference.input_sizes == (config.input_size,)
 
 
+def drawn_weights(module):
+    """Random weights by NumPy: a program that is compiled without optimisations takes seconds for a hundred million numbers."""
+    side, rng = 4 * getattr(module, "patch", 16), np.random.default_rng(0)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), np.zeros((1, side, side, 3), np.float32))
+
+    def drawn(path, leaf):
+        name = path[-1].key
+        if leaf.ndim == 1:
+            return np.full(leaf.shape, float(name.startswith("scale")), np.float32)
+        return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes), "drawn"
+
+
 @pytest.mark.parametrize("name", OTHER_BACKBONES)
-def test_every_other_backbone_can_be_trained_with(name, tfds, tmp_path):
+def test_every_other_backbone_can_be_trained_with(name, tfds, tmp_path, monkeypatch):
     """With random weights and narrow decoders, on small pictures."""
+    monkeypatch.setattr("lcrf_jax.nets.weights.random_weights", drawn_weights)
     config = small(name, tfds, "random", epochs=(3,), batch_size=8)
     size = {"voc2012_clip": 80, "voc2012_dinov2": 70, "voc2012_resnet50": 64}[name]
     config["input_size"], config["inference"]["input_sizes"] = size, (size,)
