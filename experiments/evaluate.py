@@ -9,6 +9,7 @@ and the output says so. Settings that were chosen on one half of a split are rep
 --parts=2 for both halves and the whole in one pass. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
+import os
 import pathlib
 import time
 
@@ -62,8 +63,9 @@ def _folder_of_results():
     out = reporting.run_folder(_OUT.value, "out")
 
     def make():
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out={out} is a file; give a folder, which is made if it is not there")
+        if os.path.lexists(out) and not out.is_dir():
+            kind = "a file" if out.exists() else "a link that leads nowhere"
+            raise ValueError(f"--out={out} is {kind}; give a folder, which is made if it is not there")
         with naming(out):
             out.mkdir(parents=True, exist_ok=True)
 

@@ -19,7 +19,7 @@ from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.compact import SHIPPED, compact_description, load_compact, shipped_models
-from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
+from lcrf_jax.runfolder.description import FOR_INFERENCE, folder_of_run, load_description
 
 
 class Labelling(NamedTuple):
@@ -204,7 +204,9 @@ def _is_file(given):
 
 def _place(checkpoint):
     """The folder or file that is meant."""
-    given = pathlib.Path(checkpoint).expanduser()
+    given = pathlib.Path(os.path.expanduser(checkpoint))
+    if given.is_symlink():
+        folder_of_run(given)  # it refuses one in a circle
     if not given.exists() and str(checkpoint) in shipped_models():
         given = SHIPPED / f"{checkpoint}.npz"
     if not given.exists() and given.suffix != ".npz" and len(given.parts) == 1:

@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.damage import Damaged, read_or_judged
-from lcrf_jax.runfolder.description import CheckpointError
+from lcrf_jax.runfolder.description import CheckpointError, folder_of_run
 from lcrf_jax.runfolder.digests import digests_of, named_leaves, nested, split_leaves
 from lcrf_jax.runfolder.metrics import rank, score
 from lcrf_jax.runfolder.placing import check_like, decoded_data_state, encoded_data_state, placed_like
@@ -58,7 +57,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
-        self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
+        self.run_dir = folder_of_run(run_dir)
         self._replaced: set[str] = set()
         logging.getLogger("absl").addFilter(_told_here)
         first_decides(lambda: self._put_back("*"))
@@ -272,7 +271,7 @@ def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str,
     """
     if which not in ("best", "last"):
         raise ValueError(f"expected which to be 'best' or 'last', got {which!r}")
-    run_dir = pathlib.Path(run_dir).expanduser().resolve()
+    run_dir = folder_of_run(run_dir)
     saved = _saved(run_dir, which)
     if not saved:
         hint = "give the --workdir of a run that has saved one"
@@ -297,7 +296,7 @@ def best_miou(run_dir: str | os.PathLike) -> float | None:
       CheckpointError: if they could not be read just now.
     """
     scores = []
-    for folder in _saved(pathlib.Path(run_dir).expanduser().resolve(), "best").values():
+    for folder in _saved(folder_of_run(run_dir), "best").values():
         with contextlib.suppress(Damaged, TypeError, ValueError):
             scores.append(score(_read_record(folder)))
     return max((each for each in scores if each is not None), default=None)

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from lcrf_jax.machine.errors import UserError
-from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.files import parsed_json, real_path, write_whole
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.segments import changed_settings, flat_settings, settings_until, versions_until
 
@@ -215,11 +215,11 @@ def load_description(run_dir: str | os.PathLike, *, needed: Collection[str] = ()
     """
     path = _path(run_dir)
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = parsed_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"expected a run folder with {DESCRIPTION_FILE}, got {path.parent} without it; "
                               "give the --workdir of a training run") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # of UTF-8 too
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
     if not isinstance(description, dict):
         raise CheckpointError(f"expected a JSON object in {path}, got {type(description).__name__}")
@@ -243,8 +243,24 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def folder_of_run(run_dir: str | os.PathLike) -> pathlib.Path:
+    """Where the folder of a run lies, without links and ~.
+
+    Args:
+      run_dir: the folder, which need not be there.
+    Returns:
+      pathlib.Path, absolute.
+    Raises:
+      CheckpointError: if it is a link that leads back to itself.
+    """
+    try:
+        return real_path(run_dir)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def _path(run_dir):
-    return pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+    return folder_of_run(run_dir) / DESCRIPTION_FILE
 
 
 def _is_there(path):
