@@ -11,6 +11,7 @@ the record, and every restore checks them: a byte that changed on the disk is an
 mask. They come back as NumPy arrays and are then put where the new state lies: the number of devices may change.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -346,6 +347,28 @@ def _reader(handler):
     return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
+class _Patient(ocp.type_handlers.NumpyHandler):
+    """Reads all arrays to their end before it tells of one that cannot be read.
+
+    orbax ends its event loop at the first such array. Those that are read then find no loop, and each writes a traceback.
+    """
+
+    async def deserialize(self, infos, args=None):
+        args = args or [ocp.RestoreArgs()] * len(infos)
+        one_by_one = [super(_Patient, self).deserialize([info], [arg]) for info, arg in zip(infos, args, strict=True)]
+        read = await asyncio.gather(*one_by_one, return_exceptions=True)
+        for result in read:
+            if isinstance(result, BaseException):
+                raise result
+        return [array for [array] in read]
+
+
+def _arrays_handler(**options):
+    arrays = ocp.type_handlers.ArrayHandler()  # reads nothing here; orbax warns where there is none
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _Patient()), (jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
+
+
 def _read_record(folder):
     """The record of one step, checked."""
     advice = f"restore it from a copy or remove {folder}"
@@ -381,8 +404,7 @@ def _read_arrays(folder, digests):
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in digests}
 
     def checked():
-        leaves = _reader(ocp.PyTreeCheckpointHandler).restore(
-            folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        leaves = _reader(_arrays_handler).restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
         return leaves, digests_of({name: np.asarray(leaf) for name, leaf in leaves.items()})
 
     leaves, found = read_or_judged(checked, folder, advice)
