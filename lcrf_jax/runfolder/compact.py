@@ -12,7 +12,7 @@ import numpy as np
 
 from lcrf_jax.machine.files import parsed_json
 from lcrf_jax.nets.network import backbone_variables
-from lcrf_jax.runfolder.description import FOR_INFERENCE, CheckpointError
+from lcrf_jax.runfolder.description import FOR_INFERENCE, CheckpointError, check_sections
 from lcrf_jax.runfolder.digests import named_leaves, nested
 
 SHIPPED = pathlib.Path(__file__).parent / "models"
@@ -132,4 +132,5 @@ def _stored(path, with_arrays):
         raise CheckpointError(f"{path}: expected a model as experiments.export --compact writes it, cannot read it as one ({error})") from error
     if missing:
         raise CheckpointError(f"{path}: the description has no {', '.join(missing)}; write the file anew")
+    check_sections(description, path)
     return description, leaves

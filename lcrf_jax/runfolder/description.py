@@ -31,6 +31,9 @@ PLACES = (
     "log_every_steps", "save_every_steps", "rounds",
 )  # fmt: skip
 
+_SECTIONS = ("network", "inference", "training", "training.data", "data", "data.train", "versions")  # those above another first
+_CORRECT = "correct it, or restore the file from a copy"
+
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint or description that is missing, damaged or of another model; the message says where."""
@@ -211,7 +214,7 @@ def load_description(run_dir: str | os.PathLike, *, needed: Collection[str] = ()
     Returns:
       The dict given to `save_description`; tuples have become lists.
     Raises:
-      CheckpointError: if the file is missing, is not a JSON object or lacks a key.
+      CheckpointError: if the file is missing, is not a JSON object, lacks a key or has something else for a section.
     """
     path = _path(run_dir)
     try:
@@ -225,7 +228,33 @@ def load_description(run_dir: str | os.PathLike, *, needed: Collection[str] = ()
         raise CheckpointError(f"expected a JSON object in {path}, got {type(description).__name__}")
     if missing := [key for key in needed if key not in description]:
         raise CheckpointError(f"{path} does not describe a run: it has no {', '.join(missing)}; restore it from a copy")
+    check_sections(description, path)
     return description
+
+
+def check_sections(description: Mapping[str, Any], place: str | os.PathLike) -> None:
+    """Refuse a description whose sections are something else than sections: a file may have been edited by hand.
+
+    Args:
+      description: dict; sections that are not there are not looked at.
+      place: the file that it is from, for the message.
+    Raises:
+      CheckpointError: the message names the file and the section.
+    """
+    for name in _SECTIONS:
+        at: Any = description
+        for part in name.split("."):
+            at = at.get(part, {})
+        if not isinstance(at, dict) and not (name == "data.train" and at is None):
+            raise CheckpointError(f"{place}: {name}: expected an object {{...}}, got {json.dumps(at)[:60]}; {_CORRECT}")
+    segments = description.get("segments", [])
+    if not isinstance(segments, list) or not all(map(_is_segment, segments)):
+        raise CheckpointError(f"{place}: segments: expected a list of objects with first_step, versions and changed; {_CORRECT}")
+
+
+def _is_segment(segment):
+    return isinstance(segment, dict) and isinstance(segment.get("first_step"), int) and all(
+        isinstance(segment.get(name), dict) for name in ("versions", "changed"))
 
 
 def library_versions() -> dict[str, str]:
