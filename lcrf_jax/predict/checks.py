@@ -164,6 +164,8 @@ def _check_inference(inference, network):
     if not isinstance(inference["mirror"], bool):
         raise SettingError(f"inference.mirror: expected true or false, got {inference['mirror']!r}")
     check_kernel("inference.kernel", inference["kernel"])
+    if missing := [field for field in KernelParams._fields if field not in inference["kernel"]]:
+        raise SettingError(f"inference.kernel: it has no {', '.join(missing)}")
     for name, (least, included, whole) in _OF_DESCRIPTIONS.items():
         if name in inference:
             value = inference[name]
