@@ -39,7 +39,7 @@ def main(argv):
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
     out = _folder_of_results()
-    description = described(_CHECKPOINT.value)
+    description = described(_CHECKPOINT.value, origin=True)
     source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
         class_map_scores.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value, num_parts=_PARTS.value)
@@ -53,7 +53,7 @@ def main(argv):
 def _folder_of_results():
     """Where results are written, None for the folder of the run; a model has none, and does not know where photographs are."""
     if not pathlib.Path(_CHECKPOINT.value).expanduser().is_dir():
-        data = described(_CHECKPOINT.value)["training"]["data"]  # it is a model, or there is an error
+        data = described(_CHECKPOINT.value, origin=True)["training"]["data"]  # it is a model, or there is an error
         missing = [name for name, value in (("data", _DATA.value or data["kind"] == "textures"), ("out", _OUT.value)) if not value]
         if missing:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} is a model, which has no folder of photographs or results: give "

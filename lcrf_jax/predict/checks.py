@@ -24,6 +24,11 @@ RANGES = {
 }
 _OF_DESCRIPTIONS = {**RANGES, "coarse_iterations": (0, True, True)}
 _NEEDED = ("input_sizes", "mirror", "kernel", "num_iterations", "unary_weight")  # earlier versions had these alone
+_MISSING = object()
+_ORIGIN: dict[str, Any] = {
+    "supervision": str, "versions": Mapping, "training.method": str, "training.data.kind": str, "training.data.root": str | None,
+    "training.data.options": Mapping, "training.data.val_split": str | None,
+}  # fmt: skip
 _FUNCTIONS = {"ilp": ilp_log_probs, "class_maps": cam_log_probs}
 
 
@@ -66,6 +71,26 @@ def check_parameters(description: Mapping[str, Any], params: Mapping[str, Any], 
                 f"{place}: class_names: expected {found} names, as many as its {name} has classes, got {num_classes}; correct them and "
                 "network.num_classes, or restore the file from a copy"
             )
+
+
+def check_origin(description: Mapping[str, Any], place: str | os.PathLike) -> None:
+    """Refuse a description that does not say what a model was trained on and how, as scores and reports tell.
+
+    Args:
+      description: as for `check_description`.
+      place: the file that it is from, for the message.
+
+    Raises:
+      CheckpointError: the message names the file and the entry.
+    """
+    for name, kinds in _ORIGIN.items():
+        at: Any = description
+        for part in name.split("."):
+            at = at.get(part, _MISSING) if isinstance(at, Mapping) else _MISSING
+        if not isinstance(at, kinds):
+            got = "nothing" if at is _MISSING else _short(at)
+            expected = "an object {...}" if kinds is Mapping else "a text"
+            raise CheckpointError(f"{place}: {name}: expected {expected}, got {got}; correct it, or restore the file from a copy")
 
 
 def needed_parameters(inference: Mapping[str, Any]) -> set[str]:

@@ -15,7 +15,7 @@ from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import nearest
 from lcrf_jax.pictures.palette import bright_palette, overlay, save_index_png
-from lcrf_jax.predict.checks import check_description, check_parameters
+from lcrf_jax.predict.checks import check_description, check_origin, check_parameters
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
@@ -186,11 +186,12 @@ def trained(checkpoint: str | os.PathLike, *, which: str = "best") -> tuple[dict
     return description, params
 
 
-def described(checkpoint: str | os.PathLike) -> dict[str, Any]:
+def described(checkpoint: str | os.PathLike, *, origin: bool = False) -> dict[str, Any]:
     """The description of what was trained alone, from all that `load` takes.
 
     Args:
       checkpoint: as for `load`.
+      origin: whether it has to say what it was trained on and how, for those who score it.
 
     Returns:
       dict, see `lcrf_jax.runfolder.description`.
@@ -202,6 +203,8 @@ def described(checkpoint: str | os.PathLike) -> dict[str, Any]:
     given = _place(checkpoint)
     description = compact_description(given) if _is_file(given) else load_description(given, needed=FOR_INFERENCE)
     check_description(description, _file_of(given))
+    if origin:
+        check_origin(description, _file_of(given))
     return description
 
 

@@ -139,6 +139,17 @@ def test_programs_refuse_it_too(folder):
         assert ended.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("entry, value, message", [
+    ("training.data", {}, "training.data.kind: expected a text, got nothing"), ("training", {}, "training.method: expected a text, got nothing"),
+    ("supervision", None, "supervision: expected a text, got None"), ("training.data.options", 3, r"training.data.options: expected an object \{...\}, got 3"),
+], ids=str)  # fmt: skip
+def test_what_a_score_tells_of_has_to_be_there(folder, entry, value, message):
+    edit(folder, entry, value)
+    ended = run("evaluate", f"--checkpoint={folder}")
+    assert_refused(ended, f"^error: {folder}/config.json: {message}; correct it, or restore the file from a copy")
+    assert ended.err.count("\n") == 1
+
+
 def test_parameters_of_another_number_of_classes(folder):
     names = json.loads((folder / "config.json").read_text())["class_names"]
     edit(folder, "class_names", [*names, "another"])
