@@ -22,6 +22,7 @@ from absl import flags
 
 from lcrf_jax.baselines import majority_labels
 from lcrf_jax.data.example import data_identity
+from lcrf_jax.machine.files import parsed_json
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import picture_table
 from lcrf_jax.pictures.report import Sample
@@ -86,10 +87,18 @@ class Preparations:
         return self._trained_on[masks]
 
 
+def read_noted(path, what_then):
+    """What an earlier start has noted in a file of a run."""
+    try:
+        return dict(parsed_json(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again: {what_then}") from error
+
+
 def train(prepared, folder):
     """Train the run of a folder to its end and add up the time, over interruptions."""
     path = folder / TIME_FILE
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"wall": 0.0, "cpu": 0.0}
+    before = read_noted(path, "the time is counted from here on") if path.exists() else {"wall": 0.0, "cpu": 0.0}
     wall, cpu = time.monotonic(), time.process_time()
     try:
         fit.train(prepared, folder)
@@ -131,7 +140,7 @@ def score(prepared, folder, val, scored):
             split: {name: value if name == "images" else value.tolist() for name, value in part.items()}
             for split, part in reporting.part_counts(scored, scores.parts).items()
         },
-        "seconds": json.loads((folder / TIME_FILE).read_text(encoding="utf-8")),
+        "seconds": read_noted(folder / TIME_FILE, "the time is counted from here on"),
         "step_bytes": None if prepared.config["seed"] else fit.step_bytes(prepared),  # of one seed: they are the same
     }
     labels = {f"{kind}_{number}": sample[at] for kind, at in (("plain", 2), ("refined", 3))
@@ -146,7 +155,7 @@ def is_done(folder, training_data, val, splits=()):
     if not path.exists():
         return False
     check_data(folder, {"train": training_data})
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_noted(path, "the run is scored anew")
     scored_on = before.get("data")
     if scored_on is not None and scored_on != data_identity(val):
         raise CheckpointError(f"{folder} was scored on other images of {val.split} ({scored_on['images']} then, {len(val)} now; their "
@@ -162,7 +171,7 @@ def stored_results(workdir, names, num_seeds):
     results = {}
     for name in names:
         paths = [workdir / name / f"seed_{seed}" / RESULT_FILE for seed in range(num_seeds)]
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        found = [read_noted(path, "the run is scored anew") for path in paths if path.exists()]
         if found:
             results[name] = found
     return results

@@ -9,6 +9,7 @@ and the output says so. Settings that were chosen on one half of a split are rep
 --parts=2 for both halves and the whole in one pass. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
+import os
 import pathlib
 import time
 
@@ -38,7 +39,7 @@ def main(argv):
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
     started = time.monotonic()
     out = _folder_of_results()
-    description = described(_CHECKPOINT.value)
+    description = described(_CHECKPOINT.value, origin=True)
     source, data = reporting.open_for_scoring(description, _DATA.value, _SPLIT.value)
     if _CAM.value:
         class_map_scores.evaluate_cam(_CHECKPOINT.value, source, tags_given=_TAGS_GIVEN.value, num_parts=_PARTS.value)
@@ -52,7 +53,7 @@ def main(argv):
 def _folder_of_results():
     """Where results are written, None for the folder of the run; a model has none, and does not know where photographs are."""
     if not pathlib.Path(_CHECKPOINT.value).expanduser().is_dir():
-        data = described(_CHECKPOINT.value)["training"]["data"]  # it is a model, or there is an error
+        data = described(_CHECKPOINT.value, origin=True)["training"]["data"]  # it is a model, or there is an error
         missing = [name for name, value in (("data", _DATA.value or data["kind"] == "textures"), ("out", _OUT.value)) if not value]
         if missing:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} is a model, which has no folder of photographs or results: give "
@@ -62,8 +63,9 @@ def _folder_of_results():
     out = reporting.run_folder(_OUT.value, "out")
 
     def make():
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out={out} is a file; give a folder, which is made if it is not there")
+        if os.path.lexists(out) and not out.is_dir():
+            kind = "a file" if out.exists() else "a link that leads nowhere"
+            raise ValueError(f"--out={out} is {kind}; give a folder, which is made if it is not there")
         with naming(out):
             out.mkdir(parents=True, exist_ok=True)
 

@@ -26,9 +26,8 @@ from absl import app, flags, logging
 from lcrf_jax.nets import efficientnet_lite
 from lcrf_jax.nets.efficientnet_lite import same_padding
 from lcrf_jax.pictures.palette import palette
+from lcrf_jax.predict.model import trained
 from lcrf_jax.predict.segmenter import make_segmenter
-from lcrf_jax.runfolder.checkpoints import restore_params
-from lcrf_jax.runfolder.description import load_description
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of a run.")
 _OUT = flags.DEFINE_string("out", None, "File to write.")
@@ -50,7 +49,7 @@ def main(argv):
     logging.set_verbosity(logging.ERROR)
     if len(argv) > 1:
         raise app.UsageError(f"arguments that are no flags: {argv[1:]}")
-    description, params = load_description(_CHECKPOINT.value), restore_params(_CHECKPOINT.value)
+    description, params = trained(_CHECKPOINT.value)
     inference, out = description["inference"], pathlib.Path(_OUT.value)
     if inference.get("output") == "class_maps":
         raise SystemExit("error: class maps have no network of their own to convert; give a run of another method")

@@ -21,7 +21,7 @@ from lcrf_jax.machine import processes, progress, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import SettingError, UserError, for_users
-from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.files import parsed_json, write_whole
 from lcrf_jax.machine.progress import say, show
 from lcrf_jax.metrics import format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.pictures.palette import picture_grid
@@ -219,7 +219,7 @@ def same_place(one, other):
 
 
 def _resolved(folder):
-    return pathlib.Path(folder).expanduser().resolve()
+    return pathlib.Path(os.path.realpath(os.path.expanduser(folder)))  # of a link in a circle the path as it is
 
 
 def place_in_names(data, own):
@@ -382,7 +382,7 @@ def _rounded(value, digits):
 def _refined_before(path, plain):
     """The refined counts of an earlier evaluation of the same parameters on the same images, or None."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = parsed_json(path.read_text(encoding="utf-8"))
         same = np.array_equal(before["plain"]["confusion"], plain)
         return np.array(before["refined"]["confusion"]) if same else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import math
+import os
 import pathlib
 import shlex
 import sys
@@ -75,7 +76,7 @@ def write_run_report(
         ("Settings", report.settings({**flat_settings(description["training"]), **{
             f"version of {name}": version for name, version in description["versions"].items()}})),
     ]  # fmt: skip
-    write_whole(path, report.page(f"Run {run_dir.resolve().name}", sections, note=note, figures=figures))
+    write_whole(path, report.page(f"Run {pathlib.Path(os.path.realpath(run_dir)).name}", sections, note=note, figures=figures))
 
 
 def data_in_words(data):

@@ -9,9 +9,9 @@ missing one, another size than its photograph, or a label above 20 is an error t
 any data but the test images, as pretrained weights are; --competition=comp5 is for methods trained on VOC 2012 alone.
 """
 
+import contextlib
 import gzip
 import io
-import json
 import os
 import pathlib
 import tarfile
@@ -24,6 +24,7 @@ from lcrf_jax.data.files.images import image_size
 from lcrf_jax.data.files.masks import read_mask
 from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.sources.devkit import CLASSES, listed
+from lcrf_jax.machine.files import parsed_json
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.pictures.palette import index_picture
@@ -70,7 +71,10 @@ def _check_classes(masks):
     path = masks / SETTINGS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: give --masks the folder that experiments.predict has written")
-    classes = json.loads(path.read_text(encoding="utf-8"))["class_names"]
+    try:
+        classes = list(map(str, parsed_json(path.read_text(encoding="utf-8"))["class_names"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it from a copy, or predict anew with --overwrite") from error
     if tuple(classes) != CLASSES:
         raise ValueError(f"{masks} has masks of other classes than VOC 2012: {', '.join(classes)}")
 
@@ -79,9 +83,9 @@ def _photographs(masks):
     """The photograph of each mask, as predict has written down."""
     records = {}
     for path in masks.glob("predictions*.jsonl"):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            if line.strip():
-                record = json.loads(line)
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that was cut short
+                record = parsed_json(line)
                 records[pathlib.Path(record["mask"]).stem] = pathlib.Path(record["image"])
     return records
 

@@ -37,7 +37,7 @@ from lcrf_jax.data.files.shard_files import (
 )
 from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.pipeline import read_ahead
-from lcrf_jax.machine.files import ROOM, write_whole
+from lcrf_jax.machine.files import ROOM, parsed_json, write_whole
 from lcrf_jax.machine.locks import locked
 
 _OPTIONS = "group_size:1,uncompressed"  # any record by itself; photographs are compressed already
@@ -131,7 +131,7 @@ def _wanted(sources, shard_bytes):
 def _unfinished(out):
     """What a run that was interrupted has noted."""
     try:
-        return json.loads((out / UNFINISHED).read_text(encoding="utf-8"))
+        return parsed_json((out / UNFINISHED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:

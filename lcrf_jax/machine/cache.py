@@ -19,7 +19,7 @@ import numpy as np
 
 from lcrf_jax.machine.checksums import checksums, note_unchanged, refuse_changed
 from lcrf_jax.machine.entries import IDENTITY_FILE, LOCK_FILE, discard, keep_within_bound
-from lcrf_jax.machine.files import naming, write_whole
+from lcrf_jax.machine.files import naming, parsed_json, write_whole
 from lcrf_jax.machine.locks import locked, own_folder, shared
 
 VARIABLE = "LCRF_JAX_CACHE"
@@ -251,7 +251,7 @@ def _whole(folder, num_records):
     if file is None:
         return None
     with file:
-        content = json.loads(file.read())
+        content = parsed_json(file.read())
         names = content["arrays"] if "identity" in content else [path.stem for path in folder.glob("*.npy")]
         arrays = {name: _held(_path(folder, name), identity_file) for name in sorted(names)}
     if "identity" in content:
@@ -276,7 +276,7 @@ def _held(path: pathlib.Path, identity_file: pathlib.Path) -> Any:
 def _begun(unfinished, num_records):
     """(arrays, number of rows) that an earlier run has written, as far as it noted them."""
     try:
-        progress = json.loads((unfinished / _PROGRESS_FILE).read_text(encoding="utf-8"))
+        progress = parsed_json((unfinished / _PROGRESS_FILE).read_text(encoding="utf-8"))
         arrays = {name: np.load(_path(unfinished, name), mmap_mode="r+") for name in progress["arrays"]}
         if arrays and {len(array) for array in arrays.values()} == {num_records}:
             return arrays, int(progress["rows"])

@@ -17,7 +17,7 @@ import zlib
 
 import jax
 
-from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.files import parsed_json, write_whole
 
 SWITCH = "LCRF_JAX_COMPILE_CACHE"
 MOST_BYTES = 1 << 30
@@ -103,7 +103,7 @@ def _drop_unfit(folder):
 def _checked_before(folder):
     """Name -> sha256 of the entries that were whole at an earlier start."""
     try:
-        checked = json.loads((folder / _CHECKED_FILE).read_text(encoding="utf-8"))
+        checked = parsed_json((folder / _CHECKED_FILE).read_text(encoding="utf-8"))
         return checked if isinstance(checked, dict) else {}
     except (OSError, ValueError):
         return {}

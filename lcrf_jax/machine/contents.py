@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 
 from lcrf_jax.machine.cache import default_directory
-from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.files import parsed_json, write_whole
 
 MEMO = "contents.json"
 UNREADABLE = "unreadable"
@@ -82,7 +82,7 @@ def _digest(fact):
 def _memo():
     """What earlier runs have noted; nothing where that cannot be read."""
     try:
-        lines = json.loads((default_directory() / MEMO).read_text(encoding="utf-8"))
+        lines = parsed_json((default_directory() / MEMO).read_text(encoding="utf-8"))
         return {(str(path), *map(int, numbers)): str(digest) for path, *numbers, digest in lines}
     except (OSError, ValueError, TypeError):
         return {}

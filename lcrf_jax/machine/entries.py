@@ -5,7 +5,6 @@ hold a lock on its `identity.json`, the one that writes it a lock beside its arr
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lcrf_jax.machine.files import parsed_json
 from lcrf_jax.machine.locks import lock_name, unused
 
 IDENTITY_FILE = "identity.json"
@@ -208,7 +208,7 @@ def described(identity_file: pathlib.Path) -> tuple[str, str]:
       (kind, what it is of).
     """
     try:
-        content = json.loads(identity_file.read_text(encoding="utf-8"))
+        content = parsed_json(identity_file.read_text(encoding="utf-8"))
         identity = content.get("identity", content)
         return str(identity.get("kind", "arrays")), str(content.get("about", ""))
     except (OSError, ValueError, AttributeError):

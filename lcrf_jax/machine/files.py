@@ -1,13 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all; what is read as JSON, and where a path leads."""
 
 import contextlib
 import errno
+import json
 import os
 import pathlib
 import secrets
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
+from lcrf_jax.machine.errors import UserError
 from lcrf_jax.machine.locks import locked
 
 NO_LINKS = {
@@ -41,6 +44,52 @@ def naming(path: str | os.PathLike, remedy: str = "") -> Iterator[None]:
             raise
         told = remedy or _REMEDIES.get(error.errno, "look at that disk, and run the same command again")
         raise OSError(error.errno, f"{os.strerror(error.errno)}; {told}", str(path)) from error
+
+
+def parsed_json(text: str | bytes, **options: Any) -> Any:
+    """The content of a text in JSON; whatever is wrong with it is a ValueError that says so in a few words.
+
+    Python has other errors for lists within lists without end, and advice for its own settings for very long numbers.
+
+    Args:
+      text: the text, or its bytes.
+      **options: of `json.loads`.
+
+    Returns:
+      dict, list, str, number, bool or None.
+
+    Raises:
+      ValueError: if it is no JSON, or too deep, or has a number of thousands of digits.
+    """
+    try:
+        return json.loads(text, **options)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except RecursionError as error:
+        raise ValueError("it has too many lists or objects within each other") from error
+    except ValueError as error:
+        raise ValueError("it has a number of thousands of digits") from error
+
+
+def real_path(path: str | os.PathLike) -> pathlib.Path:
+    """Where a path leads, without links and ~.
+
+    Args:
+      path: of a file or folder, which need not be there.
+
+    Returns:
+      pathlib.Path, absolute.
+
+    Raises:
+      UserError: if it is a link that leads back to itself; the message names it.
+    """
+    given = os.path.expanduser(path)
+    try:
+        os.stat(given)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{given}: a link that leads back to itself; remove the link, or give another path") from error
+    return pathlib.Path(os.path.realpath(given))
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

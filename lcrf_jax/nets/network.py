@@ -207,6 +207,8 @@ def _check_description(description):
         raise ValueError(
             f"network.widths: expected {'one for each of' if name == 'skip' else number} the taps {taps}, got {widths}"
         )
+    if not all(isinstance(width, int) and not isinstance(width, bool) and width >= 1 for width in widths):
+        raise ValueError(f"network.widths: expected whole numbers of at least 1, got {widths}")
     last_stride, dropout = description["last_stride"], description["dropout"]
     last_strides = _backbone(description).last_strides
     if last_stride not in last_strides:

@@ -1,5 +1,6 @@
 """Scores of a segmenter on images with masks."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from lcrf_jax.data.example import Source
 from lcrf_jax.data.parts import InParts
 from lcrf_jax.data.pipeline import one_ahead, prefetched
+from lcrf_jax.machine.errors import UserError, for_users
 from lcrf_jax.machine.processes import is_first, share, total
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.metrics import confusion_matrix, mean_iou
@@ -80,6 +82,9 @@ def evaluate(
 
     Returns:
       Scores.
+
+    Raises:
+      UserError: if an image cannot be read any more; no part is scored.
     """
     given = source if isinstance(source, InParts) else InParts(source, np.zeros(len(source), np.int64), ("",))
     (images, part_of, splits), num_classes = given, len(segmenter.class_names)
@@ -108,9 +113,10 @@ def evaluate(
     positions = sample_positions(len(images), num_samples)
     samples = []
     if is_first():
-        samples = labelled_samples(
-            segmenter, images, positions, batch_size=batch_size, use_tags=use_tags, features=features
-        )
+        with _no_part_is_scored(images):
+            samples = labelled_samples(
+                segmenter, images, positions, batch_size=batch_size, use_tags=use_tags, features=features
+            )
     return Scores(
         totals["plain"], totals.get("refined"), totals.get("smoothed"), samples,
         np.where(image_scores < 0, np.nan, image_scores), parts,
@@ -134,7 +140,23 @@ def _batches(source, indices, batch_size):
     examples = prefetched(source, indices=indices)
     for start in range(0, len(indices), batch_size):
         rows = list(indices[start : start + batch_size])
-        yield rows, [next(examples) for _ in rows]
+        with _no_part_is_scored(source):
+            batch = [next(examples) for _ in rows]
+        yield rows, batch
+
+
+@contextlib.contextmanager
+def _no_part_is_scored(source):
+    """What cannot be read any more ends the scoring, with a remedy: the files were looked at before it began."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if not for_users(error):
+            raise
+        raise UserError(
+            f"{error}. Nothing is scored, since a part of {source.split} would have another score. Bring the file back, or take it out of the "
+            "split, and run the same command again"
+        ) from error
 
 
 def labelled_samples(

@@ -15,11 +15,12 @@ from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import nearest
 from lcrf_jax.pictures.palette import bright_palette, overlay, save_index_png
+from lcrf_jax.predict.checks import check_description, check_origin, check_parameters
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.compact import SHIPPED, compact_description, load_compact, shipped_models
-from lcrf_jax.runfolder.description import FOR_INFERENCE, load_description
+from lcrf_jax.runfolder.description import DESCRIPTION_FILE, FOR_INFERENCE, folder_of_run, load_description
 
 
 class Labelling(NamedTuple):
@@ -149,7 +150,8 @@ def load(checkpoint: str | os.PathLike, *, which: str = "best") -> Model:
 
     Raises:
       FileNotFoundError: if there is no such folder, file or model.
-      lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, or its files are damaged.
+      lcrf_jax.runfolder.description.CheckpointError: if the folder holds no run, its files are damaged, or its
+        description has an entry that cannot be.
       ValueError: if `which` is another word.
     """
     with contextlib.suppress(OSError):  # an account without a home
@@ -173,19 +175,23 @@ def trained(checkpoint: str | os.PathLike, *, which: str = "best") -> tuple[dict
       ValueError: as `load`.
     """
     given = _place(checkpoint)
+    description = described(given)
     if _is_file(given):
-        return load_compact(given)
-    description, params = load_description(given, needed=FOR_INFERENCE), restore_params(given)
-    if which != "best":  # the newest state has what is trained alone
-        params = {**params, "decoder": restore_params(given, which)}
+        params = load_compact(given)[1]
+    else:
+        params = restore_params(given)
+        if which != "best":  # the newest state has what is trained alone
+            params = {**params, "decoder": restore_params(given, which)}
+    check_parameters(description, params, _file_of(given))
     return description, params
 
 
-def described(checkpoint: str | os.PathLike) -> dict[str, Any]:
+def described(checkpoint: str | os.PathLike, *, origin: bool = False) -> dict[str, Any]:
     """The description of what was trained alone, from all that `load` takes.
 
     Args:
       checkpoint: as for `load`.
+      origin: whether it has to say what it was trained on and how, for those who score it.
 
     Returns:
       dict, see `lcrf_jax.runfolder.description`.
@@ -195,16 +201,26 @@ def described(checkpoint: str | os.PathLike) -> dict[str, Any]:
       lcrf_jax.runfolder.description.CheckpointError: as `load`.
     """
     given = _place(checkpoint)
-    return compact_description(given) if _is_file(given) else load_description(given, needed=FOR_INFERENCE)
+    description = compact_description(given) if _is_file(given) else load_description(given, needed=FOR_INFERENCE)
+    check_description(description, _file_of(given))
+    if origin:
+        check_origin(description, _file_of(given))
+    return description
 
 
 def _is_file(given):
     return given.is_file() or given.suffix == ".npz"
 
 
+def _file_of(given):
+    return given if _is_file(given) else given / DESCRIPTION_FILE
+
+
 def _place(checkpoint):
     """The folder or file that is meant."""
-    given = pathlib.Path(checkpoint).expanduser()
+    given = pathlib.Path(os.path.expanduser(checkpoint))
+    if given.is_symlink():
+        folder_of_run(given)  # it refuses one in a circle
     if not given.exists() and str(checkpoint) in shipped_models():
         given = SHIPPED / f"{checkpoint}.npz"
     if not given.exists() and given.suffix != ".npz" and len(given.parts) == 1:

@@ -21,6 +21,7 @@ from lcrf_jax.machine.processes import usable_cores
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.nets.trained import merged
+from lcrf_jax.predict.checks import needed_parameters
 from lcrf_jax.predict.outputs import EXCLUDED, OUTPUTS
 from lcrf_jax.predict.refinement import MAX_VERTICES_PER_PIXEL, refined_by_lattice
 from lcrf_jax.predict.resizing import (
@@ -119,10 +120,9 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     """
     network, settings = build_network(description["network"]), description["inference"]
     output, options = settings.get("output", "softmax"), settings.get("output_options", {})
-    wanted = {"backbone", "classifier" if output == "class_maps" else "decoder"}
     if settings.get("prior_weight") and output != "class_maps":
-        options, wanted = {**options, "prior_weight": settings["prior_weight"]}, wanted | {"classifier"}
-    used = {name: params[name] for name in sorted(wanted)}
+        options = {**options, "prior_weight": settings["prior_weight"]}
+    used = {name: params[name] for name in sorted(needed_parameters(settings))}
     if "decoder" in used:  # with layers of the backbone, where these are trained
         used["backbone"] = merged(used["backbone"], used["decoder"])
     static = {"network": network, "mirrored": settings["mirror"]}

@@ -11,13 +11,13 @@ the record, and every restore checks them: a byte that changed on the disk is an
 mask. They come back as NumPy arrays and are then put where the new state lies: the number of devices may change.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
-import pathlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.damage import Damaged, read_or_judged
-from lcrf_jax.runfolder.description import CheckpointError
+from lcrf_jax.runfolder.description import CheckpointError, folder_of_run
 from lcrf_jax.runfolder.digests import digests_of, named_leaves, nested, split_leaves
 from lcrf_jax.runfolder.metrics import rank, score
 from lcrf_jax.runfolder.placing import check_like, decoded_data_state, encoded_data_state, placed_like
@@ -58,7 +58,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
-        self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
+        self.run_dir = folder_of_run(run_dir)
         self._replaced: set[str] = set()
         logging.getLogger("absl").addFilter(_told_here)
         first_decides(lambda: self._put_back("*"))
@@ -272,7 +272,7 @@ def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str,
     """
     if which not in ("best", "last"):
         raise ValueError(f"expected which to be 'best' or 'last', got {which!r}")
-    run_dir = pathlib.Path(run_dir).expanduser().resolve()
+    run_dir = folder_of_run(run_dir)
     saved = _saved(run_dir, which)
     if not saved:
         hint = "give the --workdir of a run that has saved one"
@@ -297,7 +297,7 @@ def best_miou(run_dir: str | os.PathLike) -> float | None:
       CheckpointError: if they could not be read just now.
     """
     scores = []
-    for folder in _saved(pathlib.Path(run_dir).expanduser().resolve(), "best").values():
+    for folder in _saved(folder_of_run(run_dir), "best").values():
         with contextlib.suppress(Damaged, TypeError, ValueError):
             scores.append(score(_read_record(folder)))
     return max((each for each in scores if each is not None), default=None)
@@ -347,6 +347,28 @@ def _reader(handler):
     return ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
+class _Patient(ocp.type_handlers.NumpyHandler):
+    """Reads all arrays to their end before it tells of one that cannot be read.
+
+    orbax ends its event loop at the first such array. Those that are read then find no loop, and each writes a traceback.
+    """
+
+    async def deserialize(self, infos, args=None):
+        args = args or [ocp.RestoreArgs()] * len(infos)
+        one_by_one = [super(_Patient, self).deserialize([info], [arg]) for info, arg in zip(infos, args, strict=True)]
+        read = await asyncio.gather(*one_by_one, return_exceptions=True)
+        for result in read:
+            if isinstance(result, BaseException):
+                raise result
+        return [array for [array] in read]
+
+
+def _arrays_handler(**options):
+    arrays = ocp.type_handlers.ArrayHandler()  # reads nothing here; orbax warns where there is none
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _Patient()), (jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, **options)
+
+
 def _read_record(folder):
     """The record of one step, checked."""
     advice = f"restore it from a copy or remove {folder}"
@@ -382,8 +404,7 @@ def _read_arrays(folder, digests):
     as_numpy = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in digests}
 
     def checked():
-        leaves = _reader(ocp.PyTreeCheckpointHandler).restore(
-            folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        leaves = _reader(_arrays_handler).restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
         return leaves, digests_of({name: np.asarray(leaf) for name, leaf in leaves.items()})
 
     leaves, found = read_or_judged(checked, folder, advice)

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from lcrf_jax.machine.files import parsed_json
 from lcrf_jax.nets.network import backbone_variables
-from lcrf_jax.runfolder.description import FOR_INFERENCE, CheckpointError
+from lcrf_jax.runfolder.description import FOR_INFERENCE, CheckpointError, check_sections
 from lcrf_jax.runfolder.digests import named_leaves, nested
 
 SHIPPED = pathlib.Path(__file__).parent / "models"
@@ -123,7 +124,7 @@ def _stored(path, with_arrays):
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
         with np.load(path, allow_pickle=False) as stored:
-            description = json.loads(stored[_DESCRIPTION].tobytes())
+            description = parsed_json(stored[_DESCRIPTION].tobytes())
             names = [name for name in stored.files if name != _DESCRIPTION] if with_arrays else []
             leaves = {name: stored[name].astype(np.float32) for name in names}
         missing = [name for name in (*FOR_INFERENCE, "backbone_sha256") if name not in description]
@@ -131,4 +132,5 @@ def _stored(path, with_arrays):
         raise CheckpointError(f"{path}: expected a model as experiments.export --compact writes it, cannot read it as one ({error})") from error
     if missing:
         raise CheckpointError(f"{path}: the description has no {', '.join(missing)}; write the file anew")
+    check_sections(description, path)
     return description, leaves

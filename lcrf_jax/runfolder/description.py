@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from lcrf_jax.machine.errors import UserError
-from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.files import parsed_json, real_path, write_whole
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.segments import changed_settings, flat_settings, settings_until, versions_until
 
@@ -30,6 +30,9 @@ PLACES = (
     "data.root", "data.on_bad_image", "weights", "cache", "num_threads", "accumulation_steps", "recompute_backbone",
     "log_every_steps", "save_every_steps", "rounds",
 )  # fmt: skip
+
+_SECTIONS = ("network", "inference", "training", "training.data", "data", "data.train", "versions")  # those above another first
+_CORRECT = "correct it, or restore the file from a copy"
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -211,21 +214,47 @@ def load_description(run_dir: str | os.PathLike, *, needed: Collection[str] = ()
     Returns:
       The dict given to `save_description`; tuples have become lists.
     Raises:
-      CheckpointError: if the file is missing, is not a JSON object or lacks a key.
+      CheckpointError: if the file is missing, is not a JSON object, lacks a key or has something else for a section.
     """
     path = _path(run_dir)
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = parsed_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CheckpointError(f"expected a run folder with {DESCRIPTION_FILE}, got {path.parent} without it; "
                               "give the --workdir of a training run") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # of UTF-8 too
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
     if not isinstance(description, dict):
         raise CheckpointError(f"expected a JSON object in {path}, got {type(description).__name__}")
     if missing := [key for key in needed if key not in description]:
         raise CheckpointError(f"{path} does not describe a run: it has no {', '.join(missing)}; restore it from a copy")
+    check_sections(description, path)
     return description
+
+
+def check_sections(description: Mapping[str, Any], place: str | os.PathLike) -> None:
+    """Refuse a description whose sections are something else than sections: a file may have been edited by hand.
+
+    Args:
+      description: dict; sections that are not there are not looked at.
+      place: the file that it is from, for the message.
+    Raises:
+      CheckpointError: the message names the file and the section.
+    """
+    for name in _SECTIONS:
+        at: Any = description
+        for part in name.split("."):
+            at = at.get(part, {})
+        if not isinstance(at, dict) and not (name == "data.train" and at is None):
+            raise CheckpointError(f"{place}: {name}: expected an object {{...}}, got {json.dumps(at)[:60]}; {_CORRECT}")
+    segments = description.get("segments", [])
+    if not isinstance(segments, list) or not all(map(_is_segment, segments)):
+        raise CheckpointError(f"{place}: segments: expected a list of objects with first_step, versions and changed; {_CORRECT}")
+
+
+def _is_segment(segment):
+    return isinstance(segment, dict) and isinstance(segment.get("first_step"), int) and all(
+        isinstance(segment.get(name), dict) for name in ("versions", "changed"))
 
 
 def library_versions() -> dict[str, str]:
@@ -243,8 +272,24 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def folder_of_run(run_dir: str | os.PathLike) -> pathlib.Path:
+    """Where the folder of a run lies, without links and ~.
+
+    Args:
+      run_dir: the folder, which need not be there.
+    Returns:
+      pathlib.Path, absolute.
+    Raises:
+      CheckpointError: if it is a link that leads back to itself.
+    """
+    try:
+        return real_path(run_dir)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def _path(run_dir):
-    return pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+    return folder_of_run(run_dir) / DESCRIPTION_FILE
 
 
 def _is_there(path):

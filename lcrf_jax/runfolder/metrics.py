@@ -11,7 +11,7 @@ from typing import Any, Self, TextIO
 
 from jax.typing import ArrayLike
 
-from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.files import parsed_json, write_whole
 from lcrf_jax.machine.processes import is_first
 from lcrf_jax.machine.progress import as_scalar, say
 
@@ -154,7 +154,7 @@ def _records(path):
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8")
-            record = json.loads(text)
+            record = parsed_json(text)
             if int(record["step"]) != record["step"]:
                 raise ValueError("no whole number")
         except (ValueError, TypeError, LookupError) as error:  # of UTF-8 and JSON too

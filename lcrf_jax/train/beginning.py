@@ -14,6 +14,7 @@ from lcrf_jax.runfolder.description import (
     CheckpointError,
     check_settings_of_run,
     effective_changes,
+    folder_of_run,
     has_parameters,
     load_description,
     newest_step,
@@ -48,7 +49,7 @@ def check_folder(workdir: str | os.PathLike) -> None:
     Raises:
       CheckpointError: if it, or what stands where it would be made, is no folder that can be written to.
     """
-    first_decides(lambda: _check_folder(pathlib.Path(workdir).expanduser().resolve()))
+    first_decides(lambda: _check_folder(folder_of_run(workdir)))
 
 
 def _check_folder(workdir):
@@ -62,7 +63,7 @@ def _check_folder(workdir):
 
 
 def _check_start(workdir, config):
-    _check_folder(workdir.resolve())
+    _check_folder(folder_of_run(workdir))
     if (workdir / "lock").exists():
         with locked(workdir / "lock"):  # whether it is free: the run takes it when it begins
             pass

@@ -14,6 +14,7 @@ from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.errors import SettingError
 from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.nets.weights import check_projection, hub_commit
+from lcrf_jax.predict.checks import check_size
 from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.train.methods import Method, begins_with_posteriors, check_objective, inputs_of, make_objective, method_of
 from lcrf_jax.train.settings import check_settings, told_as_settings
@@ -281,9 +282,7 @@ def _check_input_sizes(config, network):
         ("class_maps.extra_sizes", config["class_maps"]["extra_sizes"]),
     ):
         for size in sizes:
-            if size < 32 or size % network.size_step:
-                multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
-                raise SettingError(f"{name}: expected {multiple}, got {size}")
+            check_size(name, size, network)
 
 
 def _check_trained_backbone(config, network, method):

@@ -5,10 +5,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.data.check import MODES
 from lcrf_jax.machine.errors import SettingError, nearest
 from lcrf_jax.numerics import check_number
+from lcrf_jax.predict.checks import RANGES, check_kernel, check_sizes
 from lcrf_jax.runfolder.segments import flat_settings
 
 # name: (least, whether it is allowed itself, whether whole numbers alone are). Ranges that the functions check which
@@ -50,10 +50,7 @@ _RANGES = {
     "optimizer.weight_decay": (0, True, False),
     "optimizer.clip_norm": (0, False, False),
     "optimizer.backbone_share": (0, False, False),
-    "inference.max_side": (1, True, True),
-    "inference.prior_weight": (0, True, False),
-    "inference.unary_weight": (0, True, False),
-    "inference.num_iterations": (0, True, True),
+    **{f"inference.{name}": limits for name, limits in RANGES.items()},
 }
 _KERNELS = ("objective.kernel", "posterior.kernel", "inference.kernel", "baselines.sec.kernel")
 # (least, greatest): areas are shares of the image.
@@ -83,9 +80,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
                 )  # fmt: skip
         for name in _KERNELS:
             if (kernel := _at(config, name)) is not None:
-                _check_kernel(name, kernel)
+                check_kernel(name, kernel)
         for name in _SIZES:
-            _check_sizes(name, _at(config, name), least=1 if name == "inference.input_sizes" else 0)
+            if (sizes := _at(config, name)) is not None:
+                check_sizes(name, sizes, least=1 if name == "inference.input_sizes" else 0)
     for name, most in _PAIRS.items():
         _check_pair(name, _at(config, name), most)
     for name, value in flat.items():
@@ -134,20 +132,6 @@ def told_as_settings() -> Iterator[None]:
         raise
     except (ValueError, TypeError) as error:
         raise SettingError(str(error)) from error
-
-
-def _check_kernel(name, kernel):
-    params = KernelParams(**kernel)
-    for field, value in params._asdict().items():
-        width = field.endswith("width")
-        check_number(f"{name}.{field}", value, minimum=0, strict=width, remedy="widths are above 0, weights 0 or more")
-
-
-def _check_sizes(name, sizes, *, least):
-    if sizes is None:
-        return
-    if not isinstance(sizes, tuple | list) or len(sizes) < least or not all(isinstance(s, int) and s >= 1 for s in sizes):
-        raise SettingError(f"{name}: expected {'one or more ' if least else ''}sizes in pixels, such as (320,), got {sizes!r}")
 
 
 def _check_pair(name, pair, most):

@@ -165,3 +165,12 @@ def test_names_in_json_that_are_not_read_are_told(tmp_path, name, text):
 def test_names_that_end_with_numbers_have_no_score():
     for name in ("PM 2.5", "part 1", "part 10", "chanel no.5", "F16", "boeing 737", "7.62 mm", "C-130", "class 1.5", "7", "1", "0", "100"):
         assert not names._SCORE.fullmatch(name), name
+
+
+@pytest.mark.parametrize("name, where", [("tags.json", ""), ("tags.jsonl", ", line 1")])
+@pytest.mark.parametrize("value, message", [("9" * 5000, "a number of thousands of digits"), ("[" * 100_000, "too many lists")], ids=["long", "deep"])
+def test_json_that_python_refuses_names_its_file(tmp_path, name, where, value, message):
+    path = tmp_path / name
+    path.write_text('{"a.jpg": ' + value + "}")
+    with pytest.raises(ValueError, match=rf"^{path}{where}: not JSON \(it has {message}.*\); correct it"):
+        read_tag_file(path)

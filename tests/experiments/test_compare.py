@@ -187,6 +187,13 @@ def test_a_score_on_other_data_is_no_score_of_this(program, tmp_path):
     assert program["is_done"](tmp_path, train, source)
 
 
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000], ids=["empty", "list", "cut", "deep"])
+def test_what_was_noted_and_is_damaged_is_named(program, tmp_path, text):
+    (tmp_path / "comparison.json").write_text(text)
+    with pytest.raises(ValueError, match=r"comparison.json is damaged \(.+\); remove it and run the same command again: it is so"):
+        program["read_noted"](tmp_path / "comparison.json", "it is so")
+
+
 def random_result(seed, method):
     rng = np.random.default_rng(seed)
     plain, refined, smoothed = rng.integers(1, 100, (3, 3, 3))

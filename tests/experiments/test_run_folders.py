@@ -66,6 +66,14 @@ def test_a_fault_of_the_house_keeps_its_traceback(checkpoint, monkeypatch):
         run("evaluate", f"--checkpoint={checkpoint}")
 
 
+def test_a_folder_for_results_that_is_a_link_in_a_circle(checkpoint, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert_refused(run("evaluate", f"--checkpoint={checkpoint}", f"--out={loop}"), f"^error: --out={loop} is a link that leads nowhere; give a folder")
+    assert_refused(run("evaluate", f"--checkpoint={loop}"), f"^error: .*{loop}")
+    assert_refused(run("train", TINY, *SMALL, f"--workdir={loop}"), f"^error: {loop}: a link that leads back to itself")
+
+
 @pytest.mark.slow
 def test_scores_are_printed_before_files_are_written(tiny_run, tmp_path):
     """What cannot be written is named, and the others are there."""

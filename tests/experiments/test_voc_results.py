@@ -54,6 +54,8 @@ def mask(labels):
     (lambda folder: (folder / "masks" / "predictions.json").unlink(), "give --masks the folder that experiments.predict"),
     (lambda folder: (folder / "masks" / "predictions.json").write_text(json.dumps({"class_names": ["background", "cat"]})),
      "has masks of other classes than VOC 2012: background, cat"),
+    (lambda folder: (folder / "masks" / "predictions.json").write_text("[" * 100_000), "predictions.json is damaged (it has too many lists"),
+    (lambda folder: (folder / "masks" / "predictions.json").write_text("[]"), "predictions.json is damaged (list indices"),
     (lambda folder: (folder / "test.txt").unlink(), "test.txt does not exist"),
 ])  # fmt: skip
 def test_what_is_refused(folder, spoil, message):

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from lcrf_jax.machine.files import NO_LINKS, move_whole, naming, write_once, write_whole
+from lcrf_jax.machine.errors import UserError
+from lcrf_jax.machine.files import NO_LINKS, move_whole, naming, parsed_json, real_path, write_once, write_whole
 
 
 def refusing(number):
@@ -123,3 +124,21 @@ def test_a_file_moves_to_another_disk_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refusing(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         move_whole(tmp_path / "disk" / "a.png", tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[" * 100_000, "^it has too many lists or objects within each other$"), ("[" + "9" * 5000 + "]", "^it has a number of thousands of digits$"),
+    ("{", "line 1 column 2"), (b"\xff", "decode"),
+], ids=["deep", "long", "cut", "bytes"])  # fmt: skip
+def test_whatever_is_wrong_with_json_is_a_value_error(text, message):
+    with pytest.raises(ValueError, match=message):
+        parsed_json(text)
+
+
+def test_a_link_in_a_circle_is_named(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "loop", tmp_path / "loop" / "below"):
+        with pytest.raises(UserError, match=f"^{path}: a link that leads back to itself; remove the link"):
+            real_path(path)
+    (tmp_path / "gone").symlink_to(tmp_path / "there")
+    assert real_path(tmp_path / "gone") == (tmp_path / "there").resolve()

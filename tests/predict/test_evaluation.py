@@ -7,6 +7,7 @@ import pytest
 
 from lcrf_jax.data.example import Example
 from lcrf_jax.data.parts import in_parts
+from lcrf_jax.machine.errors import UserError
 from lcrf_jax.metrics import mean_iou
 from lcrf_jax.predict import evaluation
 from lcrf_jax.predict.segmenter import Segmenter
@@ -31,6 +32,15 @@ class Flat:
         mask = self._masks[index]
         image = np.full((*mask.shape, 3), 10 * self._labels[index], np.uint8)
         return Example(str(index), image, np.arange(3) == 0, mask)
+
+
+class Vanishing(Flat):
+    """The last image is there when the files are looked at, and gone when it is read."""
+
+    def __getitem__(self, index):
+        if index == len(self) - 1:
+            raise self.fault
+        return super().__getitem__(index)
 
 
 def grey_level_segmenter():
@@ -113,3 +123,20 @@ def test_the_parts_of_several_processes_add_up_to_those_of_one(monkeypatch):
     for name, counts in alone.items():
         assert shares[0][name].any() and shares[1][name].any()
         np.testing.assert_array_equal(shares[0][name] + shares[1][name], counts)
+
+
+def test_a_photograph_that_vanishes_ends_the_scoring_with_a_remedy():
+    source = Vanishing([0, 1, 2], [np.zeros((4, 4), np.uint8)] * 3)
+    source.fault = FileNotFoundError("p143.jpg does not exist")
+    remedy = "p143.jpg does not exist. Nothing is scored, since a part of val would have another score. Bring the file back, or take it out of the split, and run the same"
+    with pytest.raises(UserError, match=f"^{remedy} command again$"):
+        evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=2)
+    with pytest.raises(FileNotFoundError, match="^p143.jpg does not exist$"):  # of a report, beside scores that stand
+        evaluation.labelled_samples(grey_level_segmenter(), source, [2])
+
+
+def test_a_fault_of_the_house_while_images_are_read_stays_one():
+    source = Vanishing([0, 1], [np.zeros((4, 4), np.uint8)] * 2)
+    source.fault = ValueError("broadcast")
+    with pytest.raises(ValueError, match="^broadcast$"):
+        evaluation.evaluate(grey_level_segmenter(), source, crf=False, batch_size=2)

@@ -77,6 +77,22 @@ def test_what_is_no_model_is_told(model, tmp_path):
         lcrf_jax.load(path)
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"network": None}, "small.npz: network: expected an object"), ({"class_names": "abc"}, "small.npz: class_names: expected a list of names"),
+    ({"class_names": ["background", "cat"]}, "small.npz: class_names: expected 3 names"), ({"inference": {}}, "small.npz: inference: it has no input_sizes"),
+], ids=str)  # fmt: skip
+def test_a_description_in_a_file_is_checked_as_that_of_a_run(model, tmp_path, changes, message):
+    compact.save_compact(tmp_path / "small.npz", {**model[0], **changes}, model[1])
+    with pytest.raises(CheckpointError, match=message):
+        lcrf_jax.load(tmp_path / "small.npz")
+
+
+def test_a_file_without_the_parameters_that_it_needs(model, tmp_path):
+    compact.save_compact(tmp_path / "small.npz", model[0], {name: model[1][name] for name in ("backbone", "decoder")})
+    with pytest.raises(CheckpointError, match="small.npz has no parameters of the classifier, which its inference.output or prior_weight needs"):
+        lcrf_jax.load(tmp_path / "small.npz")
+
+
 def test_what_cannot_be_written_is_told(model, tmp_path):
     description, params = model
     large = {**params, "classifier": {**params["classifier"], "bias": np.array([0.0, 1e6], np.float32)}}

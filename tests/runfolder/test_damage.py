@@ -1,6 +1,7 @@
 """What was saved and cannot be read: damage is proven, everything else changes nothing. And saves that replace others."""
 
 import errno
+import gc
 import io
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -197,3 +199,20 @@ def test_killed_at_any_moment_while_the_same_step_is_saved_a_whole_one_is_there(
         assert (weights == weights[0]).all() and best_miou(tmp_path) == pytest.approx(weights[0] / 1000)
         assert weights[0] >= last
         last = weights[0]
+
+
+@pytest.mark.parametrize("changed", [lambda content: bytes(len(content)), lambda content: content[: len(content) // 2]], ids=["zeros", "half"])
+def test_many_arrays_that_cannot_be_read_are_one_error_and_no_word_more(tmp_path, capfd, monkeypatch, changed):
+    monkeypatch.setattr(sys, "unraisablehook", lambda fault: print(fault.exc_value, file=sys.stderr))
+    arrays = {f"w{number}": np.random.default_rng(number).normal(size=3000).astype(np.float32) for number in range(60)}
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save_best(1, arrays, 0.5)
+    for path in (tmp_path / "best/1/params").rglob("d/*"):
+        path.write_bytes(changed(path.read_bytes()))
+    capfd.readouterr()
+    for _ in range(3):
+        with pytest.raises(Damaged, match="params is damaged"):
+            restore_params(tmp_path)
+    time.sleep(0.1)  # what is read in the background could come late
+    gc.collect()
+    assert capfd.readouterr() == ("", "")

@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+import lcrf_jax
+from lcrf_jax.runfolder.checkpoints import RunCheckpoints, best_miou, restore_params
 from lcrf_jax.runfolder.description import (
     FOR_INFERENCE,
     CheckpointError,
@@ -18,6 +20,7 @@ from lcrf_jax.runfolder.description import (
     save_description,
 )
 from lcrf_jax.runfolder.segments import settings_until, versions_until, with_segment
+from lcrf_jax.train.beginning import check_folder
 
 SETTINGS = {"method": "cam", "seed": 0, "num_threads": 2, "data": {"kind": "voc", "root": "here", "options": {"val_share": 0.2}},
             "network": {"widths": [8]}, "inference": {"mirror": True}, "classifier": {"l2": 0.01}}  # fmt: skip
@@ -183,3 +186,23 @@ def test_a_description_that_lacks_what_is_needed_is_named(tmp_path):
     save_description(tmp_path, {"class_names": ["background"], "network": {}})
     with pytest.raises(CheckpointError, match="config.json does not describe a run: it has no inference, supervision, training; restore"):
         load_description(tmp_path, needed=FOR_INFERENCE)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"seed": ' + "9" * 5000 + "}", "{"], ids=["deep", "long", "cut"])
+def test_a_description_that_is_no_json_is_damaged(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json is damaged \(.{10,80}\); restore it from a copy"):
+        load_description(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_damage(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(description()), encoding="utf-8-sig")
+    assert load_description(tmp_path) == description()
+
+
+def test_a_run_that_is_a_link_in_a_circle_is_named(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for call in (load_description, has_parameters, best_miou, restore_params, RunCheckpoints, check_folder, lcrf_jax.load):
+        with pytest.raises(CheckpointError, match=f"^{loop}: a link that leads back to itself"):
+            call(loop)

@@ -37,7 +37,7 @@ def settings(**changes):
     ({"class_maps__extra_sizes": (0,)}, r"class_maps.extra_sizes: expected sizes in pixels"),
     ({"posterior__kernel__bilateral_position_width": 0.0}, "posterior.kernel.bilateral_position_width: .*> 0"),
     ({"inference__kernel__gaussian_weight": -1.0}, "inference.kernel.gaussian_weight: .*>= 0"),
-    ({"inference__kernel": {"sxy": 3}}, "unexpected keyword argument 'sxy'"),
+    ({"inference__kernel": {"sxy": 3}}, "inference.kernel.sxy: there is no such field"),
     ({"rounds": 0}, "rounds: .*>= 1, got 0"),
     ({"data__val_split": "train"}, "data.val_split: expected another split than 'train', which is trained on"),
     ({"data__on_bad_image": "skipp"}, "data.on_bad_image: expected one of error, skip, got 'skipp'; did you mean 'skip'"),

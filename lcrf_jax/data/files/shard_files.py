@@ -25,6 +25,7 @@ from PIL import Image
 
 from lcrf_jax.data.example import BACKGROUND
 from lcrf_jax.machine.errors import nearest
+from lcrf_jax.machine.files import parsed_json
 
 INDEX, UNFINISHED, FORMAT, VERSION = "shards.json", "unfinished.json", "lcrf_jax shards", 1
 _ANEW = "write the shards anew with python -m experiments.shards"
@@ -71,7 +72,7 @@ def unpacked(content: bytes) -> ShardRecord:
     """
     try:
         start = 4 + int.from_bytes(content[:4], "little")
-        head = json.loads(content[4:start])
+        head = parsed_json(content[4:start])
         middle, end = start + head["image"], start + head["image"] + head["mask"]
         if end != len(content):
             raise ValueError(f"{end} bytes are told, {len(content)} there")
@@ -173,13 +174,14 @@ def read_index(root: str | os.PathLike) -> dict[str, Any]:
         near = "" if path.parent.is_dir() else f"; {path.parent} does not exist"
         raise FileNotFoundError(f"{path.parent} holds no {INDEX}{near}: give the folder that python -m experiments.shards has written")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parsed_json(path.read_text(encoding="utf-8-sig"))
+        version = index["version"]
         if index["format"] != FORMAT or index["classes"][0] != BACKGROUND or not isinstance(index["splits"], dict):
             raise ValueError("it is of another kind")
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is no index of shards ({error}); copy it again, or {_ANEW}") from error
-    if index["version"] != VERSION:
-        raise ValueError(f"{path} has version {index['version']}, and this lcrf_jax reads {VERSION}; use the one that wrote it, or {_ANEW}")
+    if version != VERSION:
+        raise ValueError(f"{path} has version {version}, and this lcrf_jax reads {VERSION}; use the one that wrote it, or {_ANEW}")
     return index
 
 

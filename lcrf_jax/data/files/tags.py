@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from lcrf_jax.data.example import BACKGROUND, VOID
 from lcrf_jax.data.files.finding import meant_path
+from lcrf_jax.machine.files import parsed_json
 
 TAG_FILES = ("tags.csv", "tags.json", "tags.jsonl", "tags.tsv")
 # How tags are separated within a cell, by what separates the cells.
@@ -329,8 +330,8 @@ class _Pairs(list):
 
 def _parsed(text, where):
     try:
-        return json.loads(text, object_pairs_hook=_Pairs)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return parsed_json(text, object_pairs_hook=_Pairs)
+    except ValueError as error:
         place = f", line {error.lineno}" if "line" not in where and isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{where}{place}: not JSON ({error}); correct it") from error
 

@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from lcrf_jax.data.sources.devkit import CLASSES, LISTS, TAGS_FROM, Devkit, list_problem
+from lcrf_jax.machine.files import real_path
 
 _DESCRIPTION = (
     "PASCAL VOC 2012 segmentation with the masks of SBD (train_aug), and image tags. Masks are for scoring, or for full "
@@ -148,4 +149,4 @@ def prepared(
 
 
 def _absolute(path: str | os.PathLike) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(real_path(path))
