@@ -61,6 +61,7 @@ def cases():
             yield name, {"logits": with_value(LOGITS, (2, 1), np.nan)}, r"logits: expected .*, got nan at \[2, 1\]; look for"
         if "logits" in given and name != "tagged_labels":
             yield name, {"logits": with_value(LOGITS, (2, 1), np.inf)}, r"logits: .* got inf at \[2, 1\]"
+            yield name, {"logits": with_value(np.float64(LOGITS), (2, 1), 1e300)}, r"logits: .* got 1e\+300 at \[2, 1\]; scale .*x64"
             yield name, {"logits": -np.log(PROBS)}, "logits: expected logits, got energies -log p.*sign turned"
             yield name, {"logits": PROBS}, "logits: expected logits, got probabilities.*logarithm"
             if name != "floored_probs":

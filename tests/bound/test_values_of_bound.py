@@ -68,6 +68,7 @@ def cases():
     for name in OF_LOGITS:
         yield name, {"logits": with_value(LOGITS, (2, 1), np.nan)}, r"logits: expected numbers below infinity, got nan at \[2, 1\]; look for"
         yield name, {"logits": with_value(LOGITS, (2, 1), np.inf)}, r"logits: .* got inf at \[2, 1\]"
+        yield name, {"logits": with_value(np.float64(LOGITS), (2, 1), 1e300)}, r"logits: .* got 1e\+300 at \[2, 1\]; scale .*x64"
         yield name, {"logits": with_value(LOGITS, 3, -np.inf)}, r"logits: .* got -inf in every class at \[3\]; leave one"
         yield name, {"logits": ENERGIES}, "logits: expected logits, got energies -log p.*sign turned"
         yield name, {"logits": PROBS}, "logits: expected logits, got probabilities.*logarithm"
