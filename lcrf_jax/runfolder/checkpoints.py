@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import pathlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.damage import Damaged, read_or_judged
 from lcrf_jax.runfolder.description import CheckpointError
@@ -58,7 +58,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, run_dir: str | os.PathLike) -> None:
-        self.run_dir = pathlib.Path(run_dir).expanduser().resolve()
+        self.run_dir = at_home(run_dir).resolve()
         self._replaced: set[str] = set()
         logging.getLogger("absl").addFilter(_told_here)
         first_decides(lambda: self._put_back("*"))
@@ -272,7 +272,7 @@ def restore_params(run_dir: str | os.PathLike, which: str = "best") -> dict[str,
     """
     if which not in ("best", "last"):
         raise ValueError(f"expected which to be 'best' or 'last', got {which!r}")
-    run_dir = pathlib.Path(run_dir).expanduser().resolve()
+    run_dir = at_home(run_dir).resolve()
     saved = _saved(run_dir, which)
     if not saved:
         hint = "give the --workdir of a run that has saved one"
@@ -297,7 +297,7 @@ def best_miou(run_dir: str | os.PathLike) -> float | None:
       CheckpointError: if they could not be read just now.
     """
     scores = []
-    for folder in _saved(pathlib.Path(run_dir).expanduser().resolve(), "best").values():
+    for folder in _saved(at_home(run_dir).resolve(), "best").values():
         with contextlib.suppress(Damaged, TypeError, ValueError):
             scores.append(score(_read_record(folder)))
     return max((each for each in scores if each is not None), default=None)

@@ -2,13 +2,12 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from typing import Any
 
 from lcrf_jax.machine.errors import UserError
-from lcrf_jax.machine.files import write_whole
+from lcrf_jax.machine.files import at_home, write_whole
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.segments import changed_settings, flat_settings, settings_until, versions_until
 
@@ -244,7 +243,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _path(run_dir):
-    return pathlib.Path(run_dir).expanduser().resolve() / DESCRIPTION_FILE
+    return at_home(run_dir).resolve() / DESCRIPTION_FILE
 
 
 def _is_there(path):

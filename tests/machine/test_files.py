@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from lcrf_jax.machine.files import NO_LINKS, move_whole, naming, write_once, write_whole
+from lcrf_jax.machine.files import NO_LINKS, at_home, move_whole, naming, write_once, write_whole
 
 
 def refusing(number):
@@ -123,3 +123,9 @@ def test_a_file_moves_to_another_disk_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", refusing(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         move_whole(tmp_path / "disk" / "a.png", tmp_path / "a.png")
+
+
+def test_the_home_of_nobody_is_told():
+    assert at_home("~/run") == pathlib.Path.home() / "run" and at_home("a/~b") == pathlib.Path("a/~b")
+    with pytest.raises(FileNotFoundError, match="^~nobody-of-this-name/run: there is no home folder ~nobody-of-this-name; give the path without ~"):
+        at_home("~nobody-of-this-name/run")
