@@ -46,6 +46,8 @@ def promote_float(array: ArrayLike, *, name: str | None = None) -> jax.Array:
       TypeError: if it holds no numbers, or is a masked one of NumPy.
     """
     _check_kind(name, array)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        array = array.astype(np.float32)  # JAX would keep their lower half
     with np.errstate(over="ignore"):  # what becomes infinite and must not is refused where values are checked
         array = jnp.asarray(array)
     _check_kind(name, array)  # of lists as well

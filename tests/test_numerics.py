@@ -24,6 +24,10 @@ def test_float64_stays_where_it_is_enabled():
         assert promote_float(np.float64([1.5])).dtype == jnp.float64
 
 
+def test_large_integers_keep_their_size():
+    np.testing.assert_array_equal(numerics.promote_float(np.array([2**40, -(2**40), 3])), np.float32([2**40, -(2**40), 3]))
+
+
 def test_complex_is_refused():
     with pytest.raises(ValueError, match="complex64"):
         promote_float(jnp.ones(2, jnp.complex64))

@@ -324,6 +324,8 @@ def _refined(
                          "jnp.stack([jnp.zeros_like(x), x], axis=-1), with x its logit")  # fmt: skip
     if valid is not None:
         check_shape("valid", valid, (height, width), "give one boolean per pixel of the image")
+    if isinstance(logits, np.ndarray) and logits.dtype.kind in "iu":
+        logits = logits.astype(np.float32)  # as `promote_float`, before JAX keeps the lower half of large ones
     checked_params(params)
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     check_number("drop_below", drop_below, minimum=0, remedy=".001 is safe")

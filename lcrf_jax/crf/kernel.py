@@ -267,6 +267,18 @@ def as_kernel(kernel: ArrayLike | Kernel) -> Kernel:
     return DenseKernel(jnp.asarray(kernel))
 
 
+def pixels_within(kernel: ArrayLike | Kernel | None) -> int | str:
+    """The number of pixels that values of a kernel need, as `check_shape` takes it.
+
+    Args:
+      kernel: a matrix, a kernel object, or None.
+    Returns:
+      H * W, or 'm' where it is not known, and for a matrix, which says itself what does not fit it.
+    """
+    grid = getattr(kernel, "grid", None)
+    return "m" if grid is None or isinstance(kernel, DenseKernel) else grid[0] * grid[1]
+
+
 def pixels_of(
     name: str, values: ArrayLike, kernel: Kernel, check: Callable[[str, ArrayLike], None]
 ) -> tuple[jax.Array, tuple[int, ...]]:
@@ -293,8 +305,7 @@ def pixels_of(
                 f"{name}: expected shape [m, K], got {list(shape)}; or [H, W, K] on the kernel's {known}; {ONE_SET}"
             )
     else:
-        num_pixels = "m" if grid is None else grid[0] * grid[1]
-        shape = check_shape(name, values, (num_pixels, "K"), f"one row for each pixel of the kernel; {ONE_SET}")
+        shape = check_shape(name, values, (pixels_within(kernel), "K"), ONE_SET)
     check(name, values)
     return promote_float(values, name=name).reshape(-1, shape[-1]), shape
 

@@ -1,6 +1,7 @@
 """What is refused where it is known: the message names the argument, the value, its place and what to do."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ TAGS = np.array([True, True, False])
 MAPS, EVIDENCE = RNG.normal(size=(M, K - 1)).astype(np.float32), RNG.random((M, K)).astype(np.float32)
 PROBS = np.asarray(jax.nn.softmax(LOGITS))
 KERNEL = 0.1 * np.ones((M, M), np.float32)
+OF_FOUR_PIXELS = SimpleNamespace(grid=(2, 2), splat=len, blur=len, slice=len, apply=len)  # a kernel
 KEY = jax.random.key(0)
 INDICES = LABELS.argmax(axis=1)
 
@@ -99,6 +101,7 @@ def cases():
 
 
 FURTHER = [
+    ("elbo", {"kernel": OF_FOUR_PIXELS}, r"logits: expected shape \[4, K\], got \[6, 3\]; flatten"),
     ("noisy_or", {"rho": jnp.float32(1)}, "rho: expected a probability below 1, got 1.0; for a hard or"),
     ("noisy_or", {"rho": 1 - 1e-9}, "rho: expected a probability below 1"),
     ("noisy_or", {"rho": "0.5"}, "rho: expected a number, got '0.5'"),

@@ -193,6 +193,11 @@ def test_volumes(form):
     )
 
 
+def test_logits_of_integers_are_taken_as_they_are():
+    logits = np.where(np.arange(3) == 1, 2**40, np.zeros((12, 14, 3), int))
+    assert (refine(IMAGE, logits).argmax(-1) == 1).all()
+
+
 PROBS = np.asarray(jax.nn.softmax(LOGITS))
 KERNEL = SimpleNamespace(grid=(12, 14), splat=len, blur=len, slice=len, apply=len)  # of which only the shape is asked for
 BAD = {
@@ -219,7 +224,7 @@ BAD = {
     "a cost beyond float32": (lambda: mean_field(np.zeros((2, 2)), np.eye(2), compatibility=np.full((2, 2), 1e38)),
                               r"compatibility: expected numbers in -1e\+30..1e\+30, got 1e\+38 at \[0, 0\]"),
     "complex costs": (lambda: mean_field(np.zeros((2, 2)), np.eye(2), compatibility=1j * np.eye(2)), "compatibility: .* got complex128"),
-    "other pixels": (lambda: pairwise_energy(PROBS[0], KERNEL), r"probs: expected shape \[168, K\], got \[14, 3\]; one row for each pixel"),
+    "other pixels": (lambda: pairwise_energy(PROBS[0], KERNEL), r"probs: expected shape \[168, K\], got \[14, 3\]; flatten the pixels"),
     "classes first": (lambda: mean_field(LOGITS.reshape(-1, 3).T, KERNEL), r"unary_logits: expected shape \[168, K\], got \[3, 168\]"),
     "other logits": (lambda: kl_to_prior(LOGITS.reshape(-1, 3).T, KERNEL), r"logits: expected shape \[168, K\], got \[3, 168\]"),
     "complex image": (lambda: refine(IMAGE.astype(complex), LOGITS), "image: expected real numbers, got complex128; take their real"),
