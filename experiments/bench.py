@@ -31,6 +31,7 @@ from PIL import Image
 
 from lcrf_jax.crf.image_kernels import FORMS
 from lcrf_jax.data.files.images import read_image
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.machine.progress import say
 from lcrf_jax.train.fit import num_trainable
 from lcrf_jax.train.preparation import prepare
@@ -161,7 +162,7 @@ def device():
     about = device_report.description(sys.argv[1:], _SECONDS.value)
     device_report.say_description(report, about)
     _say_cache(report)
-    out = pathlib.Path(_OUT.value or ".").expanduser()
+    out = at_home(_OUT.value or ".")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as kept:
 

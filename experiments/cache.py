@@ -18,6 +18,7 @@ from absl import flags
 
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.entries import PROGRAMS, bound_in_bytes, entries, remove, size_text
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.machine.progress import say
 
 from . import reporting
@@ -86,7 +87,7 @@ def main(argv):
     of_clean = [f"--{flag.name}" for flag in (_OLDER, _ALL, _DRY_RUN) if flag.present]
     if argv[1] == "list" and of_clean:
         raise ValueError(f"list: {', '.join(of_clean)} would change nothing, list shows all; leave it out, or write clean --dry_run")
-    directory = pathlib.Path(_DIRECTORY.value).expanduser() if _DIRECTORY.value else default_directory()
+    directory = at_home(_DIRECTORY.value) if _DIRECTORY.value else default_directory()
     if not directory.is_dir():
         say(f"{directory}: there is no cache")
         return

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_flags import tuple_parser
 
 from lcrf_jax.machine.errors import SettingError, nearest
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.machine.progress import say
 from lcrf_jax.runfolder.segments import flat_settings
 
@@ -64,8 +65,8 @@ def found(value):
     Raises SettingError where there is neither.
     """
     path, colon, rest = value.partition(":")
-    if pathlib.Path(path).expanduser().is_file():
-        return f"{pathlib.Path(path).expanduser()}{colon}{rest}"
+    if at_home(path).is_file():
+        return f"{at_home(path)}{colon}{rest}"
     if path in names():
         return f"{CONFIGS / path}.py{colon}{rest}"
     name = pathlib.Path(path).stem

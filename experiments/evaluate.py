@@ -10,13 +10,12 @@ and the output says so. Settings that were chosen on one half of a split are rep
 """
 
 import os
-import pathlib
 import time
 
 from absl import flags
 
 from lcrf_jax.machine import processes
-from lcrf_jax.machine.files import naming
+from lcrf_jax.machine.files import at_home, naming
 from lcrf_jax.predict.model import described
 
 from . import class_map_scores, reporting
@@ -52,7 +51,7 @@ def main(argv):
 
 def _folder_of_results():
     """Where results are written, None for the folder of the run; a model has none, and does not know where photographs are."""
-    if not pathlib.Path(_CHECKPOINT.value).expanduser().is_dir():
+    if not at_home(_CHECKPOINT.value).is_dir():
         data = described(_CHECKPOINT.value, origin=True)["training"]["data"]  # it is a model, or there is an error
         missing = [name for name, value in (("data", _DATA.value or data["kind"] == "textures"), ("out", _OUT.value)) if not value]
         if missing:

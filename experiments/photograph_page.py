@@ -13,6 +13,7 @@ from PIL import Image
 from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.finding import files_below
 from lcrf_jax.data.files.images import opened_as_rgb
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.pictures.palette import bright_palette, index_picture, overlay
 from lcrf_jax.pictures.report import data_url, templates
 from lcrf_jax.predict.refinement import adjustable_refinement
@@ -251,7 +252,7 @@ def examples_of(folder, *, max_bytes, max_pixels):
     """
     if not folder:
         return []
-    root, found, why = pathlib.Path(folder).expanduser(), [], "there is no photograph"
+    root, found, why = at_home(folder), [], "there is no photograph"
     for name in sorted(files_below(root).photographs) if root.is_dir() else []:
         try:
             content = (root / name).read_bytes()

@@ -21,7 +21,7 @@ from lcrf_jax.machine import processes, progress, signals
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import SettingError, UserError, for_users
-from lcrf_jax.machine.files import parsed_json, write_whole
+from lcrf_jax.machine.files import at_home, parsed_json, write_whole
 from lcrf_jax.machine.progress import say, show
 from lcrf_jax.metrics import format_iou_table, iou_per_class, mean_iou
 from lcrf_jax.pictures.palette import picture_grid
@@ -158,7 +158,7 @@ def run_folder(value, flag="workdir"):
     """The folder that a flag names: a shell does not know what ~ is within --workdir=~/run."""
     if not value.strip():
         raise SettingError(f"--{flag}: expected a folder, got an empty name; is a variable not set?")
-    return pathlib.Path(value).expanduser()
+    return at_home(value)
 
 
 def plain_settings(config, *, root=None):
@@ -219,7 +219,7 @@ def same_place(one, other):
 
 
 def _resolved(folder):
-    return pathlib.Path(os.path.realpath(os.path.expanduser(folder)))  # of a link in a circle the path as it is
+    return pathlib.Path(os.path.realpath(at_home(folder)))  # of a link in a circle the path as it is
 
 
 def place_in_names(data, own):
@@ -270,7 +270,7 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     They are written to `out`, by default the folder of the run. Without a source that has masks there is no score, and the report
     shows images of `unscored`. Files that tell of other `data` than that of the run have its name in theirs.
     """
-    run_dir, scored = pathlib.Path(run_dir).expanduser(), source if source is None else whole_or_parts(source, num_parts)
+    run_dir, scored = at_home(run_dir), source if source is None else whole_or_parts(source, num_parts)
     out = run_dir if out is None else out
     segmenter, description, params = load_segmenter(run_dir)
     own = description["training"]["data"]

@@ -30,7 +30,7 @@ _LEAST, _MOST = (float(getattr(np.finfo(np.float32), name)) for name in ("tiny",
 _UNDER_JIT: contextvars.ContextVar[bool] = contextvars.ContextVar("checked_under_jit", default=False)
 
 
-def promote_float(array: ArrayLike) -> jax.Array:
+def promote_float(array: ArrayLike, *, name: str | None = None) -> jax.Array:
     """The array as float32, or as float64 where it already is float64.
 
     float16, bfloat16, integers and booleans become float32, so that sums over thousands of pixels stay
@@ -38,23 +38,38 @@ def promote_float(array: ArrayLike) -> jax.Array:
 
     Args:
       array: any real array or number.
+      name: name of the argument, for the message.
     Returns:
       A JAX array of the same shape, float32 or float64.
     Raises:
       ValueError: if the array is complex.
-      TypeError: if it holds no numbers.
+      TypeError: if it holds no numbers, or is a masked one of NumPy.
     """
-    if getattr(getattr(array, "dtype", None), "kind", "f") in "OSU":
-        raise TypeError(f"expected a real array, got dtype {array.dtype}; convert it to numbers")  # type: ignore[union-attr]
-    array = jnp.asarray(array)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise ValueError(f"expected a real array, got dtype {array.dtype}; take its real part or its magnitude")
+    _check_kind(name, array)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.dtype.itemsize == 8:
+        array = array.astype(np.float32)  # JAX would keep their lower half
+    with np.errstate(over="ignore"):  # what becomes infinite and must not is refused where values are checked
+        array = jnp.asarray(array)
+    _check_kind(name, array)  # of lists as well
     promoted = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     if array.dtype == jnp.bfloat16:
         # XLA on CPU (jaxlib 0.10) fuses this conversion wrongly into the next operation. This operation in between
         # prevents that and changes no float32.
         promoted = jax.lax.reduce_precision(promoted, exponent_bits=8, mantissa_bits=23)
     return promoted
+
+
+def _check_kind(name, array):
+    """Refuse an array that holds no real numbers. What has no dtype, such as a list, is not looked at."""
+    of = "" if name is None else f"{name}: "
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{of}expected an array without a mask, got a masked one of NumPy; fill it first, .filled(0)")
+    dtype = getattr(array, "dtype", None)
+    kind = getattr(dtype, "kind", "f")
+    if kind == "c":
+        raise ValueError(f"{of}expected real numbers, got {dtype}; take their real part or their magnitude")
+    if kind in "OSUmM":
+        raise TypeError(f"{of}expected real numbers, got {dtype}; convert them first")
 
 
 def promote_together(*arrays: ArrayLike) -> tuple[jax.Array, ...]:
@@ -107,9 +122,11 @@ def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], reme
     Returns:
       The shape, a tuple of ints.
     Raises:
-      ValueError: if the number of axes or a fixed size differs, or an axis is empty.
+      ValueError: if the number of axes or a fixed size differs, an axis is empty, or the array is complex.
+      TypeError: if it is no array, holds no numbers, or is a masked one of NumPy.
     """
-    shape = _shape_of(name, array, remedy)
+    _check_kind(name, array)
+    shape = shape_of(name, array, remedy)
     fits = len(shape) == len(expected) and all(
         got >= 1 if isinstance(want, str) else got == want for got, want in zip(shape, expected)
     )
@@ -119,7 +136,18 @@ def check_shape(name: str, array: ArrayLike, expected: Sequence[int | str], reme
     return shape
 
 
-def _shape_of(name, array, remedy):
+def shape_of(name: str, array: ArrayLike, remedy: str) -> tuple[int, ...]:
+    """The shape of an array or of nested lists.
+
+    Args:
+      name: name of the argument, for the message.
+      array: anything.
+      remedy: what the caller can do, for the message.
+    Returns:
+      A tuple of ints.
+    Raises:
+      TypeError: if it has none.
+    """
     try:
         return tuple(np.shape(array))  # of lists as well
     except (TypeError, ValueError):  # None, a string, rows of different lengths
@@ -156,11 +184,12 @@ def check_number(
     Returns:
       The value, unchanged.
     Raises:
-      ValueError: if the number is not finite in float32, below the bound, or has a fraction that it must not have.
+      ValueError: if the number is not finite in float32, below the bound, complex, or has a fraction that it must not have.
       TypeError: if it is no number.
     """
     known = known_number(value)
     if known is None:
+        _check_kind(name, value)
         if value is None or (isinstance(value, jax.core.Tracer) and value.ndim == 0):
             return value
         got = f"an array of shape {list(np.shape(value))}" if hasattr(value, "shape") else repr(value)
@@ -245,24 +274,28 @@ def checked_under_jit(on: bool = True) -> Iterator[None]:
 
 
 def check_values(name: str, array: ArrayLike, fault_of: Callable[[np.ndarray], str | None]) -> None:
-    """Refuse an array whose values, where they are known, have a fault.
+    """Refuse an array whose values, where they are known, have a fault, or have one in the precision of JAX.
 
     Args:
       name: name of the argument, for the message.
       array: any array.
       fault_of: what is wrong with a NumPy array and what to do about it, or None; half precision comes as float32.
     Raises:
-      ValueError: if there is a fault.
+      ValueError: if there is a fault, or the array is complex.
+      TypeError: if it holds no numbers, or is a masked one of NumPy.
     """
+    _check_kind(name, array)
 
     def check(values):
         values = np.asarray(values)
+        _check_kind(name, values)  # of lists as well
         if values.dtype.kind not in "biuf" or values.dtype == np.float16:
             try:  # bfloat16 and the like have a kind of their own
                 values = values.astype(np.float32) if values.dtype.kind == "V" else values.astype(np.float32, casting="same_kind")
             except (TypeError, ValueError):
                 raise TypeError(f"{name}: expected real numbers, got {values.dtype}; convert them first") from None
-        fault = fault_of(values)
+        with np.errstate(over="ignore"):
+            fault = fault_of(values) or _fault_in_float32(values, fault_of)
         if fault is not None:
             raise ValueError(f"{name}: {fault}")
 
@@ -271,6 +304,31 @@ def check_values(name: str, array: ArrayLike, fault_of: Callable[[np.ndarray], s
             jax.debug.callback(check, array)
     elif not isinstance(array, jax.Array) or array.is_fully_addressable:
         check(array)
+
+
+def _fault_in_float32(values, fault_of):
+    """What is wrong with values of float64 that JAX makes float32: those beyond its range become infinite."""
+    if values.dtype.kind != "f" or values.dtype.itemsize <= 4 or is_float64_enabled() or values.size == 0:
+        return None
+    if -_MOST <= values.min() and values.max() <= _MOST:
+        return None
+    narrow = values.astype(np.float32)
+    lost = np.isinf(narrow) & np.isfinite(values)
+    if not lost.any() or fault_of(narrow) is None:
+        return None
+    above = lost & (values > 0)
+    place = first_place(above if above.any() else lost)
+    return (f"expected numbers within +-{_MOST:.2g}, as float32 has them, got {values[tuple(place)]} at {place}; scale them, "
+            "or switch on jax_enable_x64")
+
+
+def is_float64_enabled() -> bool:
+    """Whether JAX keeps float64, `jax_enable_x64`.
+
+    Returns:
+      bool.
+    """
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
 
 def first_place(where: np.ndarray) -> list[int]:

@@ -5,7 +5,8 @@ import pytest
 from compiled import compiled
 from jax.test_util import check_grads
 
-from lcrf_jax.numerics import check_number, check_shape, entropy, promote_float
+from lcrf_jax import numerics
+from lcrf_jax.numerics import check_finite, check_logits, check_number, check_shape, entropy, promote_float
 
 entropy, promote_float = map(compiled, (entropy, promote_float))
 
@@ -21,6 +22,10 @@ def test_float64_stays_where_it_is_enabled():
     assert promote_float(np.float64([1.5])).dtype == jnp.float32
     with jax.enable_x64(True):
         assert promote_float(np.float64([1.5])).dtype == jnp.float64
+
+
+def test_large_integers_keep_their_size():
+    np.testing.assert_array_equal(numerics.promote_float(np.array([2**40, -(2**40), 3])), np.float32([2**40, -(2**40), 3]))
 
 
 def test_complex_is_refused():
@@ -83,3 +88,35 @@ def test_a_number_out_of_range_is_told_with_what_to_do():
     with pytest.raises(ValueError, match="n: expected a whole number, got 2.5; use more"):
         check_number("n", 2.5, minimum=0, whole=True, remedy="use more")
     jax.jit(lambda n: check_number("n", n, minimum=0, remedy="use more"))(-1.0)
+
+
+def test_numbers_that_only_float64_holds_are_refused_where_it_is_not_enabled():
+    logits = np.array([[0.0, -1e300], [1e300, 0.0]])
+    with pytest.raises(ValueError, match=r"x: expected numbers within .* got 1e\+300 at \[1, 0\]; scale them, or switch on jax_enable_x64"):
+        check_logits("x", logits)
+    with pytest.raises(ValueError, match=r"x: .* got -1e\+300 at \[0, 1\]"):
+        check_finite("x", logits[:1].tolist(), "look")
+    with pytest.raises(ValueError, match=r"x: .* got -1e\+300 at \[0, 0\]"):
+        check_logits("x", np.full((1, 2), -1e300))
+    check_logits("x", logits[:1])  # a class that is impossible
+    check_finite("x", np.float64([np.finfo(np.float32).max]), "look")
+    with jax.enable_x64(True):
+        check_logits("x", logits)
+        check_finite("x", logits, "look")
+
+
+@pytest.mark.parametrize(("array", "error", "message"), [
+    (np.ma.array([[1.0]], mask=[[True]]), TypeError, r"expected an array without a mask, .*\.filled\(0\)"),
+    (np.array([[None]]), TypeError, "expected real numbers, got object; convert them first"),
+    (np.array([["a"]]), TypeError, "expected real numbers, got <U1"),
+    (np.ones((1, 1), complex), ValueError, "expected real numbers, got complex128; take their real part"),
+    (np.zeros((1, 1), "M8[s]"), TypeError, r"expected real numbers, got datetime64\[s\]"),
+])
+def test_what_holds_no_real_numbers_is_told_by_name(array, error, message):
+    for check in (lambda: check_shape("x", array, ("m", "K"), "give it"), lambda: check_finite("x", array, "look"),
+                  lambda: numerics.promote_float(array, name="x")):  # fmt: skip
+        with pytest.raises(error, match="x: " + message):
+            check()
+    if error is TypeError and not np.ma.isMaskedArray(array) and array.dtype.kind != "M":
+        with pytest.raises(error, match="x: " + message):
+            check_finite("x", array.tolist(), "look")

@@ -8,7 +8,7 @@ from lcrf_jax.bound.arguments import by_class, checked_indices, checked_tags, cl
 from lcrf_jax.bound.pooling import ranks
 from lcrf_jax.crf.energy import KernelLike
 from lcrf_jax.crf.inference import mean_field
-from lcrf_jax.crf.kernel import as_kernel, in_one_precision
+from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_within
 from lcrf_jax.numerics import (
     ONE_SET,
     check_count,
@@ -211,7 +211,7 @@ def constrain_loss(probs: ArrayLike, kernel: KernelLike, *, num_iterations: int 
     References:
       Kolesnikov and Lampert 2016, eq. 6; Krahenbuhl and Koltun 2011.
     """
-    check_shape("probs", probs, ("m", "K"), ONE_SET)
+    check_shape("probs", probs, (pixels_within(kernel), "K"), ONE_SET)
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     _check_positive(probs)
     return _constrain_loss(promote_float(probs), kernel, num_iterations)
@@ -263,7 +263,7 @@ def sec_loss(
       >>> round(float(loss), 2)
       0.71
     """
-    num_pixels, num_classes = check_shape("logits", logits, ("m", "K"), ONE_SET)
+    num_pixels, num_classes = check_shape("logits", logits, (pixels_within(kernel), "K"), ONE_SET)
     tags = checked_tags(tags, num_classes)
     check_shape("cues", cues, (num_pixels,), "one label per cell, 255 where there is no cue")
     check_share("foreground_decay", foreground_decay, "0.996 is usual")

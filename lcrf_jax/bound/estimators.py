@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 from lcrf_jax.bound.arguments import check_possible
 from lcrf_jax.bound.sampling import categorical, check_samples, check_temperature, gumbel_softmax, straight_through
 from lcrf_jax.crf.energy import KernelLike, pairwise_energy
-from lcrf_jax.crf.kernel import as_kernel, in_one_precision
+from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_within
 from lcrf_jax.numerics import (
     ONE_SET,
     check_count,
@@ -367,7 +367,7 @@ def elbo(
       >>> round(float(terms.entropy), 3), round(float(terms.pairwise_energy), 3)
       (2.773, 0.3)
     """
-    check_shape("logits", logits, ("m", "K"), ONE_SET)
+    check_shape("logits", logits, (pixels_within(kernel), "K"), ONE_SET)
     given, checks_them = logits, getattr(estimator, "func", estimator) in ESTIMATORS.values()
     if not checks_them:
         check_logits("logits", logits)

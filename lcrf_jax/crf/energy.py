@@ -6,6 +6,7 @@ ignored, or as an object of `lcrf_jax.crf.kernel`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,18 @@ from jax.typing import ArrayLike
 
 from lcrf_jax.crf.kernel import Kernel, as_kernel, filter_symmetric, in_one_precision, pixels_of
 from lcrf_jax.crf.linear import is_sought, is_tree_of_arrays, sought_parts
-from lcrf_jax.numerics import check_finite, check_logits, check_shape, check_values, entropy, first_place, promote_float
+from lcrf_jax.numerics import (
+    check_finite,
+    check_logits,
+    check_shape,
+    check_values,
+    entropy,
+    first_place,
+    is_float64_enabled,
+    promote_float,
+)
 
+_LARGEST_COST = 1e30  # its sums over pairs of pixels stay within float32
 LARGEST = 1e12  # of the values that an energy multiplies with each other and adds up over pairs, in float32
 
 KernelLike = ArrayLike | Kernel
@@ -45,20 +56,23 @@ def checked_compatibility(compatibility: ArrayLike | None, num_classes: int) -> 
     Returns:
       [K, K], or None for Potts.
     Raises:
-      ValueError: if it is not [K, K], or its values are known and not finite or not symmetric.
+      ValueError: if it is not [K, K], or its values are known and not finite, too large for float32, or not symmetric.
+      TypeError: if it holds no numbers.
     """
     if compatibility is None:
         return None
     check_shape("compatibility", compatibility, (num_classes, num_classes), "give one row and column per class")
-    check_finite("compatibility", compatibility, "None is Potts")
+    most = math.inf if is_float64_enabled() else _LARGEST_COST
+    check_finite("compatibility", compatibility, "None is Potts", minimum=-most, maximum=most)
 
     def fault_of(costs):
+        costs = costs.astype(np.float64)  # differences of booleans and bytes are no numbers of their kind
         apart = np.abs(costs - costs.T)
         if apart.max() <= 1e-5 * np.abs(costs).max():
             return None
         a, b = first_place(apart == apart.max())
         return (
-            f"expected a symmetric matrix, got mu({a}, {b}) = {costs[a, b]} and mu({b}, {a}) = {costs[b, a]}; a pair of "
+            f"expected a symmetric matrix, got mu({a}, {b}) = {costs[a, b]:g} and mu({b}, {a}) = {costs[b, a]:g}; a pair of "
             "pixels has no order, so only (mu + mu.T) / 2 has a meaning: pass that"
         )
 
@@ -128,9 +142,8 @@ def pairwise_energy(probs: ArrayLike, kernel: KernelLike, *, compatibility: Arra
       1.0
     """
     kernel = as_kernel(kernel)
-    given = probs
-    probs, shape = pixels_of("probs", given, kernel)
-    check_finite("probs", given, "take the softmax of logits", minimum=-LARGEST, maximum=LARGEST)
+    check = functools.partial(check_finite, remedy="take the softmax of logits", minimum=-LARGEST, maximum=LARGEST)
+    probs, shape = pixels_of("probs", probs, kernel, check)
     compatibility = checked_compatibility(compatibility, shape[-1])
     kernel, probs = in_one_precision(kernel, probs)
     if compatibility is not None:
@@ -164,7 +177,6 @@ def kl_to_prior(logits: ArrayLike, kernel: KernelLike, *, compatibility: ArrayLi
       -1.329
     """
     kernel = as_kernel(kernel)
-    check_logits("logits", logits)
-    logits, _ = pixels_of("logits", logits, kernel)
+    logits, _ = pixels_of("logits", logits, kernel, check_logits)
     probs = jax.nn.softmax(logits, axis=-1)
     return pairwise_energy(probs, kernel, compatibility=compatibility) - entropy(logits).sum()

@@ -34,6 +34,8 @@ _EXACT_PIXELS = 48**2
 # Pixels from which on the spatial Gaussian beside a lattice is filtered by pairs of rows: one per cent off, which is
 # far less than the lattice is.
 _PAIRS_PIXELS = 96**2
+# Radius up to which taps beyond the grid are kept: fewer of them may be rounded in another order.
+_LEAST_CUT = 512
 # Channels up to which a lattice is close to the exact sum.
 _LATTICE_CHANNELS = 5
 
@@ -67,8 +69,11 @@ def _assembled(
     if not _is_zero(params.gaussian_weight):
         width = static_width(params, "gaussian_position_width")
         by_pairs = isinstance(bilateral, Lattice) and len(mask) >= _PAIRS_PIXELS and width >= LEAST_WIDTH_OF_PAIRS
-        row_taps = jnp.asarray(taps_of_pairs(width), dtype) if by_pairs else None
-        gaussian = SpatialGaussian(jnp.asarray(gaussian_taps(width), dtype), mask.reshape(grid), row_taps)
+        # What would reach beyond the grid is left out: of a wide Gaussian it would fill the memory.
+        most = max(_LEAST_CUT, *grid)
+        row_taps = jnp.asarray(taps_of_pairs(width, most=most), dtype) if by_pairs else None
+        taps = jnp.asarray(gaussian_taps(width, most=most), dtype)
+        gaussian = SpatialGaussian(taps, mask.reshape(grid), row_taps)
         if normalisation != "none":
             scale = inverse_root(gaussian.filtered(mask.reshape(*grid, 1)).reshape(-1), mask)
             gaussian = gaussian._replace(scale=scale.reshape(grid))

@@ -153,8 +153,7 @@ def _posterior(
     unary_logits, kernel, num_iterations, compatibility, tolerance, drop_below, coarse, coarse_iterations, measured
 ):
     kernel = as_kernel(kernel)
-    unary, shape = pixels_of("unary_logits", unary_logits, kernel)
-    check_logits("unary_logits", unary_logits)
+    unary, shape = pixels_of("unary_logits", unary_logits, kernel, check_logits)
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     of_coarse = checked_coarse_iterations(coarse_iterations, num_iterations)
     check_coarse(coarse, of_coarse, len(unary))
@@ -323,6 +322,10 @@ def _refined(
     if np.shape(logits)[-1] == 1:
         raise ValueError("logits: expected at least two classes, got one; for a network of two classes with one output x give "
                          "jnp.stack([jnp.zeros_like(x), x], axis=-1), with x its logit")  # fmt: skip
+    if valid is not None:
+        check_shape("valid", valid, (height, width), "give one boolean per pixel of the image")
+    if isinstance(logits, np.ndarray) and logits.dtype.kind in "iu":
+        logits = logits.astype(np.float32)  # as `promote_float`, before JAX keeps the lower half of large ones
     checked_params(params)
     num_iterations = check_count("num_iterations", num_iterations, minimum=0, remedy="10 is usual")
     check_number("drop_below", drop_below, minimum=0, remedy=".001 is safe")

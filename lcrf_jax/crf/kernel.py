@@ -4,6 +4,7 @@ r"""The pairwise kernel of one image as fast filters, in three forms behind one 
 two Gaussians of an image, of which the bilateral one has one of three forms. `lcrf_jax.crf.image_kernels` builds them.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike
 
 from lcrf_jax.crf.forms import BilateralForm, Kernel
 from lcrf_jax.crf.spatial import filter_by_pairs, own_weight_by_pairs, separable_filter
-from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, promote_float
+from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, promote_float, shape_of
 
 # Those of the bilateral and of the spatial Gaussian, one or two each, and the values themselves.
 _Sums = tuple[tuple[Any, ...], tuple[jax.Array, ...], jax.Array]
@@ -266,20 +267,35 @@ def as_kernel(kernel: ArrayLike | Kernel) -> Kernel:
     return DenseKernel(jnp.asarray(kernel))
 
 
-def pixels_of(name: str, values: ArrayLike, kernel: Kernel) -> tuple[jax.Array, tuple[int, ...]]:
+def pixels_within(kernel: ArrayLike | Kernel | None) -> int | str:
+    """The number of pixels that values of a kernel need, as `check_shape` takes it.
+
+    Args:
+      kernel: a matrix, a kernel object, or None.
+    Returns:
+      H * W, or 'm' where it is not known, and for a matrix, which says itself what does not fit it.
+    """
+    grid = getattr(kernel, "grid", None)
+    return "m" if grid is None or isinstance(kernel, DenseKernel) else grid[0] * grid[1]
+
+
+def pixels_of(
+    name: str, values: ArrayLike, kernel: Kernel, check: Callable[[str, ArrayLike], None]
+) -> tuple[jax.Array, tuple[int, ...]]:
     """Values of the pixels as [m, K] in the dtype of their computation with a kernel, and the shape in which they came.
 
     Args:
       name: name of the argument, for the message.
       values: [m, K], or [H, W, K] on the grid of the kernel.
       kernel: a kernel object.
+      check: refuses values that are known, such as `check_logits`, before they are converted.
     Returns:
       The values [m, K], float32, or float64 if they or the kernel are; and their own shape.
     Raises:
-      ValueError: if they have another shape.
+      ValueError: if they have another shape, are complex, or are refused.
+      TypeError: if they are no array of numbers.
     """
-    shape = tuple(jnp.shape(values))
-    values = promote_float(values)
+    shape = shape_of(name, values, ONE_SET)
     grid = getattr(kernel, "grid", None)
     if len(shape) == 3 and grid is not None:
         fits = shape[:2] == grid or (grid[1] == 1 and shape[0] * shape[1] == grid[0])
@@ -288,9 +304,10 @@ def pixels_of(name: str, values: ArrayLike, kernel: Kernel) -> tuple[jax.Array, 
             raise ValueError(
                 f"{name}: expected shape [m, K], got {list(shape)}; or [H, W, K] on the kernel's {known}; {ONE_SET}"
             )
-        values = values.reshape(-1, shape[-1])
-    check_shape(name, values, ("m", "K"), ONE_SET)
-    return values, shape
+    else:
+        shape = check_shape(name, values, (pixels_within(kernel), "K"), ONE_SET)
+    check(name, values)
+    return promote_float(values, name=name).reshape(-1, shape[-1]), shape
 
 
 def in_one_precision(kernel: Any, values: jax.Array) -> tuple[Any, jax.Array]:

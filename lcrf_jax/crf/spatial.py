@@ -18,14 +18,16 @@ LEAST_WIDTH_OF_PAIRS = 3.0
 """Width in pixels from which on a Gaussian may be filtered by pairs of rows."""
 
 
-def gaussian_taps(width: float) -> np.ndarray:
+def gaussian_taps(width: float, *, most: int | None = None) -> np.ndarray:
     """The Gaussian at whole pixels in one dimension, cut off at four widths.
 
     Args:
       width: standard deviation in pixels, a Python number > 0; it sets the number of taps, so it has to be
         static.
+      most: static largest r, >= 0. The longer side of a grid loses nothing there: taps beyond meet its padding
+        alone. None is no limit.
     Returns:
-      [2 r + 1] NumPy array, r = ceil(4 width), with 1 in the middle.
+      [2 r + 1] NumPy array, r = ceil(4 width) or `most`, with 1 in the middle.
     Raises:
       TypeError: if the width is not a Python number, but traced, say.
       ValueError: if it is not positive.
@@ -38,6 +40,8 @@ def gaussian_taps(width: float) -> np.ndarray:
         )
     check_number("width", width, minimum=0, strict=True, remedy=WIDTH_REMEDY)
     radius = math.ceil(_TRUNCATION * known)
+    if most is not None:
+        radius = min(radius, most)
     return np.exp(-0.5 * (np.arange(-radius, radius + 1) / known) ** 2)
 
 
@@ -68,7 +72,7 @@ def separable_filter(values: ArrayLike, taps: ArrayLike) -> jax.Array:
     return _shifted_sum(rows, taps, axis=1, step=channels).reshape(height, width, channels)
 
 
-def taps_of_pairs(width: float) -> np.ndarray:
+def taps_of_pairs(width: float, *, most: int | None = None) -> np.ndarray:
     """The weights between pairs of rows with which `filter_by_pairs` is the Gaussian of a width, to one per cent.
 
     Summing into pairs and going back between them adds a variance of 3/4 each. These taps have the rest, and the sum that
@@ -76,17 +80,18 @@ def taps_of_pairs(width: float) -> np.ndarray:
 
     Args:
       width: standard deviation in pixels, a Python number of at least `LEAST_WIDTH_OF_PAIRS`.
+      most: static largest r in pairs, >= 1, see `gaussian_taps`; for H rows H / 2 + 1, rounded up, loses nothing.
     Returns:
       [2 r + 1] NumPy array.
     Raises:
       TypeError: if the width is traced.
       ValueError: if it is smaller.
     """
-    gaussian_taps(width)  # refuses what is no width
+    gaussian_taps(width, most=0)  # refuses what is no width
     remedy = "filter the rows themselves, with separable_filter"
     check_number("width", width, minimum=LEAST_WIDTH_OF_PAIRS, remedy=remedy)
-    of_pairs = math.sqrt(width**2 - 1.5) / 2
-    return width / (2 * of_pairs) * gaussian_taps(of_pairs)
+    of_pairs = math.sqrt(float(width) ** 2 - 1.5) / 2
+    return width / (2 * of_pairs) * gaussian_taps(of_pairs, most=most)
 
 
 def filter_by_pairs(values: ArrayLike, row_taps: ArrayLike, taps: ArrayLike) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from lcrf_jax.data.example import Source
@@ -12,6 +11,7 @@ from lcrf_jax.data.options import check_options
 from lcrf_jax.data.parts import SliceOfSource, written_part
 from lcrf_jax.data.sources.lists import there_file
 from lcrf_jax.machine.errors import nearest
+from lcrf_jax.machine.files import at_home
 
 
 def open_textures(
@@ -96,7 +96,7 @@ def open_folder(
         )
     if has_shards(root):
         raise ValueError(f"{root} holds shards, and no photographs of their own: use the configuration shards, or data.kind=shards")
-    if (Path(root).expanduser() / "ImageSets" / "Segmentation").is_dir() and not any(
+    if (at_home(root) / "ImageSets" / "Segmentation").is_dir() and not any(
         options.get(name) for name in ("tags", "classes", "colours")
     ):
         unused = sorted(name for name in VOC_KNOWS_NO if options.get(name, VOC_KNOWS_NO[name]) != VOC_KNOWS_NO[name])
@@ -200,6 +200,6 @@ def _is_named(kind: str, root: str | os.PathLike | None, split: str) -> bool:
         return False
     if kind == "shards":
         return split in read_index(root)["splits"]
-    folder = Path(root).expanduser()
+    folder = at_home(root)
     lists = folder / "ImageSets" / "Segmentation"
     return os.path.isfile(lists / f"{split}.txt") or folder.is_dir() and there_file(folder, f"{split}.txt") is not None

@@ -16,7 +16,6 @@ import json
 import os
 import urllib.parse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,7 @@ from lcrf_jax.data.files.shard_files import (
 )
 from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.pipeline import read_ahead
-from lcrf_jax.machine.files import ROOM, parsed_json, write_whole
+from lcrf_jax.machine.files import ROOM, at_home, parsed_json, write_whole
 from lcrf_jax.machine.locks import locked
 
 _OPTIONS = "group_size:1,uncompressed"  # any record by itself; photographs are compressed already
@@ -67,7 +66,7 @@ def write_shards(
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes: expected 1 or more, got {shard_bytes}")
-    out = Path(out).expanduser()
+    out = at_home(out)
     wanted = _wanted(sources, shard_bytes)
     _refuse_others(out, wanted)
     out.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,25 @@ _REMEDIES = {
 }  # fmt: skip
 
 
+def at_home(path: str | os.PathLike) -> pathlib.Path:
+    """A path with the home folder in place of ~ or ~name.
+
+    Args:
+      path: as it was typed.
+
+    Returns:
+      pathlib.Path.
+
+    Raises:
+      FileNotFoundError: if there is no such user, or an account without a home.
+    """
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError:
+        first = pathlib.Path(path).parts[0]
+        raise FileNotFoundError(f"{path}: there is no home folder {first}; give the path without ~") from None
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike, remedy: str = "") -> Iterator[None]:
     """Errors of the disk within the block name the file and say what to do.
@@ -82,8 +101,9 @@ def real_path(path: str | os.PathLike) -> pathlib.Path:
 
     Raises:
       UserError: if it is a link that leads back to itself; the message names it.
+      FileNotFoundError: as `at_home`.
     """
-    given = os.path.expanduser(path)
+    given = at_home(path)
     try:
         os.stat(given)
     except OSError as error:

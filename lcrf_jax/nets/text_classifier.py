@@ -1,7 +1,6 @@
 """The tag classifier that the texts of class names make, for a backbone that was trained beside texts (CLIP)."""
 
 import os
-import pathlib
 import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lcrf_jax.machine.errors import nearest
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.nets.tag_classifier import TagClassifier
 
 SCALE = 100.0  # of the cosines, as CLIP was trained
@@ -43,7 +43,7 @@ def read_texts(path: str | os.PathLike, class_names: Sequence[str]) -> Texts:
       FileNotFoundError: if there is no such file.
       ValueError: if it is no such file, or a class has no vector in it.
     """
-    path = pathlib.Path(path).expanduser()
+    path = at_home(path)
     if not path.is_file():
         raise FileNotFoundError(f"classifier.text_embeddings: there is no file {path}; give {_EXPECTED}")
     try:

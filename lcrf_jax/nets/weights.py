@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.nets import tables
 from lcrf_jax.nets.naming import Part, best_table, converted
 from lcrf_jax.nets.pretrained import file_digest, read_state
@@ -228,7 +229,7 @@ def _weights_path(name, source):
         return package_file(published.package)
     if source.startswith(HUB):
         return hub_file(*_repository_and_revision(source))
-    path = pathlib.Path(source).expanduser()
+    path = at_home(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"weights: there is no file {path}; give a file .safetensors or .pth, or hf:{published.repository}"

@@ -5,12 +5,15 @@ readers, so that what is laid over photographs has `bright_palette`.
 """
 
 import colorsys
+import math
 import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from lcrf_jax.numerics import known_number
 
 VOID = 255
 _STRIP_PIXELS = 1 << 20
@@ -82,22 +85,26 @@ def overlay(
     Returns:
       [H, W, 3] uint8 RGB, a new array.
     Raises:
-      ValueError: if shapes, dtype or ranges are others.
+      ValueError: if shapes, dtype or ranges are others, or alpha or outline is no number.
     """
     image, labels = _checked_image(image), _checked_labels(labels)
     if labels.shape != image.shape[:2]:
         raise ValueError(f"expected labels of the image's size {image.shape[:2]}, got {labels.shape}; resize "
                          "the mask with nearest neighbours")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"expected alpha in 0..1, got {alpha}")
-    width = max(round(max(labels.shape) / 200), 1) if outline is None else outline
-    if width < 0:
-        raise ValueError(f"expected an outline of 0 pixels or more, got {outline}; 0 draws none")
+    share_inside = known_number(alpha)
+    if share_inside is None or not 0 <= share_inside <= 1:
+        raise ValueError(f"expected alpha in 0..1, got {alpha!r}; 0 shows the image alone, 1 the colour")
+    pixels = max(round(max(labels.shape) / 200), 1) if outline is None else known_number(outline)
+    if pixels is None or not 0 <= pixels < math.inf:
+        raise ValueError(f"expected an outline of 0 pixels or more, got {outline!r}; 0 draws none")
+    width = int(pixels)
+    if width != pixels:
+        raise ValueError(f"expected an outline of whole pixels, got {outline!r}; round it")
     edges, result = _thick(_edges(labels), labels, width), np.empty_like(image)
     wanted = (bright_palette(256) if colours is None else np.asarray(colours)).astype(np.float32)
     if wanted.shape[1:] != (3,) or len(wanted) <= labels.max():
         raise ValueError(f"expected colours [256, 3], one for each label, got {list(wanted.shape)}")
-    shares = np.where(np.arange(256) == 0, 0, np.float32(alpha))
+    shares = np.where(np.arange(256) == 0, 0, np.float32(share_inside))
     step = max(1, _STRIP_PIXELS // labels.shape[1])
     for start in range(0, len(labels), step):  # in little memory for large images
         rows = slice(start, start + step)
@@ -250,7 +257,10 @@ def _thick(edges, labels, width):
         wider[:-1] |= edges[1:]
         wider[:, 1:] |= edges[:, :-1]
         wider[:, :-1] |= edges[:, 1:]
-        edges = wider & (labels != 0)
+        wider &= labels != 0
+        if np.array_equal(wider, edges):  # the objects are full
+            break
+        edges = wider
     return edges
 
 

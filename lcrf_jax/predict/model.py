@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from lcrf_jax.data.files.images import opened_as_rgb, read_image
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import nearest
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.pictures.palette import bright_palette, overlay, save_index_png
 from lcrf_jax.predict.checks import check_description, check_origin, check_parameters
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
@@ -21,6 +21,8 @@ from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.compact import SHIPPED, compact_description, load_compact, shipped_models
 from lcrf_jax.runfolder.description import DESCRIPTION_FILE, FOR_INFERENCE, folder_of_run, load_description
+
+_NO_PIXELS = "it has no pixels: look at how it was cut"
 
 
 class Labelling(NamedTuple):
@@ -59,7 +61,7 @@ class Labelling(NamedTuple):
           PIL.Image.Image; a notebook shows it, and ``.save("overlay.jpg")`` writes it.
 
         Raises:
-          ValueError: if alpha or outline is out of range.
+          ValueError: if alpha or outline is no number, or out of range.
         """
         return Image.fromarray(overlay(self.image, self.labels, alpha, outline=outline))
 
@@ -73,7 +75,7 @@ class Labelling(NamedTuple):
           ValueError: if the name ends otherwise: a JPEG would change the indices.
           OSError: if it cannot be written.
         """
-        path = pathlib.Path(path).expanduser()
+        path = at_home(path)
         if path.suffix.lower() != ".png":
             raise ValueError(f"{path}: expected a name that ends with .png, which keeps class indices as they are; "
                              "overlay().save(...) writes pictures of other kinds")  # fmt: skip
@@ -81,8 +83,11 @@ class Labelling(NamedTuple):
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
-        shares = ", ".join(f"{self.class_names[k]} {100 * counts[k] / counts.sum():.3g} %" for k in np.argsort(-counts) if counts[k])
+        found, counts = np.unique(self.labels, return_counts=True)
+        names = {k: name for k, name in enumerate(self.class_names)}
+        shares = ", ".join(
+            f"{names.get(found[i], f'{found[i]} (no class)')} {100 * counts[i] / counts.sum():.3g} %" for i in np.argsort(-counts, kind="stable")
+        )
         return f"<Labelling, {height} x {width}: {shares}; mean confidence {self.confidence.astype(np.float32).mean():.2f}>"
 
 
@@ -123,7 +128,7 @@ class Model:
 
         Raises:
           FileNotFoundError: if there is no such file.
-          ValueError: if the image cannot be read, has another shape or type, or a tag is no class.
+          ValueError: if the image cannot be read, has no pixels or another shape or type, or a tag is no class.
         """
         given = None if tags is None else tag_vector(tags, self.class_names)
         photograph = as_rgb(image)
@@ -218,7 +223,7 @@ def _file_of(given):
 
 def _place(checkpoint):
     """The folder or file that is meant."""
-    given = pathlib.Path(os.path.expanduser(checkpoint))
+    given = at_home(checkpoint)
     if given.is_symlink():
         folder_of_run(given)  # it refuses one in a circle
     if not given.exists() and str(checkpoint) in shipped_models():
@@ -243,21 +248,23 @@ def as_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if it cannot be read, or has another shape or type.
+      ValueError: if it cannot be read, has no pixels, or has another shape or type.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(pathlib.Path(image).expanduser())
+        return read_image(at_home(image))
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"expected an image with pixels, got one of {image.width} x {image.height}; {_NO_PIXELS}")
         return opened_as_rgb(image, "the image")[0]
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(
             f"expected an image of uint8 in 0..255, got {array.dtype} in {_range(array)}; scale it and use .astype('uint8')"
         )
-    if array.ndim == 2:
+    if array.ndim == 2 and array.size:
         return np.repeat(array[..., None], 3, axis=-1)
     if array.ndim != 3 or array.shape[-1] != 3 or 0 in array.shape:
-        hint = "it looks like [3, H, W]: use .transpose(1, 2, 0)" if array.ndim == 3 and array.shape[0] == 3 else (
+        hint = _NO_PIXELS if 0 in array.shape else "it looks like [3, H, W]: use .transpose(1, 2, 0)" if array.ndim == 3 and array.shape[0] == 3 else (
             "take one image of a batch" if array.ndim == 4 else "convert it to RGB")  # fmt: skip
         raise ValueError(f"expected an image [H, W, 3] or [H, W], got {list(array.shape)}; {hint}")
     return array

@@ -221,7 +221,7 @@ def segment_batch(
         computes them.
 
     Returns:
-      List of Segmentation.
+      List of Segmentation; of no images an empty one.
 
     Raises:
       ValueError: if an image is not [H, W, 3] uint8, or the network's output is not a number.
@@ -287,6 +287,8 @@ def begin_batch(
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
             got = f"{image.shape} {image.dtype}"
             raise ValueError(f"expected an RGB image [H, W, 3] uint8, got {got}; convert it first")
+    if len(images) == 0:
+        return iter(())
     if features is None:
         features = network_features(segmenter, images, batch_size or len(images))
     grids = [np.asarray(segmenter.log_probs_of(_spread(taps))) for taps in features]

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.machine.locks import locked
 from lcrf_jax.machine.processes import first_decides
 from lcrf_jax.runfolder.checkpoints import restore_params
@@ -37,7 +38,7 @@ def check_start(workdir: str | os.PathLike, config: Mapping[str, Any]) -> int | 
       CheckpointError: if the folder holds a run of another model or other settings, or a damaged config.json, or cannot
         be written to.
     """
-    return first_decides(lambda: _check_start(pathlib.Path(workdir).expanduser(), config))
+    return first_decides(lambda: _check_start(at_home(workdir), config))
 
 
 def check_folder(workdir: str | os.PathLike) -> None:

@@ -17,6 +17,7 @@ from lcrf_jax.bound.record import Record
 from lcrf_jax.data.loader import device_prefetch, make_loader
 from lcrf_jax.data.pipeline import ImageSubset
 from lcrf_jax.machine.cache import cached_arrays
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.machine.locks import locked
 from lcrf_jax.machine.processes import first_decides, largest
 from lcrf_jax.machine.progress import Progress, say
@@ -72,7 +73,7 @@ def train(
         that can be read.
       ValueError: if too many losses in a row were not finite; the message names the images.
     """
-    workdir, config = pathlib.Path(workdir).expanduser(), prepared.config
+    workdir, config = at_home(workdir), prepared.config
     rounds = prepared.plan.rounds
     key, mesh = jax.random.key(config["seed"]), data_mesh(devices)
     check_batch_size(config["batch_size"], mesh.size, config["accumulation_steps"])

@@ -12,6 +12,7 @@ import optax
 from lcrf_jax.bound.objective import uses_chains
 from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.errors import SettingError
+from lcrf_jax.machine.files import at_home
 from lcrf_jax.nets.network import Network, build_network, preprocessing
 from lcrf_jax.nets.weights import check_projection, hub_commit
 from lcrf_jax.predict.checks import check_size
@@ -71,7 +72,7 @@ class Plan(NamedTuple):
     def cache_directory(self) -> str | pathlib.Path:
         """The folder of the caches: that of the configuration, or `lcrf_jax.machine.cache.default_directory`."""
         directory = self.config["cache"]["directory"]
-        return pathlib.Path(directory).expanduser() if directory else default_directory()
+        return at_home(directory) if directory else default_directory()
 
     @property
     def texts_file(self) -> str:

@@ -1,6 +1,7 @@
 """What is refused where it is known: the message names the argument, the value, its place and what to do."""
 
 import inspect
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ TAGS = np.array([True, True, False])
 MAPS = RNG.normal(size=(M, K - 1)).astype(np.float32)
 CUES = np.array([0, 1, 255, 255, 2, 0])
 KERNEL = 0.1 * np.ones((M, M), np.float32)
+OF_FOUR_PIXELS = SimpleNamespace(grid=(2, 2), splat=len, blur=len, slice=len, apply=len)  # a kernel
 IMAGE = RNG.integers(0, 255, (5, 4, 3)).astype(np.uint8)
 
 
@@ -61,6 +63,7 @@ def cases():
             yield name, {"logits": with_value(LOGITS, (2, 1), np.nan)}, r"logits: expected .*, got nan at \[2, 1\]; look for"
         if "logits" in given and name != "tagged_labels":
             yield name, {"logits": with_value(LOGITS, (2, 1), np.inf)}, r"logits: .* got inf at \[2, 1\]"
+            yield name, {"logits": with_value(np.float64(LOGITS), (2, 1), 1e300)}, r"logits: .* got 1e\+300 at \[2, 1\]; scale .*x64"
             yield name, {"logits": -np.log(PROBS)}, "logits: expected logits, got energies -log p.*sign turned"
             yield name, {"logits": PROBS}, "logits: expected logits, got probabilities.*logarithm"
             if name != "floored_probs":
@@ -75,6 +78,8 @@ def cases():
 
 
 FURTHER = [
+    ("constrain_loss", {"kernel": OF_FOUR_PIXELS}, r"probs: expected shape \[4, K\], got \[6, 3\]; flatten"),
+    ("sec_loss", {"kernel": OF_FOUR_PIXELS}, r"logits: expected shape \[4, K\], got \[6, 3\]; flatten"),
     ("barrier_saliency", {"image": IMAGE / 255}, r"image: .* got .*pass colour_max=1"),
     ("barrier_saliency", {"image": IMAGE.astype(np.float32) - 128}, r"image: expected values in 0..255.0, got -1"),
     ("barrier_saliency", {"image": with_value(IMAGE * 1.0, (1, 2, 0), np.nan)}, r"image: expected finite numbers, got nan at \[1, 2, 0\]"),

@@ -1,6 +1,7 @@
 """What is refused where it is known: the message names the argument, the value, its place and what to do."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ TAGS = np.array([True, True, False])
 MAPS, EVIDENCE = RNG.normal(size=(M, K - 1)).astype(np.float32), RNG.random((M, K)).astype(np.float32)
 PROBS = np.asarray(jax.nn.softmax(LOGITS))
 KERNEL = 0.1 * np.ones((M, M), np.float32)
+OF_FOUR_PIXELS = SimpleNamespace(grid=(2, 2), splat=len, blur=len, slice=len, apply=len)  # a kernel
 KEY = jax.random.key(0)
 INDICES = LABELS.argmax(axis=1)
 
@@ -68,6 +70,7 @@ def cases():
     for name in OF_LOGITS:
         yield name, {"logits": with_value(LOGITS, (2, 1), np.nan)}, r"logits: expected numbers below infinity, got nan at \[2, 1\]; look for"
         yield name, {"logits": with_value(LOGITS, (2, 1), np.inf)}, r"logits: .* got inf at \[2, 1\]"
+        yield name, {"logits": with_value(np.float64(LOGITS), (2, 1), 1e300)}, r"logits: .* got 1e\+300 at \[2, 1\]; scale .*x64"
         yield name, {"logits": with_value(LOGITS, 3, -np.inf)}, r"logits: .* got -inf in every class at \[3\]; leave one"
         yield name, {"logits": ENERGIES}, "logits: expected logits, got energies -log p.*sign turned"
         yield name, {"logits": PROBS}, "logits: expected logits, got probabilities.*logarithm"
@@ -98,6 +101,7 @@ def cases():
 
 
 FURTHER = [
+    ("elbo", {"kernel": OF_FOUR_PIXELS}, r"logits: expected shape \[4, K\], got \[6, 3\]; flatten"),
     ("noisy_or", {"rho": jnp.float32(1)}, "rho: expected a probability below 1, got 1.0; for a hard or"),
     ("noisy_or", {"rho": 1 - 1e-9}, "rho: expected a probability below 1"),
     ("noisy_or", {"rho": "0.5"}, "rho: expected a number, got '0.5'"),

@@ -1,5 +1,7 @@
 """What somebody types who comes from another library, and what he is told where it cannot be right."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,16 @@ import pytest
 import reference
 
 import lcrf_jax
-from lcrf_jax import KernelParams, dense_crf_loss, image_kernel, mean_field, pairwise_energy, refine, refined_posterior
+from lcrf_jax import (
+    KernelParams,
+    dense_crf_loss,
+    image_kernel,
+    kl_to_prior,
+    mean_field,
+    pairwise_energy,
+    refine,
+    refined_posterior,
+)
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.feature_kernels import feature_kernel, volume_features
 from lcrf_jax.crf.inference import _compiled_refine, mean_field_posterior
@@ -182,7 +193,13 @@ def test_volumes(form):
     )
 
 
+def test_logits_of_integers_are_taken_as_they_are():
+    logits = np.where(np.arange(3) == 1, 2**40, np.zeros((12, 14, 3), int))
+    assert (refine(IMAGE, logits).argmax(-1) == 1).all()
+
+
 PROBS = np.asarray(jax.nn.softmax(LOGITS))
+KERNEL = SimpleNamespace(grid=(12, 14), splat=len, blur=len, slice=len, apply=len)  # of which only the shape is asked for
 BAD = {
     "nan": (lambda: refine(IMAGE, np.where(np.arange(3) == 1, np.nan, LOGITS)), r"logits: .* nan at \[0, 0, 1\]"),
     "infinity": (lambda: mean_field(np.full((2, 2), np.inf), np.eye(2)), "unary_logits: expected numbers below infinity"),
@@ -202,6 +219,17 @@ BAD = {
                    r"compatibility: expected a symmetric matrix, got mu\(0, 1\) = 1 and mu\(1, 0\) = 2"),
     "nan cost": (lambda: mean_field(np.zeros((2, 2)), np.eye(2), compatibility=np.full((2, 2), np.nan)), "compatibility: .* nan"),
     "nan kernel": (lambda: mean_field(np.zeros((2, 2)), np.full((2, 2), np.nan)), r"kernel: .* nan at \[0, 0\]"),
+    "beyond float32": (lambda: refine(IMAGE, 1e300 * LOGITS.astype(float)), r"logits: .*e\+.* at \[0, 0, 0\]; scale them, or switch on"),
+    "logits beyond float32": (lambda: mean_field(np.full((2, 2), 1e39), np.eye(2)), r"unary_logits: .* got 1e\+39 at \[0, 0\]; scale"),
+    "a cost beyond float32": (lambda: mean_field(np.zeros((2, 2)), np.eye(2), compatibility=np.full((2, 2), 1e38)),
+                              r"compatibility: expected numbers in -1e\+30..1e\+30, got 1e\+38 at \[0, 0\]"),
+    "complex costs": (lambda: mean_field(np.zeros((2, 2)), np.eye(2), compatibility=1j * np.eye(2)), "compatibility: .* got complex128"),
+    "other pixels": (lambda: pairwise_energy(PROBS[0], KERNEL), r"probs: expected shape \[168, K\], got \[14, 3\]; flatten the pixels"),
+    "classes first": (lambda: mean_field(LOGITS.reshape(-1, 3).T, KERNEL), r"unary_logits: expected shape \[168, K\], got \[3, 168\]"),
+    "other logits": (lambda: kl_to_prior(LOGITS.reshape(-1, 3).T, KERNEL), r"logits: expected shape \[168, K\], got \[3, 168\]"),
+    "complex image": (lambda: refine(IMAGE.astype(complex), LOGITS), "image: expected real numbers, got complex128; take their real"),
+    "complex tolerance": (lambda: jax.jit(lambda t: mean_field(np.zeros((2, 2)), np.eye(2), tolerance=t))(1j), "tolerance: .* got complex64"),
+    "negative tolerance": (lambda: mean_field(np.zeros((2, 2)), np.eye(2), tolerance=-1e-3), "tolerance: expected a finite number >= 0"),
     "half an iteration": (lambda: refine(IMAGE, LOGITS, num_iterations=2.5), "num_iterations: expected a whole number, got 2.5"),
     "half a vertex": (lambda: image_kernel(IMAGE, KernelParams(), form="lattice", capacity=1000.5), "capacity: .* whole"),
     "half an anchor": (lambda: image_kernel(IMAGE, KernelParams(), form="anchors", num_anchors=3.5), "num_anchors: .* whole"),
@@ -209,6 +237,12 @@ BAD = {
 WRONG_TYPES = {
     "width as a tuple": (lambda: image_kernel(IMAGE, KernelParams(10, (80, 80))), "bilateral_position_width: expected a number"),
     "parameters as a dict": (lambda: refine(IMAGE, LOGITS, {"sxy": 80}), "params: expected a KernelParams"),
+    "objects": (lambda: refine(IMAGE.astype(object), LOGITS), "image: expected real numbers, got object; convert them first"),
+    "masked image": (lambda: image_kernel(np.ma.array(IMAGE), KernelParams()), "image: expected an array without a mask"),
+    "masked logits": (lambda: mean_field(np.ma.array(LOGITS), KERNEL), r"unary_logits: .* fill it first, \.filled\(0\)"),
+    "masked pixels": (lambda: refine(IMAGE, LOGITS, valid=np.ma.ones((12, 14), bool)), "valid: expected an array without a mask"),
+    "no probabilities": (lambda: pairwise_energy([[None, None]], np.ones((1, 1))), "probs: expected real numbers, got object"),
+    "tolerance as a string": (lambda: mean_field(np.zeros((2, 2)), np.eye(2), tolerance="x"), "tolerance: expected a number, got 'x'"),
     "kernel as a string": (lambda: mean_field(LOGITS, "gaussian"), "kernel: expected a matrix or an object"),
     "iterations as a string": (lambda: refine(IMAGE, LOGITS, num_iterations="10"), "num_iterations: expected a number, got '10'"),
     "iterations traced": (lambda: jax.jit(lambda n: refine(IMAGE, LOGITS, num_iterations=n))(3), "num_iterations: .* static"),

@@ -13,7 +13,7 @@ from compiled import compiled
 from jax.test_util import check_grads
 from pictures import COARSE, case_of, soft_labels
 
-from lcrf_jax.crf.energy import kl_to_prior, pairwise_energy
+from lcrf_jax.crf.energy import checked_compatibility, kl_to_prior, pairwise_energy
 from lcrf_jax.crf.exact import NORMALISATIONS, dense_kernel
 from lcrf_jax.crf.image_kernels import FORMS, exact_image_kernel, image_kernel
 from lcrf_jax.crf.inference import mean_field
@@ -230,6 +230,22 @@ def test_four_devices_equal_a_batch_on_one(form, spread):
     images, logits, expected = on_one_device(form)
     for got, wanted in zip(spread(outcome_of(form), devices)(images, logits), expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("costs", [[[0, 1], [1, 0]], [[1, 1], [1, 1]]])
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8])
+def test_a_compatibility_of_any_type_is_that_of_floats(dtype, costs):
+    """Where NumPy subtracts no booleans, and -128 has no magnitude."""
+    least = -128 if dtype == np.int8 else 1
+    costs = least * np.array(costs)
+    found = checked_compatibility(costs.astype(dtype), 2)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, costs)
+
+
+def test_costs_that_float64_holds_are_taken_where_it_is_enabled():
+    with jax.enable_x64(True):
+        assert checked_compatibility(np.full((2, 2), 1e100), 2)[0, 1] == 1e100
 
 
 @pytest.mark.parametrize(("call", "message"), [

@@ -6,6 +6,7 @@ import reference
 from compiled import compiled
 from jax.test_util import check_grads
 
+from lcrf_jax.crf import image_kernels
 from lcrf_jax.crf.exact import NORMALISATIONS, dense_kernel, filter_exact, gaussian_kernel
 from lcrf_jax.crf.params import KernelParams, colours, guide_features, position_features
 from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
@@ -254,6 +255,24 @@ def test_separable_filter_under_vmap_equals_a_loop():
 def test_bad_arguments_are_told(call, message):
     with jax.disable_jit(), pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("form", image_kernels.FORMS)
+def test_a_gaussian_wider_than_the_image_takes_no_more_memory_than_the_image(form):
+    params = KernelParams(gaussian_position_width=1e19)
+    for shape in ((12, 14, 3), (97, 96, 3), (3, 600, 3)):
+        gaussian = jax.eval_shape(lambda image: image_kernels.image_kernel(image, params, form=form), jnp.zeros(shape)).gaussian
+        assert len(gaussian.taps) == 2 * max(512, *shape) + 1
+        assert (gaussian.row_taps is not None) == (form == "lattice" and shape[0] == 97)
+        assert gaussian.row_taps is None or len(gaussian.row_taps) == 1025
+
+
+def test_taps_beyond_the_grid_change_nothing():
+    values = np.random.default_rng(9).uniform(size=(9, 14, 2)).astype(np.float32)
+    np.testing.assert_array_equal(gaussian_taps(4.0, most=13), gaussian_taps(4.0)[3:30])
+    np.testing.assert_array_equal(gaussian_taps(4.0, most=16), gaussian_taps(4.0))
+    found = separable_filter(values, gaussian_taps(4.0, most=13))
+    np.testing.assert_allclose(found, separable_filter(values, gaussian_taps(4.0)), rtol=1e-6)
 
 
 def test_a_traced_width_of_the_taps_is_told():

@@ -53,6 +53,14 @@ def test_columns_are_filtered_as_they_are():
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_taps_beyond_the_rows_change_nothing():
+    values = np.random.default_rng(0).normal(size=(31, 1, 31)).astype(np.float32)
+    cut, whole = (np.float32(taps_of_pairs(12.0, most=most)) for most in (17, None))
+    assert len(cut) == 35 < len(whole)
+    one = np.ones(1, np.float32)
+    np.testing.assert_allclose(filter_by_pairs(values, cut, one), filter_by_pairs(values, whole, one), atol=1e-5)
+
+
 def test_the_self_pair_is_left_out_of_the_kernel():
     gaussian = SpatialGaussian(jnp.asarray(gaussian_taps(3.0), jnp.float32), jnp.ones((9, 1)), taps_of_pairs(3.0))
     plain = gaussian._replace(row_taps=None)

@@ -10,7 +10,16 @@ import threading
 import pytest
 
 from lcrf_jax.machine.errors import UserError
-from lcrf_jax.machine.files import NO_LINKS, move_whole, naming, parsed_json, real_path, write_once, write_whole
+from lcrf_jax.machine.files import (
+    NO_LINKS,
+    at_home,
+    move_whole,
+    naming,
+    parsed_json,
+    real_path,
+    write_once,
+    write_whole,
+)
 
 
 def refusing(number):
@@ -142,3 +151,9 @@ def test_a_link_in_a_circle_is_named(tmp_path):
             real_path(path)
     (tmp_path / "gone").symlink_to(tmp_path / "there")
     assert real_path(tmp_path / "gone") == (tmp_path / "there").resolve()
+
+
+def test_the_home_of_nobody_is_told():
+    assert at_home("~/run") == pathlib.Path.home() / "run" and at_home("a/~b") == pathlib.Path("a/~b")
+    with pytest.raises(FileNotFoundError, match="^~nobody-of-this-name/run: there is no home folder ~nobody-of-this-name; give the path without ~"):
+        at_home("~nobody-of-this-name/run")

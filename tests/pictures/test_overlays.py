@@ -93,14 +93,40 @@ def test_a_labelling_draws_itself(found):
     np.testing.assert_array_equal(np.asarray(drawn), overlay(found.image, found.labels, 0.25, outline=0))
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    ({"outline": 1.5}, "outline of whole pixels, got 1.5; round it"),
+    ({"outline": "x"}, "outline of 0 pixels or more, got 'x'; 0 draws none"),
+    ({"outline": float("nan")}, "outline of 0 pixels or more, got nan"),
+    ({"alpha": "x"}, r"alpha in 0\.\.1, got 'x'; 0 shows the image alone"),
+    ({"alpha": None}, r"alpha in 0\.\.1, got None"),
+    ({"alpha": float("nan")}, r"alpha in 0\.\.1, got nan"),
+])
+def test_what_cannot_be_drawn_is_told(found, words, message):
+    with pytest.raises(ValueError, match=message):
+        found.overlay(**words)
+
+
+def test_an_outline_wider_than_the_picture_fills_its_objects(found):
+    wide = np.asarray(found.overlay(outline=10**12))
+    np.testing.assert_array_equal(wide, np.asarray(found.overlay(outline=2.0)))
+    assert (wide[:, 4:6] == bright_palette(3)[2]).all()
+
+
 def test_a_labelling_is_written_as_indices(found, tmp_path):
     found.save(tmp_path / "mask.png")
     with Image.open(tmp_path / "mask.png") as read:
         np.testing.assert_array_equal(np.asarray(read), found.labels)
     with pytest.raises(ValueError, match=r"mask\.jpg: expected a name that ends with \.png.*overlay\(\)\.save"):
         found.save(tmp_path / "mask.jpg")
+    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name/mask.png: there is no home folder"):
+        found.save("~nobody-of-this-name/mask.png")
     assert [path.name for path in tmp_path.iterdir()] == ["mask.png"]
 
 
 def test_a_labelling_says_what_was_found(found):
     assert repr(found) == "<Labelling, 6 x 8: background 75 %, dog 25 %; mean confidence 0.75>"
+
+
+def test_a_labelling_says_of_labels_that_they_are_no_class(found):
+    labels = np.where(found.labels == 2, np.uint8(255), found.labels)
+    assert "background 75 %, 255 (no class) 25 %" in repr(found._replace(labels=labels))

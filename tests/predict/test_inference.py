@@ -153,6 +153,10 @@ def test_classes_that_are_not_tagged_are_excluded():
     assert not nothing.labels.any()
 
 
+def test_of_no_images_there_are_no_results():
+    assert segment_batch(segmenter(), [], crf=True) == segment_batch(segmenter(), [], crf=False, tags=[], batch_size=4) == []
+
+
 def test_images_of_a_batch_do_not_touch_each_other():
     images = [picture(5, 40, 60), picture(6, 64, 30), picture(7, 20, 20)]
     tags = [np.array([True, True, False, True]), np.array([True, False, True, True]), np.ones(4, bool)]

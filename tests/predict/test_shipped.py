@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import lcrf_jax
+from lcrf_jax.predict.model import as_rgb
 from lcrf_jax.runfolder.compact import SHIPPED, shipped_models
 
 
@@ -12,6 +14,17 @@ def test_the_models_are_small_and_named():
     assert all(path.stat().st_size < 3e6 for path in SHIPPED.glob("*.npz"))
     with pytest.raises(FileNotFoundError, match="no model of this name comes with the package .*animals.*did you mean 'animals'"):
         lcrf_jax.load("animal")
+    with pytest.raises(FileNotFoundError, match="~nobody-of-this-name/run: there is no home folder"):
+        lcrf_jax.load("~nobody-of-this-name/run")
+
+
+@pytest.mark.parametrize(("image", "got"), [
+    (np.zeros((0, 50), np.uint8), r"\[0, 50\]"), (np.zeros((40, 0), np.uint8), r"\[40, 0\]"),
+    (np.zeros((0, 50, 3), np.uint8), r"\[0, 50, 3\]"), (Image.new("RGB", (0, 5)), "one of 0 x 5"), (Image.new("L", (5, 0)), "one of 5 x 0"),
+])
+def test_a_photograph_without_pixels_is_refused(image, got):
+    with pytest.raises(ValueError, match=f"expected an image .*, got {got}; it has no pixels: look at how it was cut"):
+        as_rgb(image)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 from lcrf_jax.data.files.finding import plain_name, there
 from lcrf_jax.data.files.names import MASK_WORDS
 from lcrf_jax.data.files.tags import TAG_FILES, some
+from lcrf_jax.machine.files import at_home
 
 EXACT = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm", ".pnm")  # formats that keep labels as they are
 TRAINING_FILES = (*TAG_FILES, "classes.txt", "colours.csv", "train.txt", "val.txt")
@@ -93,7 +94,7 @@ def folders_of_training(folder: Path, data: Mapping[str, Any]) -> set[str]:
     named, root = (data.get("options") or {}).get("mask_folder") or "masks", data.get("root")
     found = [there(folder, name) for name in ("masks", named)] if of_training(folder) else []
     if root:
-        found.append(there(Path(root).expanduser(), str(Path(named).expanduser())))
+        found.append(there(at_home(root), str(at_home(named))))
     return {os.path.realpath(path) for path in found if path is not None and path.is_dir()}
 
 

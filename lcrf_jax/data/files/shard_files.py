@@ -25,7 +25,7 @@ from PIL import Image
 
 from lcrf_jax.data.example import BACKGROUND
 from lcrf_jax.machine.errors import nearest
-from lcrf_jax.machine.files import parsed_json
+from lcrf_jax.machine.files import at_home, parsed_json
 
 INDEX, UNFINISHED, FORMAT, VERSION = "shards.json", "unfinished.json", "lcrf_jax shards", 1
 _ANEW = "write the shards anew with python -m experiments.shards"
@@ -153,7 +153,7 @@ def has_shards(root: str | os.PathLike | None) -> bool:
     Returns:
       True or False.
     """
-    return bool(root) and any((Path(root).expanduser() / name).is_file() for name in (INDEX, UNFINISHED))  # type: ignore[arg-type]
+    return bool(root) and any((at_home(root) / name).is_file() for name in (INDEX, UNFINISHED))  # type: ignore[arg-type]
 
 
 def read_index(root: str | os.PathLike) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def read_index(root: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: if there is none.
       ValueError: if it is damaged, or of a later version.
     """
-    path = Path(root).expanduser() / INDEX
+    path = at_home(root) / INDEX
     if not path.is_file():
         if (path.parent / UNFINISHED).is_file():
             raise FileNotFoundError(f"{path.parent} holds shards that are not finished; run the same python -m experiments.shards again")

@@ -25,6 +25,7 @@ from lcrf_jax.data.example import VOID
 from lcrf_jax.data.files.images import read_turned_image
 from lcrf_jax.data.files.masks import fit_mask, read_mask
 from lcrf_jax.data.files.tags import read_text, some
+from lcrf_jax.machine.files import at_home
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -99,10 +100,10 @@ class Devkit:
     """
 
     def __init__(self, root: str | os.PathLike, sbd: str | os.PathLike | None = None) -> None:
-        self._sbd = None if sbd is None else Path(sbd).expanduser() / "dataset" / "cls"
+        self._sbd = None if sbd is None else at_home(sbd) / "dataset" / "cls"
         if self._sbd is not None and not self._sbd.is_dir():
             raise FileNotFoundError(f"{sbd} has no dataset/cls: give the folder benchmark_RELEASE of SBD's benchmark.tgz")
-        given = Path(root).expanduser()
+        given = at_home(root)
         for folder in (given, given / "VOC2012", given / "VOCdevkit" / "VOC2012"):
             if (folder / "JPEGImages").is_dir() and (folder / "ImageSets" / "Segmentation").is_dir():
                 self.root = folder
@@ -283,7 +284,7 @@ def archive_problem(path: str | os.PathLike) -> str:
       FileNotFoundError: if there is no such file.
       ValueError: if nothing is known of a file of that name.
     """
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.name not in ARCHIVES:
         raise ValueError(f"{path}: the md5 is known of {', '.join(ARCHIVES)} alone; leave it out")
     with open(path, "rb") as file:

@@ -54,6 +54,7 @@ from lcrf_jax.data.sources.lists import (
     with_rest,
 )
 from lcrf_jax.data.sources.mask_files import find_masks, masks_elsewhere
+from lcrf_jax.machine.files import at_home
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods", ".xlsm", ".numbers")
 
@@ -181,7 +182,7 @@ def scan_folder(
 
 
 def _existing_folder(root: str | os.PathLike) -> Path:
-    root = Path(root).expanduser()
+    root = at_home(root)
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         near = meant_path(root)
@@ -195,7 +196,7 @@ def _named(root: Path, name: str, option: str) -> Path | None:
     """A file that was named, absolute or within the folder."""
     if not name:
         return None
-    path = root / Path(name).expanduser()
+    path = root / at_home(name)
     if not os.path.isfile(path):  # False too for a name that is too long
         raise FileNotFoundError(
             f"{option}: {path} does not exist; give a path, absolute or within {root}{meant_path(path)}"
@@ -205,7 +206,7 @@ def _named(root: Path, name: str, option: str) -> Path | None:
 
 def _mask_root(root: Path, mask_folder: str) -> Path:
     """The folder of the masks; one that was named has to exist."""
-    path = root / Path(mask_folder).expanduser()
+    path = root / at_home(mask_folder)
     if os.path.isdir(path):
         return path
     if os.path.islink(path) and not path.exists():

@@ -17,6 +17,7 @@ from PIL import Image
 from lcrf_jax.data.example import Example
 from lcrf_jax.data.files.images import read_turned_image
 from lcrf_jax.data.files.shard_files import ShardRecord, read_index, read_table, split_in, there, unpacked
+from lcrf_jax.machine.files import at_home
 
 
 class _Shard(NamedTuple):
@@ -46,7 +47,7 @@ class ShardsSource:
 
         if untagged_in_masks not in ("tell", "accept"):
             raise ValueError(f"untagged_in_masks: expected 'tell' or 'accept', got {untagged_in_masks!r}")
-        self.root, index = Path(root).expanduser(), read_index(root)
+        self.root, index = at_home(root), read_index(root)
         about = split_in(index, split, self.root)
         if masks and not about["masks"]:
             raise FileNotFoundError(f"{self.root} has no masks of the split {split!r}: they were not there when the shards were written")

@@ -21,6 +21,7 @@ from lcrf_jax.data.example import BACKGROUND, VOID, Example
 from lcrf_jax.data.files.images import opened_as_rgb
 from lcrf_jax.machine.contents import content_digests
 from lcrf_jax.machine.errors import nearest
+from lcrf_jax.machine.files import at_home
 
 MASK_MEANINGS = ("index", "trimap")
 
@@ -170,7 +171,7 @@ def _prepared(name: str, root: str | os.PathLike | None) -> Path:
     """The newest version of a data set that is prepared in a folder."""
     if not name:
         raise ValueError("the source 'tfds' needs options.name, the name of a data set such as oxford_iiit_pet")
-    root = Path(root or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = at_home(root or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     found = [path.parent for path in (root / name).rglob("dataset_info.json") if "incomplete" not in str(path)]
     if not found:
         raise FileNotFoundError(

@@ -28,6 +28,7 @@ from lcrf_jax.data.files.tags import columns_not_read, read_classes, read_tag_fi
 from lcrf_jax.data.sources.mask_files import find_masks
 from lcrf_jax.machine.contents import content_digests
 from lcrf_jax.machine.errors import nearest
+from lcrf_jax.machine.files import at_home
 
 
 class VocSource:
@@ -110,7 +111,7 @@ def check_folder(root: str | os.PathLike, split: str) -> Path:
       FileNotFoundError: if the folder or a part of it is missing; the message says which and what stands
         there.
     """
-    folder = Path(root).expanduser()
+    folder = at_home(root)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(

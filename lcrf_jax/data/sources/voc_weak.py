@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from lcrf_jax.data.sources.devkit import CLASSES, LISTS, TAGS_FROM, Devkit, list_problem
-from lcrf_jax.machine.files import real_path
+from lcrf_jax.machine.files import at_home, real_path
 
 _DESCRIPTION = (
     "PASCAL VOC 2012 segmentation with the masks of SBD (train_aug), and image tags. Masks are for scoring, or for full "
@@ -143,7 +142,7 @@ def prepared(
     if tags_from not in TAGS_FROM:
         raise ValueError(f"tags: expected one of {', '.join(TAGS_FROM)}, got {tags_from!r}")
     kit = Kit(_absolute(root), tags_from, any_lists, None if sbd is None else _absolute(sbd))
-    builder = VocWeak(data_dir=Path(data_dir).expanduser(), config=_Config(kit), file_format="array_record")
+    builder = VocWeak(data_dir=at_home(data_dir), config=_Config(kit), file_format="array_record")
     builder.download_and_prepare()
     return builder.info
 
