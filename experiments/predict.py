@@ -44,8 +44,10 @@ from lcrf_jax.machine import processes
 from lcrf_jax.machine.gpus import take_own_gpus
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import VARIABLE, Progress, say
+from lcrf_jax.nets.network import build_network
 from lcrf_jax.nets.pretrained import file_digest
 from lcrf_jax.predict.model import described, trained
+from lcrf_jax.predict.resizing import nearest_side
 from lcrf_jax.predict.segmenter import image_workers
 from lcrf_jax.runfolder.digests import params_digest
 
@@ -117,7 +119,8 @@ def changed_inference(inference):
             factors = []
         if not factors or not all(0.1 <= factor <= 10 for factor in factors):
             raise ValueError(f"--scales: expected factors from 0.1 to 10, got {','.join(_SCALES.value)!r}")
-        sizes = [max(round(factor * size / 32), 1) * 32 for factor in factors for size in inference["input_sizes"]]
+        step = build_network(described(_CHECKPOINT.value)["network"]).size_step
+        sizes = [nearest_side(factor * size, step) for factor in factors for size in inference["input_sizes"]]
         changed["input_sizes"] = list(dict.fromkeys(sizes))
     return changed
 

@@ -404,7 +404,7 @@ MUTATIONS = [
              "return functools.partial(function, *jax.device_put(fixed), **static), batch_size",
              "return jax.jit(functools.partial(function, *jax.device_put(fixed), **static)), batch_size"),
     Mutation("spread: batches are made smaller for many devices", "train/spread.py", "count * batch_size", "batch_size"),
-    Mutation("classifier: kept whatever the tags", "train/class_maps.py", '"tags": digest, **identity', "**identity"),
+    Mutation("classifier: kept whatever the tags", "train/class_maps.py", '"tags": digest.hexdigest(), **identity', "**identity"),
     Mutation("classifier: kept whatever the penalty", "train/class_maps.py", '"l2": l2, "tags"', '"tags"'),
     Mutation("nets: posteriors of images without their mirror", "train/posteriors.py", "images[:, :, ::-1]), guide", "images), guide"),
     Mutation("alive: probabilities of tags clipped", "bound/likelihoods.py", "jnp.log(_EPSILON + (1 - 2 * _EPSILON) * right)",

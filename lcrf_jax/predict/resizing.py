@@ -189,3 +189,17 @@ def padded_image(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     height, width = image.shape[:2]
     pad = [(0, padded_to(height) - height), (0, padded_to(width) - width)]
     return np.pad(image, [*pad, (0, 0)], mode="edge"), np.pad(np.ones((height, width), bool), pad)
+
+
+def nearest_side(side: float, step: int) -> int:
+    """The side of an input nearest to one that a network takes.
+
+    Args:
+      side: in pixels.
+      step: sides of the network's input are multiples of it, see `lcrf_jax.nets.network.Network`; 1 means 32.
+
+    Returns:
+      int, at least 32.
+    """
+    step = step if step > 1 else 32
+    return max(round(side / step), math.ceil(32 / step)) * step

@@ -380,3 +380,8 @@ def test_area_and_confidence_of_each_class(monkeypatch):
     counts, sums = resizing.class_statistics(labels, confidence, 5)
     assert counts.tolist() == [int((labels == k).sum()) for k in range(5)]
     np.testing.assert_allclose(sums, [np.float64(confidence)[labels == k].sum() for k in range(5)])
+
+
+@pytest.mark.parametrize(("side", "step", "expected"), [(428, 32, 416), (389, 14, 392), (5, 14, 42), (5, 32, 32), (5, 16, 32), (340, 1, 352)])
+def test_scales_give_sides_that_the_network_takes(side, step, expected):
+    assert resizing.nearest_side(side, step) == expected
