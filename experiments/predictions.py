@@ -18,7 +18,7 @@ from lcrf_jax.data.example import tag_vector
 from lcrf_jax.data.files.finding import PhotographFinder
 from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.data.files.tags import read_tag_file
-from lcrf_jax.machine.files import move_whole, naming, write_once, write_whole
+from lcrf_jax.machine.files import move_whole, naming, parsed_json, write_once, write_whole
 from lcrf_jax.machine.locks import Locked, locked
 from lcrf_jax.pictures.palette import overlay, save_index_png
 from lcrf_jax.predict.resizing import class_statistics, labels_and_confidence
@@ -90,10 +90,10 @@ def _is_done(pair, when, since):
 
 def _stored(path):
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parsed_json(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise TypeError("it holds no settings")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it and use --overwrite") from error
     return settings
 
@@ -259,8 +259,8 @@ def begin_labelling(segmenter, images, tags, workers, *, crf, tile, batch_size):
 def _mask_of(line):
     """The mask that a line is about, None if the line was cut short or is damaged."""
     try:
-        mask = json.loads(line.decode())["mask"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        mask = parsed_json(line.decode())["mask"]
+    except (ValueError, KeyError, TypeError):
         return None
     return mask if isinstance(mask, str) else None
 
