@@ -15,7 +15,10 @@ comparison.csv, comparison.tex, comparison.png, comparison_refined.png and repor
 """
 
 import json
+import os
 import time
+import zipfile
+import zlib
 
 import numpy as np
 from absl import flags
@@ -23,6 +26,7 @@ from absl import flags
 from lcrf_jax.baselines import majority_labels
 from lcrf_jax.data.example import data_identity
 from lcrf_jax.machine.files import parsed_json
+from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import picture_table
 from lcrf_jax.pictures.report import Sample
@@ -34,6 +38,7 @@ from lcrf_jax.runfolder.description import CheckpointError, check_data, load_des
 from lcrf_jax.train import fit, preparation
 from lcrf_jax.train.beginning import check_folder
 from lcrf_jax.train.methods import METHODS, localisation
+from lcrf_jax.train.plan import planned_rounds
 from lcrf_jax.train.splits import checked_split, open_data, refuse_shared
 
 from . import comparison_tables, configuring, measuring, reporting
@@ -47,6 +52,9 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Number of seeds, from 0 on.", lower_b
 
 RESULT_FILE = "comparison.json"
 TIME_FILE = "train_time.json"
+PICTURES_FILE = "pictures.npz"
+# What a result has to say.
+NEEDED = ("method", "seed", "localisation", "class_names", "steps", "plain", "refined", "smoothed", "seconds", "step_bytes")
 NUM_PICTURES = 6
 
 
@@ -95,10 +103,30 @@ def read_noted(path, what_then):
         raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again: {what_then}") from error
 
 
+def read_time(path):
+    """The seconds that a run has taken so far."""
+    found = read_noted(path, "the time is counted from here on")
+    if not all(isinstance(found.get(name), int | float) for name in ("wall", "cpu")):
+        raise ValueError(f"{path} is damaged (it has no seconds of wall and cpu); remove it and run the same command again")
+    return found
+
+
+def read_result(path):
+    """The result of a run that was scored."""
+    found, then = read_noted(path, "the run is scored anew"), "remove it and run the same command again: the run is scored anew"
+    if missing := [name for name in NEEDED if name not in found]:
+        raise ValueError(f"{path} is damaged (it has no {', '.join(missing)}); {then}")
+    count = len(found["class_names"])
+    for name in ("plain", "refined", "smoothed"):
+        if found[name] is not None and np.shape(found[name]) != (count, count):
+            raise ValueError(f"{path} is damaged ({name} is no matrix of {count} classes); {then}")
+    return found
+
+
 def train(prepared, folder):
     """Train the run of a folder to its end and add up the time, over interruptions."""
     path = folder / TIME_FILE
-    before = read_noted(path, "the time is counted from here on") if path.exists() else {"wall": 0.0, "cpu": 0.0}
+    before = read_time(path) if path.exists() else {"wall": 0.0, "cpu": 0.0}
     wall, cpu = time.monotonic(), time.process_time()
     try:
         fit.train(prepared, folder)
@@ -140,12 +168,14 @@ def score(prepared, folder, val, scored):
             split: {name: value if name == "images" else value.tolist() for name, value in part.items()}
             for split, part in reporting.part_counts(scored, scores.parts).items()
         },
-        "seconds": read_noted(folder / TIME_FILE, "the time is counted from here on"),
+        "seconds": read_time(folder / TIME_FILE),
         "step_bytes": None if prepared.config["seed"] else fit.step_bytes(prepared),  # of one seed: they are the same
     }
     labels = {f"{kind}_{number}": sample[at] for kind, at in (("plain", 2), ("refined", 3))
               for number, sample in enumerate(scores.samples)}  # fmt: skip
-    np.savez_compressed(folder / "pictures.npz", **labels)
+    with own_folder(folder, ".unfinished-") as unfinished:
+        np.savez_compressed(unfinished / PICTURES_FILE, **labels)
+        os.replace(unfinished / PICTURES_FILE, folder / PICTURES_FILE)
     reporting.write_whole(folder / RESULT_FILE, json.dumps(result) + "\n")  # last: what has it is done
 
 
@@ -155,7 +185,7 @@ def is_done(folder, training_data, val, splits=()):
     if not path.exists():
         return False
     check_data(folder, {"train": training_data})
-    before = read_noted(path, "the run is scored anew")
+    before = read_result(path)
     scored_on = before.get("data")
     if scored_on is not None and scored_on != data_identity(val):
         raise CheckpointError(f"{folder} was scored on other images of {val.split} ({scored_on['images']} then, {len(val)} now; their "
@@ -171,10 +201,21 @@ def stored_results(workdir, names, num_seeds):
     results = {}
     for name in names:
         paths = [workdir / name / f"seed_{seed}" / RESULT_FILE for seed in range(num_seeds)]
-        found = [read_noted(path, "the run is scored anew") for path in paths if path.exists()]
+        found = [read_result(path) for path in paths if path.exists()]
         if found:
             results[name] = found
     return results
+
+
+def stored_labels(folder):
+    """dict of the labels that a run's pictures show."""
+    path = folder / PICTURES_FILE
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); remove {folder / RESULT_FILE} and run the same command again: "
+                         "the run is scored anew") from error  # fmt: skip
 
 
 def draw(workdir, results, val, note):
@@ -182,7 +223,7 @@ def draw(workdir, results, val, note):
     names = [name for name in results if results[name][0]["seed"] == 0]
     positions = evaluation.sample_positions(len(val), NUM_PICTURES)
     examples = [val[int(at)] for at in positions]
-    stored = {name: np.load(workdir / name / "seed_0" / "pictures.npz", allow_pickle=False) for name in names}
+    stored = {name: stored_labels(workdir / name / "seed_0") for name in names}
     for kind, suffix in (("plain", ""), ("refined", "_refined")):
         rows = [
             (example.image, example.mask, *(stored[name][f"{kind}_{number}"] for name in names))
@@ -238,6 +279,8 @@ def main(argv):
         raise ValueError("config.data.val_split: expected a split with masks to compare on, got none")
     if any(METHODS[name].smoothed_title for name in names):
         superpixels(np.zeros((8, 8, 3), np.uint8))  # whether scikit-image is there, before hours of training
+    for name in names:  # what one of them refuses is told before the others are trained
+        planned_rounds(run_config(config, name, 0), config.batch_size)
     for seed in range(_SEEDS.value):
         for name in names:
             reporting.check_same_settings(workdir / name / f"seed_{seed}", run_config(config, name, seed))

@@ -36,6 +36,10 @@ def main(argv):
     reporting.no_more_arguments(argv)
     if _CAM.value and _CRF.value:
         raise ValueError("--cam and --crf do not go together: class maps are scored as they are")
+    if _CAM.value and _OUT.value:
+        raise ValueError("--cam prints its scores and writes nothing: leave out --out")
+    if not _SPLIT.value.strip():
+        raise ValueError("--split: expected the name of a split, such as val, got an empty one")
     started = time.monotonic()
     out = _folder_of_results()
     description = described(_CHECKPOINT.value, origin=True)
@@ -53,7 +57,8 @@ def _folder_of_results():
     """Where results are written, None for the folder of the run; a model has none, and does not know where photographs are."""
     if not at_home(_CHECKPOINT.value).is_dir():
         data = described(_CHECKPOINT.value, origin=True)["training"]["data"]  # it is a model, or there is an error
-        missing = [name for name, value in (("data", _DATA.value or data["kind"] == "textures"), ("out", _OUT.value)) if not value]
+        given = {"data": _DATA.value or data["kind"] == "textures", "out": _OUT.value or _CAM.value}
+        missing = [name for name, value in given.items() if not value]
         if missing:
             raise ValueError(f"--checkpoint={_CHECKPOINT.value} is a model, which has no folder of photographs or results: give "
                              + " and ".join(f"--{name}=FOLDER" for name in missing))  # fmt: skip

@@ -23,12 +23,12 @@ are not made smaller first, as predict does with those above --max_side. experim
 import hashlib
 import json
 import os
-import pathlib
 
 import jax
 import numpy as np
 from absl import flags
 
+from lcrf_jax.machine.files import at_home, naming
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import palette
@@ -51,7 +51,7 @@ _PLATFORMS = flags.DEFINE_list("platforms", list(PLATFORMS), "Where the file can
 def main(argv):
     """Export, write, read back, compare."""
     reporting.no_more_arguments(argv)
-    size, out = parsed_size(_SIZE.value), pathlib.Path(_OUT.value)
+    size, out = parsed_size(_SIZE.value), _file_to_write()
     if _COMPACT.value:
         write_compact(_CHECKPOINT.value, out)
         return
@@ -72,7 +72,6 @@ def main(argv):
         "network": description["network"], "inference": description["inference"],
         "params_sha256": params_digest(params), "sha256": hashlib.sha256(content).hexdigest(), "versions": library_versions(),
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
     with own_folder(out.parent, ".unfinished-") as unfinished:
         for path, data in ((out, content), (out.with_name(f"{out.name}.json"), (json.dumps(facts, indent=2) + "\n").encode())):
             (unfinished / path.name).write_bytes(data)
@@ -86,12 +85,23 @@ def main(argv):
     say(f"largest difference of a probability after reading it back: {np.abs(np.asarray(again) - jax.jit(function)(images)).max():.1e}")
 
 
+def _file_to_write():
+    """The file of --out, its folder made."""
+    if not _OUT.value.strip():
+        raise ValueError("--out: expected a file, got an empty name; is a variable not set?")
+    out = at_home(_OUT.value)
+    if out.is_dir():
+        raise ValueError(f"--out={out} is a folder; name the file in it")
+    with naming(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
 def write_compact(checkpoint, out):
     """Write the small file, read it back, and say what its float16 changes."""
     if out.suffix != ".npz" or _CRF.value or _SIZE.value:
         raise ValueError("--compact: expected --out=NAME.npz, without --crf and --size: the file holds what was trained, and who loads it chooses")
     description, params = trained(checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
     size = save_compact(out, description, params)
     images = np.random.default_rng(0).integers(0, 256, (2, 120, 160, 3), np.uint8)
     one, other = (jax.jit(image_function(*model, crf=False))(images) for model in ((description, params), load_compact(out)))
@@ -108,7 +118,7 @@ def parsed_size(text):
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--size: expected HEIGHTxWIDTH in pixels such as 375x500, got {text!r}")
     return int(parts[0]), int(parts[1])
 

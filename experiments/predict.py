@@ -171,8 +171,9 @@ def main(argv):
 def _planned(out):
     """Pairs of photograph and Outputs, on disks or at URLs."""
     wanted = {"overlays": _OVERLAYS.value, "probabilities": _PROBABILITIES.value}
-    listed = {pattern: prediction_photographs.urls_in(pattern) for pattern in _IMAGES.value}
-    urls = [prediction_urls.is_url(pattern) or bool(listed[pattern]) for pattern in _IMAGES.value]
+    images = prediction_photographs.expanded(_IMAGES.value)
+    listed = {pattern: prediction_photographs.urls_in(pattern) for pattern in images}
+    urls = [prediction_urls.is_url(pattern) or bool(listed[pattern]) for pattern in images]
     if any(urls) and not all(urls):
         raise ValueError("--images: expected folders of this machine or URLs, got both; predict them one after the other")
     if any(urls) and _ENGINE.value != "ray":
@@ -180,10 +181,10 @@ def _planned(out):
     training = described(_CHECKPOINT.value)["training"]
     if any(urls):
         named = functools.partial(prediction_plan.outputs_for, **wanted)
-        patterns = [pattern for pattern in _IMAGES.value if not listed[pattern]]
+        patterns = [pattern for pattern in images if not listed[pattern]]
         return prediction_urls.planned_at_urls(patterns, out, named, itertools.chain(*listed.values()))
     with tempfile.TemporaryDirectory() if prediction_urls.is_url(out) else contextlib.nullcontext(out) as folder:
-        patterns = [str(prediction_urls.place(name)) if name.startswith("file://") else name for name in _IMAGES.value]
+        patterns = [str(prediction_urls.place(name)) if name.startswith("file://") else name for name in images]
         planned = prediction_plan.planned_outputs(patterns, pathlib.Path(folder), data=training.get("data", {}), **wanted)
     if not prediction_urls.is_url(out):
         return planned

@@ -5,6 +5,7 @@ A photograph within a larger file is called by a path, SHARDS/train/barn/7.jpg o
 
 import contextlib
 import functools
+import glob
 import os
 import pathlib
 import tempfile
@@ -111,12 +112,15 @@ def _columns(path, schema):
     """(column of photographs, whether it holds bytes, column of their names or paths or None)."""
     import pyarrow.types as kinds
 
-    def is_text(kind):
-        kind = kind.value_type if kinds.is_dictionary(kind) else kind
-        return kinds.is_string(kind) or kinds.is_large_string(kind)
+    def among(*tests):
+        def is_one(kind):
+            kind = kind.value_type if kinds.is_dictionary(kind) else kind
+            return any(test(kind) for test in tests)
 
-    def is_bytes(kind):
-        return kinds.is_binary(kind) or kinds.is_large_binary(kind)
+        return is_one
+
+    is_text = among(kinds.is_string, kinds.is_large_string, kinds.is_string_view)
+    is_bytes = among(kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view)
 
     found = {field.name: field.type for field in schema}
     ordered = [name for name in COLUMNS if name in found]
@@ -130,6 +134,8 @@ def _columns(path, schema):
     for name in ordered:
         if is_text(found[name]):
             return name, False, name
+    if ordered:
+        raise ValueError(f"{path}: expected paths as text or bytes of photographs in the column {ordered[0]!r}, got {found[ordered[0]]}; write it anew")
     raise ValueError(f"{path}: expected a column of paths or bytes of photographs, named one of {', '.join(COLUMNS)}; it has {', '.join(found)}: rename it")
 
 
@@ -150,6 +156,22 @@ def is_container(pattern):
     """Whether --images names a folder of shards or a table."""
     path = pathlib.Path(pattern)
     return has_shards(path) or path.suffix.lower() == SUFFIX and path.is_file()
+
+
+def expanded(patterns):
+    """Values of --images, with the tables that a pattern fits in its place.
+
+    Args:
+      patterns: as they were given.
+
+    Returns:
+      List of str.
+    """
+    found = []
+    for pattern in patterns:
+        fitting = [] if is_url(pattern) or not glob.has_magic(pattern) or os.path.exists(pattern) else sorted(glob.glob(os.path.expanduser(pattern)))
+        found += fitting if fitting and all(map(is_container, fitting)) else [pattern]
+    return found
 
 
 def urls_in(pattern):

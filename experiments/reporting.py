@@ -16,6 +16,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from lcrf_jax.command import COMMANDS
+from lcrf_jax.data.files.shard_files import has_shards
 from lcrf_jax.data.parts import InParts, in_parts
 from lcrf_jax.machine import processes, progress, signals
 from lcrf_jax.machine.cache import default_directory
@@ -200,8 +201,8 @@ def open_for_scoring(description, root, split):
     if root and data["kind"] == "tfds":
         data["root"] = root
     elif root:
-        options = data["options"] if data["kind"] == "folder" else {}
-        data |= {"kind": "folder", "root": root, "options": options}
+        kind = "shards" if has_shards(root) else "folder"
+        data |= {"kind": kind, "root": root, "options": data["options"] if data["kind"] == kind else {}}
     source = checked_split({"data": data}, split, masks=True)
     if list(source.class_names) != description["class_names"]:
         raise ValueError(
@@ -271,10 +272,12 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     shows images of `unscored`. Files that tell of other `data` than that of the run have its name in theirs.
     """
     run_dir, scored = at_home(run_dir), source if source is None else whole_or_parts(source, num_parts)
-    out = run_dir if out is None else out
     segmenter, description, params = load_segmenter(run_dir)
     own = description["training"]["data"]
     data = own if data is None else data
+    if out is not None and source is not None:
+        _refuse_results_of_others(_files_of_scores(out, source.split, data, own, crf=crf, tags_given=tags_given), run_dir, params_digest(params))
+    out = run_dir if out is None else out
     used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
     report = {"run_dir": run_dir, "description": description, "segmenter": segmenter, "used": used,
               "tags_given": tags_given, "data": data}  # fmt: skip
@@ -297,6 +300,18 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     if started is not None:
         say(f"time        {time.monotonic() - started:.0f} s")
     say(f"\n{table.splitlines()[-1]}")
+
+
+def _refuse_results_of_others(files, run_dir, digest):
+    """Refuse to write over the results of another model, or into the folder of another run."""
+    folder = files.results.parent
+    if (folder / "config.json").exists() and _resolved(folder) != _resolved(run_dir):
+        raise ValueError(f"--out={folder} is the folder of another run; give one of its own")
+    before = None
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        before = parsed_json(files.results.read_text(encoding="utf-8"))["params_sha256"]
+    if before not in (None, digest):
+        raise ValueError(f"{files.results} is of another model; give another --out, or remove it")
 
 
 class _Files(NamedTuple):

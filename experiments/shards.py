@@ -53,9 +53,10 @@ def sources_of(config) -> dict[str, Source]:
 def main(argv):
     """Write, and tell what there is."""
     reporting.no_more_arguments(argv)
+    out = reporting.run_folder(_OUT.value, "out")
     sources = sources_of(reporting.plain_settings(_CONFIG.value, root=_DATA.value))
     with image_progress("shards", sum(map(len, sources.values()))) as done:
-        index = write_shards(sources, _OUT.value, shard_bytes=round(_MEGABYTES.value * 1e6), progress=done)
+        index = write_shards(sources, out, shard_bytes=round(_MEGABYTES.value * 1e6), progress=done)
     for split, about in index["splits"].items():
         size = sum(shard["bytes"] for shard in about["shards"])
         masks = "with" if about["masks"] else "without"

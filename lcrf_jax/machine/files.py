@@ -20,6 +20,8 @@ ROOM = "make room and run the same command again"
 _REMEDIES = {
     errno.ENOSPC: ROOM, errno.EDQUOT: ROOM, errno.EFBIG: ROOM, errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "choose a folder that can be written", errno.EPERM: "choose a folder that can be written",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is to be; give another path"),
+    errno.ENAMETOOLONG: "give a shorter name", errno.EISDIR: "a folder stands where a file is to be; give another path",
 }  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def _stored(path, with_arrays):
             names = [name for name in stored.files if name != _DESCRIPTION] if with_arrays else []
             leaves = {name: stored[name].astype(np.float32) for name in names}
         missing = [name for name in (*FOR_INFERENCE, "backbone_sha256") if name not in description]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise CheckpointError(f"{path}: expected a model as experiments.export --compact writes it, cannot read it as one ({error})") from error
     if missing:
         raise CheckpointError(f"{path}: the description has no {', '.join(missing)}; write the file anew")

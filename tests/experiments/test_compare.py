@@ -176,14 +176,14 @@ def test_a_score_on_other_data_is_no_score_of_this(program, tmp_path):
     source = open_source("textures", "val", num_val=4)
     save_description(tmp_path, {"training": {}, "data": {"train": train}})
     assert not program["is_done"](tmp_path, train, source)
-    (tmp_path / "comparison.json").write_text(json.dumps({"data": val}))
+    (tmp_path / "comparison.json").write_text(json.dumps({**random_result(0, "ccnn"), "data": val}))
     assert program["is_done"](tmp_path, train, source)
     with pytest.raises(CheckpointError, match="other training data"):
         program["is_done"](tmp_path, others, source)
-    (tmp_path / "comparison.json").write_text(json.dumps({"data": others}))
+    (tmp_path / "comparison.json").write_text(json.dumps({**random_result(0, "ccnn"), "data": others}))
     with pytest.raises(CheckpointError, match=r"was scored on other images of val \(3 then, 4 now; .*or remove \S+/comparison.json"):
         program["is_done"](tmp_path, train, source)
-    (tmp_path / "comparison.json").write_text("{}")  # of an earlier version
+    (tmp_path / "comparison.json").write_text(json.dumps(random_result(0, "ccnn")))  # of an earlier version
     assert program["is_done"](tmp_path, train, source)
 
 
@@ -203,6 +203,38 @@ def random_result(seed, method):
             "plain": plain.tolist(), "refined": refined.tolist(),
             "smoothed": smoothed.tolist() if method == "mil_ilp" else None, "steps": 4,
             "seconds": {"wall": 60.0 * seed, "cpu": 120.0 * seed}, "step_bytes": 2_000_000}
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda result: {}, "it has no method, seed, "), (lambda result: {**result, "plain": result["plain"][:2]}, "plain is no matrix of 3 classes"),
+    (lambda result: {name: result[name] for name in result if name != "steps"}, "it has no steps")])  # fmt: skip
+def test_a_result_that_is_not_whole_is_named(program, tmp_path, change, message):
+    (tmp_path / "comparison.json").write_text(json.dumps(change(random_result(0, "ccnn"))))
+    with pytest.raises(ValueError, match=rf"comparison.json is damaged \({message}.*; remove it and run the same command again"):
+        program["read_result"](tmp_path / "comparison.json")
+    (tmp_path / "comparison.json").write_text(json.dumps(random_result(0, "ccnn")))
+    assert program["read_result"](tmp_path / "comparison.json")["steps"] == 4
+
+
+@pytest.mark.parametrize("text", ["{}", '{"wall": "x", "cpu": null}'])
+def test_a_time_that_is_none_is_named_before_anything_is_trained(program, tmp_path, text):
+    (tmp_path / "train_time.json").write_text(text)
+    with pytest.raises(ValueError, match="train_time.json is damaged .*; remove it and run the same command again"):
+        program["train"](None, tmp_path)
+    assert (tmp_path / "train_time.json").read_text() == text
+
+
+@pytest.mark.parametrize("content", [None, b"PK no archive"])
+def test_labels_for_the_pictures_that_are_gone_are_named(program, tmp_path, content):
+    if content:
+        (tmp_path / "pictures.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="pictures.npz is missing or damaged .*; remove .*comparison.json and run the same command again"):
+        program["stored_labels"](tmp_path)
+
+
+def test_settings_that_one_of_the_methods_refuses_are_told_before_the_others_are_trained(tmp_path):
+    ended = compare(tmp_path / "c", "all", "--config.epochs=(2,)", "--config.rounds=1")
+    assert ended.code == 1 and "for stc" in ended.err and not (tmp_path / "c").exists(), ended
 
 
 def test_mean_and_standard_deviation_over_seeds():

@@ -172,6 +172,16 @@ def test_a_model_in_a_file_is_scored_as_the_run_that_it_is_of(photos, checkpoint
         assert ended.code == 0 and "3 images of val" in ended.out, ended.err
         (path,) = out.glob("results_val_*.json")
         results.append(np.array(json.loads(path.read_text())["plain"]["confusion"]))
+    (tmp_path / "other").mkdir()
+    other = run("evaluate", f"--checkpoint={tmp_path / 'model.npz'}", f"--data={photos}", f"--out={tmp_path / 'scores of tiny'}")
+    assert_refused(other, r"results_val_photos.*json is of another model; give another --out, or remove it")
+    shutil.copy(checkpoint / "config.json", tmp_path / "other")
+    other = run("evaluate", f"--checkpoint={checkpoint}", f"--data={photos}", f"--out={tmp_path / 'other'}")
+    assert_refused(other, "is the folder of another run; give one of its own")
+    assert run("shards", f"--data={photos}", f"--out={tmp_path / 'shards'}").code == 0
+    of_shards = run("evaluate", f"--checkpoint={checkpoint}", f"--data={tmp_path / 'shards'}", f"--out={tmp_path / 'scores of shards'}")
+    (path,) = (tmp_path / "scores of shards").glob("results_val_*.json")
+    assert of_shards.code == 0 and json.loads(path.read_text())["plain"]["confusion"] == results[0].tolist()
     assert np.abs(results[0] - results[1]).sum() < 0.05 * results[0].sum() and results[0].sum() == results[1].sum()
 
 
@@ -264,6 +274,9 @@ def test_scores_of_several_seeds_are_a_mean_and_a_standard_deviation(ablation):
     (["evaluate", "--checkpoint=animals", "--data=x"], "error: --checkpoint=animals is a model, .*: give --out=FOLDER"),
     (["evaluate", "--checkpoint=animal", "--data=x"], "error: animal: there is no such folder or file, .*did you mean 'animals'"),
     (["evaluate", "--checkpoint=animals", "--data=x", "--out=setup.cfg"], "error: --out=setup.cfg is a file; give a folder"),
+    (["evaluate", "--checkpoint=x", "--cam", "--tags_given", "--out=y"], "error: --cam prints its scores and writes nothing: leave out --out"),
+    (["evaluate", "--checkpoint=x", "--split="], "error: --split: expected the name of a split, such as val, got an empty one"),
+    (["shards", "--data=x", "--out="], "error: --out: expected a folder, got an empty name"),
     (["predict", "--images=x", "--out=y"], "error: --checkpoint is missing, which is: Folder of a run, "),
 ], ids=lambda value: " ".join(value[:1] + value[-1:]) if isinstance(value, list) else "")
 def test_wrong_flags_end_with_one_clear_line(command, message):

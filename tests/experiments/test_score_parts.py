@@ -129,7 +129,7 @@ def test_a_run_without_the_parts_that_are_asked_for_is_scored_again(program, tmp
         (None, (), True), (None, HALVES, False), ({}, HALVES, False), (dict.fromkeys(HALVES), HALVES, True),
         (dict.fromkeys(HALVES), (), True), (dict.fromkeys(HALVES), ("val[0::3]", "val[1::3]", "val[2::3]"), False),
     ):  # fmt: skip
-        path.write_text(json.dumps({"data": data_identity(source)} | ({} if stored is None else {"parts": stored})))
+        path.write_text(json.dumps({**result(0, parts=False), "data": data_identity(source)} | ({} if stored is None else {"parts": stored})))
         assert program["is_done"](tmp_path, trained_on, source, asked) == done
         told = capsys.readouterr().out
         assert (f"{tmp_path} was scored without the parts {', '.join(asked)}: it is scored again" in told) == (not done)

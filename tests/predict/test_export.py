@@ -169,6 +169,7 @@ def test_the_small_file_is_loaded_as_the_run_is(checkpoint, tmp_path):
 @pytest.mark.parametrize(("flags", "message"), [
     (["--crf"], "--crf needs --size=HEIGHTxWIDTH"),
     (["--size=375"], "--size: expected HEIGHTxWIDTH in pixels such as 375x500, got '375'"),
+    (["--size=²x3"], "--size: expected HEIGHTxWIDTH"),
     (["--size=0x5"], "--size: expected HEIGHTxWIDTH"),
     (["--platforms=metal"], "platforms: expected some of cpu, cuda, tpu, got metal"),
 ])  # fmt: skip
@@ -176,6 +177,18 @@ def test_what_the_program_refuses(checkpoint, tmp_path, flags, message):
     ended = run("export", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'model.stablehlo'}", *flags)
     assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err
     assert not (tmp_path / "model.stablehlo").exists()
+
+
+def test_places_that_cannot_be_written_are_refused_before_anything_is_exported(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "a.npz").mkdir()
+    (tmp_path / "file").touch()
+    for out, message in (("", "--out: expected a file, got an empty name"), (tmp_path / "a.npz", "is a folder; name the file in it"),
+                         (tmp_path / "file" / "b.npz", "a file stands where a folder is to be; give another path")):  # fmt: skip
+        ended = run("export", "--checkpoint=nowhere", f"--out={out}", "--compact")
+        assert ended.code == 1 and message in ended.err and "Traceback" not in ended.err, ended.err
+    assert run("export", f"--checkpoint={checkpoint}", "--out=~/new/m.npz", "--compact").code == 0
+    assert (tmp_path / "home/new/m.npz").exists() and sorted(os.listdir(tmp_path)) == ["a.npz", "file", "home"]
 
 
 # Runs the program, and tells which of the distributions that it and its modules import are not of the closure of a file.

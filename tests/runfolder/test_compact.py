@@ -62,7 +62,11 @@ def test_what_is_no_model_is_told(model, tmp_path):
         lcrf_jax.load(path)
     compact.save_compact(path, description, params)
     whole = path.read_bytes()
-    for content in (b"", b"no model", whole[: len(whole) // 2], whole[:200] + bytes(len(whole) - 200)):
+    entry = whole.index(b"PK\x01\x02")  # of the archive's list of contents
+    odd_method, encrypted = bytearray(whole), bytearray(whole)
+    odd_method[entry + 10], encrypted[entry + 8] = 99, whole[entry + 8] | 1
+    encrypted[6] |= 1
+    for content in (b"", b"no model", whole[: len(whole) // 2], whole[:200] + bytes(len(whole) - 200), odd_method, encrypted):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="small.npz: expected a model"):
             lcrf_jax.load(path)
