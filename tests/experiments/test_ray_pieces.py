@@ -108,7 +108,7 @@ def test_large_photographs_are_not_sent_through_ray(labeller, tmp_path, monkeypa
 def test_what_the_user_can_mend_comes_as_one_line(labeller, tmp_path):
     (tmp_path / "out").touch()
     rows = ray_predictions.rows_of(planned(tmp_path, tmp_path / "out", ("a.jpg",)), tmp_path / "out", None)
-    with pytest.raises(ray_predictions.UserError, match="a folder that can be written|look at that disk"):
+    with pytest.raises(ray_predictions.UserError, match="a folder that can be written|give another path"):
         labeller(tmp_path / "out", rows)
 
 
