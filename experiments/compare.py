@@ -100,26 +100,32 @@ def read_noted(path, what_then):
     try:
         return dict(parsed_json(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it and run the same command again: {what_then}") from error
+        raise _damaged(path, error, what_then) from error
+
+
+def _damaged(path, what, what_then):
+    return ValueError(f"{path} is damaged ({what}); remove it and run the same command again: {what_then}")
 
 
 def read_time(path):
     """The seconds that a run has taken so far."""
-    found = read_noted(path, "the time is counted from here on")
+    then = "the time is counted from here on"
+    found = read_noted(path, then)
     if not all(isinstance(found.get(name), int | float) for name in ("wall", "cpu")):
-        raise ValueError(f"{path} is damaged (it has no seconds of wall and cpu); remove it and run the same command again")
+        raise _damaged(path, "it has no seconds of wall and cpu", then)
     return found
 
 
 def read_result(path):
     """The result of a run that was scored."""
-    found, then = read_noted(path, "the run is scored anew"), "remove it and run the same command again: the run is scored anew"
+    then = "the run is scored anew"
+    found = read_noted(path, then)
     if missing := [name for name in NEEDED if name not in found]:
-        raise ValueError(f"{path} is damaged (it has no {', '.join(missing)}); {then}")
+        raise _damaged(path, f"it has no {', '.join(missing)}", then)
     count = len(found["class_names"])
     for name in ("plain", "refined", "smoothed"):
         if found[name] is not None and np.shape(found[name]) != (count, count):
-            raise ValueError(f"{path} is damaged ({name} is no matrix of {count} classes); {then}")
+            raise _damaged(path, f"{name} is no matrix of {count} classes", then)
     return found
 
 

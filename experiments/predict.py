@@ -231,16 +231,15 @@ def _predict_by_ray(todo, out, description, params, tags):
     todo, failures = _with_tags(todo, tags)
     if not todo:
         return failures
-    inference, when, since = changed_inference(description["inference"]), predictions.written_in(out), predictions.settings_since(out)
-    # Masks that are there keep their rows until they are made anew.
-    again = [str(outputs.mask.relative_to(out)) for _, outputs in todo if (when(outputs.mask) or -1) < since]
+    inference = changed_inference(description["inference"])
     job = ray_predictions.Job(
         str(out if prediction_urls.is_url(out) else out.absolute()), tuple(description["class_names"]), _CRF.value, _TILE.value,
         _OVERLAYS.value, _PROBABILITIES.value, _facts(tags), BATCH_SIZE,
     )  # fmt: skip
     return failures | ray_predictions.label_by_ray(
         ray_predictions.rows_of(todo, out, tags), ({**description, "inference": inference}, jax.tree.map(np.asarray, params)), job,
-        again=again, workers=_WORKERS.value, cores=_CORES.value, quiet=os.environ.get(VARIABLE) == "quiet",
+        again=sorted(predictions.without_masks(todo, out)),  # masks that are there keep their rows until they are made anew
+        workers=_WORKERS.value, cores=_CORES.value, quiet=os.environ.get(VARIABLE) == "quiet",
     )  # fmt: skip
 
 

@@ -77,6 +77,12 @@ def written_in(out, alone=""):
     return when
 
 
+def without_masks(todo, out):
+    """The masks of these photographs, by their paths within `out`, that are not there or are of other settings."""
+    when, since = written_in(out), settings_since(out)
+    return {str(outputs.mask.relative_to(out)) for _, outputs in todo if (when(outputs.mask) or -1) < since}
+
+
 def _is_done(pair, when, since):
     photo, outputs = pair
     made = when(outputs.mask)
@@ -126,16 +132,14 @@ class Records:
     def __init__(self, out, process, todo):
         number, count = process
         self.path = out / (f"{RECORDS}.jsonl" if count == 1 else f"{RECORDS}.{number}-of-{count}.jsonl")
-        since, when = settings_since(out), written_in(out)
-        masks = {str(outputs.mask.relative_to(out)): outputs.mask for _, outputs in todo}
-        gone = {name for name, mask in masks.items() if (when(mask) or -1) < since}
+        masks = {str(outputs.mask.relative_to(out)) for _, outputs in todo}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_alone(self.path))
-            _keep_lines(self.path, gone)
+            _keep_lines(self.path, without_masks(todo, out))
             for other in out.glob(f"{RECORDS}*.jsonl"):
                 others = re.fullmatch(rf"{RECORDS}(?:\.\d+-of-(\d+))?", other.stem)
                 # What so many processes, more or fewer, have written before; this one writes its lines anew.
-                if others and int(others[1] or 1) != count and not masks.keys().isdisjoint(_lines(other)):
+                if others and int(others[1] or 1) != count and not masks.isdisjoint(_lines(_content(other))):
                     with _alone(other, seconds=10):
                         _keep_lines(other, masks)
             with naming(self.path):
@@ -179,23 +183,23 @@ def _alone(path, seconds=0):
 
 def _keep_lines(path, gone):
     """Leave of a file of records what can be read, one line for each mask, and none for those that are gone."""
-    if not path.exists():
-        return
-    lines = _lines(path)
-    text = "".join(f"{line}\n" for mask, line in lines.items() if mask not in gone)
-    with naming(path):
-        same = path.read_bytes() == text.encode()
-    if not same:
+    content = _content(path)
+    text = "".join(f"{line}\n" for mask, line in _lines(content).items() if mask not in gone)
+    if text.encode() != content:
         write_whole(path, text)
 
 
-def _lines(path):
-    """dict from each mask to its line, the last one if there are several; lines that were cut short or damaged are left out."""
+def _content(path):
+    """The bytes of a file of records, none where it is not there."""
     if path.is_dir():
         raise ValueError(f"{path} is a folder, and records are to be written there; move it away")
     with naming(path):
-        lines = path.read_bytes().split(b"\n")
-    read = ((_mask_of(line), line) for line in lines)
+        return path.read_bytes() if path.exists() else b""
+
+
+def _lines(content):
+    """dict from each mask to its line, the last one if there are several; lines that were cut short or damaged are left out."""
+    read = ((_mask_of(line), line) for line in content.split(b"\n"))
     return {mask: line.decode() for mask, line in read if mask is not None}
 
 

@@ -275,26 +275,26 @@ def evaluate_run(run_dir, source, *, crf, tags_given=False, started=None, unscor
     segmenter, description, params = load_segmenter(run_dir)
     own = description["training"]["data"]
     data = own if data is None else data
-    if out is not None and source is not None:
-        _refuse_results_of_others(_files_of_scores(out, source.split, data, own, crf=crf, tags_given=tags_given), run_dir, params_digest(params))
-    out = run_dir if out is None else out
+    folder = run_dir if out is None else out
     used = description["supervision"] + " for training, " + ("tags" if tags_given else "no tags") + " at test time"
     report = {"run_dir": run_dir, "description": description, "segmenter": segmenter, "used": used,
               "tags_given": tags_given, "data": data}  # fmt: skip
     if source is None:
         if processes.is_first():
             say("drawing the report")
-            write_run_report(out / "report.html", source=unscored, matrices={}, image_scores=None, **report)
-            say(f"report      {out / 'report.html'} (for a browser)\ncheckpoint  {run_dir}; no masks to score it on")
+            write_run_report(folder / "report.html", source=unscored, matrices={}, image_scores=None, **report)
+            say(f"report      {folder / 'report.html'} (for a browser)\ncheckpoint  {run_dir}; no masks to score it on")
         return
+    files, digest = _files_of_scores(folder, source.split, data, own, crf=crf, tags_given=tags_given), params_digest(params)
+    if out is not None:
+        _refuse_results_of_others(files, run_dir, digest)
     scores = evaluation.evaluate(segmenter, scored, crf=crf, num_samples=NUM_PICTURES, use_tags=tags_given)
     if not processes.is_first():
         return
     table = format_iou_table(scores.plain, segmenter.class_names, refined=scores.refined)
     report["parts"] = part_counts(scored, scores.parts) if scored is not source else {}
     say(f"\n{len(source)} images of {source.split}, {data_in_words(data)}\nsupervision: {used}\n{table}{parts_table(report['parts'])}")
-    files = _files_of_scores(out, source.split, data, own, crf=crf, tags_given=tags_given)
-    _write_scores(files, scores, source, crf=crf, report=report, digest=params_digest(params))
+    _write_scores(files, scores, source, crf=crf, report=report, digest=digest)
     say(f"\npictures    {files.pictures}\nreport      {files.page} (for a browser)\nresults     {files.results}\n"
         f"checkpoint  {run_dir}")  # fmt: skip
     if started is not None:

@@ -1,6 +1,7 @@
 """Programs of `experiments` run within this process, which has JAX loaded already, and a run that they have finished."""
 
 import contextlib
+import copy
 import fcntl
 import io
 import json
@@ -57,6 +58,17 @@ def run_on_one_device(program, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         return run(program, *arguments)
+
+
+def with_entry(tree, entry, value):
+    """A copy of nested dicts with another value of the entry of a dotted name."""
+    tree = copy.deepcopy(tree)
+    *groups, name = entry.split(".")
+    at = tree
+    for group in groups:
+        at = at[group]
+    at[name] = value
+    return tree
 
 
 def assert_refused(ended, message):

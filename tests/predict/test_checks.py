@@ -1,10 +1,9 @@
 """A config.json that was edited by hand: each entry that cannot be is refused by name, before anything is computed."""
 
-import copy
 import json
 
 import pytest
-from programs import assert_refused, run
+from programs import assert_refused, run, with_entry
 
 import lcrf_jax
 from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
@@ -22,13 +21,7 @@ DESCRIPTION = {"class_names": ["background", "cat", "dog"], "network": NETWORK, 
 
 def edited(entry, value, description=DESCRIPTION):
     """A description with another value of the entry of a dotted name."""
-    description = copy.deepcopy(description)
-    *groups, name = entry.split(".")
-    at = description
-    for group in groups:
-        at = at[group]
-    at[name] = value
-    return description
+    return with_entry(description, entry, value)
 
 
 WRONG = [

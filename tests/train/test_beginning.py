@@ -1,11 +1,11 @@
 """What a start is told before anything is computed: refusals, and that a run is finished."""
 
-import copy
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
+from programs import with_entry
 
 from experiments.configs import tiny
 from lcrf_jax.data.example import data_identity
@@ -35,13 +35,7 @@ def run_of(folder, *, last=None, best=None, images=64, config=CONFIG):
 
 
 def changed(path, value):
-    config = copy.deepcopy(CONFIG)
-    *groups, name = path.split(".")
-    at = config
-    for group in groups:
-        at = at[group]
-    at[name] = value
-    return config
+    return with_entry(CONFIG, path, value)
 
 
 def test_a_new_run_and_one_that_is_not_finished_begin(tmp_path):
