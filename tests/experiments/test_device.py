@@ -136,6 +136,7 @@ def test_both_files_hold_what_was_found(tmp_path):
 
 
 def test_the_description_names_versions_device_and_settings(monkeypatch):
+    jax.devices()  # those of all tests: they would be made with the flags below, if this one came first
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
     monkeypatch.setenv("A_SECRET", "of nobody")
     about = device_report.description(["device", "--seconds=20"], 20.0)
