@@ -13,7 +13,9 @@ RUN := runs/demo
 .DEFAULT_GOAL := help
 PYTEST := $(VENV)/bin/python -m pytest -q $(if $(CI),--durations=20)
 # A file of tests stays with one process: what it makes and compiles serves all of its tests.
-SPREAD := -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+SPREAD := --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# The slow tests start programs and wait for them: one process more than there are cores does other tests meanwhile.
+CORES := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # Where it is set, as in some containers, every process would compile all of its Python anew.
 unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test test-all test-slow test-default-flags lint docs clean
@@ -36,15 +38,15 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m experiments.evaluate --checkpoint=$(RUN) --split=val --crf
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow" $(SPREAD)
+	$(PYTEST) -m "not slow" -n auto $(SPREAD)
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow $(SPREAD)
+	$(PYTEST) -m slow -n $$(( $(CORES) + 1 )) $(SPREAD)
 
 test-all: test test-slow
 
 test-default-flags: $(INSTALLED)
-	LCRF_TEST_DEFAULT_FLAGS=1 $(PYTEST) -m "pure and not slow" $(SPREAD)
+	LCRF_TEST_DEFAULT_FLAGS=1 $(PYTEST) -m "pure and not slow" -n auto $(SPREAD)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
