@@ -7,14 +7,16 @@ from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine.progress import say
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, mean_iou
 from lcrf_jax.nets.inputs import square_image
+from lcrf_jax.nets.linear import linear_network
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.predict.model import trained
 from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
+from lcrf_jax.train.linear_round import kept_in, posterior_settings
 from lcrf_jax.train.methods import begins_with_posteriors
-from lcrf_jax.train.posteriors import map_posteriors
+from lcrf_jax.train.posteriors import map_posteriors, network_posteriors
 
 from . import reporting
 
@@ -39,18 +41,15 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])
     size, num_classes, logits = description["training"]["input_size"], len(source.class_names), []
     matrices = np.zeros((len(CAM_LEVELS), num_parts, num_classes, num_classes), np.int64)
-    training, of_posteriors = description["training"], np.zeros((num_parts, num_classes, num_classes), np.int64)
-    evidence = training["objective"]["likelihood_options"]["evidence"]
-    posteriors_too = begins_with_posteriors(training) and not evidence.get("saliency_weight")
+    kinds = _kinds_of_posteriors(run_dir, description["training"], network, params)
+    of_posteriors = np.zeros((len(kinds), num_parts, num_classes, num_classes), np.int64)
     for part, example in zip(part_of, prefetched(source), strict=True):
         square = square_image(example.image, size)[None]
         others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
         maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
-        if posteriors_too:
-            beside = {"class_maps": maps[..., :-1], "peaks": maps[..., :-1].max(axis=(1, 2)), "objectness": maps[..., -1]}
-            found = map_posteriors(training, network.stride, square, example.tags[None], beside)
-            labels = resized_map(np.asarray(found)[0], example.image.shape[:2]).argmax(axis=-1)
-            of_posteriors[part] += confusion_matrix(labels, example.mask, num_classes)
+        for counts, posteriors_of in zip(of_posteriors, kinds.values(), strict=True):
+            found = np.asarray(posteriors_of(square, example.tags[None], maps))[0]
+            counts[part] += confusion_matrix(resized_map(found, example.image.shape[:2]).argmax(axis=-1), example.mask, num_classes)
         scores = maps[0, ..., :-1]
         logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
         scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
@@ -63,10 +62,10 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     best = int(np.argmax(np.nan_to_num(chosen_on)))
     where = "this split" if num_parts == 1 else scored.splits[0]
     say(preparation.precision_line(source.split, source, np.stack(logits)))
-    if posteriors_too:
-        say("\nposteriors of the class maps under the CRF, which the first round learns from, tags given")
-        table = format_iou_table(of_posteriors.sum(axis=0), source.class_names)
-        say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': of_posteriors}))}")
+    for title, counts in zip(kinds, of_posteriors, strict=True):
+        say(f"\nposteriors of {title}, tags given")
+        table = format_iou_table(counts.sum(axis=0), source.class_names)
+        say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': counts}))}")
     say("\nclass maps of the frozen tag classifier, tags given at test time")
     say(f"mIoU by background level{'' if num_parts == 1 else f', {where}'}: "
         + ", ".join(f"{level:g}: {miou:.3f}" for level, miou in zip(CAM_LEVELS, chosen_on, strict=True)))  # fmt: skip
@@ -75,3 +74,27 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': matrices[best]}))}")
     if num_parts > 1:
         say(f"\n{table.splitlines()[-1]}")
+
+
+def _kinds_of_posteriors(run_dir, training, network, params):
+    """Title -> function (image, tags, class maps with objectness) to posteriors, of those that a run begins with."""
+    evidence = training["objective"]["likelihood_options"]["evidence"]
+    if not begins_with_posteriors(training) or evidence.get("saliency_weight"):
+        return {}
+
+    def of_maps(image, tags, maps):
+        beside = {"class_maps": maps[..., :-1], "peaks": maps[..., :-1].max(axis=(1, 2)), "objectness": maps[..., -1]}
+        return map_posteriors(training, network.stride, image, tags, beside)
+
+    linear = kept_in(run_dir)
+    if linear is None:
+        return {"the class maps under the CRF, which the first round learns from": of_maps}
+
+    def of_linear(image, tags, maps):
+        del maps
+        return network_posteriors(posterior_settings(training), linear_network(network), params["backbone"], linear, image, tags)
+
+    return {
+        "the class maps under the CRF, which the linear network learns from": of_maps,
+        "the linear network under the CRF, which the first round learns from": of_linear,
+    }

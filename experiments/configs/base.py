@@ -172,12 +172,19 @@ def get_config():
     # The first round is trained on the class maps of the tag classifier, each further one goes on from there on the
     # mean-field posteriors of the training images under the round before, given their tags.
     config.evidence_posterior = False  # the first round, too, learns from posteriors: of the CRF on the class maps' evidence
+    # With it: a linear network that has learnt from these makes those that the first round learns from.
+    config.linear = ConfigDict()
+    config.linear.num_steps = 0  # of 1,024 cells of training images; 0: no such network
+    config.linear.learning_rate = 1e-3
+    config.linear.weight_decay = 1e-2
+    config.linear.unary_weight = 1.0  # of its log-probabilities beside the CRF
     config.epochs = (4, 4)
     config.rounds = 2  # of latent_crf: epochs has a number for each. Of other methods the sum of the epochs counts
     config.least_steps = 0  # of each round: with few images an epoch is several passes over them
     config.posterior = ConfigDict()
     config.posterior.unary_weight = 1.0
-    config.posterior.evidence_weight = 0.0  # of the class maps' log-evidence beside the network's log-probabilities
+    # Of the class maps' log-evidence beside the network's log-probabilities, or of those of the linear network where there is one.
+    config.posterior.evidence_weight = 0.0
     config.posterior.tempering = 1.0  # the log-posterior is multiplied by it
     config.posterior.num_iterations = 10
     config.posterior.kernel = kernel(8.0, 80.0, 13.0, 2.0, 8.0)  # in pixels of the network's input

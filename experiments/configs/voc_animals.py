@@ -25,7 +25,8 @@ def get_config():
     config.objective.likelihood_weight = 1.5
     config.objective.estimator = "mean"
     config.evidence_posterior = True
-    config.posterior.evidence_weight = 1.0
+    config.linear.num_steps, config.linear.unary_weight = 430, 0.5
+    config.posterior.evidence_weight = 0.5
     config.rounds, config.epochs = 3, (2, 2, 2)
     config.optimizer.warmup_steps = 50
     config.eval_every_epochs = 2

@@ -16,7 +16,6 @@ from lcrf_jax.bound.objective import empty_chains, uses_chains
 from lcrf_jax.bound.record import Record
 from lcrf_jax.data.loader import device_prefetch, make_loader
 from lcrf_jax.data.pipeline import ImageSubset
-from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.machine.files import at_home
 from lcrf_jax.machine.locks import locked
 from lcrf_jax.machine.processes import first_decides, largest
@@ -27,12 +26,11 @@ from lcrf_jax.predict.evaluation import evaluate
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import RunCheckpoints
 from lcrf_jax.runfolder.description import check_description, save_description
-from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.runfolder.metrics import MetricsWriter
 from lcrf_jax.runfolder.segments import with_segment
 from lcrf_jax.train.beginning import description_before, is_saved, refuse_changes, refuse_moved_rounds
-from lcrf_jax.train.methods import begins_with_posteriors
-from lcrf_jax.train.posteriors import parts_of_posterior_evidence, parts_of_posterior_of_maps
+from lcrf_jax.train.evidence import evidence_of
+from lcrf_jax.train.linear_round import POSTERIORS
 from lcrf_jax.train.preparation import Prepared, inference_params, training_records, validation_features
 from lcrf_jax.train.step import (
     TrainState,
@@ -96,13 +94,13 @@ def train(
             say(f"continuing after step {done}")
         save_description(workdir, with_segment(description_before(workdir), description, done))
         if not done:
-            first_decides(lambda: shutil.rmtree(workdir / "posteriors", ignore_errors=True))
+            first_decides(lambda: shutil.rmtree(workdir / POSTERIORS, ignore_errors=True))
         writer = stack.enter_context(MetricsWriter(workdir, resume_step=done + 1))
         stop = stack.enter_context(StopRequest())
         for this in rounds:
             if done >= this.last_step:
                 continue
-            evidence = _evidence_of(prepared, workdir, this, state, done)
+            evidence = evidence_of(prepared, workdir, this, state, done)
             if this.number and done == this.first_step:
                 state = _fresh_state(prepared, this, key, mesh)._replace(params=state.params)
                 data_state = None
@@ -238,50 +236,6 @@ def _newest_state(prepared, checkpoints, rounds, key, mesh):
     if restored is None:
         return _fresh_state(prepared, rounds[0], key, mesh), None, 0
     return restored.state, restored.data_state, restored.step
-
-
-def _evidence_of(prepared, workdir, this, state, done):
-    """The evidence of a round, if it is not made of the class maps in each step; kept on disk.
-
-    That of a round after the first is from the state that the one before ended with.
-    """
-    if this.number == 0:
-        return _first_evidence(prepared, workdir)
-
-    config, method = prepared.config, prepared.plan.method
-    posterior = method.posterior(config)
-    identity = {
-        "round": this.number,
-        "posterior": {name: value for name, value in posterior.items() if name != "evidence_weight" or value},
-        "before": list(method.round_epochs(config)[: this.number]),
-        "seed": config["seed"],
-    }
-    if posterior.get("evidence_weight"):
-        identity["evidence"] = config["objective"]["likelihood_options"]["evidence"]
-    with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
-        if cache.first < cache.num_records:
-            if done != this.first_step:
-                raise ValueError(
-                    f"{workdir / 'posteriors'} has no posteriors that round {this.number + 1} was begun with: restore "
-                    "the folder and the settings of its rounds, or start again in a new one"
-                )
-            for rows in parts_of_posterior_evidence(prepared, state.params, posterior, cache.first):
-                cache.write(evidence=rows)
-    return cache.arrays["evidence"]
-
-
-def _first_evidence(prepared, workdir):
-    """The posteriors of the class maps, for a first round that learns from them, or None."""
-    config, maps = prepared.config, prepared.maps
-    if not begins_with_posteriors(config):
-        return None
-    evidence = config["objective"]["likelihood_options"]["evidence"]
-    identity = {"round": 0, "posterior": config["posterior"], "evidence": evidence, "maps": params_digest({"peaks": maps.peaks})}
-    with cached_arrays(workdir / "posteriors", identity, len(prepared.train), bounded=False) as cache:
-        if cache.first < cache.num_records:
-            for rows in parts_of_posterior_of_maps(prepared, cache.first):
-                cache.write(evidence=rows)
-    return cache.arrays["evidence"]
 
 
 def _train_round(prepared, this, state, data_state, evidence, outputs, key, mesh):

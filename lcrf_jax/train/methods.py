@@ -281,6 +281,21 @@ def begins_with_posteriors(config: Mapping[str, Any]) -> bool:
     return True
 
 
+def begins_with_linear(config: Mapping[str, Any]) -> bool:
+    """Whether a linear network that has learnt from the first posteriors makes those that the first round learns from.
+
+    Args:
+      config: dict as for `begins_with_posteriors`, with "linear"; without that, no.
+
+    Returns:
+      bool.
+
+    Raises:
+      SettingError: as `begins_with_posteriors`.
+    """
+    return begins_with_posteriors(config) and bool(config.get("linear", {}).get("num_steps"))
+
+
 def localisation(config: Mapping[str, Any]) -> str:
     """What tells the method where in an image a class is, beside the tags, in words; "" for nothing.
 

@@ -1,7 +1,7 @@
 """Labels of the training images given their tags: of class maps alone, or of a trained network, for the round after."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.nets.inputs import guide_image, network_inputs
+from lcrf_jax.nets.network import Network
 from lcrf_jax.nets.trained import merged
 from lcrf_jax.train.preparation import Prepared
 from lcrf_jax.train.spread import over_devices, padded_rows, reading_threads
@@ -53,8 +54,7 @@ def parts_of_posterior_evidence(
     Returns:
       Iterator over arrays [n, g, g, K] float16, >= 0, summing to one over the classes.
     """
-    network, views, tags = prepared.network, prepared.views, prepared.train.tags
-    stride = prepared.plan.guide_stride
+    network, tags = prepared.network, prepared.train.tags
     # The parameters are of all devices and processes; the rest is done by those of this one.
     params = jax.tree.map(np.asarray, params)
     variables = merged(prepared.variables, params)
@@ -63,26 +63,51 @@ def parts_of_posterior_evidence(
         _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, evidence_weight=evidence_weight,
         options=_evidence_options(prepared.config), **_grid_settings(prepared, settings),
     )
-    of_images, _ = over_devices(
-        _inputs_of_images, (variables,), len(tags), BATCH_SIZE, network=network, guide_stride=stride
-    )
+    inputs = _inputs_of_parts(prepared, variables, num_rows)
 
-    def whole(arrays):  # so that the devices have equal parts; a single one takes what there is
-        return arrays if num_rows == BATCH_SIZE else padded_rows(arrays, num_rows)
+    def found(part):
+        evidence = _evidence_arrays(prepared, part) if evidence_weight else {}
+        return posterior(*inputs(part), *_whole((tags[part], evidence), num_rows))
+
+    return _in_parts(found, len(tags), num_rows, "posteriors", first)
+
+
+def features_of_parts(prepared: Prepared) -> tuple[Callable[[slice], dict[str, Any]], int]:
+    """The frozen features of the whole training images, part by part.
+
+    Args:
+      prepared: Prepared.
+
+    Returns:
+      (function from a slice of the images to a dict from tap to [n, h, w, C], images of a slice). Where features are not kept
+      they are computed; on several devices the last slice has rows more than it has images.
+    """
+    _, num_rows = over_devices(_inputs_of_images, (), len(prepared.train), BATCH_SIZE)
+    inputs = _inputs_of_parts(prepared, prepared.variables, num_rows)
+    return lambda part: inputs(part)[0], num_rows
+
+
+def _inputs_of_parts(prepared, variables, num_rows):
+    """A function of a slice of the images to (features, those of the mirror images, guide), of so many rows."""
+    network, views, stride = prepared.network, prepared.views, prepared.plan.guide_stride
+    of_images, _ = over_devices(
+        _inputs_of_images, (variables,), len(prepared.train), BATCH_SIZE, network=network, guide_stride=stride
+    )
 
     def inputs(part):
         if prepared.config["cache"]["features"]:
             taps = [{tap: views.tap(tap, view)[part] for tap in network.taps} for view in (0, 1)]
-            return whole((*taps, views.guide()[part]))
+            return _whole((*taps, views.guide()[part]), num_rows)
         with reading_threads() as pool:
-            records = list(pool.map(views.__getitem__, range(part.start, min(part.stop, len(tags)))))  # view 0 comes first
-        return of_images(whole(np.stack([record.image for record in records])))
+            records = list(pool.map(views.__getitem__, range(part.start, min(part.stop, len(prepared.train)))))  # view 0 comes first
+        return of_images(_whole(np.stack([record.image for record in records]), num_rows))
 
-    def found(part):
-        evidence = _evidence_arrays(prepared, part) if evidence_weight else {}
-        return posterior(*inputs(part), whole(tags[part]), whole(evidence))
+    return inputs
 
-    return _in_parts(found, len(tags), num_rows, "posteriors", first)
+
+def _whole(arrays, num_rows):
+    """So that the devices have equal parts; a single one takes what there is."""
+    return arrays if num_rows == BATCH_SIZE else padded_rows(arrays, num_rows)
 
 
 def posterior_of_maps(prepared: Prepared) -> np.ndarray:
@@ -116,8 +141,7 @@ def parts_of_posterior_of_maps(prepared: Prepared, first: int = 0) -> Iterator[n
     )
 
     def found(part):
-        given = (_guides(prepared, part), tags[part], _evidence_arrays(prepared, part))
-        return posterior(*(given if num_rows == BATCH_SIZE else padded_rows(given, num_rows)))
+        return posterior(*_whole((_guides(prepared, part), tags[part], _evidence_arrays(prepared, part)), num_rows))
 
     return _in_parts(found, len(tags), num_rows, "posteriors of class maps", first)
 
@@ -142,6 +166,29 @@ def map_posteriors(
     return _posteriors_of_maps(
         guide_image(images, stride), tags, {name: evidence[name] for name in _evidence_names(options)}, options=options,
         **_mean_field_settings(config["posterior"], stride, stride),
+    )  # fmt: skip
+
+
+def network_posteriors(
+    settings: Mapping[str, Any], network: Network, variables: Mapping[str, Any], params: Any, images: np.ndarray, tags: ArrayLike
+) -> jax.Array:
+    """What `posterior_evidence` makes of any images without the class maps' evidence, for scoring it where there are masks.
+
+    Args:
+      settings: as for `parts_of_posterior_evidence`.
+      network: lcrf_jax.nets.network.Network.
+      variables: of its backbone.
+      params: of its decoder.
+      images: [B, S, S, 3] RGB 0..255, as the network sees them.
+      tags: [B, K] bool.
+
+    Returns:
+      [B, g, g, K] float32.
+    """
+    inputs = _inputs_of_images(variables, images, network=network, guide_stride=network.stride)
+    return _posteriors(
+        params, merged(variables, params), *inputs, tags, {}, network=network, evidence_weight=0.0, options=(),
+        **_mean_field_settings(settings, network.stride, network.stride),
     )  # fmt: skip
 
 

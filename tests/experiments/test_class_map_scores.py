@@ -11,9 +11,11 @@ from lcrf_jax.train.splits import checked_split
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [True, False], ids=["posteriors", "maps"])
-def test_what_the_first_round_learns_from_is_scored_beside_the_maps(tmp_path, capsys, first):
+@pytest.mark.parametrize("num_steps", [30, 0, None], ids=["linear", "posteriors", "maps"])
+def test_what_the_first_round_learns_from_is_scored_beside_the_maps(tmp_path, capsys, num_steps):
+    first, linear = num_steps is not None, bool(num_steps)
     config = small_config(tmp_path / "cache", evidence_posterior=first, epochs=(1,))
+    config["linear"] = {**config["linear"], "num_steps": num_steps or 0}
     evidence = {**config["objective"]["likelihood_options"]["evidence"], "objectness_weight": float(first)}
     config["objective"]["likelihood_options"] = {**config["objective"]["likelihood_options"], "evidence": evidence}
     fit.train(preparation.prepare(config), tmp_path / "run")
@@ -21,7 +23,8 @@ def test_what_the_first_round_learns_from_is_scored_beside_the_maps(tmp_path, ca
     evaluate_cam(tmp_path / "run", checked_split(config, "val", masks=True), tags_given=True, num_parts=2)
     shown = capsys.readouterr().out
     assert len(re.findall(r"0\.\d+: 0\.\d{3}", shown)) == len(CAM_LEVELS)
-    assert ("posteriors of the class maps under the CRF" in shown) == first
-    assert shown.count("val[1::2]") == 1 + first
+    assert ("posteriors of the class maps under the CRF, which the " in shown) == first
+    assert ("posteriors of the linear network under the CRF, which the first round learns from" in shown) == linear
+    assert shown.count("val[1::2]") == 1 + first + linear
     scores = [float(value) for value in re.findall(r"^mIoU +(0\.\d{3})", shown, re.MULTILINE)]
-    assert len(scores) == 2 + first and all(0 < score < 1 for score in scores)
+    assert len(scores) == 2 + first + linear and all(0 < score < 1 for score in scores)

@@ -3,7 +3,7 @@
     LCRF_TEST_RAY=2000 python -m pytest -n 0 tests/experiments/test_ray.py -s
 
 labels so many photographs, both ways twice, in turns, and prints what each has cost: seconds, those from the first mask to the
-last, and seconds of the processor of all processes.
+last, and seconds of the processor of all processes. LCRF_TEST_RAY_MODEL=animals takes another model than the tiny run.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from lcrf_jax.data.opening import open_source
 
 NUM_PHOTOGRAPHS = int(os.environ.get("LCRF_TEST_RAY", "60"))
 TURNS = 2 if "LCRF_TEST_RAY" in os.environ else 1
+MODEL = os.environ.get("LCRF_TEST_RAY_MODEL")
 MARK = "LCRF_TEST_RAY_MARK"
 pytestmark = pytest.mark.slow
 
@@ -99,7 +100,7 @@ def contents(folder):
 
 def test_a_killed_worker_costs_nothing_but_its_batch(python, checkpoint, tmp_path):
     photos, results = photographs(tmp_path / "photos"), {}
-    command = (python, "-m", "experiments.predict", f"--checkpoint={checkpoint}", f"--images={photos}", "--crf")
+    command = (python, "-m", "experiments.predict", f"--checkpoint={MODEL or checkpoint}", f"--images={photos}", "--crf")
     for turn in range(TURNS):
         for engine, flags in (("local", ()), ("ray", ("--engine=ray", "--workers=2"))):
             out = tmp_path / f"{engine} {turn}"

@@ -3,16 +3,17 @@
 import jax
 import numpy as np
 import pytest
-from small_runs import small_config
+from small_runs import Killed, assert_same_trees, small_config, train_and_kill
 
 from lcrf_jax.bound.pixel_evidence import class_evidence
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.nets.inputs import guide_image
+from lcrf_jax.nets.linear import linear_network
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.digests import params_digest
-from lcrf_jax.train import fit, posteriors, preparation
+from lcrf_jax.train import fit, linear_round, posteriors, preparation
 
 
 @pytest.mark.slow
@@ -92,6 +93,71 @@ def test_a_run_that_begins_with_posteriors_goes_on_to_the_same_bits(tmp_path):
     fit.train(given, tmp_path / "again")
     assert params_digest(restore_params(tmp_path / "again")) == first
     assert len(list((tmp_path / "run" / "posteriors").iterdir())) >= len(given.plan.rounds)
+
+
+def with_linear(directory, **changes):
+    config = small_config(directory, evidence_posterior=True, **changes)
+    config["linear"] = {**config["linear"], "num_steps": 60, "learning_rate": 1e-2, "unary_weight": 0.5}
+    return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [True, False], ids=["features", "images"])
+def test_a_linear_network_learns_from_the_posteriors_and_makes_those_of_the_first_round(tmp_path, monkeypatch, kept):
+    monkeypatch.setattr(posteriors, "BATCH_SIZE", 5)  # on four devices the last four images are padded
+    config = with_linear(tmp_path, cache__features=kept)
+    given = preparation.prepare(config)
+    of_maps = np.float32(posteriors.posterior_of_maps(given))
+    params = linear_round.fitted_to(given, lambda: of_maps, identity={"of": "maps"}, directory=tmp_path / "run" / linear_round.POSTERIORS)
+    assert {tap: weights.shape[1] for tap, weights in params["weights"].items()} == dict.fromkeys(given.network.taps, 7)
+    found = np.concatenate(list(linear_round.parts_of_linear_posterior(given, params)))
+    assert found.shape == of_maps.shape and found.dtype == np.float16
+    assert not found[~np.broadcast_to(given.train.tags[:, None, None], found.shape)].any(), "classes that are not tagged"
+    differences = np.abs(np.float32(found) - of_maps).mean(), np.abs(np.roll(np.float32(found), 1, axis=0) - of_maps).mean()
+    assert 0.01 < differences[0] < differences[1] / 2, "it says nearly what it has learnt from, of the same image"
+    later = list(linear_round.parts_of_linear_posterior(given, params, first=20))
+    np.testing.assert_allclose(np.float32(np.concatenate(later)), np.float32(found[20:]), atol=2e-3)
+    kept_ones = linear_round.kept_in(tmp_path / "run")
+    assert_same_trees(kept_ones, params)
+    assert linear_round.kept_in(tmp_path) is None
+    if not kept:
+        at, settings = slice(3, 5), linear_round.posterior_settings(config)
+        images = np.stack([given.views[i].image for i in (3, 4)])
+        linear = linear_network(given.network)
+        alone = posteriors.network_posteriors(settings, linear, given.variables, params, images, given.train.tags[at])
+        np.testing.assert_allclose(alone, np.float32(found[at]), atol=2e-3)
+
+
+@pytest.mark.slow
+def test_cells_are_taken_of_some_images_where_there_are_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(posteriors, "BATCH_SIZE", 2)
+    monkeypatch.setattr(linear_round, "MOST_IMAGES", 8)
+    monkeypatch.setattr(linear_round, "MOST_CELLS", 40)
+    monkeypatch.setattr(linear_round, "LEAST_CELLS_OF_IMAGE", 3)
+    given = preparation.prepare(with_linear(tmp_path))
+    linear, numbers = linear_round._with_linear(given), np.arange(24)[:, None, None, None]
+    inputs, targets, channels = linear_round._sampled(linear, np.broadcast_to(numbers, (24, 6, 6, 7)), np.random.default_rng(0))
+    assert sorted(set(targets[:, 0])) == list(range(8)) and len(inputs) == len(targets) == 8 * 5
+    assert inputs.dtype == np.float16 and inputs.shape[1] == sum(channels.values())
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_with_a_linear_network_is_killed_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    given = preparation.prepare(with_linear(tmp_path / "cache"))
+    fit.train(given, tmp_path / "whole")
+    parts = linear_round.parts_of_posterior_evidence
+
+    def broken_off(*arguments):
+        yield next(parts(*arguments))[:7]
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(linear_round, "parts_of_posterior_evidence", broken_off)
+        fit.train(given, tmp_path / "run")
+    train_and_kill(given, tmp_path / "run", monkeypatch, 3)
+    fit.train(given, tmp_path / "run")
+    assert params_digest(restore_params(tmp_path / "run")) == params_digest(restore_params(tmp_path / "whole"))
+    assert_same_trees(linear_round.kept_in(tmp_path / "run"), linear_round.kept_in(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from lcrf_jax.predict import evaluation
 from lcrf_jax.predict.segmenter import make_segmenter
 from lcrf_jax.runfolder.checkpoints import RunCheckpoints, best_miou, restore_params
 from lcrf_jax.runfolder.description import CheckpointError, load_description
-from lcrf_jax.train import fit, plan, posteriors, preparation
+from lcrf_jax.train import evidence, fit, plan, posteriors, preparation
 from lcrf_jax.train import step as step_module
 from lcrf_jax.train.methods import METHODS
 
@@ -297,7 +297,7 @@ def test_a_folder_with_another_model_is_refused(prepared, uninterrupted):
 def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
     second = prepared.plan.rounds[1]
     with pytest.raises(ValueError, match="has no posteriors that round 2 was begun with"):
-        fit._evidence_of(prepared, tmp_path, second, None, done=second.first_step + 1)
+        evidence.evidence_of(prepared, tmp_path, second, None, done=second.first_step + 1)
 
 
 @pytest.mark.slow
