@@ -120,6 +120,11 @@ def test_a_linear_network_learns_from_the_posteriors_and_makes_those_of_the_firs
     kept_ones = linear_round.kept_in(tmp_path / "run")
     assert_same_trees(kept_ones, params)
     assert linear_round.kept_in(tmp_path) is None
+    taps = jax.eval_shape(given.network.features, given.variables, np.zeros((1, 96, 96, 3), np.float32))
+    own = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), jax.eval_shape(given.network.init, jax.random.key(0), given.variables, taps))
+    settings = {**linear_round.posterior_settings(config), "unary_weight": 1e-6, "evidence_weight": 0.5}
+    beside = np.concatenate(list(linear_round.parts_of_later_posterior(given, own, params, settings)))
+    np.testing.assert_allclose(np.float32(beside), np.float32(found), atol=3e-3, err_msg="all the weight on the linear network")
     if not kept:
         at, settings = slice(3, 5), linear_round.posterior_settings(config)
         images = np.stack([given.views[i].image for i in (3, 4)])
@@ -143,7 +148,9 @@ def test_cells_are_taken_of_some_images_where_there_are_many(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_run_that_begins_with_a_linear_network_is_killed_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    given = preparation.prepare(with_linear(tmp_path / "cache"))
+    config = with_linear(tmp_path / "cache")
+    config["posterior"] = {**config["posterior"], "evidence_weight": 0.5}  # of the linear network, in the second round
+    given = preparation.prepare(config)
     fit.train(given, tmp_path / "whole")
     parts = linear_round.parts_of_posterior_evidence
 
