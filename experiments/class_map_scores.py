@@ -8,6 +8,7 @@ from lcrf_jax.machine.progress import say
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, mean_iou
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
+from lcrf_jax.predict.checks import told_as_parameters
 from lcrf_jax.predict.model import trained
 from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
@@ -44,8 +45,9 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     posteriors_too = begins_with_posteriors(training) and not evidence.get("saliency_weight")
     for part, example in zip(part_of, prefetched(source), strict=True):
         square = square_image(example.image, size)[None]
-        others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
-        maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
+        with told_as_parameters(network, {"backbone": params["backbone"]}):
+            others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
+            maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
         if posteriors_too:
             beside = {"class_maps": maps[..., :-1], "peaks": maps[..., :-1].max(axis=(1, 2)), "objectness": maps[..., -1]}
             found = map_posteriors(training, network.stride, square, example.tags[None], beside)
