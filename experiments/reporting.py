@@ -235,7 +235,10 @@ def place_in_names(data, own):
 
 def whole_or_parts(source, num_parts):
     """What is scored: a source, or the parts SPLIT[k::num_parts] of it if there are to be several."""
-    return source if num_parts == 1 else in_parts(source, num_parts)
+    try:
+        return source if num_parts == 1 else in_parts(source, num_parts)
+    except SettingError as error:
+        raise SettingError(f"--{error}; a part needs an image") from error
 
 
 def part_counts(scored, matrices):
