@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
 from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.machine.errors import SettingError, nearest
 from lcrf_jax.nets.network import Network, build_network, unfit_parameters
 from lcrf_jax.numerics import check_number
@@ -185,6 +187,8 @@ def check_size(name: str, size: int, network: Network) -> None:
     Raises:
       SettingError: the message names the setting.
     """
+    if size * size > MAX_PIXELS:
+        raise SettingError(f"{name}: expected at most {math.isqrt(MAX_PIXELS)}, the side of an image of {MAX_PIXELS // 10**6} million pixels, got {size}")
     if size < 32 or size % network.size_step:
         multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
         raise SettingError(f"{name}: expected {multiple}, got {size}")
