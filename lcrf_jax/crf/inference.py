@@ -15,7 +15,7 @@ from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
 from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
 from lcrf_jax.crf.params import STATIC_WIDTHS, KernelParams, check_image_shape, checked_params, colours
-from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number
+from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number, native
 
 _EXACT_PIXELS = 64**2
 
@@ -316,7 +316,7 @@ def _refined(
     image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, coarse_iterations, measured
 ):
     # Lists of numbers are arrays as well.
-    image, logits, valid = (x if x is None or hasattr(x, "dtype") else np.asarray(x) for x in (image, logits, valid))
+    image, logits, valid = (native(x) if x is None or hasattr(x, "dtype") else np.asarray(x) for x in (image, logits, valid))
     height, width, channels = check_image_shape(image)
     check_shape("logits", logits, (height, width, "K"), _remedy_of_layout(np.shape(logits), height, width))
     if np.shape(logits)[-1] == 1:

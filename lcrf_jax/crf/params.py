@@ -32,6 +32,7 @@ from lcrf_jax.numerics import (
     check_values,
     first_place,
     known_number,
+    native,
     promote_float,
 )
 
@@ -222,10 +223,10 @@ def check_image_shape(image: ArrayLike) -> tuple[int, ...]:
       ValueError: if it has another number of axes, or its channels seem to be first.
     """
     remedy = ONE_IMAGE
-    if jnp.ndim(image) == 4:
+    if np.ndim(image) == 4:
         remedy += "; a volume or a video is not supported as one: use jax.vmap for its slices one by one, or " \
             "lcrf_jax.feature_kernel with features of your own for pairs across slices"
-    elif jnp.ndim(image) == 2:
+    elif np.ndim(image) == 2:
         remedy += "; give a grey image an axis of one channel, image[:, :, None]"
     shape = check_shape("image", image, ("H", "W", "C"), remedy)
     if shape[0] in (1, 3) and shape[2] > 64 and shape[1] > 8:
@@ -257,6 +258,7 @@ def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
         resampling overshoots) or all that differ are within the lowest 255th of it in an image of floats.
     """
     check_image_shape(image)
+    image = native(image) if hasattr(image, "dtype") else np.asarray(image)
     if colour_max is None:
         check_finite("image", image, "look at how it was read")
         return promote_float(image)
