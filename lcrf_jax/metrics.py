@@ -357,7 +357,7 @@ def format_iou_table(
       mIoU 0.708
     """
     for name, matrix in (("confusion", confusion), ("refined", refined)):
-        if matrix is not None:
+        if matrix is not None and not isinstance(matrix, ConfusionCounts):
             check_values(name, matrix, lambda values: None)  # whether it holds numbers, before a mask is dropped
     matrices = [np.asarray(confusion)] + ([] if refined is None else [np.asarray(refined)])
     for matrix in matrices:

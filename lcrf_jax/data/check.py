@@ -180,7 +180,7 @@ def everywhere(source: Source) -> list[str]:
     Returns:
       A line for each of them, with the remedy.
     """
-    always = source.tags[:, 1:].all(axis=0) & (len(source) > 0)
+    always = np.asarray(source.tags[:, 1:].all(axis=0) & (len(source) > 0))
     return [
         f"{source.split}: every photograph has the tag {name!r}: nothing tells it apart from the background, and its masks will be worth "
         "little; add some tens of photographs without it, with other tags or none"
