@@ -6,7 +6,6 @@ FOLDER/images/*.jpg, FOLDER/tags.csv, and masks of a fifth of them in FOLDER/mas
 """
 
 import csv
-import pathlib
 
 from absl import flags
 from PIL import Image
@@ -24,7 +23,7 @@ _NUM = flags.DEFINE_integer("num", 60, "Number of images.", lower_bound=20)
 def main(argv):
     """Write images, tags and masks."""
     reporting.no_more_arguments(argv)
-    out = pathlib.Path(_OUT.value)
+    out = reporting.folder_to_write(_OUT.value)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out: {out} is not empty; give another folder, or remove it")
     for folder in ("images", "masks"):

@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.machine.files import at_home, naming
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
@@ -118,9 +119,12 @@ def parsed_size(text):
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
         raise ValueError(f"--size: expected HEIGHTxWIDTH in pixels such as 375x500, got {text!r}")
-    return int(parts[0]), int(parts[1])
+    height, width = map(int, parts)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"--size: expected at most {MAX_PIXELS // 10**6} million pixels, as photographs may have, got {text!r}")
+    return height, width
 
 
 if __name__ == "__main__":

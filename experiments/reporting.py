@@ -162,6 +162,16 @@ def run_folder(value, flag="workdir"):
     return at_home(value)
 
 
+def folder_to_write(value, flag="out"):
+    """The folder that a flag names, which need not be there; refused where a file stands in its place or above it."""
+    folder = run_folder(value, flag)
+    there = next(filter(os.path.lexists, (folder, *folder.parents)), None)
+    if there is not None and not there.is_dir():
+        kind = "a file" if there.exists() else "a link that leads nowhere"
+        raise SettingError(f"--{flag}={folder}: {there} is {kind}; give a folder, which is made if it is not there")
+    return folder
+
+
 def plain_settings(config, *, root=None):
     """A configuration as a plain dict, of the data in `root` if that is given; refuses unknown names and impossible numbers."""
     if root is not None:

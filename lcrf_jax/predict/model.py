@@ -224,7 +224,11 @@ def _file_of(given):
 
 def _place(checkpoint):
     """The folder or file that is meant."""
+    if not str(checkpoint).strip():
+        raise FileNotFoundError("expected the folder of a run, a file of a model or its name, got an empty one; is a variable not set?")
     given = at_home(checkpoint)
+    if given.name == DESCRIPTION_FILE and given.is_file():
+        raise FileNotFoundError(f"{given} describes a run: give its folder, {given.parent}")
     if given.is_symlink():
         folder_of_run(given)  # it refuses one in a circle
     if not given.exists() and str(checkpoint) in shipped_models():
