@@ -168,7 +168,8 @@ def folder_to_write(value, flag="out"):
     there = next(filter(os.path.lexists, (folder, *folder.parents)), None)
     if there is not None and not there.is_dir():
         kind = "a file" if there.exists() else "a link that leads nowhere"
-        raise SettingError(f"--{flag}={folder}: {there} is {kind}; give a folder, which is made if it is not there")
+        where = "" if there == folder else f": {there}"
+        raise SettingError(f"--{flag}={folder}{where} is {kind}; give a folder, which is made if it is not there")
     return folder
 
 

@@ -284,7 +284,7 @@ def test_the_programs_run_on_their_own(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("flag, message", [
     ("--out=", "--out: expected a folder, got an empty name; is a variable not set"),
-    ("--out={folder}/file", "--out={folder}/file: {folder}/file is a file; give a folder"),
+    ("--out={folder}/file", "--out={folder}/file is a file; give a folder"),
     ("--out={folder}/file/below", "--out={folder}/file/below: {folder}/file is a file; give a folder"),
     ("--tags=", "--tags: expected a file, got an empty name"), ("--tags={folder}", "{folder} is no file"), ("--tags={folder}/fil", "fil does not exist; did you mean"),
     ("--list=", "--list: expected a file, got an empty name"), ("--list={folder}/fil", "fil does not exist; did you mean"),
