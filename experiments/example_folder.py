@@ -11,6 +11,7 @@ from absl import flags
 from PIL import Image
 
 from lcrf_jax.data.opening import open_source
+from lcrf_jax.machine.files import naming
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import save_index_png
 
@@ -26,6 +27,12 @@ def main(argv):
     out = reporting.folder_to_write(_OUT.value)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out: {out} is not empty; give another folder, or remove it")
+    with naming(out):
+        write_folder(out)
+
+
+def write_folder(out):
+    """Write all of it."""
     for folder in ("images", "masks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     source = open_source("textures", "train", masks=True, seed=0, num_train=_NUM.value)

@@ -73,7 +73,7 @@ def main(argv):
         "network": description["network"], "inference": description["inference"],
         "params_sha256": params_digest(params), "sha256": hashlib.sha256(content).hexdigest(), "versions": library_versions(),
     }  # fmt: skip
-    with own_folder(out.parent, ".unfinished-") as unfinished:
+    with naming(out), own_folder(out.parent, ".unfinished-") as unfinished:
         for path, data in ((out, content), (out.with_name(f"{out.name}.json"), (json.dumps(facts, indent=2) + "\n").encode())):
             (unfinished / path.name).write_bytes(data)
             os.replace(unfinished / path.name, path)
@@ -95,6 +95,8 @@ def _file_to_write():
         raise ValueError(f"--out={out} is a folder; name the file in it")
     with naming(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out={out}: {out.parent} cannot be written to; give another folder")
     return out
 
 
