@@ -285,7 +285,8 @@ class PhotographFinder:
         self._photographs = photographs
         for path in photographs:
             parts = os.path.splitext(path)[0].split("/"), path.split("/")
-            for name in {"/".join(part[start:]) for part in parts for start in range(len(part))} - {path}:
+            names = {"/".join(part[start:]) for part in parts for start in range(len(part))}
+            for name in (names | {name.strip() for name in names}) - {path}:  # tag files are read without spaces around names
                 self._shorter.setdefault(unicodedata.normalize("NFC", name), []).append(path)
         self._plain: dict[str, set[str]] | None = None
         self._nearest: Nearest | None = None
