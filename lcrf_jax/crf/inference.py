@@ -316,7 +316,7 @@ def _refined(
     image, logits, params, form, num_iterations, valid, capacity, colour_max, drop_below, coarse_iterations, measured
 ):
     # Lists of numbers are arrays as well.
-    image, logits, valid = (native(x) if x is None or hasattr(x, "dtype") else np.asarray(x) for x in (image, logits, valid))
+    image, logits, valid = (x if x is None or hasattr(x, "dtype") else np.asarray(x) for x in (image, logits, valid))
     height, width, channels = check_image_shape(image)
     check_shape("logits", logits, (height, width, "K"), _remedy_of_layout(np.shape(logits), height, width))
     if np.shape(logits)[-1] == 1:
@@ -344,9 +344,9 @@ def _refined(
     check_logits("logits", logits)
     static = params._replace(**{name: known_number(width) for name, width in widths.items()})
     options["colour_max"] = known_number(colour_max)
-    tried = capacity
+    tried, given = capacity, jax.tree.map(native, (image, logits, static, valid, drop_below))
     while True:
-        result, needed = _compiled_refine(image, logits, static, valid, drop_below, capacity=tried, **options)
+        result, needed = _compiled_refine(*given, capacity=tried, **options)
         # Inside a program of the caller's, which holds image and logits as constants, nothing is known either.
         if form != "lattice" or isinstance(needed, jax.core.Tracer) or not bool(needed > 0):
             return result

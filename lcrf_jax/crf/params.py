@@ -167,6 +167,9 @@ def checked_params(params: KernelParams) -> KernelParams:
     """
     if not isinstance(params, KernelParams):
         raise TypeError(f"params: expected a KernelParams, got {params!r}; KernelParams() has the usual numbers")
+    for name, value in params._asdict().items():
+        if value is None:
+            raise TypeError(f"{name}: expected a number, got None; a weight of 0 leaves its part of the kernel out")
     for name in ("bilateral_weight", "gaussian_weight"):
         remedy = "weights are >= 0: a pair of pixels with different labels costs them"
         check_number(name, getattr(params, name), minimum=0, remedy=remedy)
