@@ -9,6 +9,7 @@ from lcrf_jax.metrics import confusion_matrix, format_iou_table, mean_iou
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.linear import linear_network
 from lcrf_jax.nets.network import build_network
+from lcrf_jax.predict.checks import told_as_parameters
 from lcrf_jax.predict.model import trained
 from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
@@ -45,8 +46,9 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     of_posteriors = np.zeros((len(kinds), num_parts, num_classes, num_classes), np.int64)
     for part, example in zip(part_of, prefetched(source), strict=True):
         square = square_image(example.image, size)[None]
-        others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
-        maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
+        with told_as_parameters(network, {"backbone": params["backbone"]}):
+            others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
+            maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
         for counts, posteriors_of in zip(of_posteriors, kinds.values(), strict=True):
             found = np.asarray(posteriors_of(square, example.tags[None], maps))[0]
             counts[part] += confusion_matrix(resized_map(found, example.image.shape[:2]).argmax(axis=-1), example.mask, num_classes)

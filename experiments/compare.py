@@ -25,6 +25,7 @@ from absl import flags
 
 from lcrf_jax.baselines import majority_labels
 from lcrf_jax.data.example import data_identity
+from lcrf_jax.machine.errors import nearest
 from lcrf_jax.machine.files import parsed_json
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
@@ -62,7 +63,8 @@ def chosen_methods(names):
     """Names of methods in the order of the table; refuses unknown ones."""
     unknown = set(names) - set(METHODS) - {"all"}
     if unknown or not names:
-        raise ValueError(f"--methods: {sorted(unknown)} not known; expected all or some of {list(METHODS)}")
+        name = min(unknown, default="")
+        raise ValueError(f"--methods: expected all, or some of {', '.join(METHODS)}, with commas between, got {name!r}{nearest(name.lower(), METHODS)}")
     return [name for name in METHODS if name in names or "all" in names]
 
 

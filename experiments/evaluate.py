@@ -9,7 +9,6 @@ and the output says so. Settings that were chosen on one half of a split are rep
 --parts=2 for both halves and the whole in one pass. Several processes (--distributed, docs/scaling.md) share the images.
 """
 
-import os
 import time
 
 from absl import flags
@@ -67,9 +66,7 @@ def _folder_of_results():
     out = reporting.run_folder(_OUT.value, "out")
 
     def make():
-        if os.path.lexists(out) and not out.is_dir():
-            kind = "a file" if out.exists() else "a link that leads nowhere"
-            raise ValueError(f"--out={out} is {kind}; give a folder, which is made if it is not there")
+        reporting.folder_to_write(_OUT.value)
         with naming(out):
             out.mkdir(parents=True, exist_ok=True)
 

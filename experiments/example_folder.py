@@ -6,12 +6,12 @@ FOLDER/images/*.jpg, FOLDER/tags.csv, and masks of a fifth of them in FOLDER/mas
 """
 
 import csv
-import pathlib
 
 from absl import flags
 from PIL import Image
 
 from lcrf_jax.data.opening import open_source
+from lcrf_jax.machine.files import naming
 from lcrf_jax.machine.progress import say
 from lcrf_jax.pictures.palette import save_index_png
 
@@ -24,9 +24,15 @@ _NUM = flags.DEFINE_integer("num", 60, "Number of images.", lower_bound=20)
 def main(argv):
     """Write images, tags and masks."""
     reporting.no_more_arguments(argv)
-    out = pathlib.Path(_OUT.value)
+    out = reporting.folder_to_write(_OUT.value)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"--out: {out} is not empty; give another folder, or remove it")
+    with naming(out):
+        write_folder(out)
+
+
+def write_folder(out):
+    """Write all of it."""
     for folder in ("images", "masks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     source = open_source("textures", "train", masks=True, seed=0, num_train=_NUM.value)

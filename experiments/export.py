@@ -28,6 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.machine.files import at_home, naming
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
@@ -72,7 +73,7 @@ def main(argv):
         "network": description["network"], "inference": description["inference"],
         "params_sha256": params_digest(params), "sha256": hashlib.sha256(content).hexdigest(), "versions": library_versions(),
     }  # fmt: skip
-    with own_folder(out.parent, ".unfinished-") as unfinished:
+    with naming(out), own_folder(out.parent, ".unfinished-") as unfinished:
         for path, data in ((out, content), (out.with_name(f"{out.name}.json"), (json.dumps(facts, indent=2) + "\n").encode())):
             (unfinished / path.name).write_bytes(data)
             os.replace(unfinished / path.name, path)
@@ -94,6 +95,8 @@ def _file_to_write():
         raise ValueError(f"--out={out} is a folder; name the file in it")
     with naming(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out={out}: {out.parent} cannot be written to; give another folder")
     return out
 
 
@@ -118,9 +121,12 @@ def parsed_size(text):
     if text is None:
         return None
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
         raise ValueError(f"--size: expected HEIGHTxWIDTH in pixels such as 375x500, got {text!r}")
-    return int(parts[0]), int(parts[1])
+    height, width = map(int, parts)
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"--size: expected at most {MAX_PIXELS // 10**6} million pixels, as photographs may have, got {text!r}")
+    return height, width
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from lcrf_jax.data.files.tags import read_text
 from lcrf_jax.data.pipeline import one_ahead
 from lcrf_jax.machine import processes
 from lcrf_jax.machine.gpus import take_own_gpus
@@ -132,7 +133,7 @@ def main(argv):
         raise ValueError("--probabilities and --tile do not go together: those of tiles are not kept")
     if _ENGINE.value != "ray" and any(map(prediction_urls.is_url, [*_IMAGES.value, _OUT.value])):
         raise ValueError(_URLS)
-    started, out = time.monotonic(), prediction_urls.place(_OUT.value)
+    started, out = time.monotonic(), _checked_flags()
     planned = _planned(out)
     if _LIST.value is not None:
         planned = prediction_plan.chosen(planned, _LIST.value)
@@ -166,6 +167,21 @@ def main(argv):
     if failures:
         listed = [f"{path}: {error}" for path, error in failures.items()]
         sys.exit("\n".join([f"error: {len(failures)} of {len(share)} images could not be done:", *listed]))
+
+
+def _checked_flags():
+    """Where the masks go; refuses what is wrong with flags, before photographs are looked for."""
+    for name in ("workers", "cores"):
+        if flags.FLAGS[name].present and _ENGINE.value != "ray":
+            raise ValueError(f"--{name}: it is of --engine=ray alone; several processes share the photographs by --num_processes and --process_id")
+    for name, path in (("list", _LIST.value), ("tags", _TAGS.value)):
+        if path is not None and not path.strip():
+            raise ValueError(f"--{name}: expected a file, got an empty name; is a variable not set?")
+        if path is not None:
+            read_text(path)  # it says what is wrong
+    if "://" in _OUT.value:
+        return prediction_urls.place(_OUT.value)
+    return reporting.folder_to_write(_OUT.value)
 
 
 def _planned(out):

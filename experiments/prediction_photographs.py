@@ -4,7 +4,6 @@ A photograph within a larger file is called by a path, SHARDS/train/barn/7.jpg o
 """
 
 import contextlib
-import functools
 import glob
 import os
 import pathlib
@@ -14,6 +13,7 @@ import time
 
 import numpy as np
 
+from lcrf_jax.data.files.finding import files_below
 from lcrf_jax.data.files.images import image_size, read_turned_image
 from lcrf_jax.data.files.shard_files import INDEX, has_shards, read_index
 from lcrf_jax.data.sources.shards import ShardsSource
@@ -147,15 +147,43 @@ def _names(texts):
     return [] if wrong or len(set(names)) < len(names) else names
 
 
-@functools.cache
+_OPEN: dict[pathlib.Path, _Shards | _Table] = {}  # what was opened stays so: it can be read though its name is gone
+
+
 def _opened(path):
-    return _Table(path) if path.suffix.lower() == SUFFIX else _Shards(path)
+    if path not in _OPEN:
+        _OPEN[path] = _Table(path) if path.suffix.lower() == SUFFIX else _Shards(path)
+    return _OPEN[path]
 
 
 def is_container(pattern):
     """Whether --images names a folder of shards or a table."""
     path = pathlib.Path(pattern)
     return has_shards(path) or path.suffix.lower() == SUFFIX and path.is_file()
+
+
+def containers_below(folder):
+    """What to give in the place of a folder without photographs that holds shards or tables.
+
+    Args:
+      folder: path.
+
+    Returns:
+      A line, or an empty string where it holds none.
+    """
+    found = [os.path.join(folder, name) for name in files_below(folder).files]
+    tables = [name for name in found if name.lower().endswith(SUFFIX)]
+    indices = [os.path.dirname(name) for name in found if os.path.basename(name) == INDEX]
+    if indices:
+        return f"it holds shards: give --images={indices[0]}"
+    if tables:
+        pattern = os.path.join(os.path.dirname(tables[0]), f"*{os.path.splitext(tables[0])[1]}")
+        given = tables[0] if len(tables) == 1 else f"'{pattern}'"
+        return f"it holds {len(tables)} table{'s' if len(tables) > 1 else ''} in Parquet: give --images={given}"
+    if any(name.endswith(".array_record") for name in found):
+        return f"it holds array_record files without {INDEX}: give the folder of shards that experiments.shards has written; of a data set of " \
+               "TensorFlow Datasets write shards first, with its configuration"
+    return ""
 
 
 def expanded(patterns):
@@ -223,8 +251,8 @@ def _holder(photo):
     if is_url(photo) or os.path.lexists(photo):
         return None
     photo = pathlib.Path(photo)
-    above = next(filter(os.path.exists, photo.parents), None)
-    if above is None or not is_container(above):
+    above = next(filter(_OPEN.__contains__, photo.parents), None) or next(filter(os.path.exists, photo.parents), None)
+    if above is None or above not in _OPEN and not is_container(above):
         return None
     return _opened(above), photo.relative_to(above).as_posix()
 

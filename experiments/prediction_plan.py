@@ -23,7 +23,7 @@ from lcrf_jax.data.files.tags import read_text
 from lcrf_jax.machine.locks import own_folder
 from lcrf_jax.machine.progress import say
 
-from .prediction_photographs import is_container, photographs_in
+from .prediction_photographs import containers_below, is_container, photographs_in
 from .predictions import SETTINGS_FILE
 
 
@@ -78,6 +78,7 @@ def planned_outputs(patterns, out, *, overlays, probabilities, data=types.Mappin
             fault = f"no file fits the pattern {pattern!r}"
             if os.path.isdir(os.path.expanduser(pattern)):
                 fault = f"{pattern} holds no photographs ({known_formats()}), at any depth"
+                untaken = containers_below(pattern) or untaken
             raise FileNotFoundError(f"--images: {fault}{_instead(pattern, untaken)}")
         if untaken:
             say(f"{pattern}: {untaken}")

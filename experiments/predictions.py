@@ -106,7 +106,8 @@ def _stored(path):
 
 def _store(path, settings, overwrite):
     """Write the settings, unless another process was faster; with overwrite in any case."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.nullcontext() if is_url(path) else naming(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if is_url(path):
         path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         return

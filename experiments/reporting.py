@@ -162,6 +162,17 @@ def run_folder(value, flag="workdir"):
     return at_home(value)
 
 
+def folder_to_write(value, flag="out"):
+    """The folder that a flag names, which need not be there; refused where a file stands in its place or above it."""
+    folder = run_folder(value, flag)
+    there = next(filter(os.path.lexists, (folder, *folder.parents)), None)
+    if there is not None and not there.is_dir():
+        kind = "a file" if there.exists() else "a link that leads nowhere"
+        where = "" if there == folder else f": {there}"
+        raise SettingError(f"--{flag}={folder}{where} is {kind}; give a folder, which is made if it is not there")
+    return folder
+
+
 def plain_settings(config, *, root=None):
     """A configuration as a plain dict, of the data in `root` if that is given; refuses unknown names and impossible numbers."""
     if root is not None:
@@ -235,7 +246,10 @@ def place_in_names(data, own):
 
 def whole_or_parts(source, num_parts):
     """What is scored: a source, or the parts SPLIT[k::num_parts] of it if there are to be several."""
-    return source if num_parts == 1 else in_parts(source, num_parts)
+    try:
+        return source if num_parts == 1 else in_parts(source, num_parts)
+    except SettingError as error:
+        raise SettingError(f"--{error}; a part needs an image") from error
 
 
 def part_counts(scored, matrices):

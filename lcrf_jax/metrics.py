@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.numerics import check_count, check_finite, check_shape, check_values
+from lcrf_jax.numerics import check_count, check_finite, check_shape, check_values, native
 
 _DIGIT = 2**16
 _WEIGHTS = np.array([1, 2**16, 2**32], np.int64)
@@ -205,7 +205,8 @@ def confusion_matrix(
 
 def _checked_classes(name, array, num_classes, ignore, remedy, xp):
     """[n] integers, after a check of their type, and of their values where they are known."""
-    kept = xp.asarray(array)
+    check_values(name, array, lambda values: None)  # whether it holds numbers
+    kept = xp.asarray(native(array))
     if not xp.issubdtype(kept.dtype, xp.integer):
         raise TypeError(f"expected integers in {name}, got {kept.dtype}; take the argmax of probabilities first")
 
@@ -355,6 +356,9 @@ def format_iou_table(
       mean          0.708
       mIoU 0.708
     """
+    for name, matrix in (("confusion", confusion), ("refined", refined)):
+        if matrix is not None and not isinstance(matrix, ConfusionCounts):
+            check_values(name, matrix, lambda values: None)  # whether it holds numbers, before a mask is dropped
     matrices = [np.asarray(confusion)] + ([] if refined is None else [np.asarray(refined)])
     for matrix in matrices:
         if matrix.shape != (len(class_names), len(class_names)):

@@ -49,7 +49,7 @@ def promote_float(array: ArrayLike, *, name: str | None = None) -> jax.Array:
     if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.dtype.itemsize == 8:
         array = array.astype(np.float32)  # JAX would keep their lower half
     with np.errstate(over="ignore"):  # what becomes infinite and must not is refused where values are checked
-        array = jnp.asarray(array)
+        array = jnp.asarray(native(array))
     _check_kind(name, array)  # of lists as well
     promoted = array.astype(jnp.float64 if array.dtype == jnp.float64 else jnp.float32)
     if array.dtype == jnp.bfloat16:
@@ -57,6 +57,22 @@ def promote_float(array: ArrayLike, *, name: str | None = None) -> jax.Array:
         # prevents that and changes no float32.
         promoted = jax.lax.reduce_precision(promoted, exponent_bits=8, mantissa_bits=23)
     return promoted
+
+
+def native(array: ArrayLike) -> ArrayLike:
+    """An array of NumPy in the byte order of this machine, anything else as it is.
+
+    Arrays of FITS files, of some HDF5 files and of `np.fromfile` may have the other order. JAX refuses them, or under jit takes
+    their bytes for other numbers without a word.
+
+    Args:
+      array: anything.
+    Returns:
+      The same numbers.
+    """
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
 
 
 def _check_kind(name, array):

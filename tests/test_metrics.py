@@ -168,3 +168,15 @@ def test_table_with_refinement_ends_with_the_refined_mean():
     assert lines[2].split() == ["background", "0.842", "1.000"]
     assert lines[-2:] == ["mIoU 0.821 without refinement", "mIoU 1.000"]
     assert len({len(line) for line in lines[:-2]}) == 1
+
+
+def test_counts_with_a_mask_and_labels_of_the_other_byte_order():
+    labels, truth = np.array([0, 1, 1], ">i4"), np.array([0, 1, 0], ">i2")
+    expected = [[1, 1], [0, 1]]
+    assert confusion_matrix(labels, truth, 2).tolist() == confusion_matrix(jnp.asarray([0, 1, 1]), truth, 2).tolist() == expected
+    masked = np.ma.masked_array(np.eye(2, dtype=int), [[True, False], [False, False]])
+    with pytest.raises(TypeError, match="confusion: expected an array without a mask"):
+        format_iou_table(masked, ["background", "cat"])
+    for odd in (np.ma.masked_array(truth), truth.astype(object), truth.astype(str)):
+        with pytest.raises(TypeError, match="^truth: expected"):
+            confusion_matrix(jnp.asarray([0, 1, 1]), odd, 2)

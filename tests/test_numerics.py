@@ -120,3 +120,12 @@ def test_what_holds_no_real_numbers_is_told_by_name(array, error, message):
     if error is TypeError and not np.ma.isMaskedArray(array) and array.dtype.kind != "M":
         with pytest.raises(error, match="x: " + message):
             check_finite("x", array.tolist(), "look")
+
+
+@pytest.mark.parametrize("kind", [">f2", ">f4", ">f8", ">i2", ">i4", ">i8", ">u2"])
+def test_the_other_byte_order_is_no_other_number(kind):
+    values = np.arange(6).reshape(2, 3).astype(kind)
+    np.testing.assert_array_equal(numerics.native(values), values)
+    assert numerics.native(values).dtype.isnative
+    np.testing.assert_array_equal(numerics.promote_float(values), np.arange(6.0).reshape(2, 3))
+    assert numerics.native([1, 2]) == [1, 2] and numerics.native(None) is None

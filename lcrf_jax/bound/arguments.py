@@ -13,6 +13,7 @@ from lcrf_jax.numerics import (
     check_shape,
     check_values,
     first_place,
+    native,
     promote_float,
 )
 
@@ -37,7 +38,7 @@ def checked_tags(tags: ArrayLike, num_classes: int | str) -> jax.Array:
         return f"expected a boolean for each class, got {values[tuple(place)]} at {place}; mark the classes with 0 and 1"
 
     check_values("tags", tags, fault_of)
-    return jnp.asarray(tags).astype(bool)
+    return jnp.asarray(native(tags)).astype(bool)
 
 
 def checked_indices(name: str, indices: ArrayLike) -> jax.Array:

@@ -32,6 +32,7 @@ from lcrf_jax.numerics import (
     check_probs,
     check_shape,
     entropy,
+    native,
     promote_float,
     promote_together,
 )
@@ -324,7 +325,7 @@ def expected_log_prob(logits: ArrayLike, target_probs: ArrayLike) -> jax.Array:
     check_shape("target_probs", target_probs, shape, "give one row per pixel, one column per class")
     check_logits("logits", logits)
     check_probs("target_probs", target_probs)
-    logits, target_probs = promote_together(logits, jax.lax.stop_gradient(target_probs))
+    logits, target_probs = promote_together(logits, jax.lax.stop_gradient(native(target_probs)))
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     check_possible(log_probs, target_probs > 0)
     return jnp.sum(target_probs * jnp.where(target_probs > 0, log_probs, 0))

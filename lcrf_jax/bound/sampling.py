@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.arguments import check_indices, class_axis
-from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, promote_float
+from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, native, promote_float
 
 
 def block_groups(height: int, width: int, block: int) -> jax.Array:
@@ -77,7 +77,7 @@ def _perturbed(key: jax.Array, logits: ArrayLike, groups: ArrayLike | None = Non
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     if groups is None:
         return logits + noise
-    return logits + noise[jnp.asarray(groups)]
+    return logits + noise[jnp.asarray(native(groups))]
 
 
 def _relaxed(perturbed: jax.Array, temperature: ArrayLike) -> jax.Array:

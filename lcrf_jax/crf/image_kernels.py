@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.crf.anchor_building import build_anchors
@@ -44,7 +45,7 @@ def _counted(image: ArrayLike, valid: ArrayLike | None) -> jax.Array | None:
     """Which pixels count [m], or None for all."""
     if valid is None:
         return None
-    check_shape("valid", valid, jnp.shape(image)[:2], "give one boolean per pixel of the image")
+    check_shape("valid", valid, np.shape(image)[:2], "give one boolean per pixel of the image")
     return jnp.reshape(valid, (-1,)).astype(bool)
 
 

@@ -15,7 +15,7 @@ from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
 from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
 from lcrf_jax.crf.params import STATIC_WIDTHS, KernelParams, check_image_shape, checked_params, colours
-from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number
+from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number, native
 
 _EXACT_PIXELS = 64**2
 
@@ -344,9 +344,9 @@ def _refined(
     check_logits("logits", logits)
     static = params._replace(**{name: known_number(width) for name, width in widths.items()})
     options["colour_max"] = known_number(colour_max)
-    tried = capacity
+    tried, given = capacity, jax.tree.map(native, (image, logits, static, valid, drop_below))
     while True:
-        result, needed = _compiled_refine(image, logits, static, valid, drop_below, capacity=tried, **options)
+        result, needed = _compiled_refine(*given, capacity=tried, **options)
         # Inside a program of the caller's, which holds image and logits as constants, nothing is known either.
         if form != "lattice" or isinstance(needed, jax.core.Tracer) or not bool(needed > 0):
             return result

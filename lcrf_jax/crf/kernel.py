@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from lcrf_jax.crf.forms import BilateralForm, Kernel
 from lcrf_jax.crf.spatial import filter_by_pairs, own_weight_by_pairs, separable_filter
-from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, promote_float, shape_of
+from lcrf_jax.numerics import ONE_SET, check_finite, check_shape, native, promote_float, shape_of
 
 # Those of the bilateral and of the spatial Gaussian, one or two each, and the values themselves.
 _Sums = tuple[tuple[Any, ...], tuple[jax.Array, ...], jax.Array]
@@ -264,7 +264,7 @@ def as_kernel(kernel: ArrayLike | Kernel) -> Kernel:
         raise TypeError(f"kernel: expected a matrix or an object with splat, blur, slice and apply, got {kernel!r}; {remedy}")
     check_shape("kernel", kernel, ("m", "m"), remedy)
     check_finite("kernel", kernel, "look at what it was computed from")
-    return DenseKernel(jnp.asarray(kernel))
+    return DenseKernel(jnp.asarray(native(kernel)))
 
 
 def pixels_within(kernel: ArrayLike | Kernel | None) -> int | str:

@@ -32,6 +32,7 @@ from lcrf_jax.numerics import (
     check_values,
     first_place,
     known_number,
+    native,
     promote_float,
 )
 
@@ -166,6 +167,9 @@ def checked_params(params: KernelParams) -> KernelParams:
     """
     if not isinstance(params, KernelParams):
         raise TypeError(f"params: expected a KernelParams, got {params!r}; KernelParams() has the usual numbers")
+    for name, value in params._asdict().items():
+        if value is None:
+            raise TypeError(f"{name}: expected a number, got None; a weight of 0 leaves its part of the kernel out")
     for name in ("bilateral_weight", "gaussian_weight"):
         remedy = "weights are >= 0: a pair of pixels with different labels costs them"
         check_number(name, getattr(params, name), minimum=0, remedy=remedy)
@@ -222,10 +226,10 @@ def check_image_shape(image: ArrayLike) -> tuple[int, ...]:
       ValueError: if it has another number of axes, or its channels seem to be first.
     """
     remedy = ONE_IMAGE
-    if jnp.ndim(image) == 4:
+    if np.ndim(image) == 4:
         remedy += "; a volume or a video is not supported as one: use jax.vmap for its slices one by one, or " \
             "lcrf_jax.feature_kernel with features of your own for pairs across slices"
-    elif jnp.ndim(image) == 2:
+    elif np.ndim(image) == 2:
         remedy += "; give a grey image an axis of one channel, image[:, :, None]"
     shape = check_shape("image", image, ("H", "W", "C"), remedy)
     if shape[0] in (1, 3) and shape[2] > 64 and shape[1] > 8:
@@ -257,6 +261,7 @@ def colours(image: ArrayLike, *, colour_max: float | None = 255.0) -> jax.Array:
         resampling overshoots) or all that differ are within the lowest 255th of it in an image of floats.
     """
     check_image_shape(image)
+    image = native(image) if hasattr(image, "dtype") else np.asarray(image)
     if colour_max is None:
         check_finite("image", image, "look at how it was read")
         return promote_float(image)

@@ -153,10 +153,9 @@ def notes(source: Source, readings: list[Reading], *, few: int) -> list[str]:
     for name, count in zip(names, counts, strict=True):
         if count == 0:
             lines.append(f"{source.split}: no photograph has the tag {name!r}: the class cannot be {'learnt' if few else 'scored'}")
-        elif few and count == len(tags):
-            lines.append(f"{source.split}: every photograph has the tag {name!r}: add some without it, nothing tells it apart")
-        elif count < few:
+        elif count < min(few, len(tags)):
             lines.append(f"{source.split}: {count} photographs have the tag {name!r}: that is few")
+    lines += everywhere(source) if few else []
     for one, name in enumerate(names) if few else ():
         for other in range(one + 1, len(names)):
             if counts[one] > 1 and np.array_equal(tags[:, one], tags[:, other]):
@@ -171,6 +170,22 @@ def notes(source: Source, readings: list[Reading], *, few: int) -> list[str]:
     if missing:
         lines.append(f"{source.split}: {len(missing)} photographs have tags that their masks do not show:\n{listed(missing)}")
     return lines
+
+
+def everywhere(source: Source) -> list[str]:
+    """Classes that every photograph is tagged with: they cannot be learnt from tags.
+
+    Args:
+      source: the training source.
+    Returns:
+      A line for each of them, with the remedy.
+    """
+    always = np.asarray(source.tags[:, 1:].all(axis=0) & (len(source) > 0))
+    return [
+        f"{source.split}: every photograph has the tag {name!r}: nothing tells it apart from the background, and its masks will be worth "
+        "little; add some tens of photographs without it, with other tags or none"
+        for name, tagged in zip(source.class_names[1:], always, strict=True) if tagged
+    ]  # fmt: skip
 
 
 def mask_doubts(source: Source, readings: list[Reading]) -> list[str]:

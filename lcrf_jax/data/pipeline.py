@@ -71,7 +71,10 @@ class ViewDataset:
         if not 0 <= position < len(self):
             raise IndexError(f"record {position} is outside the {len(self)} views")
         number, index = divmod(int(position), len(self._source))
-        example = self._source[index]
+        try:
+            example = self._source[index]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}. It was there when the data was looked at: bring it back, and run the same command again") from error
         view = sample_view(self._seed, index, number, **self._ranges)
         size = self._size, self._size
         return Record(

@@ -36,7 +36,7 @@ from lcrf_jax.data.files.shard_files import (
 )
 from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.pipeline import read_ahead
-from lcrf_jax.machine.files import ROOM, at_home, parsed_json, write_whole
+from lcrf_jax.machine.files import ROOM, at_home, naming, parsed_json, write_whole
 from lcrf_jax.machine.locks import locked
 
 _OPTIONS = "group_size:1,uncompressed"  # any record by itself; photographs are compressed already
@@ -69,7 +69,8 @@ def write_shards(
     out = at_home(out)
     wanted = _wanted(sources, shard_bytes)
     _refuse_others(out, wanted)
-    out.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.mkdir(parents=True, exist_ok=True)
     with locked(out / _LOCK):
         if (out / INDEX).is_file():
             index = _finished(out, sources, wanted, progress)

@@ -331,8 +331,12 @@ def _no_bound(needed):
 
 def _no_room(folder, needed, free):
     return OSError(
-        f"the cache {folder.parent} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left: {REMEDY}"
+        f"the cache {folder.parent} needs {_size(needed)}, its disk has {_size(free)} left: {REMEDY}"
     )
+
+
+def _size(num_bytes):
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g} MB"
 
 
 def _num_rows(batch, arrays):

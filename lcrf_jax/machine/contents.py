@@ -64,7 +64,10 @@ def _known():
 
 
 def _facts(path):
-    found = os.stat(path)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} does not exist. It was there when the data was looked at: bring it back, and run the same command again") from error
     return os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 

@@ -224,8 +224,7 @@ def _is_at(file: IO, path: str | os.PathLike) -> bool:
 def _sign(file: TextIO) -> None:
     with contextlib.suppress(OSError):  # a full disk
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())  # a buffer would be tried again when it is closed
 
 
 def lock_name(name: str) -> str:

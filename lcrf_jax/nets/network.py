@@ -18,13 +18,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.typing import ArrayLike
 
 from lcrf_jax.nets import efficientnet_lite, resnet, vgg, vision_transformer
 from lcrf_jax.nets.decoder import Decoder
 from lcrf_jax.nets.original import LargeField, OriginalDecoder
 from lcrf_jax.nets.trained import Layers, trained_layers, with_part
-from lcrf_jax.nets.weights import load_weights
+from lcrf_jax.nets.weights import load_weights, variable_shapes
 
 
 class Backbone(NamedTuple):
@@ -315,3 +316,30 @@ def backbone_variables(description: Mapping[str, Any], weights: str = "") -> tup
     module = backbone.module(last_stride=description["last_stride"])
     variables, digest = load_weights(description["backbone"], module, weights or backbone.weights)
     return jax.device_put(variables), digest
+
+
+def unfit_parameters(description: Mapping[str, Any], params: Mapping[str, Any]) -> list[str]:
+    """Which parameters are not those that a network has.
+
+    Args:
+      description: see `build_network`.
+      params: dict with "backbone" variables, and "decoder" parameters where there are some.
+
+    Returns:
+      A line for each array that is missing or has another shape; none if all fit.
+    """
+    network, backbone = build_network(description), _backbone(description)
+    variables = variable_shapes(backbone.module(last_stride=description["last_stride"]))
+    side = 4 * backbone.size_step
+    expected: dict[str, Any] = {"backbone": variables}
+    if "decoder" in params:
+        taps = jax.eval_shape(network.features, variables, jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
+        expected["decoder"] = jax.eval_shape(network.init, jax.random.key(0), variables, taps)
+    found = flatten_dict({name: params[name] for name in expected}, sep="/")
+    lines = []
+    for name, leaf in flatten_dict(expected, sep="/").items():
+        shape = np.shape(found[name]) if name in found else None
+        if shape != leaf.shape:
+            got = "is missing" if shape is None else f"has the shape {list(shape)}"
+            lines.append(f"{name} {got}, expected {list(leaf.shape)}")
+    return lines

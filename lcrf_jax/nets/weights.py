@@ -346,8 +346,19 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     Returns:
       dict from path, such as "stem/kernel", to shape.
     """
-    variables = jax.eval_shape(module.init, jax.random.key(0), _trial_image(module))
-    return {path: leaf.shape for path, leaf in flatten_dict(variables["params"], sep="/").items()}
+    return {path: leaf.shape for path, leaf in flatten_dict(variable_shapes(module)["params"], sep="/").items()}
+
+
+def variable_shapes(module: nn.Module) -> dict[str, Any]:
+    """The shapes of a network's variables, none of which is computed.
+
+    Args:
+      module: the linen module.
+
+    Returns:
+      The tree of its variables, with a jax.ShapeDtypeStruct for each array.
+    """
+    return jax.eval_shape(module.init, jax.random.key(0), _trial_image(module))
 
 
 def _trial_image(module):

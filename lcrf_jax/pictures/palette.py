@@ -86,6 +86,7 @@ def overlay(
       [H, W, 3] uint8 RGB, a new array.
     Raises:
       ValueError: if shapes, dtype or ranges are others, or alpha or outline is no number.
+      TypeError: if an array is a masked one of NumPy.
     """
     image, labels = _checked_image(image), _checked_labels(labels)
     if labels.shape != image.shape[:2]:
@@ -123,6 +124,7 @@ def save_index_png(path: str | os.PathLike, labels: np.ndarray) -> None:
       labels: [H, W] class indices in 0..255, 255 is void.
     Raises:
       ValueError: if labels has another shape, dtype or range.
+      TypeError: if it is a masked array of NumPy.
     """
     index_picture(labels).save(path, format="PNG")
 
@@ -137,6 +139,7 @@ def index_picture(labels: np.ndarray, colours: np.ndarray | None = None) -> Imag
       PIL.Image.Image of mode P.
     Raises:
       ValueError: if labels has another shape, dtype or range.
+      TypeError: if it is a masked array of NumPy.
     """
     picture = Image.fromarray(_checked_labels(labels))
     picture.putpalette((palette(256) if colours is None else colours).tobytes())
@@ -217,7 +220,13 @@ def picture_table(
     return path
 
 
+def _refuse_masked(name, array, remedy):
+    if isinstance(array, np.ma.MaskedArray):  # whose mask np.asarray drops without a word
+        raise TypeError(f"expected {name} without a mask, got a masked array of NumPy; {remedy}")
+
+
 def _checked_image(image):
+    _refuse_masked("an image", image, "fill it first, .filled(0)")
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"expected an image [H, W, 3] of uint8, got {image.shape} of {image.dtype}; convert "
@@ -226,6 +235,7 @@ def _checked_image(image):
 
 
 def _checked_labels(labels):
+    _refuse_masked("labels", labels, "fill it first, .filled(255) for void")
     labels = np.asarray(labels)
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or labels.size == 0:
         raise ValueError(f"expected labels [H, W] of integers, got {labels.shape} of {labels.dtype}; take "

@@ -1,16 +1,19 @@
 """What a description says of test time, checked before a network is made of it: a file may have been edited by hand."""
 
+import contextlib
 import inspect
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
 from lcrf_jax.crf.params import KernelParams
+from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.machine.errors import SettingError, nearest
-from lcrf_jax.nets.network import Network, build_network
+from lcrf_jax.nets.network import Network, build_network, unfit_parameters
 from lcrf_jax.numerics import check_number
 from lcrf_jax.predict.outputs import OUTPUTS
 from lcrf_jax.runfolder.description import CheckpointError
@@ -58,7 +61,7 @@ def check_parameters(description: Mapping[str, Any], params: Mapping[str, Any], 
       place: where they are from, for the message.
 
     Raises:
-      CheckpointError: if some are missing, or they are of another number of classes.
+      CheckpointError: if some are missing, or they are of another number of classes or of more taps.
     """
     num_classes = len(description["class_names"])
     for name in sorted(needed_parameters(description["inference"])):
@@ -71,6 +74,38 @@ def check_parameters(description: Mapping[str, Any], params: Mapping[str, Any], 
                 f"{place}: class_names: expected {found} names, as many as its {name} has classes, got {num_classes}; correct them and "
                 "network.num_classes, or restore the file from a copy"
             )
+    taps = description["network"]["taps"]
+    dropped = [name for name in params.get("decoder", ()) if name.startswith("merge_") and name.removeprefix("merge_") not in taps[1:]]
+    if dropped and "decoder" in needed_parameters(description["inference"]):  # Flax would leave these layers out without a word
+        raise CheckpointError(f"{place}: network.taps: expected {dropped[0].removeprefix('merge_')!r} among them, which its decoder has learnt to use, "
+                              f"got {taps}; correct it, or restore the file from a copy")
+
+
+@contextlib.contextmanager
+def told_as_parameters(network: Network, params: Mapping[str, Any]) -> Iterator[None]:
+    """What a network refuses because its parameters are those of another one, is told so. They are compared then alone.
+
+    Args:
+      network: Network.
+      params: what it is given, see `lcrf_jax.nets.network.unfit_parameters`.
+
+    Returns:
+      A context manager.
+
+    Raises:
+      CheckpointError: in place of any error inside, if parameters do not fit the network.
+    """
+    try:
+        yield
+    except Exception as error:
+        wrong = unfit_parameters(network.description, params)
+        if not wrong:
+            raise
+        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"network: the parameters are those of another network than config.json describes: {wrong[0]}{more}; correct the entry network "
+            "to what was trained, or restore the file from a copy"
+        ) from error
 
 
 def check_origin(description: Mapping[str, Any], place: str | os.PathLike) -> None:
@@ -152,6 +187,8 @@ def check_size(name: str, size: int, network: Network) -> None:
     Raises:
       SettingError: the message names the setting.
     """
+    if size * size > MAX_PIXELS:
+        raise SettingError(f"{name}: expected at most {math.isqrt(MAX_PIXELS)}, the side of an image of {MAX_PIXELS // 10**6} million pixels, got {size}")
     if size < 32 or size % network.size_step:
         multiple = f"a multiple of {network.size_step}" if network.size_step > 1 else "32 or more"
         raise SettingError(f"{name}: expected {multiple}, got {size}")

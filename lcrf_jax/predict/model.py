@@ -129,6 +129,7 @@ class Model:
         Raises:
           FileNotFoundError: if there is no such file.
           ValueError: if the image cannot be read, has no pixels or another shape or type, or a tag is no class.
+          TypeError: if it is a masked array of NumPy.
         """
         given = None if tags is None else tag_vector(tags, self.class_names)
         photograph = as_rgb(image)
@@ -223,7 +224,11 @@ def _file_of(given):
 
 def _place(checkpoint):
     """The folder or file that is meant."""
+    if not str(checkpoint).strip():
+        raise FileNotFoundError("expected the folder of a run, a file of a model or its name, got an empty one; is a variable not set?")
     given = at_home(checkpoint)
+    if given.name == DESCRIPTION_FILE and given.is_file():
+        raise FileNotFoundError(f"{given} describes a run: give its folder, {given.parent}")
     if given.is_symlink():
         folder_of_run(given)  # it refuses one in a circle
     if not given.exists() and str(checkpoint) in shipped_models():
@@ -249,6 +254,7 @@ def as_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
     Raises:
       FileNotFoundError: if there is no such file.
       ValueError: if it cannot be read, has no pixels, or has another shape or type.
+      TypeError: if it is a masked array of NumPy.
     """
     if isinstance(image, str | os.PathLike):
         return read_image(at_home(image))
@@ -256,6 +262,8 @@ def as_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
         if 0 in image.size:
             raise ValueError(f"expected an image with pixels, got one of {image.width} x {image.height}; {_NO_PIXELS}")
         return opened_as_rgb(image, "the image")[0]
+    if isinstance(image, np.ma.MaskedArray):
+        raise TypeError("expected an image without a mask, got a masked array of NumPy; fill it first, .filled(0)")
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(

@@ -21,7 +21,7 @@ from lcrf_jax.machine.processes import usable_cores
 from lcrf_jax.nets.inputs import square_image
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.nets.trained import merged
-from lcrf_jax.predict.checks import needed_parameters
+from lcrf_jax.predict.checks import needed_parameters, told_as_parameters
 from lcrf_jax.predict.outputs import EXCLUDED, OUTPUTS
 from lcrf_jax.predict.refinement import MAX_VERTICES_PER_PIXEL, refined_by_lattice
 from lcrf_jax.predict.resizing import (
@@ -136,10 +136,12 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
         return placed[sharding]
 
     def network_features(images):
-        return _network_features(beside(images)["backbone"], images, **static)
+        with told_as_parameters(network, used):
+            return _network_features(beside(images)["backbone"], images, **static)
 
     def log_probs_of(features):
-        return _log_probs(beside(features), features, output=output, options=tuple(sorted(options.items())), **static)
+        with told_as_parameters(network, used):
+            return _log_probs(beside(features), features, output=output, options=tuple(sorted(options.items())), **static)
 
     refine = functools.partial(
         refined_by_lattice,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lcrf_jax.machine.files import parsed_json
+from lcrf_jax.machine.files import naming, parsed_json
 from lcrf_jax.nets.network import backbone_variables
 from lcrf_jax.runfolder.description import FOR_INFERENCE, CheckpointError, check_sections
 from lcrf_jax.runfolder.digests import named_leaves, nested
@@ -45,6 +45,7 @@ def save_compact(path: str | os.PathLike, description: Mapping[str, Any], params
 
     Raises:
       CheckpointError: if a number is too large for float16, or the description has no sha256 of the backbone.
+      OSError: if it cannot be written; the message names it, and nothing is left.
     """
     if not description.get("backbone_sha256"):
         raise CheckpointError("the run does not say what its backbone is, so that the file could not be used; train it anew")
@@ -55,9 +56,14 @@ def save_compact(path: str | os.PathLike, description: Mapping[str, Any], params
     text = np.frombuffer(json.dumps(_without_places(description), sort_keys=True).encode(), np.uint8)
 
     path = pathlib.Path(path)
-    with (partial := path.with_name(f".{path.name}.partial")).open("wb") as file:
-        np.savez_compressed(file, **{_DESCRIPTION: text}, **{name: leaf.astype(np.float16) for name, leaf in leaves.items()})  # type: ignore[arg-type]
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with naming(path):
+            with partial.open("wb") as file:
+                np.savez_compressed(file, **{_DESCRIPTION: text}, **{name: leaf.astype(np.float16) for name, leaf in leaves.items()})  # type: ignore[arg-type]
+            os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path.stat().st_size
 
 

@@ -1,6 +1,6 @@
 """What a configuration means: resolved once, refused here if it cannot be trained with, and handed on."""
 
-import math
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +18,11 @@ from lcrf_jax.nets.weights import check_projection, hub_commit
 from lcrf_jax.predict.checks import check_size
 from lcrf_jax.runfolder.description import library_versions
 from lcrf_jax.train.methods import Method, begins_with_posteriors, check_objective, inputs_of, make_objective, method_of
-from lcrf_jax.train.settings import check_settings, told_as_settings
+from lcrf_jax.train.settings import MOST_STEPS, check_settings, told_as_settings
 from lcrf_jax.train.step import check_batch_size, make_optimizer
+
+_MOST_WRITTEN = 12  # epochs in a message
+_IMAGES_AT_ONCE = 16  # that pass the backbone for features
 
 
 class Round(NamedTuple):
@@ -135,6 +138,7 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
     _check_trained_backbone(config, network, method)
     if config.get("classifier", {}).get("text_embeddings"):
         check_projection(network.description["backbone"])
+    _check_memory(config, network, len(class_names))
     rounds = planned_rounds(config, len(tags))
     check_batch_size(config["batch_size"], jax.device_count(), config["accumulation_steps"])
     num_views = config["views"]["num_views"]
@@ -172,7 +176,7 @@ def check_without_data(config: dict) -> None:
       ValueError: if it cannot be trained with; the message names the setting.
     """
     check_settings(config)
-    resolved_plan(config, ("background", "a class"), np.ones((config["batch_size"], 2), bool))
+    resolved_plan(config, ("background", "a class"), np.broadcast_to(True, (config["batch_size"], 2)))
 
 
 def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:
@@ -200,10 +204,12 @@ def planned_rounds(config: Mapping[str, Any], num_images: int) -> list[Round]:
     epochs = _checked_epochs(config, method)
     rounds, step = [], 0
     for number, length in enumerate(epochs):
-        passes = max(1, math.ceil(config.get("least_steps", 0) / (length * steps_per_pass)))
+        passes = max(1, -(-int(config.get("least_steps", 0)) // (length * steps_per_pass)))
         end = step + length * passes * steps_per_pass
         rounds.append(Round(number, step, end, passes * steps_per_pass, length, passes))
         step = end
+    if step > MOST_STEPS:
+        raise SettingError(f"epochs, least_steps: expected at most {MOST_STEPS} steps, which are what is counted; they make more of the {num_images} images")
     return rounds
 
 
@@ -219,7 +225,7 @@ def _checked_epochs(config, method):
             f"{epochs} for {config['method']}"
         )
     if method.own_rounds and rounds not in (None, len(given)):
-        wanted = ",".join(map(str, [*given, *given[-1:] * rounds][:rounds]))
+        wanted = ",".join(map(str, [*given, *given[-1:] * min(rounds, _MOST_WRITTEN)][:rounds])) + (",..." if rounds > _MOST_WRITTEN else "")
         raise SettingError(
             f"epochs: expected {rounds} number(s), one for each round of {config['method']}, got {given!r}; write "
             f"--config.epochs={wanted}, or --config.rounds={len(given)} if that is meant: a later round is trained on the "
@@ -273,6 +279,32 @@ def guide_stride(config: Mapping[str, Any], network: Network) -> int:
             f"{stride}; 1 is full resolution"
         )
     return stride
+
+
+def _check_memory(config, network, num_classes):
+    """Refuse arrays that do not fit into the memory, before it is gone: each is the least that its settings ask for."""
+    size, batch, samples = (config["input_size"], config["batch_size"], config["objective"]["num_samples"])
+    grid = network.grid(size)
+    if config["class_maps"]["grid"] > size:
+        raise SettingError(f"class_maps.grid: expected at most input_size, {size}, a cell for each of its pixels, got {config['class_maps']['grid']}")
+    cells = {
+        "batch_size, with input_size": max(batch * grid**2 * num_classes, min(batch, _IMAGES_AT_ONCE) * 3 * size**2),
+        "num_threads": 3 * grid**2 * config["num_threads"],  # four guides of bytes are read ahead by each
+    }
+    if config["method"] == "latent_crf":
+        cells["objective.num_samples, with batch_size and input_size"] = batch * grid**2 * num_classes * samples
+    cells["network.widths, with batch_size"] = batch * max(size // 32, 1) ** 2 * max(network.description["widths"])
+    there = _memory()
+    for name, count in cells.items():
+        if 4 * count > there:
+            raise SettingError(f"{name}: an array of {4 * count / 2**30:.4g} GiB would be made, and there are {there / 2**30:.4g} GiB of memory; lower them")
+
+
+def _memory():
+    """Bytes that this machine and its devices have, times the number of processes."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return jax.process_count() * max(host, sum(each.get("bytes_limit", 0) for each in stats))
 
 
 def _check_input_sizes(config, network):

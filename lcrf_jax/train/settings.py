@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lcrf_jax.data.check import MODES
+from lcrf_jax.data.files.images import MAX_PIXELS
 from lcrf_jax.machine.errors import SettingError, nearest
 from lcrf_jax.numerics import check_number
 from lcrf_jax.predict.checks import RANGES, check_kernel, check_sizes
@@ -57,6 +58,8 @@ _RANGES = {
     **{f"inference.{name}": limits for name, limits in RANGES.items()},
 }
 _KERNELS = ("objective.kernel", "posterior.kernel", "inference.kernel", "baselines.sec.kernel")
+MOST_STEPS = 2**31 - 1  # what programs count in 32 bits
+_MOST = {"seed": 2**32 - 1, "baselines.saliency.image_size": math.isqrt(MAX_PIXELS)}
 # (least, greatest): areas are shares of the image.
 _PAIRS = {"views.scale_range": 1.0, "views.ratio_range": math.inf}
 _WORDS = {"data.on_bad_image": MODES, "baselines.cues.background_by": ("gradient", "objectness")}
@@ -82,6 +85,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
                     name, flat[name], minimum=least, strict=not included, whole=whole,
                     remedy="--print_config says what it means",
                 )  # fmt: skip
+                if whole and flat[name] is not None and flat[name] > _MOST.get(name, MOST_STEPS):
+                    raise SettingError(f"{name}: expected at most {_MOST.get(name, MOST_STEPS)}, got {flat[name]}")
         for name in _KERNELS:
             if (kernel := _at(config, name)) is not None:
                 check_kernel(name, kernel)

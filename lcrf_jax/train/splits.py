@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lcrf_jax.data.check import listed, usable
+from lcrf_jax.data.check import everywhere, listed, usable
 from lcrf_jax.data.example import PartOfSource, Source
 from lcrf_jax.data.files.tags import some
 from lcrf_jax.data.opening import open_source
@@ -94,7 +94,10 @@ def open_data(config: Mapping[str, Any]) -> tuple[Source, Source | None]:
       ValueError: if it is not as expected; the message names the file.
     """
     data = config["data"]
-    train = checked_split(config, data["train_split"], masks="masks" in method_of(config).inputs)
+    by_masks = "masks" in method_of(config).inputs
+    train = checked_split(config, data["train_split"], masks=by_masks)
+    for line in () if by_masks else everywhere(train):
+        say(f"warning: {line}")
     try:
         val = checked_split(config, data["val_split"], masks=True) if data["val_split"] else None
     except FileNotFoundError as error:

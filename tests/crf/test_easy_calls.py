@@ -297,3 +297,33 @@ def test_precisions_mix(form):
             wide = np.float64 in (image_type, type_)
             assert log_probs.dtype == (np.float64 if wide else np.float32) and np.all(np.isfinite(log_probs))
             assert np.isfinite(energy)
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8"])
+def test_arrays_of_the_other_byte_order_are_the_same_numbers(kind):
+    """Of those JAX would take the bytes for other numbers, where a program of their shape is there already."""
+    colours, rows = IMAGE.astype(np.float32), LOGITS.reshape(-1, 3)
+    expected = refine(colours, LOGITS)
+    np.testing.assert_array_equal(refine(colours, LOGITS.astype(kind)), expected)
+    np.testing.assert_array_equal(refine(colours.astype(kind), LOGITS), expected)
+    np.testing.assert_array_equal(refine(IMAGE.astype(">i2"), LOGITS), expected)
+    weights = [KernelParams(bilateral_weight=np.array(3.0, order)) for order in ("f4", kind)]
+    np.testing.assert_array_equal(*(refine(colours, LOGITS, each) for each in weights))
+    matrix = np.asarray(dense_kernel(colours, KernelParams()))
+    np.testing.assert_array_equal(mean_field(rows, matrix.astype(kind)), mean_field(rows, matrix))
+    for form in ("exact", "anchors", "lattice"):
+        one, other = (image_kernel(image, KernelParams(), form=form) for image in (colours, colours.astype(kind)))
+        np.testing.assert_array_equal(mean_field(rows.astype(kind), other), mean_field(rows, one))
+
+
+def test_an_image_of_lists_is_an_array_in_every_form():
+    rows = LOGITS.reshape(-1, 3)
+    for form in ("exact", "anchors", "lattice"):
+        one, other = (image_kernel(image, KernelParams(), form=form) for image in (IMAGE, IMAGE.tolist()))
+        np.testing.assert_array_equal(mean_field(rows, other), mean_field(rows, one))
+
+
+@pytest.mark.parametrize("name", KernelParams._fields)
+def test_a_field_of_the_kernel_that_is_none_is_told(name):
+    with pytest.raises(TypeError, match=f"{name}: expected a number, got None; a weight of 0 leaves"):
+        refine(IMAGE, LOGITS, KernelParams(**{name: None}))

@@ -88,10 +88,20 @@ def test_notes_on_tags_and_masks(folder):
     (folder / "tags.json").write_text(json.dumps(rows))
     train, val = FolderSource(folder, "train"), FolderSource(folder, "val", masks=True)
     lines = "\n".join(notes(train, read_all(train), few=20))
-    assert "train: every photograph has the tag 'cat'" in lines and "train: no photograph has the tag 'bird'" in lines
+    assert lines.count("train: every photograph has the tag 'cat': nothing tells it apart from the background") == 1 and "add some tens of photographs without it" in lines
+    assert "train: no photograph has the tag 'bird'" in lines
     assert "the tags 'cat' and 'dog' always come together" in lines
     lines = "\n".join(notes(val, read_all(val), few=0))
     assert "2 photographs have tags that their masks do not show" in lines and "01.jpg (dog)" in lines
+
+
+def test_a_tag_that_every_photograph_has_is_a_warning_of_training(folder, capsys):
+    config = {"method": "latent_crf", "data": {"kind": "folder", "root": str(folder), "train_split": "train", "val_split": "", "options": {}}}
+    splits.open_data(config)
+    assert "every photograph" not in capsys.readouterr().out
+    (folder / "tags.json").write_text(json.dumps({f"{i:02}": ["cat", "dog"][: 1 + i % 2] for i in range(20)}))
+    splits.open_data(config)
+    assert "warning: train: every photograph has the tag 'cat': nothing tells it apart from the background" in capsys.readouterr().out
 
 
 def test_equal_pictures(folder):

@@ -263,3 +263,11 @@ def test_the_nearest_thing_is_named(tmp_path):
         scan_folder(tmp_path / "photo")
     with pytest.raises(FileNotFoundError, match=r"no file fits the pattern .*; did you mean .*tags.csv\?"):
         predicted(tmp_path / "tag.csv", tmp_path / "out")
+
+
+def test_names_with_spaces_around_them_are_found_as_tag_files_write_them():
+    finder = PhotographFinder([" lead.jpg", "a/trail .jpg", "plain.jpg"])
+    for name, path in (("lead.jpg", " lead.jpg"), (" lead.jpg", " lead.jpg"), ("lead", " lead.jpg"), ("a/trail", "a/trail .jpg"), ("plain", "plain.jpg")):
+        assert finder.candidates(name) == [path]
+    assert sorted(PhotographFinder([" x.jpg", "b/x.jpg"]).candidates("x.jpg")) == [" x.jpg", "b/x.jpg"]
+    assert PhotographFinder([" x.jpg", "x.jpg"]).candidates("x.jpg") == ["x.jpg"]

@@ -148,3 +148,14 @@ def test_masks_of_lists_are_in_formats_that_are_exact(tmp_path, end):
     (tmp_path / "val.txt").write_text(f"images/a.png gt/a.{end}\n")
     with pytest.raises(ValueError, match=f"val.txt, line 1: the mask .*a.{end} is in a format that does not keep labels exact; save masks as PNG"):
         FolderSource(tmp_path, "val", masks=True)
+
+
+def test_a_folder_in_the_place_of_a_mask_or_a_photograph_is_told(tmp_path):
+    tagged(tmp_path, "a.png", "b.png")
+    save(tmp_path, "a.png", "b.png", "masks/a.png")
+    (tmp_path / "masks/b.png").mkdir()
+    (tmp_path / "c.jpg").mkdir()
+    found = scan_folder(tmp_path)
+    assert list(found.masks) == ["a.png"]
+    assert f"{tmp_path / 'masks'}: 1 folders have names of masks and are none (b.png); put the file in its place" in found.not_taken
+    assert "folders with names of photographs, which are none: c.jpg" in found.not_taken

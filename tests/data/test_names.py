@@ -181,6 +181,10 @@ def test_text_files_that_are_none(tmp_path):
     (tmp_path / "tags.csv").write_bytes(b"PK\x03\x04xl/worksheets")
     with pytest.raises(ValueError, match="tags.csv is a spreadsheet or an archive, whatever its name; export it as text"):
         read_tag_file(tmp_path / "tags.csv")
+    for encoding in ("utf-16", "utf-16-le", "utf-32"):  # with a byte-order mark and without one
+        (tmp_path / "tags.csv").write_bytes("image,tags\na,dog\n".encode(encoding))
+        with pytest.raises(ValueError, match="tags.csv is text in UTF-16, or no text; save the file as UTF-8"):
+            read_tag_file(tmp_path / "tags.csv")
     with pytest.raises(FileNotFoundError, match=r"tag.csv does not exist; did you mean .*tags.csv\?"):
         read_tag_file(tmp_path / "tag.csv")
     os.mkfifo(tmp_path / "pipe.csv")

@@ -57,6 +57,21 @@ def test_view_dataset_records():
 # --- batches --------------------------------------------------------------------------------------
 
 
+class Gone:
+    names, fingerprint = ("p.jpg",), ("gone",)
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise FileNotFoundError("p.jpg does not exist")
+
+
+def test_a_photograph_that_has_vanished_is_told_with_the_remedy():
+    with pytest.raises(FileNotFoundError, match="^p.jpg does not exist. It was there when the data was looked at: bring it back, and run the same command again"):
+        ViewDataset(Gone(), 1, 32)[0]
+
+
 def records(length):
     return [Record(np.full((2,), i, np.float32), name=f"n{i}", index=np.int32(i)) for i in range(length)]
 

@@ -150,7 +150,7 @@ def test_another_setting_in_the_same_folder_is_refused(done):
 
 @pytest.mark.slow_except("arguments0*", "arguments1*")
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("sec,crf",), r"--methods: \['crf'\] not known; expected all or some of \['mil_ilp'"),
+    (("sec,crf",), "--methods: expected all, or some of mil_ilp, .*, with commas between, got 'crf'"),
     (("ccnn", "--config.data.val_split="), "val_split: expected a split with masks"),
     (("ccnn", "--config.baselines.ccnn.slack=-1.0"), "slack: expected a finite number >= 0"),
     (("sec", "--config.baselines.cues.file=none.npz"), "no file of cues none.npz"),

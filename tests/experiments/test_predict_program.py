@@ -280,3 +280,21 @@ def test_the_programs_run_on_their_own(checkpoint, tmp_path):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
     assert read_mask(tmp_path / "masks" / "a.png", len(CLASSES)).shape == (30, 20)
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--out=", "--out: expected a folder, got an empty name; is a variable not set"),
+    ("--out={folder}/file", "--out={folder}/file is a file; give a folder"),
+    ("--out={folder}/file/below", "--out={folder}/file/below: {folder}/file is a file; give a folder"),
+    ("--tags=", "--tags: expected a file, got an empty name"), ("--tags={folder}", "{folder} is no file"), ("--tags={folder}/fil", "fil does not exist; did you mean"),
+    ("--list=", "--list: expected a file, got an empty name"), ("--list={folder}/fil", "fil does not exist; did you mean"),
+    ("--workers=2", "--workers: it is of --engine=ray alone"), ("--cores=2", "--cores: it is of --engine=ray alone"),
+    ("--checkpoint=", "expected the folder of a run, a file of a model or its name, got an empty one"),
+    ("--checkpoint={folder}/config.json", "{folder}/config.json describes a run: give its folder, {folder}"),
+])  # fmt: skip
+def test_flags_that_cannot_be_are_told_before_anything_is_done(tmp_path, flag, message):
+    for name in ("file", "config.json"):
+        (tmp_path / name).write_text("{}")
+    ended = run("predict", "--checkpoint=animals", "--images=docs/animals.jpg", f"--out={tmp_path / 'out'}", flag.format(folder=tmp_path))
+    assert_refused(ended, f"^error: .*{re.escape(message.format(folder=tmp_path))}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]

@@ -128,7 +128,7 @@ def test_a_mask_is_made_again_where_the_table_was_written_since(folder, tmp_path
         outputs.mask.write_bytes(b"a mask")
     assert predictions.remaining(pairs, tmp_path / "out", {}, overwrite=False) == []
     os.utime(rows, (outputs.mask.stat().st_mtime + 5,) * 2)
-    prediction_photographs._opened.cache_clear()  # as another process
+    prediction_photographs._OPEN.clear()  # as another process
     assert predictions.remaining(pairs, tmp_path / "out", {}, overwrite=False) == pairs
 
 
@@ -145,7 +145,7 @@ def test_what_is_wrong_names_the_table(folder, tmp_path):
     def told(**columns):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
             planned([str(table(tmp_path / "odd.parquet", **columns))], tmp_path / "out")
-        prediction_photographs._opened.cache_clear()
+        prediction_photographs._OPEN.clear()
         return str(error.value).removeprefix(str(tmp_path))
 
     expected = "/odd.parquet: expected a column of paths or bytes of photographs, named one of image, path, file, "
@@ -192,3 +192,36 @@ def test_masks_of_shards_and_tables_are_those_of_the_files(checkpoint, folder, t
     assert again.code == 0 and "3 of these were done before" in again.out
     table(tmp_path / "urls.parquet", url=["s3://bucket/a.jpg"])
     assert_refused(run(*command, f"--images={tmp_path / 'urls.parquet'}", f"--out={tmp_path / 'other'}"), "URLs are read and written with --engine=ray")
+
+
+def test_a_table_or_shards_that_vanish_after_they_were_opened_are_read_all_the_same(folder, tmp_path):
+    rows = table(tmp_path / "photos.parquet", image=contents(folder), path=NAMES)
+    of_table = planned([str(rows)], tmp_path / "out")
+    write_shards({"train": open_source("textures", "train", size=96, num_train=3, num_val=2)}, tmp_path / "shards", shard_bytes=10_000)
+    of_shards = planned([str(tmp_path / "shards")], tmp_path / "others")
+    rows.unlink()
+    (tmp_path / "shards/shards.json").unlink()
+    for pairs in (of_table, of_shards):
+        assert len(pairs) == 3
+        assert not [photo for photo, _ in pairs if isinstance(prediction_photographs.read_photograph(photo), str)]
+        assert all(prediction_photographs.changed(photo) for photo, _ in pairs)
+
+
+def test_a_folder_of_tables_or_shards_alone_says_what_to_give(folder, tmp_path):
+    place = tmp_path / "tables"
+    (place / "deep").mkdir(parents=True)
+    rows = table(place / "deep/a.parquet", image=contents(folder))
+    with pytest.raises(FileNotFoundError, match=f"holds no photographs .* \\(it holds 1 table in Parquet: give --images={rows}\\)"):
+        planned([str(place)], tmp_path / "out")
+    table(place / "deep/b.parquet", image=contents(folder))
+    with pytest.raises(FileNotFoundError, match=rf"it holds 2 tables in Parquet: give --images='{place}/deep/\*.parquet'"):
+        planned([str(place)], tmp_path / "out")
+    (place / "shards").mkdir()
+    (place / "shards/train-00000.array_record").touch()
+    for name in ("a", "b"):
+        (place / f"deep/{name}.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"it holds array_record files without shards.json: give the folder of shards"):
+        planned([str(place)], tmp_path / "out")
+    (place / "shards/shards.json").touch()
+    with pytest.raises(FileNotFoundError, match=f"it holds shards: give --images={place}/shards\\)"):
+        planned([str(place)], tmp_path / "out")

@@ -63,7 +63,7 @@ def test_evaluate_tells_of_each_part(tmp_path, monkeypatch, capsys, refined):
 
 
 def test_parts_that_cannot_be_are_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(ValueError, match="parts: expected 1 to 5, the number of examples of val, got 6"):
+    with pytest.raises(ValueError, match="^--parts: expected 1 to 5, the number of examples of val, got 6; a part needs an image"):
         reporting.evaluate_run(tmp_path / "nowhere", open_source("textures", "val", num_val=5), crf=False, num_parts=6)
 
 
@@ -158,7 +158,7 @@ def test_a_comparison_is_scored_in_parts_later_without_training_again(tmp_path, 
         assert "scored again" not in run("compare", *arguments, *more).out and path.stat().st_mtime_ns == written
     shared = run("compare", *arguments, "--config.data.train_split=val[0::2]", f"--workdir={tmp_path / 'other'}")
     assert_refused(shared, r"data.val_split: val and the training split val\[0::2\] share 2 examples")
-    assert_refused(run("compare", *arguments, "--parts=5"), "parts: expected 1 to 4, the number of examples of val, got 5")
+    assert_refused(run("compare", *arguments, "--parts=5"), "error: --parts: expected 1 to 4, the number of examples of val, got 5")
 
 
 @pytest.mark.slow

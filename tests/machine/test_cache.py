@@ -176,7 +176,7 @@ def test_batches_unlike_the_first_are_refused(tmp_path, second):
 def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=120)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    message = rf"the cache {tmp_path} needs 0.0 GB, its disk has 0.0 GB left: .*LCRF_JAX_CACHE"
+    message = rf"the cache {tmp_path} needs 0.00013 MB, its disk has 0.00012 MB left: .*LCRF_JAX_CACHE"
     with pytest.raises(OSError, match=message):
         made(tmp_path, IDENTITY, 10, batches)
     assert list(tmp_path.iterdir()) == []

@@ -96,7 +96,7 @@ def test_a_memo_that_cannot_be_written_is_no_reason_to_fail(files, memo, old_clo
 
 def test_a_file_that_is_not_there_is_named(files):
     files[1].unlink()
-    with pytest.raises(FileNotFoundError, match=r"b\.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"b\.jpg does not exist. It was there when the data was looked at: bring it back, and run the same command"):
         content_digests(files)
     assert content_digests([]) == ()
 

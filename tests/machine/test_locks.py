@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -162,3 +163,14 @@ def test_sixteen_processes_start_in_one_folder_again_and_again(tmp_path):
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(16)]
     assert [process.communicate(timeout=300)[0].strip() for process in started] == ["0 []"] * 16
     assert os.listdir(tmp_path) == []
+
+
+def test_on_a_full_disk_a_lock_is_held_without_a_word(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        with locked(tmp_path / "lock") as held, pytest.raises(Locked), locked(tmp_path / "lock"):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert held and (tmp_path / "lock").read_text() == ""

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from lcrf_jax.pictures.palette import bright_palette, index_picture, overlay, palette
-from lcrf_jax.predict.model import Labelling
+from lcrf_jax.predict.model import Labelling, as_rgb
 
 # What of linear RGB is seen without one kind of cone: Machado, Oliveira and Fernandes 2009, severity 1.
 SEEN = {
@@ -130,3 +130,13 @@ def test_a_labelling_says_what_was_found(found):
 def test_a_labelling_says_of_labels_that_they_are_no_class(found):
     labels = np.where(found.labels == 2, np.uint8(255), found.labels)
     assert "background 75 %, 255 (no class) 25 %" in repr(found._replace(labels=labels))
+
+
+def test_masked_arrays_are_refused():
+    image, labels = np.zeros((4, 5, 3), np.uint8), np.ones((4, 5), np.uint8)
+    with pytest.raises(TypeError, match=r"expected labels without a mask, .* \.filled\(255\) for void"):
+        overlay(image, np.ma.masked_array(labels, labels == 1))
+    with pytest.raises(TypeError, match="expected an image without a mask"):
+        overlay(np.ma.masked_array(image), labels)
+    with pytest.raises(TypeError, match="expected an image without a mask"):
+        as_rgb(np.ma.masked_array(image))

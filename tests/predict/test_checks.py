@@ -2,14 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
+import small_segmenter
 from programs import assert_refused, run, with_entry
 
 import lcrf_jax
 from lcrf_jax.baselines import cam_log_probs, ilp_log_probs
-from lcrf_jax.predict.checks import check_description
+from lcrf_jax.nets.network import build_network, unfit_parameters
+from lcrf_jax.predict.checks import check_description, check_parameters, told_as_parameters
 from lcrf_jax.predict.model import described
 from lcrf_jax.predict.outputs import OUTPUTS
+from lcrf_jax.predict.segmenter import make_segmenter, segment
 from lcrf_jax.runfolder.compact import shipped_models
 from lcrf_jax.runfolder.description import CheckpointError
 
@@ -149,3 +153,40 @@ def test_parameters_of_another_number_of_classes(folder):
     edit(folder, "network.num_classes", len(names) + 1)
     with pytest.raises(CheckpointError, match=f"config.json: class_names: expected {len(names)} names, as many as its decoder has classes, got {len(names) + 1}"):
         lcrf_jax.load(folder)
+
+
+OTHER_NETWORKS = {"widths": [12, 9], "backbone": "vgg16", "last_stride": 32, "taps": ["head", "s8"], "decoder": "original"}
+
+
+@pytest.mark.parametrize("name", OTHER_NETWORKS)
+@pytest.mark.parametrize("crf", [False, True])
+def test_parameters_of_another_network_are_told_when_it_is_asked(name, crf):
+    description = {"network": {**small_segmenter.NETWORK, name: OTHER_NETWORKS[name]}, "class_names": list("abcd"), "inference": small_segmenter.SETTINGS}
+    segmenter = make_segmenter(description, small_segmenter.parameters())
+    with pytest.raises(CheckpointError, match=r"^network: the parameters are those of another network .* expected \[.*; correct the entry network"):
+        segment(segmenter, np.zeros((40, 50, 3), np.uint8), crf=crf)
+
+
+def test_parameters_that_fit_are_no_excuse_for_another_error():
+    network, params = build_network(small_segmenter.NETWORK), small_segmenter.parameters()
+    assert unfit_parameters(small_segmenter.NETWORK, params) == []
+    with pytest.raises(KeyError, match="another"), told_as_parameters(network, params):
+        raise KeyError("another")
+
+
+def test_layers_of_a_tap_that_would_be_left_out_without_a_word():
+    """Of taps head and s16 with widths that are equal, the network of the head alone takes the parameters."""
+    network = {**small_segmenter.NETWORK, "taps": ["head"], "widths": [12]}
+    description = {"network": network, "class_names": list("abcd"), "inference": small_segmenter.SETTINGS}
+    with pytest.raises(CheckpointError, match="config.json: network.taps: expected 's16' among them, .*, got \\['head'\\]; correct it"):
+        check_parameters(description, small_segmenter.parameters(), "config.json")
+
+
+def test_programs_tell_of_another_network(folder):
+    edit(folder, "network.widths", [16, 13])
+    for program, flags in (("predict", ("--images=docs/animals.jpg", f"--out={folder / 'out'}")), ("evaluate", ())):
+        ended = run(program, f"--checkpoint={folder}", *flags)
+        assert_refused(ended, "(^|\n)error: network: the parameters are those of another network")
+    edit(folder, "network", {**json.loads((folder / "config.json").read_text())["network"], "widths": [16, 12], "backbone": "vgg16"})
+    edit(folder, "network.last_stride", 16)
+    assert_refused(run("evaluate", f"--checkpoint={folder}", "--cam", "--tags_given"), "(^|\n)error: network: the parameters are those of another network")

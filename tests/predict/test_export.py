@@ -245,3 +245,10 @@ def test_onnx_in_an_environment_of_its_own(checkpoint, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert float(ended.stdout.split()[-1]) < 1e-4
     assert json.loads((tmp_path / "model.onnx.json").read_text())["size"] == 96
+
+
+@pytest.mark.parametrize("size", ["99999999x99999999", "0x5", "5", "9" * 5000 + "x2", "-1x3"])
+def test_sizes_that_no_photograph_has(size, tmp_path):
+    ended = run("export", "--checkpoint=animals", f"--size={size}", "--crf", f"--out={tmp_path / 'a.stablehlo'}")
+    assert ended.code == 1 and ended.err.startswith("error: --size: expected "), ended
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """A model as one small file, and the models that come with the package."""
 
 import json
+import resource
 
 import jax
 import numpy as np
@@ -104,4 +105,15 @@ def test_what_cannot_be_written_is_told(model, tmp_path):
         compact.save_compact(tmp_path / "large.npz", description, large)
     with pytest.raises(CheckpointError, match="what its backbone is"):
         compact.save_compact(tmp_path / "nameless.npz", {**description, "backbone_sha256": ""}, params)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_named_and_leaves_nothing(model, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        with pytest.raises(OSError, match="make room and run the same command again: '.*small.npz'"):
+            compact.save_compact(tmp_path / "small.npz", *model)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())

@@ -162,14 +162,15 @@ def test_a_pairwise_stride_that_does_not_divide_is_told(prepared, stride):
 def test_a_folder_without_masks_has_no_validation(tmp_path, capsys):
     for folder in ("JPEGImages", "ImageSets/Segmentation"):
         (tmp_path / folder).mkdir(parents=True)
-    Image.new("RGB", (20, 10)).save(tmp_path / "JPEGImages" / "one.jpg")
+    for name in ("one", "two"):
+        Image.new("RGB", (20, 10)).save(tmp_path / "JPEGImages" / f"{name}.jpg")
     (tmp_path / "classes.txt").write_text("background\ncat\n")
-    (tmp_path / "tags.csv").write_text("image,tags\none,cat\n")
-    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("one\n")
+    (tmp_path / "tags.csv").write_text("image,tags\none,cat\ntwo,\n")
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("one\ntwo\n")
     config = {"method": "latent_crf", "data": {
         "kind": "folder", "root": str(tmp_path), "train_split": "train", "val_split": "val", "options": {}}}
     train, val = preparation.open_data(config)
-    assert len(train) == 1 and val is None
+    assert len(train) == 2 and val is None
     assert "no validation" in capsys.readouterr().out
     (tmp_path / "ImageSets" / "Segmentation" / "val.txt").write_text("one\n")
     assert preparation.open_data(config)[1] is None

@@ -7,7 +7,7 @@ from experiments.configs import base, textures
 from lcrf_jax.data.sources.textures import TexturesSource
 from lcrf_jax.machine.errors import SettingError, nearest
 from lcrf_jax.train.methods import METHODS
-from lcrf_jax.train.plan import planned_rounds, resolved_plan
+from lcrf_jax.train.plan import check_without_data, planned_rounds, resolved_plan
 from lcrf_jax.train.settings import check_names, check_settings
 
 
@@ -27,6 +27,10 @@ def settings(**changes):
     ({"log_every_steps": 0}, "log_every_steps: .*>= 1, got 0"),
     ({"save_every_steps": -1}, "save_every_steps: .*got -1"),
     ({"eval_every_epochs": 0}, "eval_every_epochs: .*got 0"),
+    ({"seed": 2**32}, "seed: expected at most 4294967295, got 4294967296"),
+    ({"least_steps": 10**12}, "least_steps: expected at most 2147483647, got 1000000000000"),
+    ({"inference__num_iterations": 10**12}, "inference.num_iterations: expected at most"),
+    ({"baselines__saliency__image_size": 10**9}, "baselines.saliency.image_size: expected at most 12649"),
     ({"seed": -1}, "seed: .*>= 0, got -1"),
     ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate: .*got nan"),
     ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate: .*> 0, got 0"),
@@ -45,6 +49,25 @@ def settings(**changes):
 def test_numbers_and_words_that_cannot_be(changes, message):
     with pytest.raises(SettingError, match=message):
         check_settings(settings(**changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"batch_size": 10**9}, "batch_size, with input_size: an array of .* GiB would be made, and there are .* GiB of memory; lower them"),
+    ({"input_size": 10**9}, "input_size: expected at most 12649, the side of an image of 160 million pixels, got 1000000000"),
+    ({"inference__input_sizes": (10**9,)}, "inference.input_sizes: expected at most 12649"),
+    ({"class_maps__extra_sizes": (10**9,)}, "class_maps.extra_sizes: expected at most 12649"),
+    ({"class_maps__grid": 10**9}, "class_maps.grid: expected at most input_size, .*, a cell for each of its pixels, got 1000000000"),
+    ({"objective__num_samples": 10**9}, "objective.num_samples, with batch_size and input_size: an array of"),
+    ({"network__widths": (10**9, 10**9, 10**9)}, "network.widths, with batch_size: an array of"),
+    ({"num_threads": 10**9}, "num_threads: an array of"),
+    ({"epochs": (10**10,) * 2, "rounds": 2}, "epochs, least_steps: expected at most 2147483647 steps"),
+    ({"epochs": (10**400,) * 2, "rounds": 2}, "epochs, least_steps: expected at most 2147483647 steps"),
+    ({"rounds": 10**9}, r"epochs: expected 1000000000 number.*, or --config.rounds=\d if that is meant"),
+], ids=lambda value: " ".join(value) if isinstance(value, dict) else "")  # fmt: skip
+def test_what_would_take_more_memory_or_steps_than_there_are_is_refused_before_data_is_read(changes, message):
+    config = settings(**{"network__taps": ("head", "s16", "s8"), **changes})
+    with pytest.raises(SettingError, match=message):
+        check_without_data(config)
 
 
 def test_settings_that_can_be():

@@ -35,6 +35,7 @@ class Found(NamedTuple):
       hidden: hidden files that look like photographs.
       special: pipes, sockets and devices.
       closed: folders that may not be read.
+      like_files: folders with the names of photographs, such as x.png; they are entered like others.
     """
 
     files: tuple[str, ...]
@@ -43,6 +44,7 @@ class Found(NamedTuple):
     hidden: tuple[str, ...]
     special: tuple[str, ...]
     closed: tuple[str, ...]
+    like_files: tuple[str, ...]
 
     @property
     def photographs(self) -> list[str]:
@@ -80,6 +82,8 @@ def files_below(root: str | os.PathLike, *, leave: Callable[[str], bool] = lambd
             kind = _kind(entry)
             if kind == "folder":
                 (links if entry.is_symlink() else waiting).append(entry.path)
+                if is_photograph(entry.name):
+                    kept["like_files"].append(_within(root, entry.path))
             elif kind is not None:
                 kept[kind].append(_within(root, entry.path))
     return Found(*(tuple(sorted(paths)) for paths in kept.values()))
@@ -140,7 +144,8 @@ def not_taken(found: Found, *, own: Collection[str] = ()) -> str:
         parts.append(f"{len(found.special)} pipes, sockets or devices")
     count = len(others) + len(found.hidden) + len(found.special)
     lines = [f"{count} file{'s' if count > 1 else ''} not taken: {', '.join(parts)}"] if count else []
-    for paths, what in ((found.system_folders, "folders of the system not entered"), (found.closed, "folders that may not be read")):
+    for paths, what in ((found.system_folders, "folders of the system not entered"), (found.closed, "folders that may not be read"),
+                        (found.like_files, "folders with names of photographs, which are none")):  # fmt: skip
         names = sorted({path.rsplit("/", 1)[-1] for path in paths})
         if names:
             lines.append(f"{what}: {', '.join(names[:_SHOWN])}" + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""))
@@ -280,7 +285,8 @@ class PhotographFinder:
         self._photographs = photographs
         for path in photographs:
             parts = os.path.splitext(path)[0].split("/"), path.split("/")
-            for name in {"/".join(part[start:]) for part in parts for start in range(len(part))} - {path}:
+            names = {"/".join(part[start:]) for part in parts for start in range(len(part))}
+            for name in (names | {name.strip() for name in names}) - {path}:  # tag files are read without spaces around names
                 self._shorter.setdefault(unicodedata.normalize("NFC", name), []).append(path)
         self._plain: dict[str, set[str]] | None = None
         self._nearest: Nearest | None = None

@@ -36,6 +36,7 @@ TAG_FILES = ("tags.csv", "tags.json", "tags.jsonl", "tags.tsv")
 _IMAGE = ("image", "images", "filename", "file_name", "file", "filepath", "path", "img", "photo", "photograph")
 _TAGS = ("tags", "tag", "labels", "label", "classes", "class")
 _INDEX = re.compile(r"|unnamed: \d+")  # how tables number their rows
+_LOOKED_AT = 1 << 16  # bytes of a file, for whether it is text
 _WITHIN = {",": ";", ";": "[;,|]", "\t": "[;,|]"}
 
 
@@ -199,6 +200,8 @@ def read_text(path: str | os.PathLike) -> str:
     data = Path(path).read_bytes()
     if data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         raise ValueError(f"{path} is a spreadsheet or an archive, whatever its name; export it as text, as CSV in UTF-8")
+    if b"\0" in data[:_LOOKED_AT]:
+        raise ValueError(f"{path} is text in UTF-16, or no text; save the file as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

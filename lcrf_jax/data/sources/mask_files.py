@@ -41,7 +41,8 @@ def find_masks(folder: Path, images: Sequence[str], photographs: Sequence[str] =
     Returns:
       Masks.
     """
-    found = files_below(folder).files if folder.is_dir() else ()
+    below = files_below(folder) if folder.is_dir() else None
+    found, folders = (below.files, below.like_files) if below else ((), ())
     candidates = _Candidates([path for path in found if is_photograph(path)], {*images, *photographs})
     masks, used, problems, inexact = {}, collections.defaultdict(list), [], []
     for image in images:
@@ -61,7 +62,10 @@ def find_masks(folder: Path, images: Sequence[str], photographs: Sequence[str] =
         problems.append(
             f"{folder}: {len(inexact)} masks are in formats that do not keep labels exact ({some(inexact)}); save masks as PNG"
         )
-    return Masks(masks, _notes(folder, found, used, images), problems + _none_fits(folder, found, used, images))
+    notes = _notes(folder, found, used, images)
+    if folders:
+        notes.append(f"{folder}: {len(folders)} folders have names of masks and are none ({some(list(folders))}); put the file in its place")
+    return Masks(masks, notes, problems + _none_fits(folder, found, used, images))
 
 
 class _Candidates:
