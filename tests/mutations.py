@@ -35,7 +35,7 @@ TESTS = {
     "bound/sampling.py": ("values_of_bound", "estimators", "sampling"),
     "crf/coarse.py": ("coarse",),
     "crf/energy.py": ("elbo", "energy", "derivatives", "easy_calls"),
-    "crf/exact.py": ("elbo", "kernels"),
+    "crf/exact.py": ("elbo", "kernels", "derivatives"),
     "crf/image_kernels.py": ("invariants", "mean_field"),
     "crf/inference.py": ("elbo", "mean_field", "easy_calls"),
     "crf/iterations.py": ("elbo", "mean_field", "invariants", "easy_calls", "derivatives"),

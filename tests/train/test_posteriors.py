@@ -144,6 +144,10 @@ def test_cells_are_taken_of_some_images_where_there_are_many(tmp_path, monkeypat
     inputs, targets, channels = linear_round._sampled(linear, np.broadcast_to(numbers, (24, 6, 6, 7)), np.random.default_rng(0))
     assert sorted(set(targets[:, 0])) == list(range(8)) and len(inputs) == len(targets) == 8 * 5
     assert inputs.dtype == np.float16 and inputs.shape[1] == sum(channels.values())
+    finest = np.asarray(given.views.tap("s16"))  # on the grid of the posteriors
+    inputs, targets, channels = linear_round._sampled(linear, finest[..., :7], np.random.default_rng(0))
+    assert list(channels) == ["s32", "s16"] and np.ptp(targets) > 0.1
+    np.testing.assert_array_equal(targets, inputs[:, channels["s32"] :][:, :7])
 
 
 @pytest.mark.slow
