@@ -249,7 +249,7 @@ MUTATIONS = [
              "unary = unary_weight * _log_evidence(evidence", "unary = 2 * _log_evidence(evidence"),
     Mutation("linear: the centre is not taken back", "nets/linear.py", 'bias = np.asarray(params["bias"]) - mean @ weights', 'bias = np.asarray(params["bias"])'),
     Mutation("linear: the scale is not taken back", "nets/linear.py", 'np.asarray(params["weights"]) / deviation[:, None]', 'np.asarray(params["weights"])'),
-    Mutation("linear: no word beside a trained network", "nets/linear.py", "log_probs + weight * of_linear", "log_probs"),
+    Mutation("linear: no word beside a trained network", "nets/linear.py", "weight * log_probs + linear_weight * of_linear", "weight * log_probs"),
     Mutation("linear: labels of other cells than the features", "train/linear_round.py", "found, cells[:size, :, None]", "found, cells[:size, ::-1, None]"),
     Mutation("the classifier's word on the background", "predict/outputs.py", "log_probs - log_probs.max(axis=-1, keepdims=True)", "log_probs"),
     Mutation("confidence of a cue for every class", "bound/pixel_evidence.py",

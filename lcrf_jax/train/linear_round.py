@@ -53,9 +53,10 @@ def parts_of_later_posterior(
     Returns:
       As `parts_of_linear_posterior`.
     """
-    weight = settings["evidence_weight"] / settings["unary_weight"]
-    both = prepared._replace(plan=prepared.plan._replace(network=beside_linear(prepared.network, weight)))
-    return parts_of_posterior_evidence(both, {**params, "linear": linear}, {**settings, "evidence_weight": 0.0}, first)
+    network = beside_linear(prepared.network, weight=settings["unary_weight"], linear_weight=settings["evidence_weight"])
+    both = prepared._replace(plan=prepared.plan._replace(network=network))
+    settings = {**settings, "unary_weight": 1.0, "evidence_weight": 0.0}
+    return parts_of_posterior_evidence(both, {**params, "linear": linear}, settings, first)
 
 
 def posterior_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +102,8 @@ def kept_in(run_dir: str | os.PathLike) -> dict[str, Any] | None:
     Returns:
       As `fitted_to`; None where the run had none, or its posteriors are not there.
     """
-    for entry in entries(pathlib.Path(run_dir) / POSTERIORS):
+    folder = pathlib.Path(run_dir) / POSTERIORS
+    for entry in entries(folder) if folder.is_dir() else ():  # the newest first
         if entry.kind == KIND:
             return _by_tap({path.stem: np.load(path) for path in entry.path.glob("*.npy")})
     return None

@@ -57,7 +57,7 @@ def test_the_features_of_cells_are_those_that_the_logits_are_made_of():
 
 def test_beside_a_network_its_log_probabilities_are_added():
     own = build_network(DESCRIPTION)
-    both, rng = beside_linear(own, 0.25), np.random.default_rng(2)
+    both, rng = beside_linear(own, weight=2.0, linear_weight=0.25), np.random.default_rng(2)
     images = rng.uniform(0, 255, (2, 64, 64, 3)).astype(np.float32)
     variables, _ = backbone_variables(DESCRIPTION, "random")
     features = own.features(variables, images)
@@ -65,9 +65,9 @@ def test_beside_a_network_its_log_probabilities_are_added():
     params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
     alone = own.logits({name: part for name, part in params.items() if name != "linear"}, variables, features)
     of_linear = linear_network(own).logits(params["linear"], variables, features)
-    expected = np.log(reference.softmax(np.float64(alone))) + 0.25 * np.log(reference.softmax(np.float64(of_linear)))
+    expected = 2 * np.log(reference.softmax(np.float64(alone))) + 0.25 * np.log(reference.softmax(np.float64(of_linear)))
     np.testing.assert_allclose(both.logits(params, variables, features), expected, rtol=1e-4, atol=1e-3)
-    assert both == beside_linear(own, 0.25) != beside_linear(own, 0.5) and own not in (both, linear_network(own))
+    assert both == beside_linear(own, weight=2.0, linear_weight=0.25) != beside_linear(own, weight=2.0, linear_weight=0.5) and own not in (both, linear_network(own))
 
 
 def test_networks_differ_from_their_linear_ones_and_not_from_each_other():
