@@ -92,9 +92,11 @@ def _kinds_of_posteriors(run_dir, training, network, params):
     if linear is None:
         return {"the class maps under the CRF, which the first round learns from": of_maps}
 
+    settings, with_linear = posterior_settings(training), linear_network(network)
+
     def of_linear(image, tags, maps):
         del maps
-        return network_posteriors(posterior_settings(training), linear_network(network), params["backbone"], linear, image, tags)
+        return network_posteriors(settings, with_linear, params["backbone"], linear, image, tags)
 
     return {
         "the class maps under the CRF, which the linear network learns from": of_maps,

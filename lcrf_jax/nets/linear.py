@@ -15,10 +15,10 @@ import optax
 from jax.typing import ArrayLike
 
 from lcrf_jax.nets.network import Network
+from lcrf_jax.nets.tag_classifier import column_moments
 from lcrf_jax.numerics import promote_float
 
 _BATCH_SIZE = 1024
-_ROWS_AT_ONCE = 8192
 _LEAST_DEVIATION = 1e-3
 
 
@@ -123,7 +123,8 @@ def fit_linear(
         raise ValueError(
             f"expected inputs [M, C], targets [M, K] and a step or more, with M and C >= 1; got {inputs.shape}, {targets.shape} and {num_steps}"
         )
-    mean, deviation = _moments(inputs)
+    mean, deviation = (moments.astype(np.float32) for moments in column_moments(inputs))
+    deviation += np.float32(_LEAST_DEVIATION)
     optimizer = optax.adamw(optax.cosine_decay_schedule(learning_rate, num_steps), weight_decay=weight_decay)
     params = {"weights": jnp.zeros((inputs.shape[1], targets.shape[1])), "bias": jnp.zeros(targets.shape[1])}
     state, losses, step = optimizer.init(params), [], jax.jit(functools.partial(_stepped, optimizer))
@@ -151,11 +152,3 @@ def _stepped(optimizer, params, state, inputs, targets):
     value, gradient = jax.value_and_grad(loss)(params)
     updates, state = optimizer.update(gradient, state, params)
     return optax.apply_updates(params, updates), state, value
-
-
-def _moments(rows):
-    """(mean, standard deviation) of each column, float32; summed in float64 without a copy of all rows in it."""
-    parts = [slice(start, start + _ROWS_AT_ONCE) for start in range(0, len(rows), _ROWS_AT_ONCE)]
-    mean = sum(rows[part].sum(axis=0, dtype=np.float64) for part in parts) / len(rows)
-    variance = sum(np.square(rows[part] - mean).sum(axis=0) for part in parts) / len(rows)
-    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32) + np.float32(_LEAST_DEVIATION)

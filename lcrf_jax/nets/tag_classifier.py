@@ -100,12 +100,11 @@ def _fitted_by_parts(pooled, targets, l2, max_iterations, tolerance):
     """`fit_tag_classifier` of features that are not in memory: (classifier, number of iterations, final loss)."""
     from scipy.optimize import minimize  # a requirement of JAX
 
-    parts = [slice(start, start + _ROWS_IN_MEMORY) for start in range(0, len(pooled), _ROWS_IN_MEMORY)]
+    parts = _parts(pooled)
     num_rows, num_channels = pooled.shape
     num_classes = targets.shape[1]
-    mean = sum(pooled[part].sum(axis=0, dtype=np.float64) for part in parts) / num_rows
-    variance = sum(np.square(pooled[part] - mean).sum(axis=0) for part in parts) / num_rows
-    scale = np.sqrt(variance) + 1e-6
+    mean, deviation = column_moments(pooled)
+    scale = deviation + 1e-6
     shift, factor = mean.astype(np.float32), (1 / scale).astype(np.float32)
 
     def loss_and_gradient(values):
@@ -131,6 +130,24 @@ def _fitted_by_parts(pooled, targets, l2, max_iterations, tolerance):
     weights = params[:-1] / scale[:, None]
     classifier = TagClassifier(jnp.asarray(weights, jnp.float32), jnp.asarray(params[-1] - mean @ weights, jnp.float32))
     return classifier, int(found.nit), float(found.fun)
+
+
+def column_moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column, summed in float64 without a copy of all rows in it.
+
+    Args:
+      rows: [N, C] of any float type; it may be memory-mapped.
+
+    Returns:
+      (mean [C], standard deviation [C]), float64.
+    """
+    mean = sum(rows[part].sum(axis=0, dtype=np.float64) for part in _parts(rows)) / len(rows)
+    variance = sum(np.square(rows[part] - mean).sum(axis=0) for part in _parts(rows)) / len(rows)
+    return mean, np.sqrt(variance)
+
+
+def _parts(rows):
+    return [slice(start, start + _ROWS_IN_MEMORY) for start in range(0, len(rows), _ROWS_IN_MEMORY)]
 
 
 def average_precision(scores: ArrayLike, targets: ArrayLike) -> np.ndarray:

@@ -18,7 +18,7 @@ POSTERIORS = "posteriors"  # within the folder of a run
 KIND = "linear network"
 _OF_TAP = "weights_"
 MOST_IMAGES = 4096  # that cells are taken of; beyond, every second, third, ... batch of images
-MOST_CELLS = 150_000  # in all, but for
+MOST_CELLS = 150_000  # of all images together, unless these are so many that each has
 LEAST_CELLS_OF_IMAGE = 64
 
 

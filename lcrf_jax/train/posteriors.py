@@ -59,11 +59,11 @@ def parts_of_posterior_evidence(
     params = jax.tree.map(np.asarray, params)
     variables = merged(prepared.variables, params)
     evidence_weight = settings.get("evidence_weight", 0.0)
-    posterior, num_rows = over_devices(
+    posterior, _ = over_devices(
         _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, evidence_weight=evidence_weight,
         options=_evidence_options(prepared.config), **_grid_settings(prepared, settings),
     )
-    inputs = _inputs_of_parts(prepared, variables, num_rows)
+    inputs, num_rows = _inputs_of_parts(prepared, variables)
 
     def found(part):
         evidence = _evidence_arrays(prepared, part) if evidence_weight else {}
@@ -82,15 +82,14 @@ def features_of_parts(prepared: Prepared) -> tuple[Callable[[slice], dict[str, A
       (function from a slice of the images to a dict from tap to [n, h, w, C], images of a slice). Where features are not kept
       they are computed; on several devices the last slice has rows more than it has images.
     """
-    _, num_rows = over_devices(_inputs_of_images, (), len(prepared.train), BATCH_SIZE)
-    inputs = _inputs_of_parts(prepared, prepared.variables, num_rows)
+    inputs, num_rows = _inputs_of_parts(prepared, prepared.variables)
     return lambda part: inputs(part)[0], num_rows
 
 
-def _inputs_of_parts(prepared, variables, num_rows):
-    """A function of a slice of the images to (features, those of the mirror images, guide), of so many rows."""
+def _inputs_of_parts(prepared, variables):
+    """(function of a slice of the images to (features, those of the mirror images, guide), images of a slice)."""
     network, views, stride = prepared.network, prepared.views, prepared.plan.guide_stride
-    of_images, _ = over_devices(
+    of_images, num_rows = over_devices(
         _inputs_of_images, (variables,), len(prepared.train), BATCH_SIZE, network=network, guide_stride=stride
     )
 
@@ -102,7 +101,7 @@ def _inputs_of_parts(prepared, variables, num_rows):
             records = list(pool.map(views.__getitem__, range(part.start, min(part.stop, len(prepared.train)))))  # view 0 comes first
         return of_images(_whole(np.stack([record.image for record in records]), num_rows))
 
-    return inputs
+    return inputs, num_rows
 
 
 def _whole(arrays, num_rows):
