@@ -13,6 +13,7 @@ import numpy as np
 from lcrf_jax.bound.record import Record
 from lcrf_jax.data.example import Example, Source
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
+from lcrf_jax.machine.contents import WAS_THERE
 
 _Item = TypeVar("_Item")
 _Begun = TypeVar("_Begun")
@@ -74,7 +75,7 @@ class ViewDataset:
         try:
             example = self._source[index]
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{error}. It was there when the data was looked at: bring it back, and run the same command again") from error
+            raise FileNotFoundError(f"{error}. {WAS_THERE}") from error
         view = sample_view(self._seed, index, number, **self._ranges)
         size = self._size, self._size
         return Record(

@@ -18,6 +18,7 @@ from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.files import parsed_json, write_whole
 
 MEMO = "contents.json"
+WAS_THERE = "It was there when the data was looked at: bring it back, and run the same command again"
 UNREADABLE = "unreadable"
 WORTH_A_MEMO = 64_000_000  # bytes; less is read in a moment
 MOST_FILES = 1_000_000
@@ -67,7 +68,7 @@ def _facts(path):
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} does not exist. It was there when the data was looked at: bring it back, and run the same command again") from error
+        raise FileNotFoundError(f"{path} does not exist. {WAS_THERE}") from error
     return os.path.abspath(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 

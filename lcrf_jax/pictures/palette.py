@@ -220,13 +220,23 @@ def picture_table(
     return path
 
 
-def _refuse_masked(name, array, remedy):
-    if isinstance(array, np.ma.MaskedArray):  # whose mask np.asarray drops without a word
+def refuse_masked(name: str, array: object, remedy: str) -> None:
+    """Refuse a masked array of NumPy, whose mask np.asarray drops without a word.
+
+    Args:
+      name: of the array, for the message.
+      array: anything.
+      remedy: what to do, for the message.
+
+    Raises:
+      TypeError: if it is one.
+    """
+    if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"expected {name} without a mask, got a masked array of NumPy; {remedy}")
 
 
 def _checked_image(image):
-    _refuse_masked("an image", image, "fill it first, .filled(0)")
+    refuse_masked("an image", image, "fill it first, .filled(0)")
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"expected an image [H, W, 3] of uint8, got {image.shape} of {image.dtype}; convert "
@@ -235,7 +245,7 @@ def _checked_image(image):
 
 
 def _checked_labels(labels):
-    _refuse_masked("labels", labels, "fill it first, .filled(255) for void")
+    refuse_masked("labels", labels, "fill it first, .filled(255) for void")
     labels = np.asarray(labels)
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or labels.size == 0:
         raise ValueError(f"expected labels [H, W] of integers, got {labels.shape} of {labels.dtype}; take "

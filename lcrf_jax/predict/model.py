@@ -14,7 +14,7 @@ from lcrf_jax.machine.cache import default_directory
 from lcrf_jax.machine.compilation import keep_programs
 from lcrf_jax.machine.errors import nearest
 from lcrf_jax.machine.files import at_home
-from lcrf_jax.pictures.palette import bright_palette, overlay, save_index_png
+from lcrf_jax.pictures.palette import bright_palette, overlay, refuse_masked, save_index_png
 from lcrf_jax.predict.checks import check_description, check_origin, check_parameters
 from lcrf_jax.predict.resizing import interpolated_probs, labels_and_confidence
 from lcrf_jax.predict.segmenter import make_segmenter, segment
@@ -262,8 +262,7 @@ def as_rgb(image: str | os.PathLike | Image.Image | np.ndarray) -> np.ndarray:
         if 0 in image.size:
             raise ValueError(f"expected an image with pixels, got one of {image.width} x {image.height}; {_NO_PIXELS}")
         return opened_as_rgb(image, "the image")[0]
-    if isinstance(image, np.ma.MaskedArray):
-        raise TypeError("expected an image without a mask, got a masked array of NumPy; fill it first, .filled(0)")
+    refuse_masked("an image", image, "fill it first, .filled(0)")
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(
