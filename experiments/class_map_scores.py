@@ -7,7 +7,6 @@ from lcrf_jax.data.pipeline import prefetched
 from lcrf_jax.machine.progress import say
 from lcrf_jax.metrics import confusion_matrix, format_iou_table, mean_iou
 from lcrf_jax.nets.inputs import square_image
-from lcrf_jax.nets.linear import linear_network
 from lcrf_jax.nets.network import build_network
 from lcrf_jax.predict.checks import told_as_parameters
 from lcrf_jax.predict.model import trained
@@ -15,9 +14,9 @@ from lcrf_jax.predict.outputs import restored_classifier
 from lcrf_jax.predict.resizing import resized_map
 from lcrf_jax.train import preparation
 from lcrf_jax.train.class_maps import map_functions, mean_map
-from lcrf_jax.train.linear_round import kept_in, posterior_settings
+from lcrf_jax.train.linear_round import kept_in, log_probs_of_squares, posterior_settings
 from lcrf_jax.train.methods import begins_with_posteriors
-from lcrf_jax.train.posteriors import map_posteriors, network_posteriors
+from lcrf_jax.train.posteriors import posteriors_of_images, settings_of_maps
 
 from . import reporting
 
@@ -45,12 +44,12 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     kinds = _kinds_of_posteriors(run_dir, description["training"], network, params)
     of_posteriors = np.zeros((len(kinds), num_parts, num_classes, num_classes), np.int64)
     for part, example in zip(part_of, prefetched(source), strict=True):
-        square = square_image(example.image, size)[None]
+        squares = [square_image(example.image, side)[None] for side in (size, *settings["extra_sizes"])]
         with told_as_parameters(network, {"backbone": params["backbone"]}):
-            others = [np.asarray(from_images(square_image(example.image, s)[None])) for s in settings["extra_sizes"]]
-            maps = mean_map(np.asarray(from_images(square)), np.asarray(from_images(square[:, :, ::-1])), others)
+            plain, *others = [np.asarray(from_images(square)) for square in squares]
+            maps = mean_map(plain, np.asarray(from_images(squares[0][:, :, ::-1])), others)
         for counts, posteriors_of in zip(of_posteriors, kinds.values(), strict=True):
-            found = np.asarray(posteriors_of(square, example.tags[None], maps))[0]
+            found = np.asarray(posteriors_of(squares, example.tags[None], maps))[0]
             counts[part] += confusion_matrix(resized_map(found, example.image.shape[:2]).argmax(axis=-1), example.mask, num_classes)
         scores = maps[0, ..., :-1]
         logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
@@ -79,25 +78,26 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
 
 
 def _kinds_of_posteriors(run_dir, training, network, params):
-    """Title -> function (image, tags, class maps with objectness) to posteriors, of those that a run begins with."""
+    """Title -> function (image at all sizes, tags, class maps with objectness) to posteriors, of those that a run begins with."""
     evidence = training["objective"]["likelihood_options"]["evidence"]
     if not begins_with_posteriors(training) or evidence.get("saliency_weight"):
         return {}
 
-    def of_maps(image, tags, maps):
-        beside = {"class_maps": maps[..., :-1], "peaks": maps[..., :-1].max(axis=(1, 2)), "objectness": maps[..., -1]}
-        return map_posteriors(training, network.stride, image, tags, beside)
-
     linear = kept_in(run_dir)
+
+    def posteriors(weights, squares, tags, maps, log_probs=None):
+        evidence = {"class_maps": maps[..., :-1], "peaks": maps[..., :-1].max(axis=(1, 2)), "objectness": maps[..., -1]}
+        return posteriors_of_images(training, weights, network.stride, squares[0], tags, evidence, log_probs)
+
+    def of_maps(squares, tags, maps):
+        return posteriors(settings_of_maps(training), squares, tags, maps)
+
+    def of_linear(squares, tags, maps):
+        log_probs = log_probs_of_squares(network, params["backbone"], linear, squares)
+        return posteriors(posterior_settings(training), squares, tags, maps, log_probs)
+
     if linear is None:
         return {"the class maps under the CRF, which the first round learns from": of_maps}
-
-    settings, with_linear = posterior_settings(training), linear_network(network)
-
-    def of_linear(image, tags, maps):
-        del maps
-        return network_posteriors(settings, with_linear, params["backbone"], linear, image, tags)
-
     return {
         "the class maps under the CRF, which the linear network learns from": of_maps,
         "the linear network under the CRF, which the first round learns from": of_linear,

@@ -45,7 +45,7 @@ from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.digests import params_digest
 from lcrf_jax.train import fit, keeping, preparation
 from lcrf_jax.train.plan import resolved_plan
-from lcrf_jax.train.posteriors import map_posteriors
+from lcrf_jax.train.posteriors import posteriors_of_images, settings_of_maps
 
 from . import measuring, reporting
 from .configs import folder as folder_config
@@ -274,7 +274,8 @@ def stages(folder, count):
     maps = {"class_maps": draw.random((32, grid, grid, 20), np.float32), "peaks": np.ones((32, 20), np.float32),
             "objectness": draw.random((32, grid, grid), np.float32)}  # fmt: skip
     squares = np.repeat(square_image(photo, 320)[None], 32, 0)
-    call = functools.partial(map_posteriors, given.config, given.network.stride, squares, wide, maps)
+    weights = settings_of_maps(given.config)
+    call = functools.partial(posteriors_of_images, given.config, weights, given.network.stride, squares, wide, maps)
     _each(f"posteriors of 21 classes on {grid}x{grid} cells", lambda: jax.block_until_ready(call()), 2, 32)
     model = lcrf_jax.load("animals")
     _each("labels of 500x375, 7 classes, without refinement", functools.partial(model.segment, photo, crf=False), 3, 1)

@@ -91,7 +91,6 @@ WORDS = {
     "baselines.saliency": "of `barrier_saliency`",
     "linear.learning_rate": "of AdamW, at the start; it falls to 0",
     "linear.weight_decay": "of AdamW",
-    "posterior.unary_weight": "factor of the network's log-probabilities",
     "posterior.num_iterations": "of mean field",
     "optimizer.learning_rate": "of AdamW, at its peak",
     "optimizer.warmup_steps": "until the peak",

@@ -177,14 +177,16 @@ def get_config():
     config.linear.num_steps = 0  # of 1,024 cells of training images; 0: no such network
     config.linear.learning_rate = 1e-3
     config.linear.weight_decay = 1e-2
-    config.linear.unary_weight = 1.0  # of its log-probabilities beside the CRF
+    config.linear.unary_weight = 1.0  # of its log-probabilities beside the CRF, the mean over class_maps.extra_sizes and the main one
+    config.linear.evidence_weight = 0.0  # of the class maps' log-evidence beside the linear network's log-probabilities
     config.epochs = (4, 4)
     config.rounds = 2  # of latent_crf: epochs has a number for each. Of other methods the sum of the epochs counts
     config.least_steps = 0  # of each round: with few images an epoch is several passes over them
     config.posterior = ConfigDict()
-    config.posterior.unary_weight = 1.0
-    # Of the class maps' log-evidence beside the network's log-probabilities, or of those of the linear network where there is one.
-    config.posterior.evidence_weight = 0.0
+    config.posterior.unary_weight = 1.0  # of the network's log-probabilities
+    config.posterior.linear_weight = 0.0  # of the linear network's beside them, where there is one
+    config.posterior.evidence_weight = 0.0  # of the class maps' log-evidence beside the network's log-probabilities
+    config.posterior.maps_weight = 1.0  # of the class maps' log-evidence alone, before there is a network
     config.posterior.tempering = 1.0  # the log-posterior is multiplied by it
     config.posterior.num_iterations = 10
     config.posterior.kernel = kernel(8.0, 80.0, 13.0, 2.0, 8.0)  # in pixels of the network's input
@@ -206,6 +208,9 @@ def get_config():
     config.eval_every_epochs = 3
     config.save_every_steps = 100  # and whenever the parameters are scored
 
+    # v: v log(max n / n_k) is added to the network's log-probabilities of class k, at test time and in the posteriors of rounds,
+    # n_k the number of training images with its tag; no class counts as less than a tenth of the most frequent one.
+    config.balance_weight = 0.0
     config.inference = ConfigDict()
     config.inference.input_sizes = (320,)
     config.inference.mirror = True

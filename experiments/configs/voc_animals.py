@@ -26,13 +26,14 @@ def get_config():
     config.objective.likelihood_weight = 1.5
     config.objective.estimator = "mean"
     config.evidence_posterior = True
-    config.linear.num_steps, config.linear.unary_weight = 430, 0.5
-    config.posterior.evidence_weight = 0.5
+    config.linear.num_steps, config.linear.unary_weight, config.linear.evidence_weight = 430, 0.4, 0.2
+    config.posterior.unary_weight, config.posterior.linear_weight, config.posterior.evidence_weight = 0.75, 0.25, 0.125
     config.rounds, config.epochs = 3, (2, 2, 2)
     config.optimizer.warmup_steps = 50
     config.eval_every_epochs = 2
     config.posterior.kernel.bilateral_weight = 4.0
     config.posterior.kernel.bilateral_colour_width = 8.0
+    config.balance_weight = 0.5
     config.inference.prior_weight = 1.0
     config.inference.kernel.bilateral_weight = 4.0
     config.inference.kernel.bilateral_position_width = 40.0

@@ -48,28 +48,6 @@ def linear_network(network: Network) -> Network:
     return network._replace(description={**network.description, "decoder": "linear"}, init=init, logits=logits)
 
 
-def beside_linear(network: Network, *, weight: float, linear_weight: float) -> Network:
-    """A network and a linear one as a product of experts: the weighted sum of their log-probabilities.
-
-    Args:
-      network: lcrf_jax.nets.network.Network.
-      weight: of its own log-probabilities.
-      linear_weight: of those of the linear network.
-
-    Returns:
-      Network. Its parameters are those of the network, with those of its `linear_network` as "linear" among them.
-    """
-    linear = linear_network(network)
-
-    def logits(params, variables, features, key=None):
-        own = {name: value for name, value in params.items() if name != "linear"}
-        both = network.logits(own, variables, features, key), linear.logits(params["linear"], variables, features)
-        log_probs, of_linear = map(jax.nn.log_softmax, both)
-        return weight * log_probs + linear_weight * of_linear
-
-    return network._replace(description={**network.description, "beside_linear": [weight, linear_weight]}, logits=logits)
-
-
 def _grid(taps, features):
     """(rows, columns) of the finest tap."""
     return features[taps[-1]].shape[1:3]

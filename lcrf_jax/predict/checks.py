@@ -238,7 +238,17 @@ def _check_inference(inference, network):
     if inference.get("coarse_iterations", 0) > inference["num_iterations"]:
         most = inference["num_iterations"]
         raise SettingError(f"inference.coarse_iterations: expected at most num_iterations, {most}, got {inference['coarse_iterations']}")
+    if "class_offsets" in inference:
+        _check_offsets(inference["class_offsets"], network.description["num_classes"])
     _check_output(inference.get("output", "softmax"), inference.get("output_options", {}))
+
+
+def _check_offsets(offsets, num_classes):
+    if not isinstance(offsets, list | tuple) or len(offsets) != num_classes:
+        raise SettingError(f"inference.class_offsets: expected a list of {num_classes} numbers, one for each class, got {_short(offsets)}")
+    for value in offsets:
+        _refuse_no_number("inference.class_offsets", value)
+        check_number("inference.class_offsets", value, minimum=0, remedy="")
 
 
 def _check_output(output, options):

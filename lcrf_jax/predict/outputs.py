@@ -21,11 +21,13 @@ def _mirror_mean(maps, mirrored):
     return (plain + other[:, :, ::-1]) / 2
 
 
-def _network_output(network, params, features, mirrored, log_probs_of_logits, prior_weight):
-    """The network's log-probabilities, averaged over mirroring, times the prior of the image."""
+def _network_output(network, params, features, mirrored, log_probs_of_logits, prior_weight=0.0, class_offsets=()):
+    """The network's log-probabilities, averaged over mirroring, with the offsets of the classes, times the prior of the image."""
     log_probs = log_probs_of_logits(network.logits(params["decoder"], params["backbone"], features))
     if mirrored:
         log_probs = jax.nn.log_softmax(_mirror_mean(log_probs, mirrored), axis=-1)
+    if class_offsets:
+        log_probs = jax.nn.log_softmax(log_probs + jnp.asarray(class_offsets, log_probs.dtype), axis=-1)
     if not prior_weight:
         return log_probs
     prior = prior_weight * _log_prior(network, params, features, mirrored)
@@ -45,20 +47,17 @@ def _log_prior(network, params, features, mirrored):
 
 
 def _softmax(network, params, features, mirrored, options):
-    prior_weight = options.get("prior_weight", 0.0)
-    return _network_output(
-        network, params, features, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1), prior_weight
-    )
+    return _network_output(network, params, features, mirrored, lambda logits: jax.nn.log_softmax(logits, axis=-1), **options)
 
 
 def _ilp(network, params, features, mirrored, options):
     options = dict(options)
-    prior_weight = options.pop("prior_weight", 0.0)
+    beside = {name: options.pop(name) for name in ("prior_weight", "class_offsets") if name in options}
 
     def one(logits):
         return ilp_log_probs(logits.reshape(-1, logits.shape[-1]), **options).reshape(logits.shape)
 
-    return _network_output(network, params, features, mirrored, jax.vmap(one), prior_weight)
+    return _network_output(network, params, features, mirrored, jax.vmap(one), **beside)
 
 
 def _class_maps(network, params, features, mirrored, options):

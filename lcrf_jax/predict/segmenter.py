@@ -108,7 +108,8 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
         "num_iterations" and "unary_weight". It may have "coarse_iterations" (so many of these are made on the image at half
         its resolution first, see `lcrf_jax.crf.inference.refine`; 0 if left out), "output", a key of `OUTPUTS`
         ("softmax" if left out), with "output_options", "prior_weight" (of the tag classifier's word on the whole image, 0 if
-        left out) and "max_side" (MAX_SIDE if left out).
+        left out), "class_offsets" (K numbers that are added to the network's log-probabilities, see
+        `lcrf_jax.train.plan.class_offsets`; none if left out) and "max_side" (MAX_SIDE if left out).
       params: dict with "backbone" and what the output needs: "decoder" or "classifier" variables.
 
     Returns:
@@ -120,8 +121,10 @@ def make_segmenter(description: Mapping[str, Any], params: Mapping[str, Any]) ->
     """
     network, settings = build_network(description["network"]), description["inference"]
     output, options = settings.get("output", "softmax"), settings.get("output_options", {})
-    if settings.get("prior_weight") and output != "class_maps":
-        options = {**options, "prior_weight": settings["prior_weight"]}
+    if output != "class_maps":
+        options = {**options, **{name: settings[name] for name in ("prior_weight", "class_offsets") if settings.get(name)}}
+        if "class_offsets" in options:
+            options["class_offsets"] = tuple(options["class_offsets"])
     used = {name: params[name] for name in sorted(needed_parameters(settings))}
     if "decoder" in used:  # with layers of the backbone, where these are trained
         used["backbone"] = merged(used["backbone"], used["decoder"])

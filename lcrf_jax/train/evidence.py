@@ -6,10 +6,10 @@ import numpy as np
 
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.runfolder.digests import params_digest
-from lcrf_jax.train.linear_round import POSTERIORS, fitted_to, parts_of_later_posterior, parts_of_linear_posterior
+from lcrf_jax.train.linear_round import POSTERIORS, fitted_to, log_probs_of, posterior_settings
 from lcrf_jax.train.methods import begins_with_linear, begins_with_posteriors
 from lcrf_jax.train.plan import Round
-from lcrf_jax.train.posteriors import parts_of_posterior_evidence, parts_of_posterior_of_maps
+from lcrf_jax.train.posteriors import parts_of_posterior_evidence, parts_of_posterior_of_maps, parts_without_network
 from lcrf_jax.train.preparation import Prepared
 from lcrf_jax.train.step import TrainState
 
@@ -39,16 +39,16 @@ def evidence_of(prepared: Prepared, workdir: pathlib.Path, this: Round, state: T
     posterior = method.posterior(config)
     identity = {
         "round": this.number,
-        "posterior": {name: value for name, value in posterior.items() if name != "evidence_weight" or value},
+        "posterior": {name: value for name, value in posterior.items() if value or not name.endswith("_weight")},
         "before": list(method.round_epochs(config)[: this.number]),
         "seed": config["seed"],
     }
-    linear = None
+    linear, settings = None, {**posterior, "linear_weight": 0.0}
     if posterior.get("evidence_weight"):
         identity["evidence"] = config["objective"]["likelihood_options"]["evidence"]
-        if begins_with_linear(config):
-            identity["linear"] = config["linear"]
-            linear = _linear_network(prepared, workdir)
+    if posterior.get("linear_weight") and begins_with_linear(config):
+        identity |= _of_linear(config)
+        linear, settings = _word_of_linear(prepared, workdir), posterior
 
     def parts(first):
         if done != this.first_step:
@@ -56,9 +56,7 @@ def evidence_of(prepared: Prepared, workdir: pathlib.Path, this: Round, state: T
                 f"{workdir / POSTERIORS} has no posteriors that round {this.number + 1} was begun with: restore "
                 "the folder and the settings of its rounds, or start again in a new one"
             )
-        if linear is None:
-            return parts_of_posterior_evidence(prepared, state.params, posterior, first)
-        return parts_of_later_posterior(prepared, state.params, linear, posterior, first)
+        return parts_of_posterior_evidence(prepared, state.params, settings, first, linear)
 
     return _kept_evidence(prepared, workdir, identity, parts)
 
@@ -69,20 +67,19 @@ def _first_evidence(prepared, workdir):
         return None
     if not begins_with_linear(prepared.config):
         return _evidence_of_maps(prepared, workdir)
-    params = _linear_network(prepared, workdir)
+    linear, settings = _word_of_linear(prepared, workdir), posterior_settings(prepared.config)
     identity = _identity_of_linear(prepared)
-    return _kept_evidence(prepared, workdir, identity, lambda first: parts_of_linear_posterior(prepared, params, first))
+    return _kept_evidence(prepared, workdir, identity, lambda first: parts_without_network(prepared, settings, linear, first))
 
 
 def _evidence_of_maps(prepared, workdir):
     return _kept_evidence(prepared, workdir, _identity_of_maps(prepared), lambda first: parts_of_posterior_of_maps(prepared, first))
 
 
-def _linear_network(prepared, workdir):
-    """The parameters of the linear network; where they are not kept, it learns from the posteriors of the class maps."""
-    return fitted_to(
-        prepared, lambda: _evidence_of_maps(prepared, workdir), identity=_identity_of_linear(prepared), directory=workdir / POSTERIORS
-    )
+def _word_of_linear(prepared, workdir):
+    """What the linear network says of the images; where it is not kept, it learns from the posteriors of the class maps."""
+    kept = {"identity": _identity_of_linear(prepared), "directory": workdir / POSTERIORS}
+    return log_probs_of(prepared, fitted_to(prepared, lambda: _evidence_of_maps(prepared, workdir), **kept), **kept)
 
 
 def _identity_of_maps(prepared):
@@ -92,7 +89,11 @@ def _identity_of_maps(prepared):
 
 
 def _identity_of_linear(prepared):
-    return {**_identity_of_maps(prepared), "linear": prepared.config["linear"], "seed": prepared.config["seed"]}
+    return {**_identity_of_maps(prepared), **_of_linear(prepared.config), "seed": prepared.config["seed"]}
+
+
+def _of_linear(config):
+    return {"linear": config["linear"], "sizes": list(config["class_maps"]["extra_sizes"])}
 
 
 def _kept_evidence(prepared, workdir, identity, parts):

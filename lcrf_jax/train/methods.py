@@ -181,7 +181,7 @@ def _thirds(config):
 
 
 def _unrefined(config):
-    return {**config["posterior"], "unary_weight": 1.0, "evidence_weight": 0.0, "tempering": 1.0, "num_iterations": 0}
+    return {**config["posterior"], "unary_weight": 1.0, "evidence_weight": 0.0, "linear_weight": 0.0, "tempering": 1.0, "num_iterations": 0}
 
 
 def _evidence_inputs(config):

@@ -22,6 +22,7 @@ from lcrf_jax.train.settings import MOST_STEPS, check_settings, told_as_settings
 from lcrf_jax.train.step import check_batch_size, make_optimizer
 
 _MOST_WRITTEN = 12  # epochs in a message
+_MOST_TIMES = 10  # as frequent as others, in `class_offsets`
 _IMAGES_AT_ONCE = 16  # that pass the backbone for features
 
 
@@ -157,7 +158,7 @@ def resolved_plan(config: dict, class_names: Sequence[str], tags: np.ndarray) ->
         guide_stride=guide_stride(config, network),
         rounds=tuple(rounds),
         images=tuple(images_of_round(method, this, tags) for this in rounds),
-        inference={**config["inference"], **_output_settings(config, method)},
+        inference={**config["inference"], **_output_settings(config, method), **_offset_settings(config, method, tags)},
     )
     with told_as_settings():
         for this in rounds:
@@ -334,6 +335,33 @@ def _check_trained_backbone(config, network, method):
             f"{name}: the tag classifier is fitted on the features before training and cannot be asked at test time; set "
             "inference.prior_weight=0"
         )
+
+
+def class_offsets(tags: np.ndarray, weight: float) -> tuple[float, ...]:
+    """What is added to a network's log-probabilities, so that classes with few images are not taken for those with many.
+
+    For class k, with n_k training images that are tagged with it, weight log(max n / n_k), and 0 for the background. No class
+    counts as less than a tenth of the most frequent one.
+
+    Args:
+      tags: [N, K] bool, of the training images.
+      weight: 0 or more; 1 would take the frequency of the classes out of calibrated probabilities.
+
+    Returns:
+      K numbers >= 0.
+
+    References:
+      Menon et al. 2021, "Long-tail learning via logit adjustment"; counting images by their tags, and the limit, are ours.
+    """
+    counts = np.asarray(tags, bool)[:, 1:].sum(axis=0)
+    most = counts.max(initial=0)
+    least = max(1, most) / _MOST_TIMES
+    return (0.0, *(weight * np.log(max(most, least) / np.maximum(counts, least))).tolist())
+
+
+def _offset_settings(config, method, tags):
+    weight = config.get("balance_weight", 0.0)
+    return {"class_offsets": list(class_offsets(tags, weight))} if weight and method.output != "class_maps" else {}
 
 
 def _output_settings(config, method):

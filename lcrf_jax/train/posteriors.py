@@ -15,8 +15,8 @@ from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams
 from lcrf_jax.machine.progress import image_progress
 from lcrf_jax.nets.inputs import guide_image, network_inputs
-from lcrf_jax.nets.network import Network
 from lcrf_jax.nets.trained import merged
+from lcrf_jax.numerics import promote_float
 from lcrf_jax.train.preparation import Prepared
 from lcrf_jax.train.spread import over_devices, padded_rows, reading_threads
 
@@ -36,20 +36,23 @@ def posterior_evidence(prepared: Prepared, params: Any, settings: Mapping[str, A
 
 
 def parts_of_posterior_evidence(
-    prepared: Prepared, params: Any, settings: Mapping[str, Any], first: int = 0
+    prepared: Prepared, params: Any, settings: Mapping[str, Any], first: int = 0, linear: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
     """Mean-field posteriors of the training images under a trained network, given their tags.
 
-    The network's log-probabilities of the whole image and of its mirror image are averaged, the logarithm of the class maps'
-    evidence is added with its weight, classes that are not tagged are excluded, and mean field runs on the grid of the
-    logits.
+    The network's log-probabilities of the whole image and of its mirror image are averaged, with `class_offsets`, the logarithm of the class maps'
+    evidence and the linear network's log-probabilities are added with their weights, classes that are not tagged are excluded,
+    and mean field runs on the grid of the logits.
 
     Args:
       prepared: Prepared; with cached features of at least the views 0 and 1, or with images.
       params: decoder parameters.
       settings: dict with "kernel" (fields of `KernelParams`, in pixels of the input), "num_iterations",
-        "unary_weight", "tempering" (the log-posterior is multiplied by it) and, if it is not 0, "evidence_weight".
+        "unary_weight", "tempering" (the log-posterior is multiplied by it) and, if they are not 0, "evidence_weight" and
+        "linear_weight".
       first: image to begin with.
+      linear: [N, g, g, K] log-probabilities of a linear network, see `lcrf_jax.train.linear_round.log_probs_of`; not looked at
+        where it has no weight.
 
     Returns:
       Iterator over arrays [n, g, g, K] float16, >= 0, summing to one over the classes.
@@ -58,32 +61,30 @@ def parts_of_posterior_evidence(
     # The parameters are of all devices and processes; the rest is done by those of this one.
     params = jax.tree.map(np.asarray, params)
     variables = merged(prepared.variables, params)
-    evidence_weight = settings.get("evidence_weight", 0.0)
     posterior, _ = over_devices(
-        _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, evidence_weight=evidence_weight,
-        options=_evidence_options(prepared.config), **_grid_settings(prepared, settings),
-    )
+        _posteriors, (params, variables), len(tags), BATCH_SIZE, network=network, unary_weight=settings["unary_weight"],
+        offsets=tuple(prepared.plan.inference.get("class_offsets", ())), **_static_settings(prepared, settings),
+    )  # fmt: skip
     inputs, num_rows = _inputs_of_parts(prepared, variables)
 
     def found(part):
-        evidence = _evidence_arrays(prepared, part) if evidence_weight else {}
-        return posterior(*inputs(part), *_whole((tags[part], evidence), num_rows))
+        return posterior(*inputs(part), *_whole((tags[part], _beside(prepared, settings, linear, part)), num_rows))
 
     return _in_parts(found, len(tags), num_rows, "posteriors", first)
 
 
-def features_of_parts(prepared: Prepared) -> tuple[Callable[[slice], dict[str, Any]], int]:
-    """The frozen features of the whole training images, part by part.
+def features_of_parts(prepared: Prepared) -> tuple[Callable[[slice], tuple[dict[str, Any], dict[str, Any]]], int]:
+    """The frozen features of the whole training images and of their mirror images, part by part.
 
     Args:
       prepared: Prepared.
 
     Returns:
-      (function from a slice of the images to a dict from tap to [n, h, w, C], images of a slice). Where features are not kept
-      they are computed; on several devices the last slice has rows more than it has images.
+      (function from a slice of the images to two dicts from tap to [n, h, w, C], images of a slice). Where features are not
+      kept they are computed; on several devices the last slice has rows more than it has images.
     """
     inputs, num_rows = _inputs_of_parts(prepared, prepared.variables)
-    return lambda part: inputs(part)[0], num_rows
+    return lambda part: inputs(part)[:2], num_rows
 
 
 def _inputs_of_parts(prepared, variables):
@@ -124,8 +125,7 @@ def posterior_of_maps(prepared: Prepared) -> np.ndarray:
 def parts_of_posterior_of_maps(prepared: Prepared, first: int = 0) -> Iterator[np.ndarray]:
     """Mean-field posteriors p(z | x, y) of the training images by class maps and the CRF, before there is a network.
 
-    The settings are those of `posterior_evidence`, with the logarithm of `class_evidence` in the place of the network's
-    log-probabilities.
+    The settings are those of `posterior_evidence`, with the logarithm of `class_evidence` alone, by "maps_weight".
 
     Args:
       prepared: Prepared, with class maps.
@@ -134,60 +134,75 @@ def parts_of_posterior_of_maps(prepared: Prepared, first: int = 0) -> Iterator[n
     Returns:
       Iterator over arrays [n, g, g, K] float16, >= 0, summing to one over the classes.
     """
-    tags, settings = prepared.train.tags, prepared.config["posterior"]
+    return parts_without_network(prepared, settings_of_maps(prepared.config), None, first)
+
+
+def parts_without_network(
+    prepared: Prepared, settings: Mapping[str, Any], linear: np.ndarray | None, first: int = 0
+) -> Iterator[np.ndarray]:
+    """Mean-field posteriors of the training images by class maps, a linear network's word, or both, and the CRF.
+
+    Args:
+      prepared: Prepared, with class maps.
+      settings: as for `parts_of_posterior_evidence`; "unary_weight" is not looked at.
+      linear: see there.
+      first: image to begin with.
+
+    Returns:
+      Iterator over arrays [n, g, g, K] float16, >= 0, summing to one over the classes.
+    """
+    tags, title = prepared.train.tags, "posteriors" if settings.get("linear_weight") else "posteriors of class maps"
     posterior, num_rows = over_devices(
-        _posteriors_of_maps, (), len(tags), BATCH_SIZE, options=_evidence_options(prepared.config), **_grid_settings(prepared, settings)
+        _posteriors_without_network, (), len(tags), BATCH_SIZE, **_static_settings(prepared, settings)
     )
 
     def found(part):
-        return posterior(*_whole((_guides(prepared, part), tags[part], _evidence_arrays(prepared, part)), num_rows))
+        return posterior(*_whole((_guides(prepared, part), tags[part], _beside(prepared, settings, linear, part)), num_rows))
 
-    return _in_parts(found, len(tags), num_rows, "posteriors of class maps", first)
+    return _in_parts(found, len(tags), num_rows, title, first)
 
 
-def map_posteriors(
-    config: Mapping[str, Any], stride: int, images: np.ndarray, tags: ArrayLike, evidence: Mapping[str, ArrayLike]
-) -> jax.Array:
-    """What `posterior_of_maps` makes of any images, for scoring it where there are masks.
+def settings_of_maps(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the posteriors of class maps alone.
 
     Args:
       config: the configuration of a run.
+
+    Returns:
+      dict, as `parts_without_network` takes it.
+    """
+    posterior = config["posterior"]
+    return {**posterior, "evidence_weight": posterior.get("maps_weight", 1.0), "linear_weight": 0.0}
+
+
+def posteriors_of_images(
+    config: Mapping[str, Any], settings: Mapping[str, Any], stride: int, images: np.ndarray, tags: ArrayLike,
+    evidence: Mapping[str, ArrayLike], linear: ArrayLike | None = None,
+) -> jax.Array:  # fmt: skip
+    """What `parts_without_network` makes of any images, for scoring it where there are masks.
+
+    Args:
+      config: the configuration of a run.
+      settings: see there.
       stride: pixels of the input per cell of the logits.
       images: [B, S, S, 3] RGB 0..255, as the network sees them.
       tags: [B, K] bool.
       evidence: "class_maps" [B, g, g, K - 1], "peaks" [B, K - 1] and, where the configuration gives them a weight,
         "objectness" and "saliency" [B, g, g]; what it gives none is not looked at.
+      linear: [B, g, g, K] log-probabilities of a linear network; not looked at where it has no weight.
 
     Returns:
       [B, g, g, K] float32.
     """
     options = _evidence_options(config)
-    return _posteriors_of_maps(
-        guide_image(images, stride), tags, {name: evidence[name] for name in _evidence_names(options)}, options=options,
-        **_mean_field_settings(config["posterior"], stride, stride),
-    )  # fmt: skip
-
-
-def network_posteriors(
-    settings: Mapping[str, Any], network: Network, variables: Mapping[str, Any], params: Any, images: np.ndarray, tags: ArrayLike
-) -> jax.Array:
-    """What `posterior_evidence` makes of any images without the class maps' evidence, for scoring it where there are masks.
-
-    Args:
-      settings: as for `parts_of_posterior_evidence`.
-      network: lcrf_jax.nets.network.Network.
-      variables: of its backbone.
-      params: of its decoder.
-      images: [B, S, S, 3] RGB 0..255, as the network sees them.
-      tags: [B, K] bool.
-
-    Returns:
-      [B, g, g, K] float32.
-    """
-    inputs = _inputs_of_images(variables, images, network=network, guide_stride=network.stride)
-    return _posteriors(
-        params, merged(variables, params), *inputs, tags, {}, network=network, evidence_weight=0.0, options=(),
-        **_mean_field_settings(settings, network.stride, network.stride),
+    beside = {}
+    if settings.get("evidence_weight"):
+        beside["evidence"] = {name: evidence[name] for name in _evidence_names(options)}
+    if settings.get("linear_weight"):
+        beside["linear"] = linear
+    return _posteriors_without_network(
+        guide_image(images, stride), tags, beside, options=options, **_weights(settings),
+        **_mean_field_settings(settings, stride, stride),
     )  # fmt: skip
 
 
@@ -202,8 +217,18 @@ def _in_parts(found, count, num_rows, title, first):
             done(stop - start)
 
 
-def _grid_settings(prepared, settings):
-    return _mean_field_settings(settings, prepared.network.stride, prepared.plan.guide_stride)
+def _static_settings(prepared, settings):
+    """What programs of the training images are compiled for."""
+    return {
+        "options": _evidence_options(prepared.config),
+        **_weights(settings),
+        **_mean_field_settings(settings, prepared.network.stride, prepared.plan.guide_stride),
+    }
+
+
+def _weights(settings):
+    """Of what is added to the network's log-probabilities; runs of before may not name them all."""
+    return {name: settings.get(name, 0.0) for name in ("evidence_weight", "linear_weight")}
 
 
 def _mean_field_settings(settings, stride, guide_stride):
@@ -211,8 +236,15 @@ def _mean_field_settings(settings, stride, guide_stride):
     return {
         "guide_ratio": stride // guide_stride,
         "kernel_params": KernelParams(**settings["kernel"]).at_stride(stride),
-        **{name: settings[name] for name in ("unary_weight", "num_iterations", "tempering")},
+        **{name: settings[name] for name in ("num_iterations", "tempering")},
     }
+
+
+def _beside(prepared, settings, linear, part):
+    """What is added to the network's log-probabilities of some of the images, of what has a weight."""
+    weights = _weights(settings)
+    made = {"evidence": lambda: _evidence_arrays(prepared, part), "linear": lambda: linear[part]}
+    return {name: array() for name, array in made.items() if weights[f"{name}_weight"]}
 
 
 def _evidence_options(config):
@@ -248,37 +280,47 @@ def _guides(prepared, part):
     return np.asarray(guide_image(np.stack([record.image for record in records]), prepared.plan.guide_stride))
 
 
-_STATIC = ("guide_ratio", "kernel_params", "unary_weight", "num_iterations", "tempering", "options")
+_STATIC = ("guide_ratio", "kernel_params", "num_iterations", "tempering", "options", "evidence_weight", "linear_weight")
 
 
-@functools.partial(jax.jit, static_argnames=("network", "evidence_weight", *_STATIC))
-def _posteriors(
-    params, variables, plain, mirrored, guide, present, evidence, *, network, guide_ratio, evidence_weight, options,
-    unary_weight, tempering, **mean_field_settings,
-):
+@functools.partial(jax.jit, static_argnames=("network", "unary_weight", "offsets", *_STATIC))
+def _posteriors(params, variables, plain, mirrored, guide, present, beside, *, network, unary_weight, offsets, guide_ratio, **static):
     """[B, g, g, K] posteriors of the features of images and of their mirror images, given their tags [B, K]."""
-
-    def one(plain, mirrored, guide, present, evidence):
-        log_probs = (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, ::-1]) / 2
-        unary = unary_weight * log_probs.reshape(-1, log_probs.shape[-1])
-        if evidence_weight:
-            unary += evidence_weight * _log_evidence(evidence, present, options, guide.shape[:2])
-        return jax.nn.softmax(tempering * _mean_field(unary, guide, present, **mean_field_settings)).reshape(log_probs.shape)
-
     both = [network.logits(params, variables, features) for features in (plain, mirrored)]
-    return jax.lax.map(lambda row: one(*row), (*both, guide_image(guide, guide_ratio), present, evidence))
+    own = mean_log_probs(*both)
+    own = unary_weight * (own + jnp.asarray(offsets, own.dtype) if offsets else own)
+    return jax.lax.map(lambda row: _posterior(*row, **static), (own, guide_image(guide, guide_ratio), present, beside))
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _posteriors_of_maps(guide, present, evidence, *, guide_ratio, options, unary_weight, tempering, **mean_field_settings):
-    """[B, g, g, K] posteriors of class maps, given the tags [B, K]."""
+def _posteriors_without_network(guide, present, beside, *, guide_ratio, **static):
+    """[B, g, g, K] posteriors of what is there before there is a network, given the tags [B, K]."""
+    guide = guide_image(guide, guide_ratio)
+    none = jnp.zeros((*guide.shape[:3], present.shape[-1]))
+    return jax.lax.map(lambda row: _posterior(*row, **static), (none, guide, present, beside))
 
-    def one(guide, present, evidence):
-        unary = unary_weight * _log_evidence(evidence, present, options, guide.shape[:2])
-        posterior = jax.nn.softmax(tempering * _mean_field(unary, guide, present, **mean_field_settings))
-        return posterior.reshape(*guide.shape[:2], -1)
 
-    return jax.lax.map(lambda row: one(*row), (guide_image(guide, guide_ratio), present, evidence))
+def mean_log_probs(plain: ArrayLike, mirrored: ArrayLike) -> jax.Array:
+    """Log-probabilities of images from the logits of these and of their mirror images.
+
+    Args:
+      plain: [B, g, g, K] logits.
+      mirrored: [B, g, g, K] those of the mirror images, not mirrored back.
+
+    Returns:
+      [B, g, g, K] mean of the two log-probabilities; their exponentials do not sum to one exactly.
+    """
+    return (jax.nn.log_softmax(plain) + jax.nn.log_softmax(mirrored)[:, :, ::-1]) / 2
+
+
+def _posterior(own, guide, present, beside, *, options, evidence_weight, linear_weight, tempering, **mean_field_settings):
+    """[g, g, K] of an image: mean field on the weighted sum of the log-probabilities."""
+    unary = own.reshape(-1, own.shape[-1])
+    if evidence_weight:
+        unary += evidence_weight * _log_evidence(beside["evidence"], present, options, guide.shape[:2])
+    if linear_weight:
+        unary += linear_weight * promote_float(beside["linear"]).reshape(unary.shape)
+    return jax.nn.softmax(tempering * _mean_field(unary, guide, present, **mean_field_settings)).reshape(own.shape)
 
 
 def _log_evidence(evidence, present, options, grid):

@@ -45,8 +45,11 @@ _RANGES = {
     "linear.learning_rate": (0, False, False),
     "linear.weight_decay": (0, True, False),
     "linear.unary_weight": (0, False, False),
+    "linear.evidence_weight": (0, True, False),
     "posterior.unary_weight": (0, True, False),
     "posterior.evidence_weight": (0, True, False),
+    "posterior.linear_weight": (0, True, False),
+    "posterior.maps_weight": (0, False, False),
     "posterior.tempering": (0, False, False),
     "posterior.num_iterations": (0, True, True),
     "optimizer.learning_rate": (0, False, False),
@@ -55,6 +58,7 @@ _RANGES = {
     "optimizer.weight_decay": (0, True, False),
     "optimizer.clip_norm": (0, False, False),
     "optimizer.backbone_share": (0, False, False),
+    "balance_weight": (0, True, False),
     **{f"inference.{name}": limits for name, limits in RANGES.items()},
 }
 _KERNELS = ("objective.kernel", "posterior.kernel", "inference.kernel", "baselines.sec.kernel")

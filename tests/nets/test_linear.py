@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import reference
 
-from lcrf_jax.nets.linear import beside_linear, features_of_cells, fit_linear, linear_network
-from lcrf_jax.nets.network import backbone_variables, build_network
+from lcrf_jax.nets.linear import features_of_cells, fit_linear, linear_network
+from lcrf_jax.nets.network import build_network
 
 DESCRIPTION = {"backbone": "small", "last_stride": 32, "taps": ["head", "s16", "s8"], "widths": [8, 8, 8], "dropout": 0.0, "num_classes": 3}
 GRIDS, CHANNELS = {"s32": 2, "s16": 3, "s8": 6}, {"s32": 5, "s16": 4, "s8": 2}
@@ -53,21 +53,6 @@ def test_the_features_of_cells_are_those_that_the_logits_are_made_of():
     weights = np.concatenate([params["weights"][tap] for tap in network.taps])
     of_cells = np.take_along_axis(np.asarray(network.logits(params, {}, features)).reshape(2, 36, 3), cells[..., None], axis=1)
     np.testing.assert_allclose(taken @ weights + params["bias"], of_cells, atol=0.02)  # half precision
-
-
-def test_beside_a_network_its_log_probabilities_are_added():
-    own = build_network(DESCRIPTION)
-    both, rng = beside_linear(own, weight=2.0, linear_weight=0.25), np.random.default_rng(2)
-    images = rng.uniform(0, 255, (2, 64, 64, 3)).astype(np.float32)
-    variables, _ = backbone_variables(DESCRIPTION, "random")
-    features = own.features(variables, images)
-    params = {**own.init(jax.random.key(0), variables, features), "linear": linear_network(own).init(None, {}, features)}
-    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), params)
-    alone = own.logits({name: part for name, part in params.items() if name != "linear"}, variables, features)
-    of_linear = linear_network(own).logits(params["linear"], variables, features)
-    expected = 2 * np.log(reference.softmax(np.float64(alone))) + 0.25 * np.log(reference.softmax(np.float64(of_linear)))
-    np.testing.assert_allclose(both.logits(params, variables, features), expected, rtol=1e-4, atol=1e-3)
-    assert both == beside_linear(own, weight=2.0, linear_weight=0.25) != beside_linear(own, weight=2.0, linear_weight=0.5) and own not in (both, linear_network(own))
 
 
 def test_networks_differ_from_their_linear_ones_and_not_from_each_other():

@@ -19,7 +19,7 @@ from lcrf_jax.runfolder.description import CheckpointError
 
 NETWORK = {"backbone": "small", "last_stride": 16, "taps": ["head", "s16"], "widths": [12, 8], "dropout": 0.2, "num_classes": 3}
 INFERENCE = {"input_sizes": [96], "mirror": True, "kernel": lcrf_jax.KernelParams()._asdict(), "num_iterations": 3, "unary_weight": 1.0}
-NEWER = {"coarse_iterations": 2, "prior_weight": 0.5, "max_side": 640, "output": "ilp", "output_options": {"sharpness": 5.0}}
+NEWER = {"coarse_iterations": 2, "prior_weight": 0.5, "max_side": 640, "class_offsets": [0.0, 0.5, 1.0], "output": "ilp", "output_options": {"sharpness": 5.0}}
 DESCRIPTION = {"class_names": ["background", "cat", "dog"], "network": NETWORK, "inference": {**INFERENCE, **NEWER}, "supervision": "tags", "training": {}}
 
 
@@ -63,6 +63,10 @@ WRONG = [
     ("inference.max_side", None, "expected a number, got None"),
     ("inference.max_side", 640.0, "expected a whole number, got 640.0"),
     ("inference.prior_weight", "x", "expected a number, got 'x'"),
+    ("inference.class_offsets", [0.0, 1.0], "expected a list of 3 numbers, one for each class"),
+    ("inference.class_offsets", 1.0, "expected a list of 3 numbers"),
+    ("inference.class_offsets", [0.0, "1", 1.0], "expected a number, got '1'"),
+    ("inference.class_offsets", [0.0, float("inf"), 1.0], "expected a finite number >= 0"),
     ("inference.coarse_iterations", 99, "expected at most num_iterations, 3, got 99"),
     ("inference.coarse_iterations", None, "expected a number, got None"),
     ("inference.output", "foo", "expected one of softmax, ilp, class_maps, got 'foo'"),

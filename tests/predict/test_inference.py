@@ -298,6 +298,16 @@ def test_the_classifier_says_which_classes_are_likely(mirror):
     np.testing.assert_array_equal(one.network_log_probs(image[None]), other.network_log_probs(image[None]))
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_offsets_are_added_to_the_log_probabilities_of_the_classes(mirror):
+    image, settings, offsets = picture(3, 64, 64), {**SETTINGS, "mirror": mirror}, [0.0, 1.5, 0.25, 0.0]
+    description = {"network": NETWORK, "class_names": ["background", "a", "b", "c"], "inference": settings}
+    plain = np.float64(make_segmenter(description, parameters()).network_log_probs(image[None]))
+    with_offsets = {**description, "inference": {**settings, "class_offsets": offsets}}
+    found = make_segmenter(with_offsets, parameters()).network_log_probs(image[None])
+    np.testing.assert_allclose(found, np.log(reference.softmax(plain + offsets)), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_class_maps_as_the_output():
     """The labels are those of the thresholded maps of the classes that the classifier finds; no decoder is needed."""

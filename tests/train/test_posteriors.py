@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
+import reference
 from small_runs import Killed, assert_same_trees, small_config, train_and_kill
 
 from lcrf_jax.bound.pixel_evidence import class_evidence
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.inference import mean_field
 from lcrf_jax.crf.params import KernelParams
-from lcrf_jax.nets.inputs import guide_image
+from lcrf_jax.nets.inputs import guide_image, square_image
 from lcrf_jax.nets.linear import linear_network
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.digests import params_digest
@@ -56,14 +57,14 @@ def test_posteriors_of_class_maps_are_mean_field_on_their_evidence(tmp_path, kep
     params = KernelParams(**config["posterior"]["kernel"]).at_stride(given.network.stride)
     kernel = dense_kernel(guide_image(guide, given.network.stride // given.plan.guide_stride)[0], params)
     settings = config["posterior"]
-    expected = mean_field(np.where(tags[at], settings["unary_weight"] * unary, -1e4), kernel, num_iterations=settings["num_iterations"])
+    expected = mean_field(np.where(tags[at], settings["maps_weight"] * unary, -1e4), kernel, num_iterations=settings["num_iterations"])
     expected = jax.nn.softmax(settings["tempering"] * expected).reshape(grid, grid, -1)
     np.testing.assert_allclose(np.float32(found[at]), expected, atol=2e-3)
     if not kept:
         fields = {"class_maps": given.maps.maps, "peaks": given.maps.peaks, "objectness": given.maps.objectness,
                   "saliency": given.gradient_saliency[..., 0]}  # fmt: skip
-        of_image = posteriors.map_posteriors(
-            config, given.network.stride, image[None], tags[at : at + 1], {name: a[at : at + 1] for name, a in fields.items()}
+        of_image = posteriors.posteriors_of_images(
+            config, posteriors.settings_of_maps(config), given.network.stride, image[None], tags[at : at + 1], {name: a[at : at + 1] for name, a in fields.items()}
         )
         np.testing.assert_allclose(of_image[0], np.float32(found[at]), atol=2e-3)
 
@@ -101,36 +102,103 @@ def with_linear(directory, **changes):
     return config
 
 
+def evidence_of(given, at):
+    return {"class_maps": given.maps.maps[at], "peaks": given.maps.peaks[at]}  # the objectness has no weight here
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [True, False], ids=["features", "images"])
 def test_a_linear_network_learns_from_the_posteriors_and_makes_those_of_the_first_round(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(posteriors, "BATCH_SIZE", 5)  # on four devices the last four images are padded
-    config = with_linear(tmp_path, cache__features=kept)
+    monkeypatch.setattr(linear_round, "BATCH_SIZE", 5)
+    monkeypatch.setattr(linear_round, "ROWS_IN_MEMORY", 9)
+    config = with_linear(tmp_path, cache__features=kept, class_maps__extra_sizes=(128, 64))
     given = preparation.prepare(config)
     of_maps = np.float32(posteriors.posterior_of_maps(given))
-    params = linear_round.fitted_to(given, lambda: of_maps, identity={"of": "maps"}, directory=tmp_path / "run" / linear_round.POSTERIORS)
+    where = {"identity": {"of": "maps"}, "directory": tmp_path / "run" / linear_round.POSTERIORS}
+    params = linear_round.fitted_to(given, lambda: of_maps, **where)
     assert {tap: weights.shape[1] for tap, weights in params["weights"].items()} == dict.fromkeys(given.network.taps, 7)
-    found = np.concatenate(list(linear_round.parts_of_linear_posterior(given, params)))
+    kept_ones = linear_round.kept_in(tmp_path / "run")
+    assert_same_trees(kept_ones, params)
+    assert linear_round.kept_in(tmp_path) is linear_round.kept_in("setup.cfg") is None
+
+    word = linear_round.log_probs_of(given, params, **where)
+    assert word.shape == of_maps.shape and word.dtype == np.float16
+    settings = linear_round.posterior_settings(config)
+    found = np.concatenate(list(posteriors.parts_without_network(given, settings, word)))
     assert found.shape == of_maps.shape and found.dtype == np.float16
     assert not found[~np.broadcast_to(given.train.tags[:, None, None], found.shape)].any(), "classes that are not tagged"
     differences = np.abs(np.float32(found) - of_maps).mean(), np.abs(np.roll(np.float32(found), 1, axis=0) - of_maps).mean()
     assert 0.01 < differences[0] < differences[1] / 2, "it says nearly what it has learnt from, of the same image"
-    later = list(linear_round.parts_of_linear_posterior(given, params, first=20))
+    later = list(posteriors.parts_without_network(given, settings, word, first=20))
     np.testing.assert_allclose(np.float32(np.concatenate(later)), np.float32(found[20:]), atol=2e-3)
-    kept_ones = linear_round.kept_in(tmp_path / "run")
-    assert_same_trees(kept_ones, params)
-    assert linear_round.kept_in(tmp_path) is linear_round.kept_in("setup.cfg") is None
+
     taps = jax.eval_shape(given.network.features, given.variables, np.zeros((1, 96, 96, 3), np.float32))
     own = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), jax.eval_shape(given.network.init, jax.random.key(0), given.variables, taps))
-    settings = {**linear_round.posterior_settings(config), "unary_weight": 0.0, "evidence_weight": 0.5}
-    beside = np.concatenate(list(linear_round.parts_of_later_posterior(given, own, params, settings)))
-    np.testing.assert_allclose(np.float32(beside), np.float32(found), atol=3e-3, err_msg="all the weight on the linear network")
-    if not kept:
-        at, settings = slice(3, 5), linear_round.posterior_settings(config)
-        images = np.stack([given.views[i].image for i in (3, 4)])
-        linear = linear_network(given.network)
-        alone = posteriors.network_posteriors(settings, linear, given.variables, params, images, given.train.tags[at])
-        np.testing.assert_allclose(alone, np.float32(found[at]), atol=2e-3)
+    alone = np.concatenate(list(posteriors.parts_of_posterior_evidence(given, own, {**settings, "unary_weight": 0.0}, 0, word)))
+    np.testing.assert_allclose(np.float32(alone), np.float32(found), atol=3e-3, err_msg="all the weight on the linear network")
+
+    at = slice(3, 5)
+    images = [given.train[i].image for i in (3, 4)]
+    squares = [np.stack([square_image(image, size) for image in images]) for size in (config["input_size"], 128, 64)]
+    of_squares = linear_round.log_probs_of_squares(given.network, given.variables, params, squares)
+    np.testing.assert_allclose(of_squares, np.float32(word[at]), atol=0.02, rtol=2e-3)
+    of_images = posteriors.posteriors_of_images(
+        config, settings, given.network.stride, squares[0], given.train.tags[at], evidence_of(given, at), of_squares
+    )
+    np.testing.assert_allclose(of_images, np.float32(found[at]), atol=0.04)  # kept features are of half precision
+
+
+@pytest.mark.slow
+def test_what_a_linear_network_says_is_the_mean_over_mirroring_and_sizes(tmp_path):
+    given = preparation.prepare(with_linear(tmp_path, class_maps__extra_sizes=(128,)))
+    rng, linear = np.random.default_rng(0), linear_network(given.network)
+    image, variables = given.train[7].image, given.variables
+    main, larger = square_image(image, given.config["input_size"]), square_image(image, 128)
+    zero = linear.init(None, variables, linear.features(variables, main[None]))
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), zero)
+
+    def log_probs(square, turn=1):
+        logits = linear.logits(params, variables, linear.features(variables, square[None]))[0]
+        logits = jax.image.resize(logits, (given.plan.grid, given.plan.grid, logits.shape[-1]), "linear")
+        return np.log(reference.softmax(np.float64(logits)))[:, ::turn]
+
+    expected = log_probs(main) / 4 + log_probs(main[:, ::-1], -1) / 4 + log_probs(larger) / 2
+    found = linear_round.log_probs_of(given, params, identity={}, directory=tmp_path / "run")
+    np.testing.assert_allclose(np.float32(found[7]), expected, atol=0.03, rtol=2e-3)
+    assert np.abs(expected - log_probs(main)).max() > 0.3
+
+
+@pytest.mark.slow
+def test_class_maps_and_a_linear_network_have_their_weights(tmp_path):
+    config = with_linear(tmp_path)
+    given = preparation.prepare(config)
+    of_maps = posteriors.posterior_of_maps(given)
+    word = np.log(np.float32(np.roll(of_maps, 1, axis=-1)) + 0.1)  # says otherwise
+
+    def found(linear_weight, evidence_weight):
+        settings = {**config["posterior"], "linear_weight": linear_weight, "evidence_weight": evidence_weight}
+        return np.float32(np.concatenate(list(posteriors.parts_without_network(given, settings, word))))
+
+    np.testing.assert_array_equal(found(0.0, 1.0), np.float32(of_maps))
+    alone, both = found(0.5, 0.0), found(0.5, 0.25)
+    far, near = (np.abs(some - np.float32(of_maps)).mean() for some in (alone, both))
+    assert near < 0.9 * far and np.abs(both - alone).mean() > 0.005
+    settings = linear_round.posterior_settings({**config, "linear": {"unary_weight": 0.3, "evidence_weight": 0.2}})
+    assert settings == {**config["posterior"], "linear_weight": 0.3, "evidence_weight": 0.2}
+
+
+@pytest.mark.slow
+def test_the_weight_of_the_class_maps_alone_is_that_of_the_first_posteriors(tmp_path):
+    given = preparation.prepare(small_config(tmp_path, evidence_posterior=True))
+    posterior = {**given.config["posterior"], "num_iterations": 0}
+
+    def found(**weights):
+        return np.float64(posteriors.posterior_of_maps(given.with_config({**given.config, "posterior": {**posterior, **weights}})))
+
+    once, twice = found(), found(maps_weight=2.0)
+    np.testing.assert_allclose(twice, once**2 / (once**2).sum(axis=-1, keepdims=True), atol=3e-3)
+    np.testing.assert_array_equal(once, found(unary_weight=3.0))
 
 
 @pytest.mark.slow
@@ -153,18 +221,23 @@ def test_cells_are_taken_of_some_images_where_there_are_many(tmp_path, monkeypat
 @pytest.mark.slow
 def test_a_run_that_begins_with_a_linear_network_is_killed_and_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     config = with_linear(tmp_path / "cache")
-    config["posterior"] = {**config["posterior"], "evidence_weight": 0.5}  # of the linear network, in the second round
+    config["posterior"] = {**config["posterior"], "linear_weight": 0.5, "evidence_weight": 0.25}  # in the second round
     given = preparation.prepare(config)
     fit.train(given, tmp_path / "whole")
-    parts = linear_round.parts_of_posterior_evidence
+    parts, of_squares = posteriors.parts_without_network, linear_round.square_batches
 
     def broken_off(*arguments):
         yield next(parts(*arguments))[:7]
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(linear_round, "parts_of_posterior_evidence", broken_off)
-        fit.train(given, tmp_path / "run")
+    def not_begun(*arguments):
+        yield next(of_squares(*arguments))
+        raise Killed
+
+    for name, function in (("linear_round.square_batches", not_begun), ("evidence.parts_without_network", broken_off)):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(f"lcrf_jax.train.{name}", function)
+            fit.train(given, tmp_path / "run")
     train_and_kill(given, tmp_path / "run", monkeypatch, 3)
     fit.train(given, tmp_path / "run")
     assert params_digest(restore_params(tmp_path / "run")) == params_digest(restore_params(tmp_path / "whole"))

@@ -53,6 +53,14 @@ def test_planned_rounds():
     assert (only.first_step, only.last_step, only.epochs) == (0, 15, 5)
 
 
+def test_rare_classes_have_the_larger_offsets():
+    tags = np.zeros((1000, 5), bool)
+    for number, count in enumerate((1000, 400, 100, 1, 0)):
+        tags[:count, number] = True
+    np.testing.assert_allclose(plan.class_offsets(tags, 0.5), [0, 0, np.log(2), np.log(10) / 2, np.log(10) / 2])
+    assert plan.class_offsets(tags[:, :1], 0.5) == (0.0,) and not any(plan.class_offsets(np.zeros((3, 2), bool), 1.0))
+
+
 @pytest.mark.parametrize(("epochs", "num_images", "message"), [
     ((2,), 7, "7 training images do not fill one batch of 8"),
     ((), 30, "epochs: expected one or more rounds"),
@@ -301,7 +309,9 @@ def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
 
 
 @pytest.mark.slow
-def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
+@pytest.mark.parametrize("balance", [0.0, 0.5])
+def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared, balance):
+    prepared = prepared.with_config({**prepared.config, "balance_weight": balance})
     network, views = prepared.network, prepared.views
     shapes = {tap: jnp.zeros((1, *views.tap(tap).shape[1:])) for tap in network.taps}
     shapes = jax.eval_shape(network.init, jax.random.key(0), prepared.variables, shapes)
@@ -319,7 +329,9 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared):
         for view in (0, 1):
             taps = {tap: views.tap(tap, view)[index : index + 1] for tap in network.taps}
             each.append(np.log(reference.softmax(network.logits(params, prepared.variables, taps)[0])))
-        unary = 0.8 * (each[0] + each[1][:, ::-1]) / 2
+        counts = tags[:, 1:].sum(axis=0)
+        offsets = [0, *(balance * np.log(counts.max() / counts))]  # none is as rare as a tenth here
+        unary = 0.8 * ((each[0] + each[1][:, ::-1]) / 2 + offsets)
         unary = np.where(tags[index], unary, -1e4).reshape(-1, 7)
         kernel = reference.dense_kernel(views.guide()[index], kernel_params, "symmetric")
         probs = reference.mean_field(unary, kernel, 3)
