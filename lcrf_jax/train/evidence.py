@@ -43,6 +43,8 @@ def evidence_of(prepared: Prepared, workdir: pathlib.Path, this: Round, state: T
         "before": list(method.round_epochs(config)[: this.number]),
         "seed": config["seed"],
     }
+    if "class_offsets" in prepared.plan.inference:
+        identity["class_offsets"] = prepared.plan.inference["class_offsets"]
     linear, settings = None, {**posterior, "linear_weight": 0.0}
     if posterior.get("evidence_weight"):
         identity["evidence"] = config["objective"]["likelihood_options"]["evidence"]

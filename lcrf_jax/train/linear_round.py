@@ -105,6 +105,8 @@ def log_probs_of(
         image_progress("linear network", len(source) * (1 + len(sizes))) as done,
         cached_arrays(directory, key, len(source), bounded=False) as cache,
     ):
+        if cache.first:
+            done(cache.first * (1 + len(sizes)), earlier=True)
         for start in range(cache.first, len(source), ROWS_IN_MEMORY):
             part = slice(start, min(start + ROWS_IN_MEMORY, len(source)))
             of_main = at_main_size(part)

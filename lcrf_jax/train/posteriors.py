@@ -40,9 +40,9 @@ def parts_of_posterior_evidence(
 ) -> Iterator[np.ndarray]:
     """Mean-field posteriors of the training images under a trained network, given their tags.
 
-    The network's log-probabilities of the whole image and of its mirror image are averaged, with `class_offsets`, the logarithm of the class maps'
-    evidence and the linear network's log-probabilities are added with their weights, classes that are not tagged are excluded,
-    and mean field runs on the grid of the logits.
+    The network's log-probabilities of the whole image and of its mirror image are averaged, and those of rare classes raised
+    (`lcrf_jax.train.plan.class_offsets`); the logarithm of the class maps' evidence and the linear network's log-probabilities
+    are added with their weights, classes that are not tagged are excluded, and mean field runs on the grid of the logits.
 
     Args:
       prepared: Prepared; with cached features of at least the views 0 and 1, or with images.
