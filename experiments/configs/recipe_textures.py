@@ -1,4 +1,4 @@
-"""The recipe of voc_animals.py on embedded images, which none of its settings were chosen on.
+"""The recipe of voc_animals.py on embedded images: the weights of its posteriors were chosen with some of them in sight, nothing else.
 
     python -m experiments.train --config=experiments/configs/recipe_textures.py --workdir=RUN        # one to three objects
     python -m experiments.train --config=experiments/configs/recipe_textures.py:crowd --workdir=RUN  # many small ones, some cut
