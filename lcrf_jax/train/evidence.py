@@ -1,6 +1,8 @@
 """What the rounds of a run learn from: posteriors of the training images, kept in its folder."""
 
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +47,8 @@ def evidence_of(prepared: Prepared, workdir: pathlib.Path, this: Round, state: T
     }
     if "class_offsets" in prepared.plan.inference:
         identity["class_offsets"] = prepared.plan.inference["class_offsets"]
-    linear, settings = None, {**posterior, "linear_weight": 0.0}
+    linear: np.ndarray | None = None
+    settings: Mapping[str, Any] = {**posterior, "linear_weight": 0.0}
     if posterior.get("evidence_weight"):
         identity["evidence"] = config["objective"]["likelihood_options"]["evidence"]
     if posterior.get("linear_weight") and begins_with_linear(config):

@@ -195,7 +195,7 @@ def posteriors_of_images(
       [B, g, g, K] float32.
     """
     options = _evidence_options(config)
-    beside = {}
+    beside: dict[str, Any] = {}
     if settings.get("evidence_weight"):
         beside["evidence"] = {name: evidence[name] for name in _evidence_names(options)}
     if settings.get("linear_weight"):
