@@ -309,7 +309,7 @@ def test_posteriors_are_not_made_from_the_wrong_state(prepared, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balance", [0.0, 0.5])
+@pytest.mark.parametrize("balance", [0.0, 10.0])  # large beside the logits of random weights
 def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared, balance):
     prepared = prepared.with_config({**prepared.config, "balance_weight": balance})
     network, views = prepared.network, prepared.views
@@ -324,7 +324,7 @@ def test_posteriors_are_the_mean_field_of_the_network_given_the_tags(prepared, b
     np.testing.assert_allclose(np.float32(result).sum(axis=-1), 1, atol=3e-3)
     assert not result[~np.broadcast_to(tags[:, None, None], result.shape)].any()
     kernel_params = KernelParams(**settings["kernel"]).at_stride(network.stride)
-    for index in (0, 11):
+    for index in (1, 23):  # with tags that are rarer than others
         each = []
         for view in (0, 1):
             taps = {tap: views.tap(tap, view)[index : index + 1] for tap in network.taps}
