@@ -254,7 +254,7 @@ MUTATIONS = [
     Mutation("classes that are rare count as more frequent", "train/plan.py", "weight * np.log(max", "-weight * np.log(max"),
     Mutation("offsets of the classes left out of the posteriors", "train/posteriors.py", "(own + jnp.asarray(offsets, own.dtype) if offsets else own)", "own"),
     Mutation("offsets of the classes left out at test time", "predict/outputs.py", "    if class_offsets:", "    if False:"),
-    Mutation("linear: the main size alone", "train/linear_round.py", "mean_map(of_main, None, [at_size(size, part) for size in sizes])", "of_main"),
+    Mutation("linear: the main size alone", "train/linear_round.py", "mean_map(of_main, None, [of_squares(of_images, source, part, size, rows, done) for size in sizes])", "of_main"),
     Mutation("linear: no word of the class maps beside it", "train/linear_round.py", 'linear.get("evidence_weight", 0.0)', "0.0"),
     Mutation("the network's weight for the class maps alone", "train/posteriors.py", 'posterior.get("maps_weight", 1.0)', 'posterior["unary_weight"]'),
     Mutation("linear: labels of other cells than the features", "train/linear_round.py", "found, cells[:size, :, None]", "found, cells[:size, ::-1, None]"),

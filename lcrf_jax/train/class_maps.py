@@ -12,14 +12,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
-from lcrf_jax.data.example import PartOfSource, Source, about
+from lcrf_jax.data.example import Source, about
 from lcrf_jax.data.pipeline import ViewDataset
 from lcrf_jax.data.views import apply_view, apply_view_to_mask, sample_view
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.network import Network
 from lcrf_jax.nets.objectness import objectness
 from lcrf_jax.nets.tag_classifier import STREAMED_ABOVE, TagClassifier, fit_tag_classifier
-from lcrf_jax.train.features import CachedViews, in_batches, square_batches
+from lcrf_jax.train.features import CachedViews, in_batches, of_squares
 from lcrf_jax.train.spread import no_progress, over_devices
 
 ROWS_IN_MEMORY = 512  # maps of so many images are held at once; what is made of them does not depend on it
@@ -146,17 +146,13 @@ def class_maps(
         _maps_of_images, (variables, weights), len(source), batch_size, network=network, grid=grid
     )
 
-    def at_size(size, part):
-        records = square_batches(PartOfSource(source, range(*part.indices(len(source)))), size, rows, progress)
-        return np.concatenate([np.asarray(from_images(batch.image))[:count] for count, batch in records])
-
     key = {"kind": "class maps and objectness", "extra_sizes": list(extra_sizes), "grid": grid, "views": views.num_views, **identity}
     with cached_arrays(directory, key, len(source), about=about(source)) as cache:
         for start in range(cache.first, len(source), ROWS_IN_MEMORY):
             part = slice(start, min(start + ROWS_IN_MEMORY, len(source)))
             plain = in_batches(from_tap, views.tap("s32", 0)[part])
             mirrored = in_batches(from_tap, views.tap("s32", 1)[part]) if views.num_views > 1 else None
-            every = mean_map(plain, mirrored, [at_size(size, part) for size in extra_sizes]).astype(np.float16)
+            every = mean_map(plain, mirrored, [of_squares(from_images, source, part, size, rows, progress) for size in extra_sizes]).astype(np.float16)
             cache.write(maps=every[..., :-1], objectness=every[..., -1])
     stored = cache.arrays["maps"]
     return ClassMaps(stored, in_batches(_peaks, stored, ROWS_IN_MEMORY), cache.arrays["objectness"])

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from lcrf_jax.bound.record import Record
-from lcrf_jax.data.example import Source, about
+from lcrf_jax.data.example import PartOfSource, Source, about
 from lcrf_jax.data.pipeline import ImageSubset, ViewDataset
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.nets.inputs import chosen_inputs, square_image
@@ -223,6 +223,27 @@ def square_batches(
       Iterator over (number of true rows, Record with images [B, size, size, 3] uint8 and tags [B, K] bool).
     """
     return batched(_Squares(source, size), batch_size, progress, first)
+
+
+def of_squares(
+    function: Callable[[Any], ArrayLike], source: Source, part: slice, size: int, batch_size: int,
+    progress: Callable[..., None] = no_progress,
+) -> np.ndarray:  # fmt: skip
+    """A function of square images applied to a part of a source.
+
+    Args:
+      function: from images [B, size, size, 3] uint8 to an array with the same leading axis.
+      source: images; masks are not used.
+      part: of its images, with a start and a stop.
+      size: side of the squares in pixels.
+      batch_size: images at once.
+      progress: called with the number of images after each batch.
+
+    Returns:
+      NumPy array with a row for each image of the part.
+    """
+    batches = square_batches(PartOfSource(source, range(part.start, part.stop)), size, batch_size, progress)
+    return np.concatenate([np.asarray(function(batch.image))[:count] for count, batch in batches])
 
 
 def test_time_features(

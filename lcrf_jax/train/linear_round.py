@@ -10,14 +10,13 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from lcrf_jax.data.example import PartOfSource
 from lcrf_jax.machine.cache import cached_arrays
 from lcrf_jax.machine.entries import entries
 from lcrf_jax.machine.progress import image_progress, say
 from lcrf_jax.nets.linear import features_of_cells, fit_linear, linear_network
 from lcrf_jax.nets.network import Network
 from lcrf_jax.train.class_maps import ROWS_IN_MEMORY, mean_map
-from lcrf_jax.train.features import square_batches
+from lcrf_jax.train.features import of_squares
 from lcrf_jax.train.posteriors import BATCH_SIZE, features_of_parts, mean_log_probs
 from lcrf_jax.train.preparation import Prepared
 from lcrf_jax.train.spread import over_devices
@@ -96,22 +95,18 @@ def log_probs_of(
         found = [np.asarray(of_features(*features(piece)))[: piece.stop - piece.start] for piece in pieces]
         return np.concatenate(found)
 
-    def at_size(size, part):
-        records = square_batches(PartOfSource(source, range(part.start, part.stop)), size, rows, done)
-        return np.concatenate([np.asarray(of_images(batch.image))[:count] for count, batch in records])
-
     key = {**identity, "kind": "log-probabilities of the linear network"}
     with (
         image_progress("linear network", len(source) * (1 + len(sizes))) as done,
         cached_arrays(directory, key, len(source), bounded=False) as cache,
     ):
-        if cache.first:
+        if 0 < cache.first < len(source):
             done(cache.first * (1 + len(sizes)), earlier=True)
         for start in range(cache.first, len(source), ROWS_IN_MEMORY):
             part = slice(start, min(start + ROWS_IN_MEMORY, len(source)))
             of_main = at_main_size(part)
             done(len(of_main))
-            cache.write(log_probs=mean_map(of_main, None, [at_size(size, part) for size in sizes]).astype(np.float16))
+            cache.write(log_probs=mean_map(of_main, None, [of_squares(of_images, source, part, size, rows, done) for size in sizes]).astype(np.float16))
     return cache.arrays["log_probs"]
 
 

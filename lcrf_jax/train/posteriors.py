@@ -195,11 +195,7 @@ def posteriors_of_images(
       [B, g, g, K] float32.
     """
     options = _evidence_options(config)
-    beside: dict[str, Any] = {}
-    if settings.get("evidence_weight"):
-        beside["evidence"] = {name: evidence[name] for name in _evidence_names(options)}
-    if settings.get("linear_weight"):
-        beside["linear"] = linear
+    beside = _of_weight(settings, evidence=lambda: {name: evidence[name] for name in _evidence_names(options)}, linear=lambda: linear)
     return _posteriors_without_network(
         guide_image(images, stride), tags, beside, options=options, **_weights(settings),
         **_mean_field_settings(settings, stride, stride),
@@ -242,8 +238,12 @@ def _mean_field_settings(settings, stride, guide_stride):
 
 def _beside(prepared, settings, linear, part):
     """What is added to the network's log-probabilities of some of the images, of what has a weight."""
+    return _of_weight(settings, evidence=lambda: _evidence_arrays(prepared, part), linear=lambda: linear[part])
+
+
+def _of_weight(settings, **made):
+    """What is made by functions, of what has a weight."""
     weights = _weights(settings)
-    made = {"evidence": lambda: _evidence_arrays(prepared, part), "linear": lambda: linear[part]}
     return {name: array() for name, array in made.items() if weights[f"{name}_weight"]}
 
 

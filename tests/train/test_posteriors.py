@@ -14,7 +14,7 @@ from lcrf_jax.nets.inputs import guide_image, square_image
 from lcrf_jax.nets.linear import linear_network
 from lcrf_jax.runfolder.checkpoints import restore_params
 from lcrf_jax.runfolder.digests import params_digest
-from lcrf_jax.train import fit, linear_round, posteriors, preparation
+from lcrf_jax.train import features, fit, linear_round, posteriors, preparation
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_a_run_that_begins_with_a_linear_network_is_killed_and_goes_on_to_the_sa
     config["posterior"] = {**config["posterior"], "linear_weight": 0.5, "evidence_weight": 0.25}  # in the second round
     given = preparation.prepare(config)
     fit.train(given, tmp_path / "whole")
-    parts, of_squares = posteriors.parts_without_network, linear_round.square_batches
+    parts, of_squares = posteriors.parts_without_network, features.square_batches
 
     def broken_off(*arguments):
         yield next(parts(*arguments))[:7]
@@ -234,7 +234,7 @@ def test_a_run_that_begins_with_a_linear_network_is_killed_and_goes_on_to_the_sa
         yield next(of_squares(*arguments))
         raise Killed
 
-    for name, function in (("linear_round.square_batches", not_begun), ("evidence.parts_without_network", broken_off)):
+    for name, function in (("features.square_batches", not_begun), ("evidence.parts_without_network", broken_off)):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(f"lcrf_jax.train.{name}", function)
             fit.train(given, tmp_path / "run")
