@@ -179,6 +179,10 @@ class Anchors(NamedTuple):
         """False: there is nothing that could be too small."""
         return jnp.zeros((), bool)
 
+    def kept(self) -> Self:
+        """The same: all that products need is in memory."""
+        return self
+
     def cleared(self, overflowed: jax.Array) -> Self:
         """The same."""
         del overflowed

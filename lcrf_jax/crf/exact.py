@@ -17,6 +17,8 @@ from lcrf_jax.numerics import check_count, check_finite, check_shape, promote_fl
 _EXP2_COEFFICIENTS = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, 6, domain=[0, 1]).convert(
     kind=np.polynomial.Polynomial
 ).coef[::-1]
+KEPT_PIXELS = 48**2
+"""Up to so many pixels the matrix of `ExactGaussian` is kept for many products: 21 MB in float32."""
 
 
 def gaussian_kernel(features_a: ArrayLike, features_b: ArrayLike | None = None) -> jax.Array:
@@ -161,11 +163,14 @@ def _filtered_in_blocks(block_size, exp, features, values):
 
     @jax.checkpoint  # or its derivative would hold the whole kernel
     def filtered(block):
-        kernel = exp(-squared_distances(block, features) / 2)
-        return jnp.matmul(kernel, values, precision=jax.lax.Precision.HIGHEST)
+        return _product(exp(-squared_distances(block, features) / 2), values)
 
     blocks = jax.lax.map(filtered, padded.reshape(num_blocks, rows, dimensions))
     return blocks.reshape(num_blocks * rows, -1)[:num_pixels]
+
+
+def _product(matrix, values):
+    return jnp.matmul(matrix, values, precision=jax.lax.Precision.HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -184,9 +189,24 @@ def _filtered(block_size, features, values):
     return solved(product, product, values, beside=features, system=system)
 
 
+@jax.jit
+def _matrix(features):
+    """The kernel [m, m], with all derivatives."""
+    exp = _exp_of_negative if features.dtype == jnp.float32 else jnp.exp
+    # Without the barrier XLA on CPU computes it anew within each product.
+    return jax.lax.optimization_barrier(exp(-squared_distances(features, features) / 2))
+
+
+@jax.custom_jvp
 def _exp_of_negative(x):
     """exp(x) for x <= 0 in float32; on CPU by a polynomial, in two thirds of the time, to 1e-6 (4e-6 below 1e-20)."""
     return jax.lax.platform_dependent(x, cpu=_exp_by_polynomial, default=jnp.exp)
+
+
+@_exp_of_negative.defjvp
+def _derivative_of_exp(primals, tangents):
+    value = _exp_of_negative(*primals)
+    return value, value * tangents[0]
 
 
 def _exp_by_polynomial(x):
@@ -208,10 +228,12 @@ class ExactGaussian(NamedTuple):
     Attributes:
       features: [m, d] features in units of their widths.
       scale: [m] factors s of diag(s) K diag(s).
+      matrix: [m, m] K itself, if it is `kept`; None computes it anew in every product, block by block.
     """
 
     features: jax.Array
     scale: jax.Array
+    matrix: jax.Array | None = None
 
     def splat(self, values: ArrayLike) -> ArrayLike:
         """The values [m, K] themselves."""
@@ -228,7 +250,13 @@ class ExactGaussian(NamedTuple):
     def apply(self, values: ArrayLike, *, backwards: bool | jax.Array = False) -> jax.Array:
         """The kernel times values [m, K], self-pairs included; symmetric, so that there is one order only."""
         del backwards
-        return self.scale[:, None] * filter_exact(self.features, self.scale[:, None] * values)
+        values = self.scale[:, None] * values
+        product = filter_exact(self.features, values) if self.matrix is None else _product(self.matrix, values)
+        return self.scale[:, None] * product
+
+    def kept(self) -> Self:
+        """With its matrix in memory, for many products, up to `KEPT_PIXELS`; a larger one as it is."""
+        return self if len(self.features) > KEPT_PIXELS else self._replace(matrix=_matrix(self.features))
 
     def diagonal(self) -> jax.Array:
         """[m] the self-pairs."""

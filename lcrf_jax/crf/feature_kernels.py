@@ -55,6 +55,10 @@ class KernelSum(NamedTuple):
         """The sum, finite even where one overflowed."""
         return KernelSum(tuple(kernel.without_overflow() for kernel in self.kernels))
 
+    def kept(self) -> "KernelSum":
+        """The sum for many products."""
+        return KernelSum(tuple(kernel.kept() for kernel in self.kernels))
+
     def largest_row_sums(self) -> tuple[jax.Array, jax.Array]:
         """Bounds of the sums over a row of the entries above 0, and of the magnitudes of those below 0."""
         sums = [kernel.largest_row_sums() for kernel in self.kernels]

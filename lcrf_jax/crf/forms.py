@@ -20,11 +20,12 @@ bilateral one takes one of three forms, `ExactGaussian`, `Anchors` and `Lattice`
 * `row_sums(counted [m])`: the sums of its rows over the pixels that count, which normalise it;
 * `overflowed()`: whether it had too little room for this image, so that its results mean nothing; `cleared` takes that
   sign away;
+* `kept()`: the form for many products, with what each would compute anew in memory, where that is little;
 * `nonnegative` and `has_two_orders`, properties: whether no entry of it can be below 0, and whether `backwards` makes a
   difference.
 
-A kernel may also have `overflowed`, `without_overflow`, `largest_row_sums` and `signed`, as `ImageKernel` has: with the
-first two mean field falls back to the unary, with the third it can drop labels. A kernel whose class is a pytree of JAX
+A kernel may also have `overflowed`, `without_overflow`, `largest_row_sums`, `signed` and `kept`, as `ImageKernel` has: with the
+first two mean field falls back to the unary, with the third it can drop labels, and with the last its products are faster. A kernel whose class is a pytree of JAX
 may be passed through jit and vmap; any other object works as well, where JAX need not look into it.
 
 `lcrf_jax.crf.image_kernels` builds them.
@@ -78,6 +79,10 @@ class BilateralForm(Kernel, Protocol):
 
     def cleared(self, overflowed: jax.Array) -> Self:
         """This form, such that it does not say so any more if `overflowed`."""
+        ...
+
+    def kept(self) -> Self:
+        """This form for many products, with what each would compute anew in memory, where that is little."""
         ...
 
     @property

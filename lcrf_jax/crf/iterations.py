@@ -117,12 +117,17 @@ def _run(num_iterations, measured, arguments, for_derivative=False):
     log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells = arguments
     updates = functools.partial(_updates, for_derivative=for_derivative, compatibility=compatibility, tolerance=tolerance)
     iterate = functools.partial(_coarse_to_fine, updates, num_iterations, measured)
-    levels = [_Level(log_unary, kernel, None)]
+    levels = [_Level(log_unary, _kept(kernel), None)]
     if coarse is not None:
-        levels.insert(0, _Level(of_cells, coarse.kernel, coarse.counted))
+        levels.insert(0, _Level(of_cells, _kept(coarse.kernel), coarse.counted))
     if drop_below is None:
         return iterate(levels)
     return _few_labels(iterate, drop_below, levels, for_derivative)
+
+
+def _kept(kernel):
+    """The kernel for many products, if it can be that."""
+    return kernel.kept() if hasattr(kernel, "kept") else kernel
 
 
 def _coarse_to_fine(updates, num_iterations, measured, levels):

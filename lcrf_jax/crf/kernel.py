@@ -132,6 +132,10 @@ class ImageKernel(NamedTuple):
         weight = jnp.where(overflowed, 0, self.bilateral_weight)
         return self._replace(bilateral=self.bilateral.cleared(overflowed), bilateral_weight=weight)
 
+    def kept(self) -> "ImageKernel":
+        """This kernel for many products: an exact Gaussian of a small image keeps its matrix."""
+        return self if self.bilateral is None else self._replace(bilateral=self.bilateral.kept())
+
     @property
     def signed(self) -> bool:
         """Whether the kernel has entries below 0 only because of its form, which stands for one that has none.

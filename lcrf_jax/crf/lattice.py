@@ -217,6 +217,10 @@ class Lattice(NamedTuple):
         """Whether the features needed more vertices than the lattice has; bool, may be traced."""
         return jnp.asarray(self.num_vertices > self.neighbours.shape[-1])
 
+    def kept(self) -> Self:
+        """The same: all that products need is in memory."""
+        return self
+
     def cleared(self, overflowed: jax.Array) -> Self:
         """A lattice without cells where this one overflowed: its products are finite, and it says nothing any more."""
         return self._replace(

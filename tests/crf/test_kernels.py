@@ -6,8 +6,8 @@ import reference
 from compiled import compiled
 from jax.test_util import check_grads
 
-from lcrf_jax.crf import image_kernels
-from lcrf_jax.crf.exact import NORMALISATIONS, dense_kernel, filter_exact, gaussian_kernel
+from lcrf_jax.crf import exact, image_kernels
+from lcrf_jax.crf.exact import NORMALISATIONS, ExactGaussian, dense_kernel, filter_exact, gaussian_kernel
 from lcrf_jax.crf.params import KernelParams, colours, guide_features, position_features
 from lcrf_jax.crf.spatial import gaussian_taps, separable_filter
 
@@ -208,6 +208,41 @@ def test_filter_exact_under_vmap_equals_a_loop():
     features, values = rng.normal(size=(3, 20, 5)), rng.normal(size=(3, 20, 2))
     looped = jnp.stack([filter_exact(f, v) for f, v in zip(features, values, strict=True)])
     np.testing.assert_allclose(jax.vmap(filter_exact)(features, values), looped, rtol=1e-5, atol=1e-6)
+
+
+def exact_gaussian(seed=9, num_pixels=30):
+    rng = np.random.default_rng(seed)
+    features, scale = rng.normal(size=(num_pixels, 5)), rng.uniform(0.5, 1, num_pixels)
+    gaussian = ExactGaussian(jnp.float32(features), jnp.float32(scale))
+    return gaussian, scale[:, None] * reference.gaussian_kernel(features) * scale, rng.normal(size=(num_pixels, 4))
+
+
+def test_a_gaussian_that_is_kept_has_the_same_products():
+    gaussian, matrix, values = exact_gaussian()
+    assert gaussian.matrix is None and gaussian.kept().matrix.shape == (30, 30)
+    for given in (gaussian, gaussian.kept()):
+        np.testing.assert_allclose(given.apply(values), matrix @ values, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gaussian.kept().scaled(2.0).apply(values), 4 * matrix @ values, rtol=1e-5, atol=1e-5)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), gaussian)
+        np.testing.assert_allclose(wide.kept().apply(values), wide.apply(values), rtol=1e-12)
+
+
+def test_a_gaussian_of_many_pixels_is_not_kept():
+    for num_pixels, is_kept in ((exact.KEPT_PIXELS, True), (exact.KEPT_PIXELS + 1, False)):
+        given = ExactGaussian(jnp.zeros((num_pixels, 2)), jnp.ones(num_pixels))
+        assert (jax.eval_shape(lambda given: given.kept(), given).matrix is not None) == is_kept
+
+
+def test_a_gaussian_that_is_kept_has_the_derivatives_of_its_features():
+    gaussian, _, values = exact_gaussian(num_pixels=6)
+
+    def total(features, is_kept):
+        given = gaussian._replace(features=features)
+        return jnp.sum(jnp.sin(given.kept().apply(values) if is_kept else given.apply(values)))
+
+    for derivative in (jax.grad(total), jax.hessian(total)):
+        np.testing.assert_allclose(derivative(gaussian.features, True), derivative(gaussian.features, False), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(9, 14, 2), (1, 5, 1), (3, 1, 2)])

@@ -12,8 +12,12 @@ from cases import logits_and_kernel
 from compiled import compiled
 from pictures import COARSE, case_of, soft_labels
 
+from lcrf_jax.crf import exact, inference
+from lcrf_jax.crf.coarse import coarse_grid
 from lcrf_jax.crf.energy import kl_to_prior
 from lcrf_jax.crf.exact import dense_kernel
+from lcrf_jax.crf.feature_kernels import feature_kernel
+from lcrf_jax.crf.image_kernels import image_kernel
 from lcrf_jax.crf.inference import mean_field, refine, refined_posterior
 
 kl_to_prior, mean_field, refine = map(compiled, (kl_to_prior, mean_field, refine))
@@ -196,6 +200,33 @@ def test_dropping_under_vmap_equals_a_loop():
     np.testing.assert_allclose(got(np.stack(unary), np.stack(kernels)), looped, atol=1e-4)
     shared = jax.vmap(functools.partial(mean_field, num_iterations=5, drop_below=1e-3), in_axes=(0, None))
     np.testing.assert_allclose(shared(np.stack(unary), kernels[0])[0], looped[0], atol=1e-4)
+
+
+KINDS = {  # of kernels, with what mean field is asked for
+    "plain": (lambda image: image_kernel(image, COARSE, form="exact"), lambda _: {}),
+    "dropped": (lambda image: image_kernel(image, COARSE, form="exact"), lambda _: {"tolerance": 1e-3, "drop_below": 1e-3}),
+    "coarse": (
+        lambda image: image_kernel(image, COARSE, form="exact"),
+        lambda image: {"coarse": coarse_grid(image, COARSE, form="exact"), "coarse_iterations": 2},
+    ),
+    "features": (lambda image: feature_kernel(np.float32(image.reshape(-1, 3)) / 13, weights=2.0), lambda _: {}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_field_computes_the_entries_of_a_small_exact_kernel_once(kind, picture, monkeypatch):
+    image, logits, _ = picture
+    make, options = KINDS[kind]
+    kernel, given = make(image), options(image)
+    expected = inference.mean_field(logits, kernel, num_iterations=4, **given)
+
+    def anew(*_):
+        raise AssertionError("a product computed the kernel anew")
+
+    monkeypatch.setattr(exact, "filter_exact", anew)
+    np.testing.assert_array_equal(inference.mean_field(logits, kernel, num_iterations=4, **given), expected)
+    with pytest.raises(AssertionError, match="anew"):
+        kernel.apply(logits)
 
 
 def test_mean_field_takes_the_two_orders_of_a_lattice_in_turn():
