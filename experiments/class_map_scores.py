@@ -41,16 +41,16 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     _, from_images = map_functions(network, params["backbone"], classifier.weights, settings["grid"])
     size, num_classes, logits = description["training"]["input_size"], len(source.class_names), []
     matrices = np.zeros((len(CAM_LEVELS), num_parts, num_classes, num_classes), np.int64)
-    kinds = _kinds_of_posteriors(run_dir, description["training"], network, params)
-    of_posteriors = np.zeros((len(kinds), num_parts, num_classes, num_classes), np.int64)
+    kinds, probabilities = _of_training(run_dir, description["training"], network, params)
+    of_kinds = np.zeros((len(kinds), num_parts, num_classes, num_classes), np.int64)
     for part, example in zip(part_of, prefetched(source), strict=True):
         squares = [square_image(example.image, side)[None] for side in (size, *settings["extra_sizes"])]
         with told_as_parameters(network, {"backbone": params["backbone"]}):
             plain, *others = [np.asarray(from_images(square)) for square in squares]
             maps = mean_map(plain, np.asarray(from_images(squares[0][:, :, ::-1])), others)
-        for counts, posteriors_of in zip(of_posteriors, kinds.values(), strict=True):
-            found = np.asarray(posteriors_of(squares, example.tags[None], maps))[0]
-            counts[part] += confusion_matrix(resized_map(found, example.image.shape[:2]).argmax(axis=-1), example.mask, num_classes)
+        for counts, found in zip(of_kinds, probabilities(squares, example.tags[None], maps), strict=True):
+            labels = resized_map(np.asarray(found)[0], example.image.shape[:2]).argmax(axis=-1)
+            counts[part] += confusion_matrix(labels, example.mask, num_classes)
         scores = maps[0, ..., :-1]
         logits.append(scores.mean(axis=(0, 1)) + classifier.bias)  # the classifier is linear: the mean of its map
         scores = np.maximum(scores / np.maximum(scores.max(axis=(0, 1)), 1e-6), 0) * example.tags[1:]
@@ -63,8 +63,8 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
     best = int(np.argmax(np.nan_to_num(chosen_on)))
     where = "this split" if num_parts == 1 else scored.splits[0]
     say(preparation.precision_line(source.split, source, np.stack(logits)))
-    for title, counts in zip(kinds, of_posteriors, strict=True):
-        say(f"\nposteriors of {title}, tags given")
+    for title, counts in zip(kinds, of_kinds, strict=True):
+        say(f"\n{title}, tags given")
         table = format_iou_table(counts.sum(axis=0), source.class_names)
         say(f"{table}{reporting.parts_table(reporting.part_counts(scored, {'mIoU': counts}))}")
     say("\nclass maps of the frozen tag classifier, tags given at test time")
@@ -77,11 +77,15 @@ def evaluate_cam(run_dir, source, *, tags_given, num_parts=1):
         say(f"\n{table.splitlines()[-1]}")
 
 
-def _kinds_of_posteriors(run_dir, training, network, params):
-    """Title -> function (image at all sizes, tags, class maps with objectness) to posteriors, of those that a run begins with."""
+def _of_training(run_dir, training, network, params):
+    """Titles of what a run begins with beside its class maps, and the function that makes it.
+
+    That function takes an image at all sizes, its tags and its class maps with objectness, and returns an array [1, g, g, K] of
+    probabilities for each title.
+    """
     evidence = training["objective"]["likelihood_options"]["evidence"]
     if not begins_with_posteriors(training) or evidence.get("saliency_weight"):
-        return {}
+        return (), lambda squares, tags, maps: ()
 
     linear = kept_in(run_dir)
 
@@ -90,15 +94,17 @@ def _kinds_of_posteriors(run_dir, training, network, params):
         return posteriors_of_images(training, weights, network.stride, squares[0], tags, evidence, log_probs)
 
     def of_maps(squares, tags, maps):
-        return posteriors(settings_of_maps(training), squares, tags, maps)
+        return (posteriors(settings_of_maps(training), squares, tags, maps),)
 
-    def of_linear(squares, tags, maps):
+    def of_all(squares, tags, maps):
         log_probs = log_probs_of_squares(network, params["backbone"], linear, squares)
-        return posteriors(posterior_settings(training), squares, tags, maps, log_probs)
+        of_linear = posteriors(posterior_settings(training), squares, tags, maps, log_probs)
+        return *of_maps(squares, tags, maps), np.exp(log_probs) * tags[:, None, None], of_linear
 
     if linear is None:
-        return {"the class maps under the CRF, which the first round learns from": of_maps}
-    return {
-        "the class maps under the CRF, which the linear network learns from": of_maps,
-        "the linear network under the CRF, which the first round learns from": of_linear,
-    }
+        return ("posteriors of the class maps under the CRF, which the first round learns from",), of_maps
+    return (
+        "posteriors of the class maps under the CRF, which the linear network learns from",
+        "maps of the linear network by themselves, without class maps and CRF",
+        "posteriors of the linear network under the CRF, which the first round learns from",
+    ), of_all

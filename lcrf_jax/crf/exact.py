@@ -193,7 +193,9 @@ def _filtered(block_size, features, values):
 def _matrix(features):
     """The kernel [m, m], with all derivatives."""
     exp = _exp_of_negative if features.dtype == jnp.float32 else jnp.exp
-    # Without the barrier XLA on CPU computes it anew within each product.
+    # With the first barrier the same features give the same bits wherever they come from; without the second XLA on CPU computes
+    # the matrix anew within each product.
+    features = jax.lax.optimization_barrier(features)
     return jax.lax.optimization_barrier(exp(-squared_distances(features, features) / 2))
 
 

@@ -15,6 +15,7 @@ from lcrf_jax.numerics import varying_like
 
 _LEAST_LOG_PROB = -1e4
 _IMPOSSIBLE = -1e9  # a logit whose probability is 0, and which stays finite
+_MOST_KEPT = 2**28  # bytes of what the kernels of a batch keep for many products
 
 
 class Iterated(NamedTuple):
@@ -75,11 +76,15 @@ def iterated(
     run = functools.partial(_run, num_iterations, measured)
     if sum(num_iterations) == 0:
         return Iterated(log_unary, jnp.int32(0), jnp.zeros((), log_unary.dtype))
-    if tolerance is None and drop_below is None:
+    is_known = is_tree_of_arrays(arguments)
+    kept = sum(map(_bytes_kept, (kernel, coarse and coarse.kernel))) if is_known else 0
+    if tolerance is None and drop_below is None and not kept:
         return run(arguments)
-    if not is_tree_of_arrays(arguments):
+    if not is_known:
         return run(arguments, for_derivative=True)  # JAX cannot look into the kernel
-    return _with_derivative(run, in_turn=drop_below is not None)(arguments)
+    # A batch that drops labels is done image by image: each keeps a number of its own.
+    most = 0 if drop_below is not None else _MOST_KEPT // max(kept, 1)
+    return _with_derivative(run, most)(arguments)
 
 
 def _unary_of_cells(log_unary, coarse):
@@ -89,10 +94,32 @@ def _unary_of_cells(log_unary, coarse):
     return jax.nn.log_softmax(averaged(finite, coarse.counted).reshape(-1, log_unary.shape[1]), axis=-1)
 
 
-def _with_derivative(run, in_turn):
-    """The iterations as one function with derivatives of its own: those of loops whose length is static."""
-    # A batch that drops labels is done image by image: each keeps a number of its own.
-    once = jax.custom_batching.sequential_vmap(run) if in_turn else run
+def _bytes_kept(kernel):
+    """What a kernel for many products takes more than one for a single product."""
+
+    def size(made):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(made)))
+
+    return size(kernel.kept) - size(lambda: kernel) if hasattr(kernel, "kept") else 0
+
+
+def _in_batches(run, most):
+    """A function that is done for all images of a batch at once if they are not more than so many, and else image by image."""
+    once = jax.custom_batching.custom_vmap(run)
+
+    @once.def_vmap
+    def batched(size, are_batched, arguments):
+        function = run if size <= most else jax.custom_batching.sequential_vmap(run)
+        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, are_batched[0])
+        result = jax.vmap(function, in_axes=(axes,))(arguments)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return once
+
+
+def _with_derivative(run, most):
+    """The iterations as one function with derivatives of its own: those of loops whose length is static, which keep nothing."""
+    once = _in_batches(run, most)
 
     @jax.custom_jvp
     def iterated(arguments):
@@ -117,9 +144,11 @@ def _run(num_iterations, measured, arguments, for_derivative=False):
     log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells = arguments
     updates = functools.partial(_updates, for_derivative=for_derivative, compatibility=compatibility, tolerance=tolerance)
     iterate = functools.partial(_coarse_to_fine, updates, num_iterations, measured)
-    levels = [_Level(log_unary, _kept(kernel), None)]
+    levels = [_Level(log_unary, kernel, None)]
     if coarse is not None:
-        levels.insert(0, _Level(of_cells, _kept(coarse.kernel), coarse.counted))
+        levels.insert(0, _Level(of_cells, coarse.kernel, coarse.counted))
+    if not for_derivative:
+        levels = [level._replace(kernel=_kept(level.kernel)) for level in levels]
     if drop_below is None:
         return iterate(levels)
     return _few_labels(iterate, drop_below, levels, for_derivative)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from cases import logits_and_kernel
 from compiled import compiled
 from pictures import COARSE, case_of, soft_labels
 
-from lcrf_jax.crf import exact, inference
+from lcrf_jax.crf import exact, inference, iterations
 from lcrf_jax.crf.coarse import coarse_grid
 from lcrf_jax.crf.energy import kl_to_prior
 from lcrf_jax.crf.exact import dense_kernel
@@ -227,6 +228,22 @@ def test_mean_field_computes_the_entries_of_a_small_exact_kernel_once(kind, pict
     np.testing.assert_array_equal(inference.mean_field(logits, kernel, num_iterations=4, **given), expected)
     with pytest.raises(AssertionError, match="anew"):
         kernel.apply(logits)
+
+
+@pytest.mark.parametrize(("most_kept", "in_turn"), [(2**28, False), (2**22, True)])
+def test_a_batch_of_exact_kernels_keeps_no_more_than_it_may(most_kept, in_turn, monkeypatch):
+    monkeypatch.setattr(iterations, "_MOST_KEPT", most_kept)
+    images = np.stack([reference.smooth_image(seed, 24, 24) for seed in range(4)])
+    logits = np.random.default_rng(3).normal(size=(4, 576, 3)).astype(np.float32)
+
+    def found(image, logits):
+        return inference.mean_field(logits, image_kernel(image, COARSE, form="exact"), num_iterations=2)
+
+    batched = jax.jit(jax.vmap(found))
+    looped = np.stack([jax.jit(found)(*each) for each in zip(images, logits, strict=True)])
+    np.testing.assert_allclose(batched(images, logits), looped, atol=1e-4)
+    shapes = re.findall(r"tensor<([0-9x]*)x?f32>", batched.lower(images, logits).as_text())
+    assert ("4x576x576x" in shapes) != in_turn and "576x576x" in shapes
 
 
 def test_mean_field_takes_the_two_orders_of_a_lattice_in_turn():

@@ -25,6 +25,7 @@ def test_what_the_first_round_learns_from_is_scored_beside_the_maps(tmp_path, ca
     assert len(re.findall(r"0\.\d+: 0\.\d{3}", shown)) == len(CAM_LEVELS)
     assert ("posteriors of the class maps under the CRF, which the " in shown) == first
     assert ("posteriors of the linear network under the CRF, which the first round learns from" in shown) == linear
-    assert shown.count("val[1::2]") == 1 + first + linear
+    assert ("maps of the linear network by themselves, without class maps and CRF" in shown) == linear
+    assert shown.count("val[1::2]") == 1 + first + 2 * linear
     scores = [float(value) for value in re.findall(r"^mIoU +(0\.\d{3})", shown, re.MULTILINE)]
-    assert len(scores) == 2 + first + linear and all(0 < score < 1 for score in scores)
+    assert len(scores) == 2 + first + 2 * linear and all(0 < score < 1 for score in scores)
