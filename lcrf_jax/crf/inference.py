@@ -168,7 +168,7 @@ def _posterior(
     log_unary = jax.nn.log_softmax(unary, axis=-1)
     overflowed, usable, coarse = _usable(kernel, coarse)
     result = iterated(
-        log_unary, usable, compatibility, num_iterations=(of_coarse, num_iterations - of_coarse), tolerance=tolerance,
+        unary, usable, compatibility, num_iterations=(of_coarse, num_iterations - of_coarse), tolerance=tolerance,
         drop_below=drop_below, coarse=coarse, measured=measured,
     )
     logits = result.logits if overflowed is None else jnp.where(overflowed, log_unary, result.logits)

@@ -35,7 +35,7 @@ class Iterated(NamedTuple):
 class _Arguments(NamedTuple):
     """What JAX may trace, batch and differentiate."""
 
-    log_unary: jax.Array
+    unary: jax.Array
     kernel: Any
     compatibility: jax.Array | None
     tolerance: Any
@@ -45,21 +45,36 @@ class _Arguments(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """A grid, and the updates that are made on it."""
+    """A grid, and the updates that are made on it.
 
-    log_unary: jax.Array
+    The normalised unary is an expression of arrays that are there already: kept for all iterations, it would be a further array of
+    the size of the image times the labels.
+    """
+
+    unary: jax.Array
+    largest: jax.Array
+    log_sum: jax.Array
     kernel: Any
     counted: jax.Array | None
 
+    @property
+    def log_unary(self) -> jax.Array:
+        """[m, K] `jax.nn.log_softmax` of the unary, or what is left of it where labels are dropped."""
+        return _normalised(self.unary, self.largest, self.log_sum)
+
+
+def _normalised(unary, largest, log_sum):
+    return unary - largest - log_sum
+
 
 def iterated(
-    log_unary: jax.Array, kernel: Kernel, compatibility: jax.Array | None, *, num_iterations: tuple[int, int],
+    unary: jax.Array, kernel: Kernel, compatibility: jax.Array | None, *, num_iterations: tuple[int, int],
     tolerance: Any, drop_below: Any, coarse: CoarseGrid | None, measured: bool,
 ) -> Iterated:
     """The updates of mean field, see `lcrf_jax.crf.inference.mean_field`.
 
     Args:
-      log_unary: [m, K] normalised unary.
+      unary: [m, K] logits.
       kernel: kernel object.
       compatibility: [K, K] symmetric, or None for Potts.
       num_iterations: static numbers of updates on the coarse grid and at the pixels, >= 0.
@@ -71,11 +86,11 @@ def iterated(
       `Iterated`.
     """
     coarse = coarse if num_iterations[0] else None
-    of_cells = None if coarse is None else _unary_of_cells(log_unary, coarse)
-    arguments = _Arguments(log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells)
+    of_cells = None if coarse is None else _unary_of_cells(jax.nn.log_softmax(unary), coarse)
+    arguments = _Arguments(unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells)
     run = functools.partial(_run, num_iterations, measured)
     if sum(num_iterations) == 0:
-        return Iterated(log_unary, jnp.int32(0), jnp.zeros((), log_unary.dtype))
+        return Iterated(jax.nn.log_softmax(unary), jnp.int32(0), jnp.zeros((), unary.dtype))
     is_known = is_tree_of_arrays(arguments)
     kept = sum(map(_bytes_kept, (kernel, coarse and coarse.kernel))) if is_known else 0
     if tolerance is None and drop_below is None and not kept:
@@ -141,12 +156,15 @@ def _with_derivative(run, most):
 
 
 def _run(num_iterations, measured, arguments, for_derivative=False):
-    log_unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells = arguments
+    unary, kernel, compatibility, tolerance, drop_below, coarse, of_cells = arguments
     updates = functools.partial(_updates, for_derivative=for_derivative, compatibility=compatibility, tolerance=tolerance)
     iterate = functools.partial(_coarse_to_fine, updates, num_iterations, measured)
-    levels = [_Level(log_unary, kernel, None)]
+    largest = jax.lax.stop_gradient(unary.max(axis=-1, keepdims=True))
+    log_sum = jnp.log(jnp.exp(unary - largest).sum(axis=-1, keepdims=True))
+    levels = [_Level(unary, largest, log_sum, kernel, None)]
     if coarse is not None:
-        levels.insert(0, _Level(of_cells, coarse.kernel, coarse.counted))
+        none = jnp.zeros_like(of_cells[:, :1])
+        levels.insert(0, _Level(of_cells, none, none, coarse.kernel, coarse.counted))
     if not for_derivative:
         levels = [level._replace(kernel=_kept(level.kernel)) for level in levels]
     if drop_below is None:
@@ -162,55 +180,66 @@ def _kept(kernel):
 def _coarse_to_fine(updates, num_iterations, measured, levels):
     """The updates on the coarse grid, if there is one, and those at the pixels."""
     of_coarse, of_fine = num_iterations
-    log_unary, kernel, _ = levels[-1]
+    fine = levels[-1]
     if len(levels) == 1:
-        return updates(of_fine, measured, log_unary, kernel, log_unary)
-    below, coarse_kernel, counted = levels[0]
-    first = updates(of_coarse, measured and of_fine == 0, below, coarse_kernel, below)
-    message = (first.logits - below).reshape(*coarse_kernel.grid, -1)
+        return updates(of_fine, measured, fine, fine.log_unary)
+    below = levels[0]
+    first = updates(of_coarse, measured and of_fine == 0, below, below.log_unary)
+    message = (first.logits - below.log_unary).reshape(*below.kernel.grid, -1)
     # Without the barrier XLA on CPU enlarges once for each of the two uses in softmax.
-    message = jax.lax.optimization_barrier(enlarged(message, counted).reshape(log_unary.shape))
+    message = jax.lax.optimization_barrier(enlarged(message, below.counted).reshape(fine.unary.shape))
     if of_fine == 0:
-        return first._replace(logits=log_unary + message)
-    result = updates(of_fine, measured, log_unary, kernel, log_unary + message)
+        return first._replace(logits=fine.log_unary + message)
+    result = updates(of_fine, measured, fine, fine.log_unary + message)
     return result._replace(num_iterations=first.num_iterations + result.num_iterations)
 
 
-def _updates(num_iterations, measured, log_unary, kernel, start, *, for_derivative, compatibility, tolerance):
+def _updates(num_iterations, measured, level, start, *, for_derivative, compatibility, tolerance):
     """Updates on one grid, from the logits `start` on."""
+    kernel = level.kernel
     signed = getattr(kernel, "signed", False)
-    row_sums = jnp.maximum(kernel.apply(jnp.ones_like(log_unary[:, :1])), 0) if signed else None
+    row_sums = jnp.maximum(kernel.apply(jnp.ones_like(start[:, :1])), 0) if signed else None
 
     def updated(iteration, logits):
-        # Without the barriers XLA on CPU fuses the filter into the softmax and runs it once per reduction.
-        probs = jax.lax.optimization_barrier(jax.nn.softmax(logits, axis=-1))
+        # Without the barriers XLA on CPU fuses the filter into the softmax and runs it once per reduction; and it makes the array of
+        # the normalised unary before the loop, if nothing of it comes from within.
+        probs, *normaliser = jax.lax.optimization_barrier((jax.nn.softmax(logits, axis=-1), level.largest, level.log_sum))
         filtered = jax.lax.optimization_barrier(kernel.apply(probs, backwards=iteration % 2 == 1))
         if row_sums is not None:
             # A weighted sum with weights >= 0 lies between those of the smallest and the largest probability.
             filtered = jnp.clip(filtered, row_sums * probs.min(axis=0), row_sums * probs.max(axis=0))
         # With Potts the cost is the sum over the other labels; the sum over all is the same for every label.
         message = -filtered if compatibility is None else times_compatibility(filtered, compatibility)
-        return probs, log_unary - message
+        return probs, _normalised(level.unary, *normaliser) - message
+
+    def largest_change(probs, new):
+        return jnp.max(jnp.abs(jax.nn.softmax(new, axis=-1) - probs))
 
     def step(state):
         iteration, _, logits = state
         probs, new = updated(iteration, logits)
-        change = jnp.max(jnp.abs(jax.nn.softmax(new, axis=-1) - probs))
-        return iteration + 1, change, new
+        return iteration + 1, largest_change(probs, new), new
 
-    unknown = varying_like(jnp.array(jnp.nan, log_unary.dtype), log_unary)
+    unknown = varying_like(jnp.array(jnp.nan, start.dtype), start)
     if tolerance is None:
-        before = num_iterations - 1 if measured else num_iterations
-        logits = jax.lax.fori_loop(0, before, lambda iteration, logits: updated(iteration, logits)[1], start)
-        number, change = jnp.int32(num_iterations), unknown
-        if measured:
-            _, change, logits = step((before, unknown, logits))
-        return Iterated(logits, number, change)
+
+        def step_of_many(iteration, state):
+            probs, new = updated(iteration, state[0])
+            if not measured:
+                return new, state[1]
+            # Within the loop, and of its last step alone: a step of its own would hold what it needs beside the loop.
+            of_last = jax.lax.cond(
+                iteration == num_iterations - 1, largest_change, lambda *_: unknown, *jax.lax.stop_gradient((probs, new))
+            )
+            return new, of_last
+
+        logits, change = jax.lax.fori_loop(0, num_iterations, step_of_many, (start, unknown))
+        return Iterated(logits, jnp.int32(num_iterations), change)
 
     def unfinished(state):
         return (state[0] < num_iterations) & ~(state[1] <= tolerance)
 
-    state = (varying_like(jnp.int32(0), log_unary), unknown, start)
+    state = (varying_like(jnp.int32(0), start), unknown, start)
     if for_derivative:
         # Of a loop of static length JAX can take every derivative.
         def step_or_stay(_, state):
@@ -229,8 +258,7 @@ def _few_labels(iterate, drop_below, levels, for_derivative):
     For derivatives it is made of all labels, of which the others have no probability: JAX cannot transpose the tangents of a
     batch through a choice that each of its images makes for itself.
     """
-    log_unary = levels[-1].log_unary
-    num_classes = log_unary.shape[1]
+    num_classes = levels[-1].unary.shape[1]
     sizes = [2**i for i in range(2, num_classes.bit_length()) if 2**i <= 0.6 * num_classes] + [num_classes]
     if len(sizes) == 1 or not all(hasattr(level.kernel, "largest_row_sums") for level in levels):
         return iterate(levels)
@@ -244,16 +272,15 @@ def _few_labels(iterate, drop_below, levels, for_derivative):
     if for_derivative:
         rank = jnp.zeros(num_classes, int).at[ordered].set(jnp.arange(num_classes))
         kept = rank < jnp.array(sizes)[smallest]
-        alone = [level._replace(log_unary=jnp.where(kept, level.log_unary, _IMPOSSIBLE)) for level in levels]
-        result = iterate(alone)
-        return result._replace(logits=jnp.where(kept, result.logits, log_unary))
+        result = iterate([level._replace(unary=jnp.where(kept, level.unary, _IMPOSSIBLE)) for level in levels])
+        return result._replace(logits=jnp.where(kept, result.logits, levels[-1].log_unary))
 
     def with_labels(size):
         def of_kept(levels):
             if size == num_classes:
                 return iterate(levels)
             kept = ordered[:size]
-            result = iterate([level._replace(log_unary=level.log_unary[:, kept]) for level in levels])
+            result = iterate([level._replace(unary=level.unary[:, kept]) for level in levels])
             return result._replace(logits=levels[-1].log_unary.at[:, kept].set(result.logits))
 
         return of_kept
