@@ -10,6 +10,7 @@ import sys
 import textwrap
 from importlib import metadata
 
+import mutations
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -355,3 +356,11 @@ def test_importing_every_module_has_no_side_effects(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_mutation_finds_what_it_breaks_and_has_tests_to_run():
+    texts = {mutation.file: (PACKAGE / mutation.file).read_text(encoding="utf-8") for mutation in mutations.MUTATIONS}
+    lost = [mutation.name for mutation in mutations.MUTATIONS if texts[mutation.file].count(mutation.old) != 1]
+    assert not lost and texts.keys() <= mutations.TESTS.keys()
+    files = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {f"test_{name}" for tests in mutations.TESTS.values() for name in tests} <= files
