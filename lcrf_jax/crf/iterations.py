@@ -119,12 +119,13 @@ def _bytes_kept(kernel):
 
 
 def _in_batches(run, most):
-    """A function that is done for all images of a batch at once if they are not more than so many, and else image by image."""
+    """A function that is done for a batch at once if this has not more kernels than so many, and else image by image."""
     once = jax.custom_batching.custom_vmap(run)
 
     @once.def_vmap
     def batched(size, are_batched, arguments):
-        function = run if size <= most else jax.custom_batching.sequential_vmap(run)
+        num_kernels = size if any(jax.tree.leaves((are_batched[0].kernel, are_batched[0].coarse))) else 1
+        function = run if num_kernels <= most else jax.custom_batching.sequential_vmap(run)
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, are_batched[0])
         result = jax.vmap(function, in_axes=(axes,))(arguments)
         return result, jax.tree.map(lambda _: True, result)

@@ -244,6 +244,9 @@ def test_a_batch_of_exact_kernels_keeps_no_more_than_it_may(most_kept, in_turn, 
     np.testing.assert_allclose(batched(images, logits), looped, atol=1e-4)
     shapes = re.findall(r"tensor<([0-9x]*)x?f32>", batched.lower(images, logits).as_text())
     assert ("4x576x576x" in shapes) != in_turn and "576x576x" in shapes
+    shared = jax.jit(jax.vmap(found, (None, 0)))  # the batch has one kernel
+    np.testing.assert_allclose(shared(images[0], logits)[0], looped[0], atol=1e-4)
+    assert re.search("dot_general.*4x576x3x", shared.lower(images[0], logits).as_text())
 
 
 def test_mean_field_takes_the_two_orders_of_a_lattice_in_turn():
