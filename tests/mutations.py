@@ -146,6 +146,7 @@ MUTATIONS = [
     Mutation("exact: the matrix is not kept for many products", "crf/exact.py", "if len(self.features) > KEPT_PIXELS", "if True"),
     Mutation("exact: a large matrix is kept", "crf/exact.py", "if len(self.features) > KEPT_PIXELS", "if False"),
     Mutation("exact: the polynomial's own derivative", "crf/exact.py", "return value, value * tangents[0]", "return value, 0 * tangents[0]"),
+    Mutation("mean field: every plain call compiles", "crf/inference.py", "(_compiled_result if plain else _result)", "(_result)"),
     Mutation("mean field: the change of the first step", "crf/iterations.py", "iteration == num_iterations - 1", "iteration == 0"),
     Mutation("mean field: the unary is not normalised", "crf/iterations.py", "return unary - largest - log_sum", "return unary - largest"),
     Mutation("mean field: every product computes the kernel anew", "crf/iterations.py", "return kernel.kept() if", "return kernel if"),

@@ -14,6 +14,7 @@ from lcrf_jax.crf.energy import KernelLike, checked_compatibility, kl_to_prior
 from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
 from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
+from lcrf_jax.crf.linear import is_tree_of_arrays
 from lcrf_jax.crf.params import STATIC_WIDTHS, KernelParams, check_image_shape, checked_params, colours
 from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number, native
 
@@ -165,25 +166,41 @@ def _posterior(
     (kernel, coarse), unary = in_one_precision((kernel, coarse if of_coarse else None), unary)
     if compatibility is not None:
         compatibility = compatibility.astype(unary.dtype)
+    arguments = (unary, kernel, compatibility, tolerance, drop_below, coarse)
+    # Inside a program of the caller's this is a part of it; called plainly it is one that is compiled once.
+    plain = is_tree_of_arrays(arguments) and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+    result = (_compiled_result if plain else _result)(
+        *arguments, num_iterations=(of_coarse, num_iterations - of_coarse), measured=measured
+    )
+    if not measured:
+        return result.reshape(shape)
+    return result._replace(log_probs=result.log_probs.reshape(shape))
+
+
+def _result(unary, kernel, compatibility, tolerance, drop_below, coarse, *, num_iterations, measured):
+    """The posterior, or its log-probabilities alone where nothing is measured, [m, K]."""
     log_unary = jax.nn.log_softmax(unary, axis=-1)
     overflowed, usable, coarse = _usable(kernel, coarse)
     result = iterated(
-        unary, usable, compatibility, num_iterations=(of_coarse, num_iterations - of_coarse), tolerance=tolerance,
-        drop_below=drop_below, coarse=coarse, measured=measured,
-    )
+        unary, usable, compatibility, num_iterations=num_iterations, tolerance=tolerance, drop_below=drop_below, coarse=coarse,
+        measured=measured,
+    )  # fmt: skip
     logits = result.logits if overflowed is None else jnp.where(overflowed, log_unary, result.logits)
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     if not measured:
-        return log_probs.reshape(shape)
+        return log_probs
     expected_unary = jnp.sum(jnp.exp(log_probs) * jnp.where(jnp.exp(log_probs) > 0, log_unary, 0))
     overflow = jnp.zeros((), bool) if overflowed is None else overflowed
     return MeanFieldPosterior(
-        log_probs=log_probs.reshape(shape),
+        log_probs=log_probs,
         num_iterations=jnp.where(overflow, 0, result.num_iterations),
         change=jnp.where(overflow, 0, result.change),
         free_energy=kl_to_prior(log_probs, kernel, compatibility=compatibility) - expected_unary,
         overflowed=overflow,
     )
+
+
+_compiled_result = jax.jit(_result, static_argnames=("num_iterations", "measured"))
 
 
 def _usable(kernel, coarse):

@@ -1,5 +1,6 @@
 """What somebody types who comes from another library, and what he is told where it cannot be right."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -21,7 +22,7 @@ from lcrf_jax import (
 )
 from lcrf_jax.crf.exact import dense_kernel
 from lcrf_jax.crf.feature_kernels import feature_kernel, volume_features
-from lcrf_jax.crf.inference import _compiled_refine, mean_field_posterior
+from lcrf_jax.crf.inference import _compiled_refine, _compiled_result, mean_field_posterior
 
 IMAGE = reference.smooth_image(3, 12, 14).astype(np.uint8)
 LOGITS = np.random.default_rng(0).normal(size=(12, 14, 3)).astype(np.float32)
@@ -38,6 +39,28 @@ def test_a_second_plain_call_compiles_nothing():
     expected = mean_field(LOGITS, image_kernel(IMAGE, KernelParams()))
     np.testing.assert_allclose(first, expected, atol=1e-4)
     np.testing.assert_allclose(refine(IMAGE.tolist(), LOGITS.tolist()), first, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["exact", "anchors", "lattice", "matrix", "features"])
+@pytest.mark.parametrize("function", [mean_field, mean_field_posterior])
+def test_a_second_plain_call_of_mean_field_compiles_nothing(function, form):
+    rows = LOGITS.reshape(-1, 3)
+
+    def kernel_of(image):
+        if form == "matrix":
+            return np.asarray(dense_kernel(image, KernelParams()))
+        if form == "features":
+            return feature_kernel(image.reshape(-1, 3) / 13.0, weights=2.0)
+        return image_kernel(image, KernelParams(), form=form)
+
+    kernels = [kernel_of(image) for image in (IMAGE, IMAGE[::-1])]
+    function(rows, kernels[0], tolerance=1e-3)
+    size = _compiled_result._cache_size()
+    assert size > 0
+    found = function(rows + 1, kernels[1], tolerance=2e-3)
+    assert _compiled_result._cache_size() == size
+    within = jax.jit(functools.partial(function, tolerance=2e-3))(rows + 1, kernels[1])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, within)
 
 
 def test_parameters_are_a_tree_whose_position_widths_are_static():

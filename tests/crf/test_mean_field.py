@@ -225,6 +225,7 @@ def test_mean_field_computes_the_entries_of_a_small_exact_kernel_once(kind, pict
         raise AssertionError("a product computed the kernel anew")
 
     monkeypatch.setattr(exact, "filter_exact", anew)
+    jax.clear_caches()
     np.testing.assert_array_equal(inference.mean_field(logits, kernel, num_iterations=4, **given), expected)
     with pytest.raises(AssertionError, match="anew"):
         kernel.apply(logits)
