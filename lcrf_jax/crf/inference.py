@@ -200,7 +200,9 @@ def _result(unary, kernel, compatibility, tolerance, drop_below, coarse, *, num_
     )
 
 
-_compiled_result = jax.jit(_result, static_argnames=("num_iterations", "measured"))
+@functools.partial(jax.jit, static_argnames=("num_iterations", "measured"))
+def _compiled_result(*arguments, **options):
+    return _result(*arguments, **options)
 
 
 def _usable(kernel, coarse):
