@@ -172,9 +172,7 @@ def _posterior(
     result = (_compiled_result if plain else _result)(
         *arguments, num_iterations=(of_coarse, num_iterations - of_coarse), measured=measured
     )
-    if not measured:
-        return result.reshape(shape)
-    return result._replace(log_probs=result.log_probs.reshape(shape))
+    return result._replace(log_probs=result.log_probs.reshape(shape)) if measured else result.reshape(shape)
 
 
 def _result(unary, kernel, compatibility, tolerance, drop_below, coarse, *, num_iterations, measured):
