@@ -155,7 +155,7 @@ def filter_exact(features: ArrayLike, values: ArrayLike, *, block_size: int | No
     return _filtered(block_size, features, values)
 
 
-def _filtered_in_blocks(block_size, exp, features, values):
+def _filtered_in_blocks(block_size, features, values):
     num_pixels, dimensions = features.shape
     num_blocks = math.ceil(num_pixels / block_size)
     rows = math.ceil(num_pixels / num_blocks)
@@ -163,7 +163,7 @@ def _filtered_in_blocks(block_size, exp, features, values):
 
     @jax.checkpoint  # or its derivative would hold the whole kernel
     def filtered(block):
-        return _product(exp(-squared_distances(block, features) / 2), values)
+        return _product(_gaussian(block, features), values)
 
     blocks = jax.lax.map(filtered, padded.reshape(num_blocks, rows, dimensions))
     return blocks.reshape(num_blocks * rows, -1)[:num_pixels]
@@ -176,13 +176,12 @@ def _product(matrix, values):
 @functools.partial(jax.jit, static_argnums=0)
 def _filtered(block_size, features, values):
     """The filter, which has all derivatives in both arguments; none of them stores the kernel."""
-    exp = _exp_of_negative if values.dtype == features.dtype == jnp.float32 else jnp.exp
     # A batch is done image by image: blocks of all images at once would not stay in the cache.
-    blocks = jax.custom_batching.sequential_vmap(functools.partial(_filtered_in_blocks, block_size, exp))
+    blocks = jax.custom_batching.sequential_vmap(functools.partial(_filtered_in_blocks, block_size))
 
     def system(both):
         x, y = jnp.split(both, 2)
-        return jnp.concatenate([x, y - _filtered_in_blocks(block_size, jnp.exp, features, x)])
+        return jnp.concatenate([x, y - _filtered_in_blocks(block_size, features, x)])
 
     # The kernel is symmetric, so the sum is its own transpose in the values.
     product = functools.partial(blocks, features)
@@ -192,11 +191,15 @@ def _filtered(block_size, features, values):
 @jax.jit
 def _matrix(features):
     """The kernel [m, m], with all derivatives."""
-    exp = _exp_of_negative if features.dtype == jnp.float32 else jnp.exp
     # With the first barrier the same features give the same bits wherever they come from; without the second XLA on CPU computes
     # the matrix anew within each product.
     features = jax.lax.optimization_barrier(features)
-    return jax.lax.optimization_barrier(exp(-squared_distances(features, features) / 2))
+    return jax.lax.optimization_barrier(_gaussian(features, features))
+
+
+def _gaussian(a, b):
+    exponents = -squared_distances(a, b) / 2
+    return _exp_of_negative(exponents) if exponents.dtype == jnp.float32 else jnp.exp(exponents)
 
 
 @jax.custom_jvp

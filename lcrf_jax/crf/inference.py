@@ -14,7 +14,7 @@ from lcrf_jax.crf.energy import KernelLike, checked_compatibility, kl_to_prior
 from lcrf_jax.crf.image_kernels import default_form, image_kernel
 from lcrf_jax.crf.iterations import iterated
 from lcrf_jax.crf.kernel import as_kernel, in_one_precision, pixels_of
-from lcrf_jax.crf.linear import is_tree_of_arrays
+from lcrf_jax.crf.linear import is_traced, is_tree_of_arrays
 from lcrf_jax.crf.params import STATIC_WIDTHS, KernelParams, check_image_shape, checked_params, colours
 from lcrf_jax.numerics import check_count, check_logits, check_number, check_shape, known_number, native
 
@@ -168,7 +168,7 @@ def _posterior(
         compatibility = compatibility.astype(unary.dtype)
     arguments = (unary, kernel, compatibility, tolerance, drop_below, coarse)
     # Inside a program of the caller's this is a part of it; called plainly it is one that is compiled once.
-    plain = is_tree_of_arrays(arguments) and not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+    plain = is_tree_of_arrays(arguments) and not is_traced(arguments)
     result = (_compiled_result if plain else _result)(
         *arguments, num_iterations=(of_coarse, num_iterations - of_coarse), measured=measured
     )
@@ -352,9 +352,8 @@ def _refined(
     of_coarse = checked_coarse_iterations(coarse_iterations, num_iterations)
     options = {"form": form, "colour_max": colour_max, "measured": measured}
     options |= {"num_iterations": num_iterations, "coarse_iterations": of_coarse}
-    leaves = jax.tree.leaves((image, logits, params, valid, drop_below, colour_max))
     widths = {name: getattr(params, name) for name in STATIC_WIDTHS}
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in (*leaves, *widths.values())):
+    if is_traced((image, logits, params, valid, drop_below, colour_max, widths)):
         return _refine(image, logits, params, valid, drop_below, capacity=capacity, **options)[0]
     # Values are known here alone: the program below is compiled once, for any values.
     colours(image, colour_max=colour_max)

@@ -38,6 +38,17 @@ def is_tree_of_arrays(tree: Any) -> bool:
     return all(hasattr(leaf, "__array__") or jnp.isscalar(leaf) for leaf in jax.tree.leaves(tree))
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether JAX traces a part of something, so that its values are not known.
+
+    Args:
+      tree: anything.
+    Returns:
+      bool.
+    """
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def sought_parts(arguments: Tree, tangents: Tree) -> tuple[list[Any], list[Any], Callable[[list[Any]], Tree]]:
     """The leaves whose derivative is sought, for a rule with `symbolic_zeros`.
 

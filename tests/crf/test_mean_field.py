@@ -203,13 +203,11 @@ def test_dropping_under_vmap_equals_a_loop():
     np.testing.assert_allclose(shared(np.stack(unary), kernels[0])[0], looped[0], atol=1e-4)
 
 
+exact_kernel = functools.partial(image_kernel, params=COARSE, form="exact")
 KINDS = {  # of kernels, with what mean field is asked for
-    "plain": (lambda image: image_kernel(image, COARSE, form="exact"), lambda _: {}),
-    "dropped": (lambda image: image_kernel(image, COARSE, form="exact"), lambda _: {"tolerance": 1e-3, "drop_below": 1e-3}),
-    "coarse": (
-        lambda image: image_kernel(image, COARSE, form="exact"),
-        lambda image: {"coarse": coarse_grid(image, COARSE, form="exact"), "coarse_iterations": 2},
-    ),
+    "plain": (exact_kernel, lambda _: {}),
+    "dropped": (exact_kernel, lambda _: {"tolerance": 1e-3, "drop_below": 1e-3}),
+    "coarse": (exact_kernel, lambda image: {"coarse": coarse_grid(image, COARSE, form="exact"), "coarse_iterations": 2}),
     "features": (lambda image: feature_kernel(np.float32(image.reshape(-1, 3)) / 13, weights=2.0), lambda _: {}),
 }
 
@@ -238,7 +236,7 @@ def test_a_batch_of_exact_kernels_keeps_no_more_than_it_may(most_kept, in_turn, 
     logits = np.random.default_rng(3).normal(size=(4, 576, 3)).astype(np.float32)
 
     def found(image, logits):
-        return inference.mean_field(logits, image_kernel(image, COARSE, form="exact"), num_iterations=2)
+        return inference.mean_field(logits, exact_kernel(image), num_iterations=2)
 
     batched = jax.jit(jax.vmap(found))
     looped = np.stack([jax.jit(found)(*each) for each in zip(images, logits, strict=True)])
